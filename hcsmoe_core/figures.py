@@ -1,0 +1,334 @@
+"""Figures of a paper: each function returns a :class:`matplotlib.figure.Figure`; :func:`save` writes it reproducibly."""
+
+import functools
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from scipy.cluster import hierarchy
+from scipy.spatial.distance import squareform
+
+from hcsmoe_core.clustering import cut
+from hcsmoe_core.files import replacing
+
+STYLE = Path(__file__).with_name("hcsmoe.mplstyle")
+COLUMN, PAGE = 3.25, 6.75  # inches: widths of one and of two columns of a paper
+DISTANCES = "mako"  # seaborn's; dark is alike
+UNMERGED = "0.55"
+
+
+def styled(function):
+    """Draw under the project's style whatever the session's own is."""
+
+    @functools.wraps(function)
+    def drawn(*args, **keywords):
+        import seaborn  # noqa: F401 (registers its colour maps)
+
+        with matplotlib.rc_context(fname=STYLE):
+            return function(*args, **keywords)
+
+    return drawn
+
+
+@styled
+def save(figure, path):
+    """Write a figure as ``path.png`` and ``path.pdf``, the same bytes each time.
+
+    Returns
+    -------
+    list of Path
+    """
+    written = []
+    for suffix, metadata in ((".png", {"Software": None}), (".pdf", {"CreationDate": None})):
+        target = Path(f"{path}{suffix}")
+        with replacing(target) as part:
+            figure.savefig(part, format=suffix[1:], metadata=metadata)
+        written.append(target)
+    return written
+
+
+def leaf_order(tree):
+    """Experts in the order in which a dendrogram shows them."""
+    return hierarchy.leaves_list(tree).tolist() if len(tree) else [0]
+
+
+def group_colours(labels):
+    """Colour of each group that has more than one expert; the others are grey.
+
+    Colours repeat after ten groups, in the order of the labels.
+    """
+    cycle = matplotlib.rc_params_from_file(STYLE)["axes.prop_cycle"].by_key()["color"]
+    sizes = np.bincount(labels)
+    colours, used = {}, 0
+    for label, size in enumerate(sizes):
+        colours[label] = UNMERGED if size == 1 else f"#{cycle[used % len(cycle)].removeprefix('#')}"
+        used += size > 1
+    return colours
+
+
+def _draw_tree(axes, tree, labels, *, orientation="top"):
+    """Dendrogram on ``axes``; a branch has its group's colour if all its experts are in one group."""
+    colours = group_colours(labels)
+    experts = len(tree) + 1
+    members = {e: {int(labels[e])} for e in range(experts)}
+    for t, row in enumerate(tree):
+        members[experts + t] = members[int(row[0])] | members[int(row[1])]
+
+    def colour(node):
+        groups = members[node]
+        return colours[next(iter(groups))] if len(groups) == 1 else "black"
+
+    drawn = hierarchy.dendrogram(tree, ax=axes, orientation=orientation, link_color_func=colour, no_labels=True)
+    for collection in axes.collections:
+        collection.set_linewidth(0.9)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    axes.tick_params(length=0, labelbottom=False, labelleft=False)
+    return drawn["leaves"]
+
+
+def _cut_height(tree, groups):
+    """A height between the last join that is done and the first that is not."""
+    experts = len(tree) + 1
+    below = tree[experts - groups - 1, 2] if groups < experts else 0.0
+    above = tree[experts - groups, 2] if groups > 1 else tree[-1, 2] * 1.05
+    return (below + above) / 2
+
+
+@styled
+def similarity_heatmap(condensed, tree, *, groups=None, title="", label="distance between experts", width=COLUMN):
+    """Pairwise distances of one layer's experts, ordered by their merge tree, which is drawn on both sides.
+
+    Parameters
+    ----------
+    condensed : (E·(E−1)/2,) array
+    tree : (E−1, 4) array
+    groups : int, optional
+        Where the tree is cut; groups are coloured in the trees and framed in the heatmap.
+    title, label : str
+        Of the figure and of the colour bar.
+    width : float
+        Inches.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+    """
+    experts = len(tree) + 1
+    labels = cut(tree, groups or experts)
+    figure = Figure(figsize=(width, width * 1.08))
+    grid = figure.add_gridspec(
+        2, 3, width_ratios=(0.16, 1, 0.045), height_ratios=(0.16, 1), wspace=0.03, hspace=0.03, top=0.92, right=0.86
+    )
+    top, left, middle = figure.add_subplot(grid[0, 1]), figure.add_subplot(grid[1, 0]), figure.add_subplot(grid[1, 1])
+    order = _draw_tree(top, tree, labels)
+    _draw_tree(left, tree, labels, orientation="left")
+    left.invert_yaxis()
+    image = middle.imshow(squareform(condensed)[np.ix_(order, order)], cmap=DISTANCES, vmin=0, aspect="auto")
+    _label_experts(middle, order)
+    for label_of_group in set(labels.tolist()):
+        places = [i for i, e in enumerate(order) if labels[e] == label_of_group]
+        if len(places) > 1:
+            corner, side = places[0] - 0.5, len(places)
+            colour = group_colours(labels)[label_of_group]
+            middle.add_patch(
+                matplotlib.patches.Rectangle((corner, corner), side, side, fill=False, ec=colour, lw=1.4, clip_on=False)
+            )
+    middle.yaxis.tick_right()
+    middle.set_xlabel("expert")
+    bar = figure.colorbar(image, cax=figure.add_subplot(grid[1, 2]))
+    bar.ax.yaxis.set_ticks_position("right")
+    middle.yaxis.set_visible(False)
+    bar.set_label(label)
+    figure.suptitle(title, fontsize=matplotlib.rcParams["axes.titlesize"])
+    return figure
+
+
+def _label_experts(axes, order):
+    """Number the experts on both axes, in a size that fits."""
+    size = min(7, 220 / max(len(order), 1))
+    axes.set_xticks(range(len(order)), order, fontsize=size, rotation=90 if len(order) > 12 else 0)
+    axes.set_yticks(range(len(order)), order, fontsize=size)
+    axes.tick_params(length=0)
+
+
+@styled
+def dendrogram(tree, *, groups=None, usage=None, title="", label="distance", width=PAGE, height=2.4):
+    """Merge tree of one layer's experts, cut at a number of groups.
+
+    Parameters
+    ----------
+    tree : (E−1, 4) array
+    groups : int, optional
+        Experts kept; a dashed line shows the cut and the groups are coloured.
+    usage : (E,) array, optional
+        Share of routed tokens of each expert, drawn as bars below the tree.
+    title, label : str
+    width, height : float
+        Inches.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+    """
+    experts = len(tree) + 1
+    labels = cut(tree, groups or experts)
+    figure = Figure(figsize=(width, height))
+    rows = figure.add_gridspec(2, 1, height_ratios=(1, 0.28) if usage is not None else (1, 0.001), hspace=0.08)
+    axes = figure.add_subplot(rows[0])
+    order = _draw_tree(axes, tree, labels)
+    axes.spines["left"].set_visible(True)
+    axes.tick_params(length=2, labelleft=True)
+    axes.set_ylabel(label.replace(" between ", " between\n"))
+    axes.set_title(title)
+    if groups:
+        axes.axhline(_cut_height(tree, groups), color="black", lw=0.8, ls=(0, (4, 3)))
+    places = [10 * i + 5 for i in range(experts)]  # where SciPy draws the leaves
+    size = min(7, 320 / experts)
+    if usage is None:
+        axes.set_xticks(places, order, fontsize=size)
+        axes.tick_params(labelbottom=True)
+        axes.set_xlabel("expert")
+        return figure
+    below = figure.add_subplot(rows[1], sharex=axes)
+    colours = group_colours(labels)
+    below.bar(places, [100 * usage[e] for e in order], width=8, color=[colours[int(labels[e])] for e in order])
+    below.axhline(100 / experts, color="black", lw=0.6, ls=":")
+    below.set_ylabel("tokens, %")
+    below.set_xlabel("expert")
+    below.set_xticks(places, order, fontsize=size)
+    below.tick_params(length=0, labelbottom=True)
+    figure.align_ylabels()
+    return figure
+
+
+@styled
+def layer_grid(condensed, trees, *, groups=None, titles=None, label="distance between experts", width=PAGE):
+    """Every layer's distances as small heatmaps with their trees above, on one colour scale a layer.
+
+    Parameters
+    ----------
+    condensed, trees : list
+        Of each layer, as for :func:`similarity_heatmap`.
+    groups : int, optional
+    titles : list of str, optional
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+    """
+    columns = min(4, len(trees))
+    rows = -(-len(trees) // columns)
+    side = width / columns
+    figure = Figure(figsize=(width, rows * side * 1.25 + 0.5))
+    upper, lower = figure.subfigures(2, 1, height_ratios=(rows * side * 1.25, 0.5))
+    outer = upper.add_gridspec(rows, columns, wspace=0.12, hspace=0.22, left=0.04, right=0.99)
+    for i, (distance, tree) in enumerate(zip(condensed, trees, strict=True)):
+        inner = outer[i // columns, i % columns].subgridspec(2, 1, height_ratios=(0.3, 1), hspace=0.03)
+        above, below = upper.add_subplot(inner[0]), upper.add_subplot(inner[1])
+        order = _draw_tree(above, tree, cut(tree, groups or len(tree) + 1))
+        image = below.imshow(squareform(distance)[np.ix_(order, order)], cmap=DISTANCES, vmin=0, aspect="auto")
+        _label_experts(below, order)
+        below.tick_params(labelsize=min(5, 130 / len(order)))
+        above.set_title(titles[i] if titles else f"layer {i}")
+    bar = figure.colorbar(image, cax=lower.add_axes((0.3, 0.75, 0.4, 0.16)), orientation="horizontal")
+    bar.set_ticks([0, image.norm.vmax], labels=["0 (the same)", "largest of the layer"])
+    bar.set_label(label)
+    return figure
+
+
+@styled
+def usage_by_domain(stats, layer, *, order=None, title="", width=PAGE):
+    """Which experts the tokens of each domain go to: share of a domain's routed tokens, in per cent.
+
+    Parameters
+    ----------
+    stats : Statistics
+    layer : int or str
+    order : list of int, optional
+        Order of the experts, such as :func:`leaf_order`.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+    """
+    count = stats.layer(layer).usage_count.double()
+    share = 100 * (count / count.sum(1, keepdim=True)).numpy()
+    order = list(range(share.shape[1])) if order is None else order
+    figure = Figure(figsize=(width, 0.7 + 0.17 * len(stats.domains)))
+    axes = figure.add_subplot()
+    image = axes.imshow(share[:, order], cmap="rocket_r", vmin=0, aspect="auto")
+    axes.set_xticks(range(len(order)), order, fontsize=min(7, 320 / len(order)))
+    axes.set_yticks(range(len(stats.domains)), stats.domains)
+    axes.tick_params(length=0)
+    axes.set_xlabel("expert")
+    axes.set_title(title)
+    figure.colorbar(image, ax=axes, pad=0.015, aspect=12).set_label("tokens, %")
+    return figure
+
+
+@styled
+def curve(frame, *, x, y, hue=None, error=None, reference=None, xlabel="", ylabel="", title="", width=COLUMN):
+    """A score against a setting, a line for each value of ``hue``, with one standard error either side.
+
+    Parameters
+    ----------
+    frame : pandas.DataFrame
+    x, y, hue, error : str
+        Columns; where ``error`` is missing from the frame there are no bars.
+    reference : (float, str), optional
+        A horizontal line and its name, such as the unmerged model or chance; a list of such pairs for several.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+    """
+    figure = Figure(figsize=(width, 0.78 * width))
+    axes = figure.add_subplot()
+    groups = [("", frame)] if hue is None else list(frame.groupby(hue, sort=True))
+    markers = "osD^vP*X"
+    for i, (name, rows) in enumerate(groups):
+        rows = rows.sort_values(x)
+        bars = rows[error] if error and error in rows else None
+        shift = (i - (len(groups) - 1) / 2) * 0.006 * (frame[x].max() - frame[x].min())  # bars side by side
+        axes.errorbar(
+            rows[x] + shift, rows[y], yerr=bars, label=name, marker=markers[i % len(markers)], capsize=2, elinewidth=0.8
+        )
+    lines = [reference] if isinstance(reference, tuple) else reference or []
+    for (value, name), dashes in zip(lines, ("--", ":", "-."), strict=False):
+        axes.axhline(value, color="0.4", lw=0.8, ls=dashes, label=name)
+    axes.set_xticks(sorted(frame[x].unique()))
+    axes.set(xlabel=xlabel or x, ylabel=ylabel or y, title=title)
+    axes.legend(title=hue)
+    return figure
+
+
+@styled
+def task_bars(scores, *, before=None, chance=0.25, title="", width=COLUMN):
+    """Accuracy on each task with one standard error, beside that of another model.
+
+    Parameters
+    ----------
+    scores, before : dict
+        ``tasks`` as :func:`hcsmoe_core.evaluate` gives them, of a model and of the one to compare it with.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+    """
+    names = list(scores["tasks"])
+    figure = Figure(figsize=(width, 0.6 + 0.26 * len(names)))
+    axes = figure.add_subplot()
+    shown = [("merged", scores)] if before is None else [("original", before), ("merged", scores)]
+    for i, (label, values) in enumerate(shown):
+        tasks = [values["tasks"][n] for n in names]
+        places = np.arange(len(names)) + (i - (len(shown) - 1) / 2) * 0.38
+        lengths, errors = [100 * t["acc"] for t in tasks], [100 * t["acc_stderr"] for t in tasks]
+        axes.barh(places, lengths, 0.36, xerr=errors, label=label, error_kw={"elinewidth": 0.8})
+    axes.axvline(100 * chance, color="0.4", lw=0.8, ls=":", label="chance")
+    axes.set_yticks(range(len(names)), [n.removeprefix("demo_") for n in names])
+    axes.invert_yaxis()
+    axes.set(xlabel="accuracy, %", xlim=(0, 100), title=title)
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    return figure

@@ -1,0 +1,86 @@
+"""Writing files so that a reader never meets a half-written one, hashing, and errors that name the choices."""
+
+import contextlib
+import hashlib
+import json
+import os
+import secrets
+import shutil
+from pathlib import Path
+
+
+def check_choice(argument, value, choices):
+    """Raise ValueError that lists the choices unless ``value`` is one of them."""
+    if value not in choices:
+        listed = ", ".join(f'"{c}"' for c in choices)
+        raise ValueError(f'The "{argument}" argument must be one of {listed}; not {value!r}.')
+    return value
+
+
+def check_count(argument, value, low, high=None):
+    """Raise ValueError unless ``value`` is a whole number from ``low`` to ``high``."""
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if not whole or value < low or (high is not None and value > high):
+        allowed = f"from {low} to {high}" if high is not None else f"of at least {low}"
+        raise ValueError(f'The "{argument}" argument must be a whole number {allowed}; not {value!r}.')
+    return value
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """Path to write to, beside ``path``; renamed to it when the block ends well, removed when it does not."""
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; give the path of a file.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def new_folder(path):
+    """Folder to fill, beside ``path``; renamed to it when the block ends well, removed when it does not.
+
+    Raises
+    ------
+    FileExistsError
+        If ``path`` exists: nothing that is there is ever overwritten.
+    """
+    path = Path(path)
+    check_absent(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    part.mkdir()
+    try:
+        yield part
+        check_absent(path)  # another process may have been quicker; a rename would replace an empty folder silently
+        os.replace(part, path)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def check_absent(path):
+    """Raise FileExistsError if ``path`` is there."""
+    if Path(path).exists():
+        raise FileExistsError(f"The output folder {path} exists; remove it or give another one.")
+
+
+def sha256_file(path):
+    """SHA-256 of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_json(value):
+    """SHA-256 of a JSON value, whatever the order of its keys and its layout."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def write_json(path, value):
+    """Write ``value`` as indented JSON, beside its place and renamed."""
+    with replacing(path) as part:
+        part.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")

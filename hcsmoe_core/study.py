@@ -1,0 +1,212 @@
+"""What the notebooks and the command share: where things go, statistics that are captured once, and the record of a run."""
+
+import json
+from pathlib import Path
+
+import hcsmoe_core
+from hcsmoe_core.calibration import calibration_tokens, domains_of
+from hcsmoe_core.capture import capture, load_statistics
+from hcsmoe_core.demo import models as demo
+from hcsmoe_core.evaluation import versions
+from hcsmoe_core.figures import save
+from hcsmoe_core.files import sha256_file, sha256_json, write_json
+from hcsmoe_core.moe import find_moe_layers, model_hash
+from hcsmoe_core.plan import summarise
+
+NOTEBOOKS = ("00_tour", "01_similarity", "02_dendrograms", "05_accuracy", "06_ablation")
+
+
+def root():
+    """Root of the repository, or the working directory where the package is installed without one."""
+    folder = Path(hcsmoe_core.__file__).resolve().parents[1]
+    return folder if (folder / "notebooks").is_dir() else Path.cwd()
+
+
+def place(path):
+    """``path``, from the repository's root if it is relative."""
+    return root() / path
+
+
+def shown(path):
+    """``path`` as a person at the repository's root would write it."""
+    path = Path(path)
+    return path.relative_to(root()) if path.is_relative_to(root()) else path
+
+
+def slug(model):
+    """Short name of a model, for folders."""
+    return Path(str(model)).name
+
+
+def calibration_of(model, calibration="", sequences=0, length=0):
+    """Calibration settings with those that were left out filled in.
+
+    Embedded models are calibrated on the embedded corpus, 96 × 256 tokens; others as in the paper, on 32 × 2,048 of C4.
+
+    Returns
+    -------
+    dict
+        ``calibration``, ``sequences`` and ``length``.
+    """
+    calibration = str(calibration or ("demo" if str(model) in demo.NAMES else "c4"))
+    default = (96, 256) if calibration == "demo" else (32, 2048)
+    return {"calibration": calibration, "sequences": sequences or default[0], "length": length or default[1]}
+
+
+def statistics(model, tokenizer, *, calibration="", sequences=0, length=0, seed=42, batch_size=8, folder="runs/statistics"):
+    """Statistics of a model, captured once and read back whenever model and calibration are the same.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+    tokenizer : transformers.PreTrainedTokenizerBase or None
+    calibration, sequences, length
+        As for :func:`calibration_of`.
+    seed, batch_size : int
+    folder : str or path
+        Where the statistics are kept.
+
+    Returns
+    -------
+    Statistics
+    """
+    settings = calibration_of(model.name_or_path, calibration, sequences, length)
+    key = settings | {"seed": seed, "model": model_hash(model), "dtype": str(model.dtype), "core": hcsmoe_core.__version__}
+    source = Path(settings["calibration"])
+    if source.is_file():
+        key["file"] = sha256_file(source)
+    path = place(folder) / f"{slug(model.name_or_path)}-{sha256_json(key)[:12]}.safetensors"
+    if path.exists():
+        return load_statistics(path)
+    size = {"sequences": settings["sequences"], "length": settings["length"]}
+    input_ids = calibration_tokens(settings["calibration"], tokenizer, seed=seed, **size)
+    domains = domains_of(settings["calibration"], settings["sequences"])
+    stats = capture(model, input_ids, batch_size=batch_size, domains=domains)
+    stats.save(path)
+    return stats
+
+
+def layer_table(model):
+    """What is in a model: one row for each MoE layer.
+
+    Returns
+    -------
+    pandas.DataFrame
+    """
+    import pandas as pd
+
+    rows = []
+    for layer in find_moe_layers(model):
+        tensors = layer.tensors().values()
+        size = sum(t.numel() * t.element_size() for t in tensors)
+        first, second = layer.experts.down_proj.shape[1:]
+        width, hidden = (first, second) if layer.transposed else (second, first)
+        rows.append(
+            {
+                "layer": layer.name,
+                "experts": layer.num_experts,
+                "top-k": layer.top_k,
+                "hidden": hidden,
+                "width": width,
+                "experts, MB": round(size / 1e6, 2),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def model_size(model):
+    """Weights that a model holds, tied ones once: ``weights`` in all, ``expert_weights`` in its routed experts.
+
+    ``num_experts`` is E of the unmerged model (the smallest, if layers differ).
+
+    Returns
+    -------
+    dict of str to int
+    """
+    layers = find_moe_layers(model)
+    experts = sum(t.numel() for layer in layers for t in layer.tensors().values())
+    total = sum(p.numel() for p in model.parameters())
+    return {"weights": total, "expert_weights": experts, "num_experts": min(layer.num_experts for layer in layers)}
+
+
+def cut_table(stats, plan):
+    """What a plan does to each layer, from the statistics alone; see :func:`hcsmoe_core.plan.summarise`.
+
+    Returns
+    -------
+    pandas.DataFrame
+    """
+    import pandas as pd
+
+    rows = [{"layer": layer.name} | summarise(stats, layer.name, layer.labels) for layer in plan.layers]
+    return pd.DataFrame(rows).rename(columns={"moved": "routing mass moved", "output_error": "relative error of mean outputs"})
+
+
+def family_agreement(stats, model, *, linkages, similarities):
+    """Adjusted Rand index between the groups found and a model's true families, by layer; 1 is agreement, 0 is chance.
+
+    Returns
+    -------
+    pandas.DataFrame or None
+        None where the families are not known.
+    """
+    import pandas as pd
+    from sklearn.metrics import adjusted_rand_score
+
+    from hcsmoe_core.clustering import cut
+    from hcsmoe_core.plan import merge_tree
+
+    families = demo.families(model.name_or_path)
+    if families is None:
+        return None
+    rows = []
+    for similarity in similarities:
+        for linkage in linkages:
+            trees = [merge_tree(stats, n, similarity=similarity, linkage=linkage, model=model) for n in stats.layers]
+            for count, family in families.items():
+                scores = [adjusted_rand_score(family, cut(tree, count)) for tree in trees]
+                row = {"similarity": similarity, "linkage": linkage, "groups": count}
+                rows.append(row | {f"layer {i}": round(s, 2) for i, s in enumerate(scores)})
+    return pd.DataFrame(rows)
+
+
+class Record:
+    """What a notebook leaves behind: its figures and its ``results.json``.
+
+    Parameters
+    ----------
+    notebook : str
+        Such as ``"01_similarity"``.
+    settings : dict
+        The notebook's parameters.
+    figures : str or path
+        Folder of the figures; they go into a folder of the model's name.
+    results : str or path
+        File of the results; empty for ``runs/NOTEBOOK/MODEL/results.json``.
+    """
+
+    def __init__(self, notebook, settings, *, figures, results=""):
+        self.notebook, self.settings = notebook, settings
+        name = slug(settings["model"])
+        self.figures = place(figures) / name
+        self.results = place(results or f"runs/{notebook}/{name}/results.json")
+        self.written = []
+
+    def figure(self, figure, name):
+        """Save a figure as PNG and PDF under the notebook's number, and return it."""
+        self.written += save(figure, self.figures / f"{self.notebook[:2]}_{name}")
+        return figure
+
+    def close(self, **values):
+        """Write ``results.json`` and say where everything is and what comes next."""
+        files = [str(shown(path)) for path in self.written]
+        about = {"notebook": self.notebook, "parameters": self.settings, "figures": files, "versions": versions()}
+        write_json(self.results, about | values)
+        print(*files, shown(self.results), sep="\n")
+        parameters = " ".join(
+            f"-p {k} {json.dumps(v) if isinstance(v, str) else v}" for k, v in self.settings.items() if v != ""
+        )
+        print(f"\nAgain: papermill notebooks/{self.notebook}.ipynb runs/{self.notebook}.ipynb {parameters}")
+        following = [n for n in NOTEBOOKS if n > self.notebook]
+        if following:
+            print(f"Next: {following[0]}.ipynb")
