@@ -142,9 +142,9 @@ class Statistics:
         """Write to a ``.safetensors`` file, in full or not at all."""
         tensors = {f"{name}/{key}": getattr(sums, key) for name, sums in self.layers.items() for key in SUMS}
         about = {"model": self.model, "domains": self.domains, "sequences": self.sequences, "layers": list(self.layers)}
-        metadata = {"format": FORMAT, "about": json.dumps(about), "sha256": _digest(tensors, about)}
-        with replacing(path) as part:
-            save_file({n: t.contiguous() for n, t in tensors.items()}, part, metadata=metadata)
+        header = json.dumps({"format": FORMAT, "about": about, "sha256": _digest(tensors, about)})
+        with replacing(path) as part:  # one key: safetensors writes several in an order that changes from run to run
+            save_file({n: t.contiguous() for n, t in tensors.items()}, part, metadata={"hcsmoe": header})
 
 
 def _joined(first, second, a, b, domains):
@@ -178,14 +178,14 @@ def load_statistics(path):
         raise FileNotFoundError(f"There is no statistics file {path}; make one with: hcsmoe capture MODEL --out {path}")
     try:
         with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
+            header = json.loads((file.metadata() or {}).get("hcsmoe", "{}"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except SafetensorError as error:
         raise ValueError(f"{path} is not a readable statistics file ({error}); capture again.") from None
-    if metadata.get("format") != FORMAT:
+    if header.get("format") != FORMAT:
         raise ValueError(f"{path} is no statistics file of this version of hcsmoe ({FORMAT}); capture again.")
-    about = json.loads(metadata["about"])
-    if _digest(tensors, about) != metadata["sha256"]:
+    about = header["about"]
+    if _digest(tensors, about) != header["sha256"]:
         raise ValueError(f"{path} was changed since it was written; capture again.")
     layers = {n: LayerStatistics(**{key: tensors[f"{n}/{key}"] for key in SUMS}) for n in about["layers"]}
     return Statistics(layers, about["domains"], about["model"], about["sequences"])

@@ -1,6 +1,7 @@
 """Figures of a paper: each function returns a :class:`matplotlib.figure.Figure`; :func:`save` writes it reproducibly."""
 
 import functools
+import math
 from pathlib import Path
 
 import matplotlib
@@ -16,6 +17,7 @@ STYLE = Path(__file__).with_name("hcsmoe.mplstyle")
 COLUMN, PAGE = 3.25, 6.75  # inches: widths of one and of two columns of a paper
 DISTANCES = "mako"  # seaborn's; dark is alike
 UNMERGED = "0.55"
+LEGIBLE = 4.5  # points: the smallest label worth printing
 
 
 def styled(function):
@@ -53,23 +55,22 @@ def leaf_order(tree):
     return hierarchy.leaves_list(tree).tolist() if len(tree) else [0]
 
 
-def group_colours(labels):
+def group_colours(labels, order):
     """Colour of each group that has more than one expert; the others are grey.
 
-    Colours repeat after ten groups, in the order of the labels.
+    Colours are given along ``order`` (the experts as a dendrogram shows them) and repeat after nine groups, so that
+    neighbours differ.
     """
-    cycle = matplotlib.rc_params_from_file(STYLE)["axes.prop_cycle"].by_key()["color"]
+    cycle = [c for c in matplotlib.rc_params_from_file(STYLE)["axes.prop_cycle"].by_key()["color"] if "949494" not in c]
     sizes = np.bincount(labels)
-    colours, used = {}, 0
-    for label, size in enumerate(sizes):
-        colours[label] = UNMERGED if size == 1 else f"#{cycle[used % len(cycle)].removeprefix('#')}"
-        used += size > 1
-    return colours
+    joined = dict.fromkeys(int(labels[e]) for e in order if sizes[labels[e]] > 1)
+    colours = {label: f"#{cycle[i % len(cycle)].removeprefix('#')}" for i, label in enumerate(joined)}
+    return {label: colours.get(label, UNMERGED) for label in range(len(sizes))}
 
 
 def _draw_tree(axes, tree, labels, *, orientation="top"):
     """Dendrogram on ``axes``; a branch has its group's colour if all its experts are in one group."""
-    colours = group_colours(labels)
+    colours = group_colours(labels, leaf_order(tree))
     experts = len(tree) + 1
     members = {e: {int(labels[e])} for e in range(experts)}
     for t, row in enumerate(tree):
@@ -126,12 +127,12 @@ def similarity_heatmap(condensed, tree, *, groups=None, title="", label="distanc
     _draw_tree(left, tree, labels, orientation="left")
     left.invert_yaxis()
     image = middle.imshow(squareform(condensed)[np.ix_(order, order)], cmap=DISTANCES, vmin=0, aspect="auto")
-    _label_experts(middle, order)
+    _label_experts(middle, order, 0.72 * width)
     for label_of_group in set(labels.tolist()):
         places = [i for i, e in enumerate(order) if labels[e] == label_of_group]
         if len(places) > 1:
             corner, side = places[0] - 0.5, len(places)
-            colour = group_colours(labels)[label_of_group]
+            colour = group_colours(labels, order)[label_of_group]
             middle.add_patch(
                 matplotlib.patches.Rectangle((corner, corner), side, side, fill=False, ec=colour, lw=1.4, clip_on=False)
             )
@@ -145,11 +146,15 @@ def similarity_heatmap(condensed, tree, *, groups=None, title="", label="distanc
     return figure
 
 
-def _label_experts(axes, order):
-    """Number the experts on both axes, in a size that fits."""
-    size = min(7, 220 / max(len(order), 1))
-    axes.set_xticks(range(len(order)), order, fontsize=size, rotation=90 if len(order) > 12 else 0)
-    axes.set_yticks(range(len(order)), order, fontsize=size)
+def _label_experts(axes, order, inches, places=None, *, both=True):
+    """Number the experts along ``inches`` of an axis, as many as can be read: all of them, or every n-th."""
+    room = 72 * inches / len(order)  # points for each
+    step = max(1, math.ceil(LEGIBLE / room))
+    places = list(range(len(order))) if places is None else places
+    size = min(7, 0.9 * room * step)
+    axes.set_xticks(places[::step], order[::step], fontsize=size, rotation=90 if room < 9 else 0)
+    if both:
+        axes.set_yticks(places[::step], order[::step], fontsize=size)
     axes.tick_params(length=0)
 
 
@@ -185,19 +190,18 @@ def dendrogram(tree, *, groups=None, usage=None, title="", label="distance", wid
     if groups:
         axes.axhline(_cut_height(tree, groups), color="black", lw=0.8, ls=(0, (4, 3)))
     places = [10 * i + 5 for i in range(experts)]  # where SciPy draws the leaves
-    size = min(7, 320 / experts)
     if usage is None:
-        axes.set_xticks(places, order, fontsize=size)
+        _label_experts(axes, order, 0.9 * width, places, both=False)
         axes.tick_params(labelbottom=True)
         axes.set_xlabel("expert")
         return figure
     below = figure.add_subplot(rows[1], sharex=axes)
-    colours = group_colours(labels)
+    colours = group_colours(labels, order)
     below.bar(places, [100 * usage[e] for e in order], width=8, color=[colours[int(labels[e])] for e in order])
     below.axhline(100 / experts, color="black", lw=0.6, ls=":")
     below.set_ylabel("tokens, %")
     below.set_xlabel("expert")
-    below.set_xticks(places, order, fontsize=size)
+    _label_experts(below, order, 0.9 * width, places, both=False)
     below.tick_params(length=0, labelbottom=True)
     figure.align_ylabels()
     return figure
@@ -229,8 +233,7 @@ def layer_grid(condensed, trees, *, groups=None, titles=None, label="distance be
         above, below = upper.add_subplot(inner[0]), upper.add_subplot(inner[1])
         order = _draw_tree(above, tree, cut(tree, groups or len(tree) + 1))
         image = below.imshow(squareform(distance)[np.ix_(order, order)], cmap=DISTANCES, vmin=0, aspect="auto")
-        _label_experts(below, order)
-        below.tick_params(labelsize=min(5, 130 / len(order)))
+        _label_experts(below, order, 0.8 * side)
         above.set_title(titles[i] if titles else f"layer {i}")
     bar = figure.colorbar(image, cax=lower.add_axes((0.3, 0.75, 0.4, 0.16)), orientation="horizontal")
     bar.set_ticks([0, image.norm.vmax], labels=["0 (the same)", "largest of the layer"])
@@ -259,9 +262,8 @@ def usage_by_domain(stats, layer, *, order=None, title="", width=PAGE):
     figure = Figure(figsize=(width, 0.7 + 0.17 * len(stats.domains)))
     axes = figure.add_subplot()
     image = axes.imshow(share[:, order], cmap="rocket_r", vmin=0, aspect="auto")
-    axes.set_xticks(range(len(order)), order, fontsize=min(7, 320 / len(order)))
+    _label_experts(axes, order, 0.8 * width, both=False)
     axes.set_yticks(range(len(stats.domains)), stats.domains)
-    axes.tick_params(length=0)
     axes.set_xlabel("expert")
     axes.set_title(title)
     figure.colorbar(image, ax=axes, pad=0.015, aspect=12).set_label("tokens, %")

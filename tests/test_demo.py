@@ -1,0 +1,184 @@
+"""The embedded corpus, tasks and models: what the README says of them."""
+
+import json
+import random
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import adjusted_rand_score
+
+import hcsmoe_core as core
+from hcsmoe_core.demo import corpus, models, tasks, train
+
+
+@pytest.mark.parametrize("domain", corpus.PROCEDURAL)
+def test_splits_never_overlap(domain):
+    rng = random.Random(0)
+    prompts = {split: {corpus.draw(domain, rng, split).prompt for _ in range(1500)} for split in corpus.SPLITS}
+    assert not prompts["train"] & prompts["calibration"]
+    assert not prompts["train"] & prompts["heldout"]
+    assert not prompts["calibration"] & prompts["heldout"]
+    assert min(map(len, prompts.values())) > 100
+
+
+def test_library_text_is_split_by_file():
+    texts = corpus.stdlib_texts()
+    for domain in corpus.STDLIB:
+        assert min(len(t) for t in texts[domain].values()) > 50_000
+        lines = {s: {x for x in t.splitlines() if len(x) > 60} for s, t in texts[domain].items()}
+        shared = len(lines["train"] & lines["heldout"]) / len(lines["heldout"])
+        assert shared < 0.02  # a long line may stand in two files of the library
+
+
+ANSWERS = {
+    "arithmetic": lambda p: str(eval(p.removesuffix("="))),
+    "sorting": lambda p: " " + " ".join(sorted(p.split()[1:-1], key=int)),
+    "series": lambda p: " " + str(2 * int(p.split()[-1]) - int(p.split()[-2])),
+    "largest": lambda p: " " + max(p.split()[2:-1], key=int),
+    "recall": lambda p: " " + dict(zip(p.split()[1:-2:2], p.split()[2:-2:2], strict=False))[p.split()[-1]],
+}
+
+
+@pytest.mark.parametrize("domain", ANSWERS)
+def test_answers_are_right(domain):
+    rng = random.Random(1)
+    for _ in range(300):
+        item = corpus.PROCEDURAL[domain].make(rng)
+        assert item.answer == ANSWERS[domain](item.prompt)
+
+
+def test_more_answers_are_right():
+    assert [corpus._to_roman(n) for n in (1, 4, 9, 14, 40, 90, 400, 1994, 3999)] == [
+        "I", "IV", "IX", "XIV", "XL", "XC", "CD", "MCMXCIV", "MMMCMXCIX",
+    ]  # fmt: skip
+    assert all(corpus._from_roman(corpus._to_roman(n)) == n for n in range(1, 4000))
+    import datetime
+
+    for day in range(365):
+        date = datetime.date(2023, 1, 1) + datetime.timedelta(day)
+        for shift in (-20, -1, 1, 14):
+            other = date + datetime.timedelta(shift)
+            assert corpus._shifted(date.day, date.month - 1, shift) == (other.day, other.month - 1)
+
+
+@pytest.mark.parametrize("name", tasks.NAMES)
+def test_items_are_those_of_the_generator(name):
+    items = tasks.load_items(name)
+    assert items == tasks.make_items(name.removeprefix(tasks.PREFIX))
+    assert len(items) >= 250
+    assert len({i["prompt"] for i in items}) == len(items)
+    assert all(len(set(i["choices"])) == 4 for i in items)
+    assert max(Counter(i["answer"] for i in items).values()) < 0.35 * len(items)
+    domain = name.removeprefix(tasks.PREFIX)
+    learnt = {corpus.draw(domain, random.Random(s), "train").prompt for s in range(2000)}
+    assert not learnt & {i["prompt"] for i in items}
+
+
+def test_items_made_again(tmp_path):
+    tasks.write_items(tmp_path)
+    for name in tasks.NAMES:
+        assert (tmp_path / tasks.path_of(name).name).read_bytes() == tasks.path_of(name).read_bytes()
+
+
+@pytest.fixture(scope="module", params=models.NAMES)
+def embedded(request):
+    model, tokenizer = core.load_model(request.param, dtype="float32")
+    input_ids = core.calibration_tokens("demo", tokenizer, sequences=96, length=256)
+    return request.param, model, tokenizer, core.capture(model, input_ids, domains=core.domains_of("demo", 96))
+
+
+def test_weights_are_small_bfloat16_and_stock(embedded):
+    from safetensors.torch import load_file
+
+    name, model, tokenizer, _ = embedded
+    folder = models.folder(name)
+    assert sum(p.stat().st_size for n in models.NAMES for p in models.folder(n).rglob("*")) <= 24e6
+    assert {t.dtype for t in load_file(folder / "model.safetensors").values()} == {torch.bfloat16}
+    assert type(model).__module__.startswith("transformers.models.")
+    text = "sort 3 1 2 : 1 2 3\n"
+    assert tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True) == text
+    config = model.config
+    if name == "demo-qwen":
+        assert (config.num_experts, config.num_experts_per_tok, config.shared_expert_intermediate_size) == (32, 4, 128)
+    else:
+        assert (config.num_local_experts, config.num_experts_per_tok) == (8, 2)
+
+
+def test_no_expert_is_dead_and_routing_depends_on_the_domain(embedded):
+    _, _, _, stats = embedded
+    for sums in stats.layers.values():
+        share = sums.frequency * len(sums.frequency)
+        assert share.min() > 0.2  # of an equal share
+        assert mutual_information(sums.usage_count) > 0.05
+
+
+def mutual_information(count):
+    """Nats that the expert tells of the domain, over routed pairs."""
+    joint = (count / count.sum()).numpy()
+    product = joint.sum(1, keepdims=True) * joint.sum(0, keepdims=True)
+    return float((joint[joint > 0] * np.log(joint[joint > 0] / product[joint > 0])).sum())
+
+
+def test_true_families_are_known_where_the_model_was_grown():
+    assert models.families("demo-mixtral") is None
+    assert models.families("somebody/else") is None
+    families = models.families("demo-qwen")
+    assert families[16] == [e // 2 for e in range(32)]
+    assert families[8] == [e // 4 for e in range(32)]
+
+
+def test_training_is_recorded():
+    for name in models.NAMES:
+        made = json.loads((models.folder(name) / "training.json").read_text())
+        assert made["recipe"] == json.loads(json.dumps(made["recipe"] | train.asdict(train.RECIPES[name])))
+        assert made["tokens"] >= 20e6
+
+
+def test_splitting_keeps_what_the_parent_computes():
+    """Without noise, twice the experts of which each pair is one expert twice, at twice the top-k, compute the same."""
+    parent = train.build("demo-qwen", 8, 0)
+    child = train.build("demo-qwen", 16, 1)
+    train.split_experts(parent, child, 0.0, 0)
+    child_experts, parent_experts = child.model.layers[0].mlp.experts, parent.model.layers[0].mlp.experts
+    for e in range(16):
+        assert torch.equal(child_experts.down_proj[e], parent_experts.down_proj[e // 2])
+    ids = torch.randint(0, 1024, (2, 12))
+    for layer in child.model.layers:
+        layer.mlp.gate.top_k = 8
+    with torch.no_grad():
+        torch.testing.assert_close(child(ids).logits, parent(ids).logits, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_training_resumed_gives_the_same_weights(tmp_path, monkeypatch):
+    recipe = train.Recipe(stages=((1, 2), (8, 2), (16, 2)), sequences=2, length=32, warmup=2)
+    whole = train.train("demo-qwen", tmp_path / "whole", recipe, every=100)
+    saved = train.save_checkpoint
+
+    def stopped(folder, model, optimizer, progress):
+        saved(folder, model, optimizer, progress)
+        if progress["step"] == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "save_checkpoint", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        train.train("demo-qwen", tmp_path / "stopped", recipe, every=1)
+    monkeypatch.setattr(train, "save_checkpoint", saved)
+    again = train.train("demo-qwen", tmp_path / "stopped", recipe, every=100)
+    assert again["final_training_loss"] == whole["final_training_loss"]
+    for file in ("model.safetensors", "families.json", "tokenizer.json"):
+        assert (tmp_path / "whole/model" / file).read_bytes() == (tmp_path / "stopped/model" / file).read_bytes()
+    with pytest.raises(ValueError, match="written by another recipe"):
+        train.train("demo-qwen", tmp_path / "stopped", train.Recipe(stages=((1, 2),)))
+
+
+def test_families_agree_with_the_tree():
+    """The planted tree is found again from mean outputs at both levels, better than by chance in every layer."""
+    model, tokenizer = core.load_model("demo-qwen", dtype="float32")
+    stats = core.capture(model, core.calibration_tokens("demo", tokenizer, sequences=48, length=256))
+    for name in stats.layers:
+        tree = core.merge_tree(stats, name)
+        for count, family in models.families("demo-qwen").items():
+            assert adjusted_rand_score(family, core.cut(tree, count)) > 0.2

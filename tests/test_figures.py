@@ -1,0 +1,113 @@
+import base64
+import io
+
+import matplotlib.image
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import tiny_model, tokens
+from matplotlib.figure import Figure
+
+from hcsmoe_core import capture, cut, distances, explore, figures, linkage
+from hcsmoe_core.capture import LayerStatistics, Statistics
+
+
+@pytest.fixture(scope="module")
+def measured():
+    model = tiny_model("qwen2_moe")
+    return model, capture(model, tokens(6), domains=list("ababab"))
+
+
+def drawn(stats):
+    condensed = [distances(stats, name) for name in stats.layers]
+    trees = [linkage(c) for c in condensed]
+    frame = pd.DataFrame({"r": [2, 4, 2, 4], "acc": [0.5, 0.6, 0.4, 0.7], "se": [0.1] * 4, "linkage": ["a", "a", "b", "b"]})
+    scores = {"tasks": {"demo_units": {"acc": 0.5, "acc_stderr": 0.02}, "demo_roman": {"acc": 0.7, "acc_stderr": 0.02}}}
+    return {
+        "heatmap": figures.similarity_heatmap(condensed[0], trees[0], groups=4, title="t"),
+        "dendrogram": figures.dendrogram(trees[0], groups=3, usage=stats.layer(0).frequency.numpy()),
+        "bare": figures.dendrogram(trees[0]),
+        "grid": figures.layer_grid(condensed, trees, groups=4),
+        "usage": figures.usage_by_domain(stats, 0),
+        "curve": figures.curve(
+            frame, x="r", y="acc", hue="linkage", error="se", reference=[(0.8, "original"), (0.25, "chance")]
+        ),
+        "tasks": figures.task_bars(scores, before=scores),
+    }
+
+
+def test_figures_are_not_blank_and_the_same_bytes_each_time(measured, tmp_path):
+    _, stats = measured
+    for folder in ("first", "second"):
+        for name, figure in drawn(stats).items():
+            assert isinstance(figure, Figure)
+            written = figures.save(figure, tmp_path / folder / name)
+            assert [p.name for p in written] == [f"{name}.png", f"{name}.pdf"]
+            assert matplotlib.image.imread(written[0])[..., :3].std() > 0.05
+    for path in (tmp_path / "first").iterdir():
+        assert path.read_bytes() == (tmp_path / "second" / path.name).read_bytes(), path.name
+        if path.suffix == ".pdf":
+            assert b"/Type3" not in path.read_bytes()
+
+
+def test_groups_are_coloured_alike_in_tree_and_heatmap():
+    points = np.array([0, 0.1, 5, 5.1, 5.2, 9.0])[:, None]
+    tree = linkage(np.abs(points - points.T)[np.triu_indices(6, 1)])
+    labels = cut(tree, 3)
+    order = figures.leaf_order(tree)
+    colours = figures.group_colours(labels, order)
+    assert colours[2] == figures.UNMERGED
+    assert len(set(colours.values())) == 3
+    figure = figures.dendrogram(tree, groups=3, usage=np.full(6, 1 / 6))
+    bars = [matplotlib.colors.to_hex(p.get_facecolor()) for p in figure.axes[1].patches]
+    assert bars == [matplotlib.colors.to_hex(colours[int(labels[e])]) for e in order]
+    line = figure.axes[0].lines[-1].get_ydata()[0]
+    assert tree[2, 2] < line < tree[3, 2]
+
+
+def test_usage_is_shown_in_per_cent_of_a_domain():
+    count = torch.tensor([[1, 3], [5, 5]])
+    layer = LayerStatistics(torch.tensor([4, 10]), count, count.double(), torch.ones(2, 2, 3), torch.ones(2, 2, 2))
+    stats = Statistics({"m": layer}, ["x", "y"], {}, [])
+    image = figures.usage_by_domain(stats, 0).axes[0].images[0].get_array()
+    np.testing.assert_allclose(image, [[25, 75], [50, 50]])
+
+
+def picture(widget):
+    bundle = widget._repr_mimebundle_()
+    data = bundle[0] if isinstance(bundle, tuple) else bundle
+    assert "application/vnd.jupyter.widget-view+json" in data
+    return base64.b64decode(data["image/png"])
+
+
+def test_explorers_carry_their_picture_and_follow_their_controls(measured):
+    model, stats = measured
+    cutting = explore.cut_explorer(stats, model, experts=4)
+    first, text = picture(cutting), cutting._text.value
+    assert matplotlib.image.imread(io.BytesIO(first))[..., :3].std() > 0.05
+    assert "50 % of this layer's expert weights saved" in text
+    cutting._controls["experts"].value = 2
+    assert picture(cutting) != first
+    assert "75 % of this layer's expert weights saved" in cutting._text.value
+    cutting._controls["experts"].value = 4
+    assert picture(cutting) == first
+    for other in (explore.usage_explorer(stats), explore.similarity_explorer(stats, model)):
+        before = picture(other)
+        other._controls["layer"].value = 2
+        assert picture(other) != before
+        assert not any(getattr(c, "continuous_update", False) for c in other._controls.values())
+    similar = explore.similarity_explorer(stats, model)
+    before = picture(similar)
+    similar._controls["similarity"].value = "weight"
+    assert picture(similar) != before
+
+
+def test_values_out_of_range_are_errors_where_a_slider_would_clamp(measured):
+    model, stats = measured
+    with pytest.raises(ValueError, match='"layer" argument must be a whole number from 0 to 2; not 3'):
+        explore.usage_explorer(stats, layer=3)
+    with pytest.raises(ValueError, match='"experts kept" argument must be a whole number from 1 to 8; not 9'):
+        explore.cut_explorer(stats, model, experts=9)
+    with pytest.raises(ValueError, match='"linkage" argument must be one of'):
+        explore.similarity_explorer(stats, model, linkage="centroid")
