@@ -1,7 +1,10 @@
 """What the notebooks and the command share: where things go, statistics that are captured once, and the record of a run."""
 
 import json
+import platform
 from pathlib import Path
+
+import torch
 
 import hcsmoe_core
 from hcsmoe_core.calibration import calibration_tokens, domains_of
@@ -72,6 +75,8 @@ def statistics(model, tokenizer, *, calibration="", sequences=0, length=0, seed=
     """
     settings = calibration_of(model.name_or_path, calibration, sequences, length)
     key = settings | {"seed": seed, "model": model_hash(model), "dtype": str(model.dtype), "core": hcsmoe_core.__version__}
+    if settings["calibration"] == "demo":
+        key["python"] = platform.python_version()  # whose library is part of the text
     source = Path(settings["calibration"])
     if source.is_file():
         key["file"] = sha256_file(source)
@@ -111,6 +116,29 @@ def layer_table(model):
                 "experts, MB": round(size / 1e6, 2),
             }
         )
+    return pd.DataFrame(rows)
+
+
+def usage_table(stats):
+    """How evenly each layer's experts are used, and how much they tell of the text: one row for each MoE layer.
+
+    Returns
+    -------
+    pandas.DataFrame
+        ``least used`` and ``most used``, relative to an equal share of the routed tokens; ``unused``, the number of experts
+        that no token was routed to; ``information, nats``, the mutual information of expert and domain over routed pairs
+        (0: routing does not depend on the domain).
+    """
+    import pandas as pd
+
+    rows = []
+    for name, sums in stats.layers.items():
+        share = sums.frequency * len(sums.frequency)
+        joint = sums.usage_count.double() / sums.usage_count.sum()
+        independent = joint.sum(1, keepdim=True) * joint.sum(0, keepdim=True)
+        information = torch.xlogy(joint, joint / independent).nan_to_num().sum()
+        row = {"layer": name, "least used": float(share.min()), "most used": float(share.max())}
+        rows.append(row | {"unused": int((share == 0).sum()), "information, nats": float(information)})
     return pd.DataFrame(rows)
 
 

@@ -4,12 +4,12 @@ import json
 import random
 from collections import Counter
 
-import numpy as np
 import pytest
 import torch
-from sklearn.metrics import adjusted_rand_score
+from sklearn.metrics import adjusted_rand_score, mutual_info_score
 
 import hcsmoe_core as core
+from hcsmoe_core import study
 from hcsmoe_core.demo import corpus, models, tasks, train
 
 
@@ -108,17 +108,15 @@ def test_weights_are_small_bfloat16_and_stock(embedded):
 
 def test_no_expert_is_dead_and_routing_depends_on_the_domain(embedded):
     _, _, _, stats = embedded
-    for sums in stats.layers.values():
-        share = sums.frequency * len(sums.frequency)
-        assert share.min() > 0.2  # of an equal share
-        assert mutual_information(sums.usage_count) > 0.05
-
-
-def mutual_information(count):
-    """Nats that the expert tells of the domain, over routed pairs."""
-    joint = (count / count.sum()).numpy()
-    product = joint.sum(1, keepdims=True) * joint.sum(0, keepdims=True)
-    return float((joint[joint > 0] * np.log(joint[joint > 0] / product[joint > 0])).sum())
+    table = study.usage_table(stats)
+    for row, sums in zip(table.to_dict("records"), stats.layers.values(), strict=True):
+        count = sums.usage_count.sum(0)
+        assert row["unused"] == 0
+        assert row["least used"] == pytest.approx(count.min().item() / count.double().mean().item())
+        assert row["least used"] > 0.2  # of an equal share
+        information = mutual_info_score(None, None, contingency=sums.usage_count.numpy())
+        assert row["information, nats"] == pytest.approx(information)
+        assert information > 0.05
 
 
 def test_true_families_are_known_where_the_model_was_grown():

@@ -404,7 +404,12 @@ def text_of(domain, rng, split, characters):
     """At least ``characters`` characters of one domain and split: lines of items, or a stretch of the library."""
     if domain in STDLIB:
         whole = stdlib_texts()[domain][split]
-        start = rng.randrange(max(1, len(whole) - characters))
+        if characters > len(whole):
+            raise ValueError(
+                f"The {split} text of {domain} has {len(whole)} characters in this Python's standard library, but "
+                f"{characters} were asked for; ask for shorter sequences."
+            )
+        start = rng.randrange(len(whole) - characters + 1)
         return whole[start : start + characters]
     lines, length = [], 0
     while length < characters:
