@@ -252,6 +252,8 @@ def load_merged(folder, *, dtype="auto", device="auto", experts_implementation=N
     extra = {} if experts_implementation is None else {"experts_implementation": experts_implementation}
     with _readable(folder):
         config = AutoConfig.from_pretrained(folder)
+        if type(config) not in AutoModelForCausalLM._model_mapping:
+            raise ValueError(f"transformers has no causal language model for its configuration ({type(config).__name__}).")
         base = AutoModelForCausalLM._model_mapping[type(config)]
         loaded, report = _merged_class(base).from_pretrained(
             folder, config=config, dtype=_dtype(dtype), output_loading_info=True, use_safetensors=True, **extra

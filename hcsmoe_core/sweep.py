@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import json
 import os
+import tempfile
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
@@ -94,15 +95,16 @@ def run_cell(notebook, parameters, folder, *, again=False, threads=None):
         os.environ |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
     os.environ |= {"TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false"}
     try:
-        papermill.execute_notebook(
-            str(notebook),
-            str(part),
-            parameters=parameters | {"results": str(folder / f"{stem}.json")},
-            progress_bar=False,
-            store_widget_state=False,
-            # Kernels that start at the same time race for TCP ports; sockets in files cannot collide.
-            config=Config(KernelManager={"transport": "ipc"}),
-        )
+        # Kernels that start at the same time race for TCP ports; sockets in a folder of their own cannot collide.
+        with tempfile.TemporaryDirectory(prefix="hcsmoe-") as sockets:
+            papermill.execute_notebook(
+                str(notebook),
+                str(part),
+                parameters=parameters | {"results": str(folder / f"{stem}.json")},
+                progress_bar=False,
+                store_widget_state=False,
+                config=Config(KernelManager={"transport": "ipc", "ip": str(Path(sockets) / "kernel")}),
+            )
         part.replace(done)
     except papermill.PapermillExecutionError:
         part.replace(folder / f"{stem}.failed.ipynb")
