@@ -22,7 +22,8 @@ from hcsmoe_core.files import check_count, replacing, sha256_json
 from hcsmoe_core.moe import check_loaded, find_moe_layers, model_hash, router_logits
 
 FORMAT = "hcsmoe-statistics-1"
-CHUNK_BYTES = 128 << 20  # activations of all experts that are held at once, before the gate
+# Activations of all experts that are held at once, before the gate: what stays in a CPU's caches, and what fills a GPU.
+CHUNK_BYTES = {"cpu": 16 << 20, "cuda": 512 << 20}
 
 
 @dataclass
@@ -227,7 +228,8 @@ class _Collector:
         self.usage_count[domain] += torch.bincount(index[taken], minlength=self.usage_count.shape[1])
         self.routing_mass[domain].index_add_(0, index.flatten(), weight.flatten())
         up = getattr(self.layer.experts, self.layer.up_name)
-        chunk = max(1, CHUNK_BYTES // (up[:, :, 0].numel() * up.element_size()))
+        room = CHUNK_BYTES.get(tokens.device.type, CHUNK_BYTES["cuda"])
+        chunk = max(1, room // (up[0].numel() // tokens.shape[1] * len(up) * up.element_size()))
         for part in tokens.split(chunk):
             total = self.layer.expert_hidden(part).sum(0, dtype=torch.float64)
             if self.hidden_sum is None:

@@ -48,19 +48,19 @@ def test_merged_models_are_scored_alike_live_and_loaded(embedded, tmp_path):
     plan = core.make_plan(stats, model, experts=4)
     core.save_merged(model, plan, tmp_path / "m", tokenizer=tokenizer)
     options = dict(limit=20, sequences=12, length=64)
-    original = core.evaluate(model, tokenizer, ["demo_roman", "demo_units"], **options)
+    original = core.evaluate(model, tokenizer, ["demo_largest", "demo_units"], **options)
     core.apply_plan(model, plan)
-    live = core.evaluate(model, tokenizer, ["demo_roman", "demo_units"], **options)
+    live = core.evaluate(model, tokenizer, ["demo_largest", "demo_units"], **options)
     core.restore(model)
     loaded, own_tokenizer = core.load_model(tmp_path / "m")
-    again = core.evaluate(loaded, own_tokenizer, ["demo_roman", "demo_units"], **options)
+    again = core.evaluate(loaded, own_tokenizer, ["demo_largest", "demo_units"], **options)
     assert again["tasks"] == live["tasks"]
     assert again["loss"] == live["loss"]
     assert live["mean_loss"] > original["mean_loss"]
     assert live["settings"]["dtype"] == "float32"
     assert {"torch", "transformers", "lm_eval", "python", "hcsmoe"} <= set(live["versions"])
     assert set(live["seconds"]) == {"tasks", "perplexity"}
-    assert "demo_roman" in score_table(live)
+    assert "demo_largest" in score_table(live)
 
 
 def test_bad_input_is_refused(embedded):

@@ -23,7 +23,7 @@ def drawn(stats):
     condensed = [distances(stats, name) for name in stats.layers]
     trees = [linkage(c) for c in condensed]
     frame = pd.DataFrame({"r": [2, 4, 2, 4], "acc": [0.5, 0.6, 0.4, 0.7], "se": [0.1] * 4, "linkage": ["a", "a", "b", "b"]})
-    scores = {"tasks": {"demo_units": {"acc": 0.5, "acc_stderr": 0.02}, "demo_roman": {"acc": 0.7, "acc_stderr": 0.02}}}
+    scores = {"tasks": {"demo_units": {"acc": 0.5, "acc_stderr": 0.02}, "demo_largest": {"acc": 0.7, "acc_stderr": 0.02}}}
     return {
         "heatmap": figures.similarity_heatmap(condensed[0], trees[0], groups=4, title="t"),
         "dendrogram": figures.dendrogram(trees[0], groups=3, usage=stats.layer(0).frequency.numpy()),

@@ -39,10 +39,13 @@ class Domain:
     make : callable ``(random.Random) -> Item``
     distract : callable ``(random.Random, Item) -> str``
         One wrong answer of the same form; may repeat itself or be right by chance, the caller looks.
+    ask : callable ``(random.Random) -> Item``, optional
+        Makes the items of the task where those of the text would be too easy: longer lists, larger numbers.
     """
 
     make: Callable[[random.Random], Item]
     distract: Callable[[random.Random, Item], str]
+    ask: Callable[[random.Random], Item] | None = None
 
 
 def split_of(key):
@@ -75,8 +78,8 @@ def _arithmetic_wrong(rng, item):
     return str(_nudged(rng, int(item.answer), [1, 2, 10]))
 
 
-def _sorting(rng):
-    values = rng.sample(range(100), rng.randrange(4, 7))
+def _sorting(rng, lengths=(4, 5, 6)):
+    values = rng.sample(range(100), rng.choice(lengths))
     text = " ".join(map(str, values))
     return Item(f"sort {text} :", "".join(f" {v}" for v in sorted(values)), f"sorting {text}")
 
@@ -94,9 +97,9 @@ def _sorting_wrong(rng, item):
 CLOSING = {"(": ")", "[": "]", "{": "}", "<": ">"}
 
 
-def _brackets(rng):
+def _brackets(rng, lengths=range(8, 16)):
     shown, stack = [], []
-    length = rng.randrange(8, 16)
+    length = rng.choice(lengths)
     while len(shown) < length or len(stack) < 3:
         if stack and (len(stack) > 6 or (rng.random() < 0.45 and len(shown) < length)):
             shown.append(stack.pop())
@@ -174,11 +177,12 @@ UNITS = (
     ("score", "pieces", 20),
     ("gross", "pieces", 144),
 )
+UNEVEN = tuple(u for u in UNITS if u[2] not in (10, 100, 1000))
 
 
-def _units(rng):
-    large, small, factor = rng.choice(UNITS)
-    count = rng.randrange(2, 300)
+def _units(rng, units=UNITS, counts=range(2, 300)):
+    large, small, factor = rng.choice(units)
+    count = rng.choice(counts)
     return Item(f"{count} {large} =", f" {count * factor} {small}", f"units {count} {large}")
 
 
@@ -279,9 +283,9 @@ def _roman_wrong(rng, item):
     return f" {number}" if answer.isdigit() else f" {_to_roman(number)}"
 
 
-def _series(rng):
-    step = rng.choice([-1, 1]) * rng.randrange(1, 25)
-    start = rng.randrange(0, 200) if step > 0 else rng.randrange(-6 * step, -6 * step + 200)
+def _series(rng, steps=range(1, 25), starts=range(200)):
+    step = rng.choice([-1, 1]) * rng.choice(steps)
+    start = rng.choice(starts) + max(0, -6 * step)  # long enough above zero
     shown = " ".join(str(start + i * step) for i in range(4))
     return Item(f"count {shown}", f" {start + 4 * step}", f"series {start} {step}")
 
@@ -323,13 +327,13 @@ def _recall_wrong(rng, item):
 
 PROCEDURAL = {
     "arithmetic": Domain(_arithmetic, _arithmetic_wrong),
-    "sorting": Domain(_sorting, _sorting_wrong),
-    "brackets": Domain(_brackets, _brackets_wrong),
+    "sorting": Domain(_sorting, _sorting_wrong, functools.partial(_sorting, lengths=(6, 7))),
+    "brackets": Domain(_brackets, _brackets_wrong, functools.partial(_brackets, lengths=range(16, 22))),
     "dates": Domain(_dates, _dates_wrong),
-    "units": Domain(_units, _units_wrong),
+    "units": Domain(_units, _units_wrong, functools.partial(_units, units=UNEVEN, counts=range(300, 900))),
     "facts": Domain(_facts, _facts_wrong),
     "roman": Domain(_roman, _roman_wrong),
-    "series": Domain(_series, _series_wrong),
+    "series": Domain(_series, _series_wrong, functools.partial(_series, steps=range(7, 25), starts=range(150, 350))),
     "largest": Domain(_largest, _largest_wrong),
     "recall": Domain(_recall, _recall_wrong),
 }
@@ -337,10 +341,11 @@ STDLIB = ("code", "prose")
 DOMAINS = (*STDLIB, *PROCEDURAL)
 
 
-def draw(domain, rng, split):
-    """One item of a procedural domain that belongs to ``split``."""
+def draw(domain, rng, split, *, task=False):
+    """One item of a procedural domain that belongs to ``split``; of its task where that asks for more than the text has."""
+    make = (PROCEDURAL[domain].ask if task else None) or PROCEDURAL[domain].make
     while True:
-        item = PROCEDURAL[domain].make(rng)
+        item = make(rng)
         # Facts carry their split in the key; everything else is split by the hash of what it asks.
         if (item.key.split(":")[0] if domain == "facts" else split_of(item.key)) == split:
             return item

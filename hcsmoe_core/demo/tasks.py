@@ -14,7 +14,7 @@ FOLDER = models.FOLDER / "tasks"
 ITEMS = 300
 CHOICES = 4
 PREFIX = "demo_"
-DOMAINS = ("arithmetic", "sorting", "brackets", "dates", "units", "facts", "roman", "series")
+DOMAINS = ("arithmetic", "sorting", "brackets", "dates", "units", "facts", "largest", "series")
 NAMES = tuple(PREFIX + d for d in DOMAINS)
 
 
@@ -28,10 +28,13 @@ def make_items(domain, count=ITEMS, seed=0):
         longer one) and ``answer``, the place of the right one.
     """
     rng = random.Random(f"{domain} {seed}")
-    items, seen = [], set()
+    items, seen, repeated = [], set(), 0
     while len(items) < count:
-        item = corpus.draw(domain, rng, "heldout")
+        item = corpus.draw(domain, rng, "heldout", task=True)
         if item.prompt in seen:
+            repeated += 1
+            if repeated > 100 * count:
+                raise ValueError(f"{domain} has fewer than {count} different held-out prompts.")
             continue
         seen.add(item.prompt)
         wrong = []
