@@ -228,7 +228,7 @@ class _Collector:
         self.usage_count[domain] += torch.bincount(index[taken], minlength=self.usage_count.shape[1])
         self.routing_mass[domain].index_add_(0, index.flatten(), weight.flatten())
         up = getattr(self.layer.experts, self.layer.up_name)
-        room = CHUNK_BYTES.get(tokens.device.type, CHUNK_BYTES["cuda"])
+        room = CHUNK_BYTES["cpu" if tokens.device.type == "cpu" else "cuda"]
         chunk = max(1, room // (up[0].numel() // tokens.shape[1] * len(up) * up.element_size()))
         for part in tokens.split(chunk):
             total = self.layer.expert_hidden(part).sum(0, dtype=torch.float64)

@@ -197,7 +197,7 @@ def demo(
     figures: Annotated[Path, typer.Option(help="Folder of the figures.")] = Path("figures"),
     models: Annotated[str, typer.Option(help="Models, comma-separated.")] = "demo-qwen,demo-mixtral",
     workers: Annotated[int, typer.Option(help="Notebooks run side by side; 0 for one a core, two at most.")] = 0,
-    limit: Annotated[int, typer.Option(help="Items of each task; 0 for all.")] = 0,
+    limit: Annotated[int, typer.Option(help="Items of each task; 0 for all 300.")] = 100,
 ):
     """Run the notebooks on the embedded models over a small grid: figures, tables and executed notebooks."""
     from hcsmoe_core.showcase import run

@@ -172,11 +172,21 @@ def test_training_resumed_gives_the_same_weights(tmp_path, monkeypatch):
         train.train("demo-qwen", tmp_path / "stopped", train.Recipe(stages=((1, 2),)))
 
 
-def test_families_agree_with_the_tree():
-    """The planted tree is found again from mean outputs at both levels, better than by chance in every layer."""
-    model, tokenizer = core.load_model("demo-qwen", dtype="float32")
-    stats = core.capture(model, core.calibration_tokens("demo", tokenizer, sequences=48, length=256))
-    for name in stats.layers:
-        tree = core.merge_tree(stats, name)
-        for count, family in models.families("demo-qwen").items():
-            assert adjusted_rand_score(family, core.cut(tree, count)) > 0.2
+def test_the_planted_families_are_found(embedded):
+    """By weights and router logits nearly exactly; by mean outputs in part, but far from by chance."""
+    name, model, _, stats = embedded
+    if name != "demo-qwen":
+        assert study.family_agreement(stats, model, linkages=["average"], similarities=["weight"]) is None
+        return
+    table = study.family_agreement(
+        stats, model, linkages=["average"], similarities=["expert-output", "router-logits", "weight"]
+    )
+    for row in table.to_dict("records"):
+        by_layer = [row[f"layer {i}"] for i in range(4)]
+        if row["similarity"] != "expert-output":
+            assert min(by_layer) > 0.8
+        elif row["groups"] == 16:
+            assert min(by_layer) > 0.2
+    family, labels = models.families("demo-qwen")[16], core.cut(core.merge_tree(stats, 1), 16)
+    row = table[(table["similarity"] == "expert-output") & (table["groups"] == 16)].iloc[0]
+    assert row["layer 1"] == round(adjusted_rand_score(family, labels), 2)
