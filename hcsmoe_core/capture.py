@@ -299,6 +299,14 @@ def capture(model, input_ids, *, batch_size=8, domains=None, progress=True):
         check_loaded(layer)
     collectors = [_Collector(layer, len(names)) for layer in layers]
     about = {"name": model.name_or_path or type(model).__name__, "class": type(model).__name__, "hash": model_hash(model)}
+    _run(model, input_ids, collectors, of_sequence, batch_size, progress)
+    sums = {collector.layer.name: collector.finish() for collector in collectors}
+    hashes = [hashlib.sha256(row.numpy().tobytes()).hexdigest()[:16] for row in input_ids]
+    return Statistics(sums, names, about, hashes)
+
+
+def _run(model, input_ids, collectors, of_sequence, batch_size, progress):
+    """The pass: all sequences once through the model, with every collector listening."""
     # The language model head's logits are not needed; where the model can, it makes one row of them.
     extra = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     handles = []
@@ -328,9 +336,6 @@ def capture(model, input_ids, *, batch_size=8, domains=None, progress=True):
                 f"{collector.layer.name} was never called. Kernels that replace the whole MoE block, and models compiled "
                 "before the capture, hide it: load the model with use_kernels=False and do not compile it."
             )
-    sums = {collector.layer.name: collector.finish() for collector in collectors}
-    hashes = [hashlib.sha256(row.numpy().tobytes()).hexdigest()[:16] for row in input_ids]
-    return Statistics(sums, names, about, hashes)
 
 
 def check_tokens(input_ids, model):

@@ -363,7 +363,8 @@ def stdlib_texts():
     Returns
     -------
     dict
-        ``{"code" | "prose": {split: str}}``; a file and its docstrings are always in the same split.
+        ``{"code" | "prose": {split: str}}``; a file and its docstrings are always in the same split. The library repeats
+        itself: a paragraph that has a long line in common with an earlier split is left out of a later one.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
     texts = {domain: {split: [] for split in SPLITS} for domain in STDLIB}
@@ -388,7 +389,22 @@ def stdlib_texts():
     for topic in sorted(topics):
         texts["prose"][split_of(f"topic {topic}")].append(topics[topic])
     joint = {"code": "\n", "prose": "\n\n"}
-    return {domain: {s: joint[domain].join(t) for s, t in by_split.items()} for domain, by_split in texts.items()}
+    found = {domain: {} for domain in STDLIB}
+    for domain in STDLIB:
+        seen = set()
+        for split in SPLITS:
+            found[domain][split] = joint[domain].join(_unseen(text, seen) for text in texts[domain][split])
+            seen.update(_long_lines(found[domain][split]))
+    return found
+
+
+def _long_lines(text):
+    return {line.strip() for line in text.splitlines() if len(line.strip()) > 50}
+
+
+def _unseen(text, seen):
+    """Paragraphs of a text that have no long line among those seen."""
+    return "\n\n".join(p for p in text.split("\n\n") if not seen or seen.isdisjoint(_long_lines(p)))
 
 
 def _code_and_docstrings(source, tree):

@@ -229,15 +229,8 @@ def train(name, folder, recipe=None, device="cpu", every=250):
         since_split = step - (ends[stage] - recipe.stages[stage][1])
         for group in optimizer.param_groups:
             group["lr"] = rate_at(recipe, step, since_split)
-        rows = batch(tokenizer, recipe, step, device)
-        logits = model(input_ids=rows[:, :-1], use_cache=False).logits
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
-        balance = tap.balance_loss()
-        (loss + recipe.balance * balance if experts > 1 else loss).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        progress["losses"].append(round(loss.item(), 4))
+        loss = take_step(model, optimizer, tap, batch(tokenizer, recipe, step, device), recipe.balance if experts > 1 else 0.0)
+        progress["losses"].append(round(loss, 4))
         progress["step"] += 1
         progress["seconds"] += time.perf_counter() - started
         bar.update()
@@ -246,6 +239,18 @@ def train(name, folder, recipe=None, device="cpu", every=250):
             save_checkpoint(folder, model, optimizer, progress)
     bar.close()
     return finish(name, folder, model, tokenizer, recipe, progress)
+
+
+def take_step(model, optimizer, tap, rows, balance):
+    """One update on a batch; returns the loss in nats a token, without the balancing term."""
+    logits = model(input_ids=rows[:, :-1], use_cache=False).logits
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
+    balance_loss = tap.balance_loss()
+    (loss + balance * balance_loss if balance else loss).backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return loss.item()
 
 
 def finish(name, folder, model, tokenizer, recipe, progress):
