@@ -24,17 +24,18 @@ def run(names, out, figures, workers, limit):
         base = {"model": name, "limit": limit} | shared
         scored += [(path("05_accuracy"), base | {"experts": 0})]
         scored += [(path("05_accuracy"), c) for c in sweep.grid(base, experts=EXPERTS[name], linkage=LINKAGES)]
-    rest = [cell for cell in looks if cell not in tours]
-    done += sweep.run_cells(rest + scored, out, workers=workers, description="study")
+    done += sweep.run_cells([cell for cell in looks if cell not in tours], out, workers=workers, description="similarity")
+    cells = out / (f"{limit}-items" if limit else "all-items")  # scores on other items are another study
+    done += sweep.run_cells(scored, cells, workers=workers, description="accuracy")
     for name in names:
-        parameters = {"model": name, "sweep": str(out)} | shared
+        parameters = {"model": name, "sweep": str(cells)} | shared
         done.append(sweep.run_cell(path("06_ablation"), parameters, out, again=True))
-    report(names, out, figures, done)
+    report(names, out, cells, figures, len(done))
 
 
-def report(names, out, figures, done):
+def report(names, out, cells, figures, executed):
     """Print the table of scores, and where everything lies."""
-    frame = sweep.collect(out)
+    frame = sweep.collect(cells)
     for name in names:
         rows = frame[frame["model"] == name].copy()
         rows["linkage"] = rows["linkage"].where(rows["experts"] > 0, "(original)")
@@ -47,7 +48,7 @@ def report(names, out, figures, done):
         rows["weights"] = [f"{w:,}" for w in rows["weights"]]
         print(f"\n{name}")
         print(rows[["experts", "linkage", "weights", "accuracy", "loss"]].to_string(index=False))
-    print(f"\nnotebooks and results  {shown(out)}  ({len(done)} executed)")
+    print(f"\nnotebooks and results  {shown(out)}  ({executed} executed)")
     for name in names:
         print(f"figures                {shown(place(figures) / name)}")
 

@@ -104,6 +104,7 @@ def run_cell(notebook, parameters, folder, *, again=False, threads=None):
                 progress_bar=False,
                 store_widget_state=False,
                 config=Config(KernelManager={"transport": "ipc", "ip": str(Path(sockets) / "kernel")}),
+                extra_arguments=["--log-level=50"],  # a kernel that is shut down calls the interrupt an error
             )
         part.replace(done)
     except papermill.PapermillExecutionError:
