@@ -9,14 +9,20 @@ the procedural domains do not.
 """
 
 import ast
+import contextlib
 import functools
 import hashlib
+import json
+import os
 import random
+import sys
 import sysconfig
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+from hcsmoe_core.files import write_json
 
 SPLITS = ("train", "calibration", "heldout")
 
@@ -360,6 +366,8 @@ SKIPPED = {"site-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo",
 def stdlib_texts():
     """Standard-library source without its comments and docstrings, and the docstrings and help topics, by split.
 
+    Taking the library apart costs seconds, so that the result is kept in the user's cache folder where there can be one.
+
     Returns
     -------
     dict
@@ -367,6 +375,18 @@ def stdlib_texts():
         itself: a paragraph that has a long line in common with an earlier split is left out of a later one.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
+    key = hashlib.sha256(f"{sys.version} {root} {Path(__file__).read_text(encoding='utf-8')}".encode()).hexdigest()[:16]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hcsmoe" / f"stdlib-{key}.json"
+    try:
+        return json.loads(cache.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        texts = _take_apart(root)
+    with contextlib.suppress(OSError):  # a home that cannot be written to is no reason to fail
+        write_json(cache, texts)
+    return texts
+
+
+def _take_apart(root):
     texts = {domain: {split: [] for split in SPLITS} for domain in STDLIB}
     for path in sorted(root.rglob("*.py")):
         name = path.relative_to(root)
