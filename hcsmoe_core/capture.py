@@ -22,8 +22,8 @@ from hcsmoe_core.files import check_count, replacing, sha256_json
 from hcsmoe_core.moe import check_loaded, find_moe_layers, model_hash, router_logits
 
 FORMAT = "hcsmoe-statistics-1"
-# Activations of all experts that are held at once, before the gate: what stays in a CPU's caches, and what fills a GPU.
-CHUNK_BYTES = {"cpu": 16 << 20, "cuda": 512 << 20}
+# Tokens that an expert is applied to at once: what stays in a CPU's caches, and what fills a GPU.
+CHUNK = {"cpu": 1024, "cuda": 8192}
 
 
 @dataclass
@@ -227,14 +227,13 @@ class _Collector:
         taken = weight != 0  # some routers send a skipped token to expert 0 with weight zero
         self.usage_count[domain] += torch.bincount(index[taken], minlength=self.usage_count.shape[1])
         self.routing_mass[domain].index_add_(0, index.flatten(), weight.flatten())
-        up = getattr(self.layer.experts, self.layer.up_name)
-        room = CHUNK_BYTES["cpu" if tokens.device.type == "cpu" else "cuda"]
-        chunk = max(1, room // (up[0].numel() // tokens.shape[1] * len(up) * up.element_size()))
-        for part in tokens.split(chunk):
-            total = self.layer.expert_hidden(part).sum(0, dtype=torch.float64)
-            if self.hidden_sum is None:
-                self.hidden_sum = torch.zeros(len(self.tokens), *total.shape, dtype=torch.float64, device=total.device)
-            self.hidden_sum[domain] += total
+        for part in tokens.split(CHUNK["cpu" if tokens.device.type == "cpu" else "cuda"]):
+            for expert in range(self.layer.num_experts):
+                total = self.layer.expert_hidden(expert, part).sum(0, dtype=torch.float64)
+                if self.hidden_sum is None:
+                    shape = len(self.tokens), self.layer.num_experts, len(total)
+                    self.hidden_sum = torch.zeros(shape, dtype=torch.float64, device=total.device)
+                self.hidden_sum[domain, expert] += total
 
     def _by_domain(self, count, device):
         """Rows of each domain in a batch whose tokens come sequence after sequence."""

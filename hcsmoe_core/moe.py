@@ -71,25 +71,23 @@ class MoELayer:
         count = self.num_stored
         return {n: t for n, t in held.items() if t is not None and t.ndim >= 1 and t.shape[0] == count}
 
-    def expert_hidden(self, tokens):
-        """Activations of every expert before the down projection.
+    def expert_hidden(self, expert, tokens):
+        """Activations of one expert before its down projection.
 
         Parameters
         ----------
+        expert : int
         tokens : (T, D) tensor
 
         Returns
         -------
-        (T, E, I) tensor
+        (T, I) tensor
         """
-        up = getattr(self.experts, self.up_name)
-        if self.transposed:
-            hidden = torch.matmul(tokens, up).transpose(0, 1)  # [E, T, 2I] -> [T, E, 2I]
-        else:  # one product over all experts
-            hidden = nn.functional.linear(tokens, up.flatten(0, 1)).view(len(tokens), *up.shape[:2])
+        up = getattr(self.experts, self.up_name)[expert]
+        hidden = tokens @ up if self.transposed else nn.functional.linear(tokens, up)
         bias = getattr(self.experts, f"{self.up_name}_bias", None)
         if bias is not None:
-            hidden = hidden + bias
+            hidden = hidden + bias[expert]
         if not getattr(self.experts, "has_gate", self.up_name == "gate_up_proj"):
             return self.experts.act_fn(hidden)
         if hasattr(self.experts, "_apply_gate"):  # clamps, interleaved halves and other scales live in there

@@ -155,7 +155,7 @@ def test_offloaded_weights_are_refused(mixtral, input_ids):
 def test_chunks_do_not_change_the_sums(input_ids, monkeypatch):
     model = tiny_model("mixtral", torch.float64)
     whole = capture(model, input_ids)
-    monkeypatch.setattr(sys.modules["hcsmoe_core.capture"], "CHUNK_BYTES", {"cpu": 8 * 48 * 8 * 3})  # three tokens
+    monkeypatch.setattr(sys.modules["hcsmoe_core.capture"], "CHUNK", {"cpu": 3})
     parts = capture(model, input_ids)
     for name, sums in whole.layers.items():
         torch.testing.assert_close(sums.output_sum, parts.layers[name].output_sum, rtol=1e-12, atol=1e-12)
