@@ -103,7 +103,7 @@ def test_evaluate_an_embedded_model_with_a_plan(tmp_path):
         (("capture", "{nan}", "--calibration", "{ids}", "--sequences", 6, "--length", 20, "--out", "{new}"), "holds NaN"),
         (("capture", "nobody/nothing", "--out", "{new}"), "no such folder here"),
         (("evaluate", "{model}"), "needs the model's tokenizer"),
-        (("evaluate", "{broken}"), "not a readable checkpoint"),
+        (("evaluate", "{broken}"), "the checkpoint is damaged"),
         (("demo", "--models", "demo-gpt"), '"models" argument must be one of'),
     ],
 )
