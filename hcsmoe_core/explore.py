@@ -1,24 +1,15 @@
 """Controls over a figure: live in JupyterLab, a plain picture wherever there is no kernel."""
 
 import base64
-import io
 
 import ipywidgets as widgets
 
 from hcsmoe_core.clustering import LINKAGES, cut
 from hcsmoe_core.clustering import linkage as tree_of
-from hcsmoe_core.figures import dendrogram, similarity_heatmap, styled, usage_by_domain
+from hcsmoe_core.figures import dendrogram, png, similarity_heatmap, usage_by_domain
 from hcsmoe_core.files import check_choice, check_count
 from hcsmoe_core.plan import merge_tree, summarise
 from hcsmoe_core.similarity import FEATURES, SIMILARITIES, distances
-
-
-@styled
-def png(figure, dpi=110):
-    """A figure as PNG bytes."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
-    return buffer.getvalue()
 
 
 class Explorer(widgets.VBox):

@@ -1,12 +1,13 @@
 """Figures of a paper: each function returns a :class:`matplotlib.figure.Figure`; :func:`save` writes it reproducibly."""
 
 import functools
+import io
 import math
 from pathlib import Path
 
 import matplotlib
+import matplotlib.figure
 import numpy as np
-from matplotlib.figure import Figure
 from scipy.cluster import hierarchy
 from scipy.spatial.distance import squareform
 
@@ -31,6 +32,21 @@ def styled(function):
             return function(*args, **keywords)
 
     return drawn
+
+
+@styled
+def png(figure, dpi=110):
+    """A figure as PNG bytes, the same each time."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+class Figure(matplotlib.figure.Figure):
+    """A figure that pyplot knows nothing of, and that a notebook shows all the same."""
+
+    def _repr_png_(self):
+        return png(self)
 
 
 @styled
