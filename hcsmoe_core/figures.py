@@ -144,15 +144,15 @@ def similarity_heatmap(condensed, tree, *, groups=None, title="", label="distanc
     left.invert_yaxis()
     image = middle.imshow(squareform(condensed)[np.ix_(order, order)], cmap=DISTANCES, vmin=0, aspect="auto")
     _label_experts(middle, order, 0.72 * width)
+    colours = group_colours(labels, order)
     for label_of_group in set(labels.tolist()):
         places = [i for i, e in enumerate(order) if labels[e] == label_of_group]
         if len(places) > 1:
             corner, side = places[0] - 0.5, len(places)
-            colour = group_colours(labels, order)[label_of_group]
+            colour = colours[label_of_group]
             middle.add_patch(
                 matplotlib.patches.Rectangle((corner, corner), side, side, fill=False, ec=colour, lw=1.4, clip_on=False)
             )
-    middle.yaxis.tick_right()
     middle.set_xlabel("expert")
     bar = figure.colorbar(image, cax=figure.add_subplot(grid[1, 2]))
     bar.ax.yaxis.set_ticks_position("right")

@@ -221,8 +221,7 @@ def train(name, folder, recipe=None, device="cpu", every=250):
             grown = build(name, experts, recipe.seed).to(device)
             if model is not None:
                 split_experts(model, grown, recipe.noise, recipe.seed + stage)
-            model, optimizer, tap = grown, None, RouterTap(grown)
-            optimizer = optimizer_of(model, recipe)
+            model, optimizer, tap = grown, optimizer_of(grown, recipe), RouterTap(grown)
             progress["experts"] = experts
         started = time.perf_counter()
         model.train()
