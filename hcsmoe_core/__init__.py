@@ -15,17 +15,20 @@ Symbols: L layers, E experts, r experts kept, T tokens, D hidden size, I expert 
 """
 
 from hcsmoe_core.calibration import calibration_tokens, domains_of
-from hcsmoe_core.capture import LayerStatistics, Statistics, capture, load_statistics
+from hcsmoe_core.capture import capture
 from hcsmoe_core.checkpoint import load_merged, load_model, save_merged
 from hcsmoe_core.clustering import cut, linkage
 from hcsmoe_core.evaluation import evaluate
 from hcsmoe_core.merging import apply_plan, restore
+from hcsmoe_core.methods import METHODS, make_plan, merge_tree, needs_of
 from hcsmoe_core.moe import MoELayer, find_moe_layers
-from hcsmoe_core.plan import LayerPlan, Plan, load_plan, make_plan, merge_tree
+from hcsmoe_core.plan import LayerPlan, Plan, load_plan
 from hcsmoe_core.similarity import distances
+from hcsmoe_core.statistics import LayerStatistics, Statistics, load_statistics
 from hcsmoe_core.version import __version__
 
 __all__ = [
+    "METHODS",
     "LayerPlan",
     "LayerStatistics",
     "MoELayer",
@@ -47,6 +50,7 @@ __all__ = [
     "load_statistics",
     "make_plan",
     "merge_tree",
+    "needs_of",
     "restore",
     "save_merged",
 ]

@@ -1,218 +1,58 @@
-"""One pass over the calibration tokens gives the statistics that every similarity and every plan is made from.
+"""One pass over the calibration tokens gives the statistics that every similarity and every plan is made from."""
 
-Statistics are sums over tokens: those of two disjoint sets of tokens add up to those of both. They are kept for each
-domain of the calibration tokens, so that the mix can be chosen afterwards.
-"""
-
-import dataclasses
 import hashlib
 import inspect
-import json
-import warnings
-from collections import Counter
-from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
-from hcsmoe_core.files import check_count, replacing, sha256_json
+from hcsmoe_core.files import check_choice, check_count
 from hcsmoe_core.moe import check_loaded, find_moe_layers, model_hash, router_logits
+from hcsmoe_core.statistics import (
+    DEFAULT_NEEDS,
+    NEEDS,
+    SAMPLE,
+    LayerSample,
+    LayerStatistics,
+    Statistics,
+    estimated_bytes,
+    sample_of,
+)
 
-FORMAT = "hcsmoe-statistics-1"
 # Tokens that an expert is applied to at once: what stays in a CPU's caches, and what fills a GPU.
 CHUNK = {"cpu": 1024, "cuda": 8192}
-
-
-@dataclass
-class LayerStatistics:
-    """Sums over the calibration tokens of one layer, by domain; G domains, E experts.
-
-    Attributes
-    ----------
-    tokens : (G,) int64
-        Tokens that reached the layer.
-    usage_count : (G, E) int64
-        Tokens that the router sent to each expert (k a token), as it really did.
-    routing_mass : (G, E) float64
-        Sum of the weights that the router gave each expert's output.
-    output_sum : (G, E, D) float64
-        Sum of each expert's output over *all* tokens, routed to it or not, without routing weight.
-    logit_gram : (G, E, E) float64
-        ``Σ_t l_t l_tᵀ`` of the router's logits; absent (all NaN) where a layer's router could not be found.
-    """
-
-    tokens: torch.Tensor
-    usage_count: torch.Tensor
-    routing_mass: torch.Tensor
-    output_sum: torch.Tensor
-    logit_gram: torch.Tensor
-
-    @property
-    def mean_output(self):
-        """``(E, D)`` float64: the expert-output feature of HC-SMoE (arXiv 2410.08589, section 3.2)."""
-        return self.output_sum.sum(0) / self.tokens.sum()
-
-    @property
-    def frequency(self):
-        """``(E,)`` float64: share of all routed (token, expert) pairs; sums to one."""
-        count = self.usage_count.sum(0).double()
-        return count / count.sum()
-
-
-SUMS = tuple(f.name for f in dataclasses.fields(LayerStatistics))
-
-
-@dataclass
-class Statistics:
-    """What one pass over the calibration tokens tells about every MoE layer of a model.
-
-    Attributes
-    ----------
-    layers : dict of str to LayerStatistics
-        By the name of the experts module, in model order.
-    domains : list of str
-        Names along the first axis of every sum.
-    model : dict
-        ``name`` it was loaded by, ``class``, and ``hash`` of its experts and routers.
-    sequences : list of str
-        Hash of each calibration sequence.
-    """
-
-    layers: dict
-    domains: list
-    model: dict
-    sequences: list
-
-    def layer(self, layer):
-        """Statistics of one layer, by its place among the MoE layers (from 0) or by name.
-
-        Raises
-        ------
-        ValueError
-            If there is no such layer.
-        """
-        return self.layers[self.layer_name(layer)]
-
-    def layer_name(self, layer):
-        """Name of a layer given by place or by name."""
-        names = list(self.layers)
-        if isinstance(layer, str):
-            if layer not in self.layers:
-                raise ValueError(f'The "layer" argument must be one of {", ".join(names)}; not {layer!r}.')
-            return layer
-        return names[check_count("layer", layer, 0, len(names) - 1)]
-
-    @property
-    def num_tokens(self):
-        """Calibration tokens behind these statistics."""
-        return int(max(layer.tokens.sum() for layer in self.layers.values()))
-
-    def identity(self):
-        """What a plan keeps to name these statistics."""
-        return {"tokens": self.num_tokens, "domains": self.domains, "hash": sha256_json(self.sequences)}
-
-    def __add__(self, other):
-        """Statistics of the tokens of both; the tokens must be disjoint.
-
-        Raises
-        ------
-        ValueError
-            If the two are not of the same model.
-        """
-        if not isinstance(other, Statistics):
-            return NotImplemented
-        if self.model["hash"] != other.model["hash"]:
-            raise ValueError(
-                f"These statistics are of different models: {self.model['name']} and {other.model['name']}. "
-                "Capture both on the same checkpoint."
-            )
-        shared = sum((Counter(self.sequences) & Counter(other.sequences)).values())
-        if shared:
-            warnings.warn(f"{shared} calibration sequences are in both statistics and now count twice.", stacklevel=2)
-        domains = list(dict.fromkeys(self.domains + other.domains))
-        layers = {}
-        for name, mine in self.layers.items():
-            sums = {key: _joined(self, other, getattr(mine, key), getattr(other.layers[name], key), domains) for key in SUMS}
-            layers[name] = LayerStatistics(**sums)
-        return Statistics(layers, domains, dict(self.model), self.sequences + other.sequences)
-
-    def save(self, path):
-        """Write to a ``.safetensors`` file, in full or not at all."""
-        tensors = {f"{name}/{key}": getattr(sums, key) for name, sums in self.layers.items() for key in SUMS}
-        about = {"model": self.model, "domains": self.domains, "sequences": self.sequences, "layers": list(self.layers)}
-        header = json.dumps({"format": FORMAT, "about": about, "sha256": _digest(tensors, about)})
-        with replacing(path) as part:  # one key: safetensors writes several in an order that changes from run to run
-            save_file({n: t.contiguous() for n, t in tensors.items()}, part, metadata={"hcsmoe": header})
-
-
-def _joined(first, second, a, b, domains):
-    total = torch.zeros(len(domains), *a.shape[1:], dtype=a.dtype)
-    for statistics, sums in ((first, a), (second, b)):
-        total[[domains.index(d) for d in statistics.domains]] += sums
-    return total
-
-
-def _digest(tensors, about):
-    digest = hashlib.sha256(sha256_json(about).encode())
-    for name in sorted(tensors):
-        tensor = tensors[name].contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.numpy().tobytes())
-    return digest.hexdigest()
-
-
-def load_statistics(path):
-    """Read statistics that :meth:`Statistics.save` wrote.
-
-    Raises
-    ------
-    FileNotFoundError
-        If there is no such file.
-    ValueError
-        If the file is not one of ours, is cut short, or was changed since it was written.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no statistics file {path}; make one with: hcsmoe capture MODEL --out {path}")
-    try:
-        with safe_open(path, "pt") as file:
-            header = json.loads((file.metadata() or {}).get("hcsmoe", "{}"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a readable statistics file ({error}); capture again.") from None
-    if header.get("format") != FORMAT:
-        raise ValueError(f"{path} is no statistics file of this version of hcsmoe ({FORMAT}); capture again.")
-    about = header["about"]
-    if _digest(tensors, about) != header["sha256"]:
-        raise ValueError(f"{path} was changed since it was written; capture again.")
-    layers = {n: LayerStatistics(**{key: tensors[f"{n}/{key}"] for key in SUMS}) for n in about["layers"]}
-    return Statistics(layers, about["domains"], about["model"], about["sequences"])
+DENSE = 1 << 25  # numbers of all experts' outputs that are held at once, where pairs of experts are compared
 
 
 class _Collector:
     """Adds up one layer's statistics from what reaches its router and its experts."""
 
-    def __init__(self, layer, domains):
+    def __init__(self, layer, domains, needs):
         experts = layer.num_experts
-        self.layer = layer
-        device = layer.experts.down_proj.device
+        self.layer, self.needs = layer, set(needs)
+        self.device = layer.experts.down_proj.device
         self.tokens = torch.zeros(domains, dtype=torch.int64)
-        self.usage_count = torch.zeros(domains, experts, dtype=torch.int64, device=device)
-        self.routing_mass = torch.zeros(domains, experts, dtype=torch.float64, device=device)
-        self.logit_gram = torch.zeros(domains, experts, experts, dtype=torch.float64, device=device)
+        self.usage_count = self._zeros(domains, experts, dtype=torch.int64)
+        self.sums = {key: self._zeros(domains, experts) for key in ("routing_mass", "score_mass")}
+        self.sums["logit_gram"] = self._zeros(domains, experts, experts)
+        if "norms" in self.needs:
+            self.sums |= {key: self._zeros(domains, experts) for key in NEEDS["norms"]}
+        if "grams" in self.needs:
+            self.sums |= {key: self._zeros(domains, experts, experts) for key in NEEDS["grams"]}
         self.hidden_sum = None  # [G, E, I], made when the first tokens tell the width
-        self.batch_domains = None
-        self.saw_logits = False
+        self.batch_domains = self.batch_rows = None
+        self.logits = self.scoring = None
+        self.sampled = []
+
+    def _zeros(self, *shape, dtype=torch.float64):
+        return torch.zeros(*shape, dtype=dtype, device=self.device)
 
     def take_router(self, module, inputs, output):
         """Forward hook of the router."""
-        logits = router_logits(output, self.layer.num_experts).double()
+        self.logits = router_logits(output, self.layer.num_experts)
+        logits = self.logits.double()
         for domain, rows in self._by_domain(len(logits), logits.device):
-            self.logit_gram[domain] += logits[rows].T @ logits[rows]
-        self.saw_logits = True
+            self.sums["logit_gram"][domain] += logits[rows].T @ logits[rows]
 
     def take_experts(self, module, inputs, keywords):
         """Forward pre-hook of the experts: tokens [T, D], index [T, k] and weight [T, k] as they are applied."""
@@ -221,49 +61,149 @@ class _Collector:
         index, weight = index.reshape(len(tokens), -1), weight.reshape(len(tokens), -1).double()
         for domain, rows in self._by_domain(len(tokens), tokens.device):
             self._add(domain, tokens[rows], index[rows], weight[rows])
+            if self.logits is not None:
+                self._add_scores(domain, self.logits[rows].double(), index[rows], weight[rows])
+        if "sample" in self.needs:
+            self._keep(tokens, index, weight)
 
     def _add(self, domain, tokens, index, weight):
         self.tokens[domain] += len(tokens)
         taken = weight != 0  # some routers send a skipped token to expert 0 with weight zero
         self.usage_count[domain] += torch.bincount(index[taken], minlength=self.usage_count.shape[1])
-        self.routing_mass[domain].index_add_(0, index.flatten(), weight.flatten())
-        for part in tokens.split(CHUNK["cpu" if tokens.device.type == "cpu" else "cuda"]):
-            for expert in range(self.layer.num_experts):
-                total = self.layer.expert_hidden(expert, part).sum(0, dtype=torch.float64)
-                if self.hidden_sum is None:
-                    shape = len(self.tokens), self.layer.num_experts, len(total)
-                    self.hidden_sum = torch.zeros(shape, dtype=torch.float64, device=total.device)
-                self.hidden_sum[domain, expert] += total
+        self.sums["routing_mass"][domain].index_add_(0, index.flatten(), weight.flatten())
+        size = CHUNK["cpu" if tokens.device.type == "cpu" else "cuda"]
+        if "grams" in self.needs:
+            size = max(1, min(size, DENSE // (self.layer.num_experts * tokens.shape[1])))
+        parts = zip(tokens.split(size), index.split(size), weight.split(size), strict=True)
+        for part in parts if self.needs & {"outputs", "norms", "grams"} else ():
+            self._add_outputs(domain, *part)
+
+    def _add_outputs(self, domain, tokens, index, weight):
+        """Apply the experts: all of them to all tokens where sums over all tokens are wanted, else to those routed."""
+        gates = self._zeros(len(tokens), self.layer.num_experts).scatter_add_(1, index, weight)
+        everywhere, outputs = bool(self.needs & {"outputs", "grams"}), []
+        for expert in range(self.layer.num_experts):
+            routed = gates[:, expert].nonzero()[:, 0]
+            hidden = self.layer.expert_hidden(expert, tokens if everywhere else tokens[routed])
+            if "outputs" in self.needs:
+                self._add_hidden(domain, expert, hidden)
+            if not self.needs & {"norms", "grams"}:
+                continue
+            output = self.layer.expert_output(expert, hidden)
+            if "norms" in self.needs and len(routed):
+                self._add_norms(domain, expert, output[routed] if everywhere else output, gates[routed, expert])
+            if "grams" in self.needs:
+                outputs.append(output)
+        if "grams" in self.needs:
+            self._add_grams(domain, torch.stack(outputs).double(), gates.T)
+
+    def _add_hidden(self, domain, expert, hidden):
+        total = hidden.sum(0, dtype=torch.float64)
+        if self.hidden_sum is None:
+            self.hidden_sum = self._zeros(len(self.tokens), self.layer.num_experts, len(total))
+        self.hidden_sum[domain, expert] += total
+
+    def _add_norms(self, domain, expert, output, gate):
+        norm = output.double().norm(dim=1)
+        self.sums["norm_sum"][domain, expert] += norm.sum()
+        self.sums["gated_norm_sum"][domain, expert] += gate @ norm
+        largest = self.sums["output_max"]
+        largest[domain, expert] = torch.maximum(largest[domain, expert], output.abs().max().double())
+
+    def _add_grams(self, domain, outputs, gates):
+        """Inner products of all pairs of experts' outputs [E, T, D], with gates [E, T]."""
+        flat, square = outputs.flatten(1), (outputs**2).sum(2)
+        self.sums["output_gram"][domain] += flat @ flat.T
+        self.sums["routed_gram"][domain] += (outputs * gates[..., None]).flatten(1) @ flat.T
+        self.sums["routed_square"][domain] += gates @ square.T
+        unit = (outputs / square.sqrt().clamp(min=torch.finfo(torch.float64).tiny)[..., None]).flatten(1)
+        self.sums["cosine_sum"][domain] += unit @ unit.T
+
+    def _add_scores(self, domain, logits, index, weight):
+        if self.scoring is None:
+            self.scoring = scoring_of(logits, index, weight)
+        scores = logits.softmax(1) if self.scoring == "softmax" else logits.sigmoid()
+        self.sums["score_mass"][domain] += scores.sum(0)
+
+    def _keep(self, tokens, index, weight):
+        """Rows of the sample in this batch."""
+        sequences = len(self.batch_domains)
+        length = len(tokens) // sequences
+        rows = self.batch_rows[:, 0] * length + self.batch_rows[:, 1]
+        if length * sequences != len(tokens) or (len(rows) and int(rows.max()) >= len(tokens)):
+            raise ValueError(f"{self.layer.name} does not get every token of a sequence; capture without the sample.")
+        rows = rows.to(tokens.device)
+        wide = torch.float64 if tokens.dtype == torch.float64 else torch.float32
+        logits = torch.full((len(tokens), self.layer.num_experts), torch.nan) if self.logits is None else self.logits
+        parts = (tokens[rows], logits.to(tokens.device)[rows].to(wide), index[rows], weight[rows].to(wide))
+        self.sampled.append([part.detach().cpu() for part in parts])
 
     def _by_domain(self, count, device):
         """Rows of each domain in a batch whose tokens come sequence after sequence."""
+        domains = sorted(set(self.batch_domains))
+        if len(domains) == 1:
+            yield domains[0], slice(None)
+            return
         per_sequence = count // len(self.batch_domains)
         of_token = torch.tensor(self.batch_domains, device=device).repeat_interleave(per_sequence)
-        for domain in sorted(set(self.batch_domains)):
+        for domain in domains:
             yield domain, (of_token == domain).nonzero()[:, 0]
 
     @torch.no_grad()
-    def finish(self):
-        """Project the mean activations down: ``mean_t W_down h_t = W_down mean_t h_t``, one product an expert."""
-        layer, counts = self.layer, self.tokens.clamp(min=1).to(self.hidden_sum.device)
-        means = self.hidden_sum / counts[:, None, None]
-        outputs = torch.stack([layer.down_project(m) for m in means]) * self.tokens.to(means.device)[:, None, None]
-        if not self.saw_logits:
-            self.logit_gram.fill_(torch.nan)
-        sums = LayerStatistics(self.tokens, self.usage_count, self.routing_mass, outputs, self.logit_gram)
-        if not torch.isfinite(outputs).all():
+    def finish(self, order):
+        """The sums, with mean activations projected down: ``mean_t W_down h_t = W_down mean_t h_t``."""
+        layer, sums = self.layer, dict(self.sums)
+        if "outputs" in self.needs:
+            counts = self.tokens.clamp(min=1).to(self.device)
+            means = self.hidden_sum / counts[:, None, None]
+            projected = torch.stack([layer.down_project(m) for m in means])
+            sums["output_sum"] = projected * self.tokens.to(self.device)[:, None, None]
+        if self.logits is None:
+            sums["logit_gram"].fill_(torch.nan)
+            sums["score_mass"].fill_(torch.nan)
+        seen = [sums[key] for key in ("output_sum", "norm_sum", "output_gram") if key in sums]
+        if not all(torch.isfinite(s).all() for s in seen):
             raise ValueError(
                 f"{layer.name}: an expert's outputs are not finite on these tokens; the checkpoint is damaged, or "
                 "its dtype overflows: load it with another dtype."
             )
-        return LayerStatistics(**{key: getattr(sums, key).cpu() for key in SUMS})
+        sums = {key: value.cpu() for key, value in sums.items()}
+        if "sample" in self.needs:
+            parts = [torch.cat(column)[order] for column in zip(*self.sampled, strict=True)]
+            sums["sample"] = LayerSample(*parts)
+        return LayerStatistics(tokens=self.tokens, usage_count=self.usage_count.cpu(), **sums)
 
 
-def capture(model, input_ids, *, batch_size=8, domains=None, progress=True):
+def scoring_of(logits, index, weight):
+    """How a router scores experts, read from the weights it gave: "softmax" or "sigmoid" of its logits.
+
+    Ratios of the weights that one token gives are those of the scores, whatever is normalised or scaled afterwards; a
+    router that chooses one expert shows its score itself.
+
+    Parameters
+    ----------
+    logits : (T, E) tensor
+    index, weight : (T, k) tensor
+
+    Returns
+    -------
+    str
+    """
+    errors = {}
+    for name, scores in (("softmax", logits.log_softmax(1)), ("sigmoid", torch.nn.functional.logsigmoid(logits))):
+        gap = scores.gather(1, index) - weight.abs().clamp(min=1e-30).log()
+        if index.shape[1] > 1:
+            gap = gap - gap.mean(1, keepdim=True)
+        errors[name] = float(gap[(weight != 0).all(1)].abs().mean().nan_to_num())
+    return min(errors, key=errors.get)
+
+
+def capture(model, input_ids, *, needs=DEFAULT_NEEDS, sample=SAMPLE, batch_size=8, domains=None, progress=True):
     """Statistics of every MoE layer over the calibration tokens, in one pass.
 
     Each sequence goes through the model once, at the model's own routing. At each MoE layer all E experts are applied
-    to all tokens up to their down projection, a chunk of tokens at a time; sums are float64.
+    to all tokens, a chunk of tokens at a time; sums are float64. Where no need but ``"usage"`` and ``"norms"`` is asked
+    for, experts are applied to the tokens routed to them alone.
 
     Parameters
     ----------
@@ -271,6 +211,12 @@ def capture(model, input_ids, *, batch_size=8, domains=None, progress=True):
         With its weights in memory, and not merged.
     input_ids : (N, S) int64 tensor
         Calibration sequences without padding; see :func:`hcsmoe_core.calibration.calibration_tokens`.
+    needs : sequence of str
+        What to collect, of :data:`hcsmoe_core.statistics.NEEDS`: ``"usage"`` (always), ``"outputs"``, ``"norms"``,
+        ``"grams"`` and ``"sample"``. The default is all but the sample; :func:`hcsmoe_core.methods.needs_of` tells what
+        a method needs.
+    sample : int
+        Tokens of the sample, where it is asked for.
     batch_size : int
         Sequences a forward pass.
     domains : sequence of N str, optional
@@ -290,21 +236,53 @@ def capture(model, input_ids, *, batch_size=8, domains=None, progress=True):
     """
     input_ids = check_tokens(input_ids, model)
     check_count("batch_size", batch_size, 1)
+    check_count("sample", sample, 1)
+    for need in needs:
+        check_choice("needs", need, tuple(NEEDS))
     names, of_sequence = _domain_index(domains, len(input_ids))
     layers = find_moe_layers(model)
     for layer in layers:
         if layer.merged:
             raise ValueError("This model is merged; capture on the original: restore(model), or load it again.")
         check_loaded(layer)
-    collectors = [_Collector(layer, len(names)) for layer in layers]
+    collectors = [_Collector(layer, len(names), needs) for layer in layers]
     about = {"name": model.name_or_path or type(model).__name__, "class": type(model).__name__, "hash": model_hash(model)}
-    _run(model, input_ids, collectors, of_sequence, batch_size, progress)
-    sums = {collector.layer.name: collector.finish() for collector in collectors}
+    about["layers"] = {layer.name: _about(layer) for layer in layers}
     hashes = [hashlib.sha256(row.numpy().tobytes()).hexdigest()[:16] for row in input_ids]
-    return Statistics(sums, names, about, hashes)
+    chosen = sample_of(hashes, input_ids.shape[1], sample) if "sample" in needs else torch.empty(0, 2, dtype=torch.int64)
+    _run(model, input_ids, collectors, of_sequence, batch_size, chosen, progress)
+    by_batch = torch.argsort(chosen[:, 0] // batch_size, stable=True)  # the order in which the collectors met them
+    order = torch.argsort(by_batch)
+    sums = {collector.layer.name: collector.finish(order) for collector in collectors}
+    sampled = torch.cat([chosen, torch.tensor(of_sequence)[chosen[:, :1]]], 1) if "sample" in needs else None
+    return Statistics(sums, names, about, hashes, sampled)
 
 
-def _run(model, input_ids, collectors, of_sequence, batch_size, progress):
+def _about(layer):
+    return {"top_k": layer.top_k, "router_groups": layer.router_groups, "width": layer.width}
+
+
+def expected_bytes(model, needs=DEFAULT_NEEDS, *, domains, tokens, sample=SAMPLE):
+    """Bytes of the statistics file that a capture on a model would make.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+    needs : sequence of str
+    domains, tokens, sample : int
+
+    Returns
+    -------
+    int
+    """
+    layers = []
+    for layer in find_moe_layers(model):
+        size = layer.tensors()["down_proj"].element_size()
+        layers.append((layer.num_experts, layer.hidden_size, layer.top_k or layer.num_experts, size))
+    return estimated_bytes(layers, needs, domains=domains, tokens=tokens, sample=sample)
+
+
+def _run(model, input_ids, collectors, of_sequence, batch_size, chosen, progress):
     """The pass: all sequences once through the model, with every collector listening."""
     # The language model head's logits are not needed; where the model can, it makes one row of them.
     extra = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
@@ -321,8 +299,10 @@ def _run(model, input_ids, collectors, of_sequence, batch_size, progress):
         with torch.no_grad(), bar:
             for start in range(0, len(input_ids), batch_size):
                 rows = input_ids[start : start + batch_size]
+                here = chosen[(chosen[:, 0] >= start) & (chosen[:, 0] < start + batch_size)]
                 for collector in collectors:
                     collector.batch_domains = of_sequence[start : start + batch_size]
+                    collector.batch_rows = here - torch.tensor([start, 0])
                 model(input_ids=rows.to(model.device), use_cache=False, **extra)
                 bar.update(rows.numel())
     finally:
@@ -330,7 +310,7 @@ def _run(model, input_ids, collectors, of_sequence, batch_size, progress):
             handle.remove()
         model.train(was_training)
     for collector in collectors:
-        if collector.hidden_sum is None:
+        if not int(collector.tokens.sum()):
             raise ValueError(
                 f"{collector.layer.name} was never called. Kernels that replace the whole MoE block, and models compiled "
                 "before the capture, hide it: load the model with use_kernels=False and do not compile it."

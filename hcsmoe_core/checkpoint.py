@@ -1,21 +1,25 @@
 """Model folders: load a model by name, write a merged one that is really smaller, load it back."""
 
+import copy
 import json
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from hcsmoe_core import moe
+from hcsmoe_core.compression import from_saved, saved_tensors, savings
 from hcsmoe_core.demo import models as demo
 from hcsmoe_core.files import check_absent, check_choice, new_folder, sha256_file
-from hcsmoe_core.merging import apply_plan, check_unmerged, restore
+from hcsmoe_core.merging import apply_plan, check_unmerged, put_factors, restore
 from hcsmoe_core.moe import find_moe_layers
 from hcsmoe_core.plan import check_fits
 
-ROUTERS = ("mapped",)
+ROUTERS = ("plain", "mapped")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-VERSION = 1
+VERSION = 2
+FACTORED = "experts-factored.safetensors"
 
 
 def load_model(model, *, dtype="auto", device="auto", experts_implementation=None):
@@ -106,9 +110,9 @@ class _readable:  # noqa: N801 (a context manager, read as a word)
         return False
 
 
-def _check_report(report, shown):
-    """Refuse a checkpoint of which some weights were missing and would be random."""
-    missing = sorted(report["missing_keys"])
+def _check_report(report, shown, expected=()):
+    """Refuse a checkpoint of which some weights were missing, other than those expected, and would be random."""
+    missing = sorted(set(report["missing_keys"]) - set(expected))
     mismatched = [m[0] if isinstance(m, tuple) else m for m in report.get("mismatched_keys", ())]
     if missing or mismatched:
         names = ", ".join((missing + mismatched)[:3])
@@ -131,8 +135,8 @@ def _device(device):
 # --- merged checkpoints -----------------------------------------------------------------------------------------------
 
 
-def save_merged(model, plan, folder, *, router="mapped", tokenizer=None):
-    """Write a merged model to a new folder: r experts a layer on disk, in the family's own tensor names.
+def save_merged(model, plan, folder, *, stats=None, router="", tokenizer=None):
+    """Write a merged or pruned model to a new folder: r experts a layer on disk, in the family's own tensor names.
 
     Parameters
     ----------
@@ -141,68 +145,141 @@ def save_merged(model, plan, folder, *, router="mapped", tokenizer=None):
     plan : Plan
     folder : path
         Must not exist. Holds ``config.json``, ``.safetensors`` files, ``plan.json`` and, where given, the tokenizer.
-    router : {"mapped"}
-        ``"mapped"`` keeps all E rows of the router and the map from E to r, under ``expert_merge`` in ``config.json``:
-        the same function as the live merged model. :func:`load_merged` reads it; stock loaders refuse it.
+    stats : Statistics, optional
+        As for :func:`hcsmoe_core.merging.apply_plan`; not looked at if the plan is applied already.
+    router : {"", "plain", "mapped"}
+        ``"plain"`` is a checkpoint of the original family, with a smaller number of experts or a smaller expert width in
+        its configuration: stock loaders open it. Pruned, trimmed and router-averaged models can be written so if all
+        layers keep alike many. ``"mapped"`` records under ``expert_merge`` in ``config.json`` what each layer has, and keeps
+        all E rows of a router that is not pruned, with the map from E to r: :func:`load_merged` reads it, stock loaders
+        refuse it. Experts that MC-SMoE's second step has factored are written as factors, in a file of their own, and
+        multiplied out in memory. By default plain where that is the same function, else mapped.
     tokenizer : transformers.PreTrainedTokenizerBase, optional
 
     Returns
     -------
     dict
-        ``bytes`` of the weight files and ``parameters`` in them.
+        ``bytes`` of the weight files, ``parameters`` in them, and the ``router`` that was written.
 
     Raises
     ------
     FileExistsError
         If the folder exists.
     ValueError
-        If the plan does not fit the model, or another plan is applied to it.
+        If the plan does not fit the model, another plan is applied to it, or it cannot be written as asked.
     """
-    check_choice("router", router, ROUTERS)
+    check_choice("router", router, ("", *ROUTERS))
     check_absent(folder)
     layers = check_fits(plan, model)
     applied = all(layer.merged for layer in layers)
     if applied:
-        if [layer.experts._merged.labels for layer in layers] != [p.labels for p in plan.layers]:
+        if [layer.experts._merged.plan for layer in layers] != plan.layers:
             raise ValueError("Another plan is applied to this model; restore(model) first.")
     else:
         check_unmerged(layers)
-        apply_plan(model, plan)
+        apply_plan(model, plan, stats)
     try:
+        config = None if router == "mapped" or plan.compress else _plain_config(model, plan)
+        if router == "plain" and config is None:
+            raise ValueError(
+                'The "router" argument cannot be "plain" for this plan: the router keeps rows of experts that are joined, '
+                "layers differ in their number of experts or width, or the family's configuration cannot say them. "
+                'Use "mapped".'
+            )
         with new_folder(folder) as part:
-            model.save_pretrained(part)
+            model.save_pretrained(part, state_dict=_without_factored(model, layers) if plan.compress else None)
+            if plan.compress:
+                save_file(_factors(layers, model.dtype), part / FACTORED)
             if tokenizer is not None:
                 tokenizer.save_pretrained(part)
             plan.save(part / "plan.json")
             files = sorted(part.glob("*.safetensors"))
-            _write_record(part, router, plan, files)
+            if config is not None:
+                (part / "config.json").write_text(config.to_json_string(), encoding="utf-8")
+            else:
+                _write_record(part, layers, files)
             size = sum(file.stat().st_size for file in files)
+        written = {"bytes": size, "parameters": sum(p.numel() for p in model.parameters())}
+        written["router"] = "mapped" if config is None else "plain"
+        if plan.compress:
+            written["savings"] = factored_savings(model)
+            dense = sum(layer.tensors()[n].numel() for layer in layers for n in (layer.up_name, "down_proj"))
+            written["parameters"] += written["savings"]["weights"]["compressed"] - dense
     finally:
         if not applied:
             restore(model)
-    return {"bytes": size, "parameters": _parameters(model, plan)}
+    return written
 
 
-def _parameters(model, plan):
-    """Parameters of the merged model, tied ones once."""
-    merged = {layer.name: layer for layer in plan.layers}
-    count = sum(p.numel() for p in model.parameters())
-    for layer in find_moe_layers(model):
-        if not layer.merged:
-            left_out = layer.num_stored - merged[layer.name].num_groups
-            count -= sum(t[0].numel() for t in layer.tensors().values()) * left_out
-    return count
+def factored_savings(model):
+    """What MC-SMoE's second step saves of a live merged model; see :func:`hcsmoe_core.compression.savings`."""
+    layers = find_moe_layers(model)
+    factors = [layer.experts._merged.factors for layer in layers]
+    counts = dict(experts=[layer.num_experts for layer in layers], top_k=[layer.top_k for layer in layers])
+    return savings(factors, **counts, dtype=model.dtype)
 
 
-def _write_record(folder, router, plan, files):
+def _factors(layers, dtype):
+    return saved_tensors({layer.name: layer.experts._merged.factors for layer in layers}, dtype)
+
+
+def _without_factored(model, layers):
+    """The model's tensors but for the projections that are written as factors."""
+    left_out = {f"{layer.name}.{name}" for layer in layers for name in (layer.up_name, "down_proj")}
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in left_out}
+
+
+def _plain_config(model, plan):
+    """Configuration with which the model's own class has just the tensors that the merged model has, or None.
+
+    Whether a changed configuration says it is tried out, by building the class without memory and comparing shapes.
+    """
+    counts = {layer.num_groups for layer in plan.layers}
+    mapped = any(layer.router == "map" and layer.labels != list(range(len(layer.labels))) for layer in plan.layers)
+    if mapped or len(counts) > 1:
+        return None
+    config, experts = copy.deepcopy(model.config), len(plan.layers[0].labels)
+    inner = config.get_text_config()
+    kept, width = counts.pop(), plan.layers[0].width
+    for name in dict.fromkeys((*moe.COUNTS, "moe_num_experts")):
+        if getattr(inner, name, None) == experts:
+            setattr(inner, name, kept)
+    for name in (*moe.CHOICES, "moe_k", "moe_topk"):
+        if isinstance(getattr(inner, name, None), int):
+            setattr(inner, name, min(getattr(inner, name), kept))
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    names = ("moe_intermediate_size", "intermediate_size", "expert_dim") if width else ("",)
+    for name in names:
+        tried = copy.deepcopy(config)
+        if name:
+            if not isinstance(getattr(tried.get_text_config(), name, None), int):
+                continue
+            setattr(tried.get_text_config(), name, width)
+        try:
+            with torch.device("meta"):
+                built = type(model)(tried)
+        except (ValueError, RuntimeError, AttributeError, TypeError):  # a configuration that its own class refuses
+            continue
+        if {n: tuple(t.shape) for n, t in built.state_dict().items()} == shapes:
+            return tried
+    return None
+
+
+def _write_record(folder, layers, files):
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config["expert_merge"] = {
         "version": VERSION,
-        "router": router,
-        "layers": {layer.name: layer.labels for layer in plan.layers},
+        "router": "mapped",
+        "factored": (folder / FACTORED).exists(),
+        "layers": {layer.name: _layer_record(layer) for layer in layers},
         "files": {file.name: sha256_file(file) for file in files},
     }
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _layer_record(layer):
+    """What a loader must know of a merged layer."""
+    return {"labels": layer.experts._merged.labels, "router_rows": layer.experts._merged.routed, "width": layer.width}
 
 
 def _merge_record(folder):
@@ -258,13 +335,18 @@ def load_merged(folder, *, dtype="auto", device="auto", experts_implementation=N
         loaded, report = _merged_class(base).from_pretrained(
             folder, config=config, dtype=_dtype(dtype), output_loading_info=True, use_safetensors=True, **extra
         )
-        _check_report(report, folder)
+        layers = find_moe_layers(loaded)
+        factored = [n for layer in layers for n in (f"{layer.name}.{layer.up_name}", f"{layer.name}.down_proj")]
+        _check_report(report, folder, expected=factored if record["factored"] else ())
+        if record["factored"]:
+            with torch.no_grad():
+                put_factors(layers, from_saved(load_file(folder / FACTORED)))
     loaded.__class__ = base
     return loaded.to(_device(device)).eval()
 
 
 def _check_record(folder, record, verify):
-    if not isinstance(record, dict) or record.get("version") != VERSION or record.get("router") not in ROUTERS:
+    if not isinstance(record, dict) or record.get("version") != VERSION or record.get("router") != "mapped":
         raise ValueError(f"{folder} was merged by another version of hcsmoe, or its config.json was changed; merge again.")
     for name, digest in record["files"].items():
         if not (folder / name).is_file():
@@ -280,12 +362,7 @@ def _merged_class(base):
         def __init__(self, config):
             super().__init__(config)
             for layer in find_moe_layers(self):
-                labels = config.expert_merge["layers"].get(layer.name)
-                if labels is None or len(labels) != layer.num_experts:
-                    raise ValueError(f"config.json maps other experts than {layer.name} has; it was changed.")
-                stored = max(labels) + 1
-                tensors = {n: _first_rows(t, stored) for n, t in layer.tensors().items()}
-                moe.put_experts(layer, tensors, labels, keep=False)
+                _make_room(layer, config.expert_merge["layers"].get(layer.name))
 
     # transformers finds a family's weight conversion and experts implementations by these names.
     Merged.__name__ = Merged.__qualname__ = base.__name__
@@ -293,7 +370,20 @@ def _merged_class(base):
     return Merged
 
 
-def _first_rows(tensor, rows):
-    """Room for ``rows`` experts, of the same kind (parameter or buffer) and on the same device."""
-    room = torch.empty(rows, *tensor.shape[1:], dtype=tensor.dtype, device=tensor.device)
+def _make_room(layer, record):
+    """Give a layer tensors of the recorded shapes, to be filled by loading."""
+    if not isinstance(record, dict) or len(record.get("labels", ())) != layer.num_experts:
+        raise ValueError(f"config.json maps other experts than {layer.name} has; it was changed.")
+    labels, width = record["labels"], record["width"]
+    shapes = layer.shapes(max(labels) + 1, width)
+    tensors = {name: _room(tensor, shapes[name]) for name, tensor in layer.tensors().items()}
+    rows = None
+    if record["router_rows"] != len(labels):
+        rows = torch.eye(record["router_rows"], len(labels), device="cpu")  # loading is on no device at all
+    moe.put_experts(layer, tensors, labels, rows=rows, keep=False)
+
+
+def _room(tensor, shape):
+    """Room for a tensor of another shape, of the same kind (parameter or buffer) and on the same device."""
+    room = torch.empty(shape, dtype=tensor.dtype, device=tensor.device)
     return nn.Parameter(room, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else room

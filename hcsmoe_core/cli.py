@@ -26,28 +26,85 @@ LENGTH = Annotated[int, typer.Option(help="Tokens in each; 0 for the default of 
 COLUMN = Annotated[str, typer.Option(help="Column or key of the text in a data set or JSON file.")]
 SEED = Annotated[int, typer.Option(help="Of the order in which documents are taken.")]
 BATCH = Annotated[int, typer.Option(help="Sequences a forward pass.")]
-METHOD = Annotated[str, typer.Option(help="hc-smoe.")]
-SIMILARITY = Annotated[str, typer.Option(help="expert-output, router-logits or weight.")]
-METRIC = Annotated[str, typer.Option(help="euclidean or cosine.")]
-LINKAGE = Annotated[str, typer.Option(help="average, complete, single or ward.")]
-MERGE = Annotated[str, typer.Option(help="frequency or average.")]
+METHOD = Annotated[str, typer.Option(help="What hcsmoe methods lists.")]
+SIMILARITY = Annotated[str, typer.Option(help="What experts are compared by, if not by the method's own; + joins several.")]
+METRIC = Annotated[str, typer.Option(help="euclidean or cosine, if not the similarity's own.")]
+LINKAGE = Annotated[str, typer.Option(help="average, complete, single or ward, if not the method's own.")]
+MERGE = Annotated[str, typer.Option(help="frequency, average or routing-mass, if not the method's own.")]
+SET = Annotated[
+    list[str] | None, typer.Option("--set", help="Any other step, as name=value: grouping, budget, combine, align, guard, …")
+]
+SAMPLE_TOKENS = Annotated[int, typer.Option("--sample", help="Tokens of the sample of layer inputs, where it is collected.")]
+FOR = Annotated[str, typer.Option("--for", help="Methods to collect for, comma-separated; by default all that need no sample.")]
 
 
-def _captured(model, tokenizer, calibration, sequences, length, column, seed, batch_size):
+def _settings(similarity="", metric="", linkage="", merge="", others=None):
+    """Steps that the options set otherwise than the method does."""
+    from dataclasses import fields
+
+    from hcsmoe_core.methods import Steps
+
+    given = dict(similarity=similarity, metric=metric, linkage=linkage, merge=merge)
+    found = {name: value for name, value in given.items() if value}
+    usual = {f.name: f.default for f in fields(Steps)}
+    for item in others or ():
+        name, equals, value = item.partition("=")
+        if not equals or name not in usual:
+            raise ValueError(f"--set takes name=value with a name of {', '.join(usual)}; not {item!r}.")
+        found[name] = _value(name, value, usual[name])
+    return found
+
+
+def _value(name, text, usual):
+    """A step's value of the kind that it has."""
+    if name == "centres" and text[:1].isdigit():
+        return [int(c) for c in text.split(",")]
+    if isinstance(usual, bool):
+        if text not in ("on", "off", "true", "false"):
+            raise ValueError(f"--set {name} takes on or off; not {text!r}.")
+        return text in ("on", "true")
+    kind = float if name == "ridge" else type(usual)
+    try:
+        return kind(text)
+    except ValueError:
+        raise ValueError(f"--set {name} takes a number; not {text!r}.") from None
+
+
+def _listed(text):
+    """Items of a comma-separated list."""
+    return [item.strip() for item in text.split(",") if item.strip()]
+
+
+def _needs(methods, settings=None):
+    """What methods need of the statistics, in all; of no method, the default."""
+    from hcsmoe_core.methods import METHODS, needs_of
+    from hcsmoe_core.statistics import DEFAULT_NEEDS
+
+    names = list(METHODS) if methods == "all" else _listed(methods)
+    return tuple(dict.fromkeys(n for m in names for n in needs_of(m, **(settings or {})))) or DEFAULT_NEEDS
+
+
+def _captured(model, tokenizer, calibration, sequences, length, column, seed, batch_size, needs, sample):
     """Statistics of a loaded model by the command's options."""
     from hcsmoe_core import calibration_tokens, capture, domains_of
+    from hcsmoe_core.capture import expected_bytes
     from hcsmoe_core.study import calibration_of
 
     settings = calibration_of(model.name_or_path, calibration, sequences, length)
     source, sequences = settings["calibration"], settings["sequences"]
     input_ids = calibration_tokens(source, tokenizer, sequences=sequences, length=settings["length"], seed=seed, column=column)
-    return capture(model, input_ids, batch_size=batch_size, domains=domains_of(source, sequences))
+    domains = domains_of(source, sequences)
+    size = dict(domains=len(set(domains)) if domains else 1, tokens=input_ids.numel(), sample=sample)
+    print(f"collecting {', '.join(needs)}: {expected_bytes(model, needs, **size) / 1e6:.1f} MB")
+    return capture(model, input_ids, needs=needs, sample=sample, batch_size=batch_size, domains=domains)
 
 
 @app.command()
 def capture(
     model: MODEL,
     out: Annotated[Path, typer.Option(help="Statistics file to write (.safetensors).")],
+    methods: FOR = "",
+    sample: SAMPLE_TOKENS = 4096,
     calibration: CALIBRATION = "",
     sequences: SEQUENCES = 0,
     length: LENGTH = 0,
@@ -60,8 +117,9 @@ def capture(
     """One pass over calibration tokens: the statistics that plans are made from."""
     from hcsmoe_core import load_model
 
+    needs = _needs(methods)
     loaded, tokenizer = load_model(model, dtype=dtype, device=device)
-    stats = _captured(loaded, tokenizer, calibration, sequences, length, column, seed, batch_size)
+    stats = _captured(loaded, tokenizer, calibration, sequences, length, column, seed, batch_size, needs, sample)
     stats.save(out)
     print(f"{out}: {stats.num_tokens:,} tokens, {len(stats.layers)} MoE layers, {out.stat().st_size / 1e6:.1f} MB")
 
@@ -72,20 +130,22 @@ def plan(
     experts: Annotated[int, typer.Option(help="Experts kept in each layer.")],
     out: Annotated[Path, typer.Option(help="Plan to write (.json).")],
     method: METHOD = "hc-smoe",
-    similarity: SIMILARITY = "expert-output",
-    metric: METRIC = "euclidean",
-    linkage: LINKAGE = "average",
-    merge: MERGE = "frequency",
-    model: Annotated[str, typer.Option(help="Model to read the weights of; needed by similarity weight only.")] = "",
+    similarity: SIMILARITY = "",
+    metric: METRIC = "",
+    linkage: LINKAGE = "",
+    merge: MERGE = "",
+    others: SET = None,
+    plan_seed: Annotated[int, typer.Option("--seed", help="Of methods that use chance.")] = 0,
+    model: Annotated[str, typer.Option(help="Model to read the weights of, where the method looks at them.")] = "",
 ):
-    """Decide which experts of each layer join; the model is not run."""
+    """Decide which experts of each layer join or go; the model is not run."""
     from hcsmoe_core import load_model, load_statistics, make_plan
     from hcsmoe_core.study import cut_table
 
+    settings = _settings(similarity, metric, linkage, merge, others)
     stats = load_statistics(statistics)
     loaded = load_model(model)[0] if model else None
-    options = dict(method=method, similarity=similarity, metric=metric, linkage=linkage, merge=merge)
-    made = make_plan(stats, loaded, experts=experts, **options)
+    made = make_plan(stats, loaded, experts=experts, method=method, seed=plan_seed, **settings)
     made.save(out)
     print(cut_table(stats, made).round(4).to_string(index=False))
     print(out)
@@ -97,14 +157,17 @@ def merge(
     out: Annotated[Path, typer.Option(help="Model folder to write; must not exist.")],
     plan: Annotated[Path | None, typer.Option(help="Plan from hcsmoe plan; or give --experts.")] = None,
     experts: Annotated[int, typer.Option(help="Experts kept in each layer: capture, plan and merge in one go.")] = 0,
+    statistics: Annotated[Path | None, typer.Option(help="Statistics that --plan was made from, where it needs them.")] = None,
     router: Annotated[
-        str, typer.Option(help="mapped: keep the router and a map from its experts to the merged ones.")
-    ] = "mapped",
+        str, typer.Option(help="plain: a checkpoint that stock engines open; mapped: ours, with the router as it was.")
+    ] = "",
     method: METHOD = "hc-smoe",
-    similarity: SIMILARITY = "expert-output",
-    metric: METRIC = "euclidean",
-    linkage: LINKAGE = "average",
-    merge: MERGE = "frequency",
+    similarity: SIMILARITY = "",
+    metric: METRIC = "",
+    linkage: LINKAGE = "",
+    merge: MERGE = "",
+    others: SET = None,
+    sample: SAMPLE_TOKENS = 4096,
     calibration: CALIBRATION = "",
     sequences: SEQUENCES = 0,
     length: LENGTH = 0,
@@ -115,26 +178,46 @@ def merge(
     device: DEVICE = "auto",
 ):
     """Write a smaller checkpoint, by a plan or with a number of experts."""
-    from hcsmoe_core import load_model, load_plan, make_plan, save_merged
+    from hcsmoe_core import load_model, load_plan, load_statistics, make_plan, save_merged
     from hcsmoe_core.files import check_absent
 
     if (plan is None) == (experts == 0):
         raise ValueError("Give either --plan PLAN or --experts R (from 1 to the model's number of experts), and not both.")
     check_absent(out)
     made = load_plan(plan) if plan else None
+    stats = load_statistics(statistics) if statistics else None
+    settings = _settings(similarity, metric, linkage, merge, others)
+    needs = _needs(method, settings)
     loaded, tokenizer = load_model(model, dtype=dtype, device=device)
     if made is None:
         _check_experts(loaded, experts)
-        stats = _captured(loaded, tokenizer, calibration, sequences, length, column, seed, batch_size)
-        options = dict(method=method, similarity=similarity, metric=metric, linkage=linkage, merge=merge)
-        made = make_plan(stats, loaded, experts=experts, **options)
-    size = save_merged(loaded, made, out, router=router, tokenizer=tokenizer)
+        stats = _captured(loaded, tokenizer, calibration, sequences, length, column, seed, batch_size, needs, sample)
+        made = make_plan(stats, loaded, experts=experts, method=method, **settings)
+    size = save_merged(loaded, made, out, stats=stats, router=router, tokenizer=tokenizer)
     before = sum(p.numel() for p in loaded.parameters())
     kept = sorted({layer.num_groups for layer in made.layers})
     print(
         f"{out}: {' or '.join(map(str, kept))} experts a layer, {size['parameters']:,} of {before:,} weights, "
-        f"{size['bytes'] / 1e6:.1f} MB; load it with hcsmoe_core.load_merged or hcsmoe evaluate {out}"
+        f"{size['bytes'] / 1e6:.1f} MB, {size['router']}; {LOADING[size['router']]} or hcsmoe evaluate {out}"
     )
+    if "savings" in size:
+        _print_savings(size["savings"])
+
+
+LOADING = {
+    "plain": "load it with any loader of the original family",
+    "mapped": "load it with hcsmoe_core.load_merged",
+}
+
+
+def _print_savings(savings):
+    """What MC-SMoE's second step saves, as its paper tells it."""
+    for what, numbers in (
+        ("memory of the experts", savings["bytes"]),
+        ("multiply-accumulates a token", savings["multiply_accumulates"]),
+    ):
+        parts = ", ".join(f"{numbers[stage]:,.0f} {stage}" for stage in ("original", "merged", "compressed"))
+        print(f"{what}: {parts} ({1 - numbers['compressed'] / numbers['original']:.0%} saved)")
 
 
 def _check_experts(model, experts):
@@ -149,6 +232,9 @@ def _check_experts(model, experts):
 def evaluate(
     model: MODEL,
     plan: Annotated[Path | None, typer.Option(help="Plan to apply to the model before it is scored.")] = None,
+    statistics: Annotated[
+        Path | None, typer.Option(help="Statistics that the plan was made from, where it needs them.")
+    ] = None,
     tasks: Annotated[
         str, typer.Option(help="lm-evaluation-harness tasks, comma-separated; by default the embedded ones.")
     ] = "",
@@ -173,11 +259,11 @@ def evaluate(
     made = core.load_plan(plan) if plan else None
     loaded, tokenizer = core.load_model(model, dtype=dtype, device=device)
     if made is not None:
-        core.apply_plan(loaded, made)
+        core.apply_plan(loaded, made, core.load_statistics(statistics) if statistics else None)
     scores = core.evaluate(
         loaded,
         tokenizer,
-        [t.strip() for t in tasks.split(",") if t.strip()] or None,
+        _listed(tasks) or None,
         limit=limit or None,
         batch_size=batch_size,
         text=None if text == "none" else text,
@@ -192,6 +278,65 @@ def evaluate(
 
 
 @app.command()
+def methods():
+    """List every method: what it is made of, what it needs of the statistics, what it costs, its paper."""
+    from hcsmoe_core.methods import method_table
+
+    print(method_table())
+
+
+@app.command()
+def compare(
+    model: MODEL,
+    methods: Annotated[str, typer.Option(help="Methods, comma-separated; by default all.")] = "",
+    experts: Annotated[
+        str, typer.Option(help="Numbers of experts, comma-separated; by default 3/4, 1/2 and 1/4 of them.")
+    ] = "",
+    seeds: Annotated[str, typer.Option(help="Calibration samples, by seed, comma-separated.")] = "0,1,2",
+    limit: Annotated[int, typer.Option(help="Items of each task; 0 for all.")] = 100,
+    others: SET = None,
+    calibration: CALIBRATION = "",
+    sequences: SEQUENCES = 0,
+    length: LENGTH = 0,
+    text: Annotated[str, typer.Option(help="What the loss is measured on: demo, or a source as for --calibration.")] = "demo",
+    dtype: DTYPE = "auto",
+    device: DEVICE = "auto",
+    out: Annotated[Path, typer.Option(help="Folder of the cells and the tables.")] = Path("runs/compare"),
+):
+    """One table of all methods on equal footing: accuracy and loss with their errors, time and memory."""
+    from hcsmoe_core import compare as comparison
+    from hcsmoe_core.study import place, shown, slug
+
+    numbers = [[_number("--experts", n) for n in _listed(experts)], [_number("--seeds", n) for n in _listed(seeds)]]
+    frame = comparison.compare(
+        model,
+        methods=_listed(methods) or None,
+        experts=numbers[0] or None,
+        seeds=numbers[1],
+        limit=limit,
+        calibration=calibration,
+        sequences=sequences,
+        length=length,
+        text=text,
+        settings=_settings(others=others),
+        dtype=dtype,
+        device=device,
+        folder=out,
+    )
+    print(comparison.table(frame))
+    tables = place(out) / f"{slug(model)}.csv"
+    frame.to_csv(tables, index=False)
+    print(f"\n{shown(tables)}")
+
+
+def _number(option, text):
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"{option} takes whole numbers separated by commas; not {text!r}.") from None
+
+
+@app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder of the executed notebooks and results.")] = Path("runs/demo"),
     figures: Annotated[Path, typer.Option(help="Folder of the figures.")] = Path("figures"),
@@ -202,7 +347,7 @@ def demo(
     """Run the notebooks on the embedded models over a small grid: figures, tables and executed notebooks."""
     from hcsmoe_core.showcase import run
 
-    run([m.strip() for m in models.split(",")], out, figures, workers or min(2, os.cpu_count() or 1), limit)
+    run(_listed(models), out, figures, workers or min(2, os.cpu_count() or 1), limit)
 
 
 def main():

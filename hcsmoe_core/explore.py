@@ -8,7 +8,8 @@ from hcsmoe_core.clustering import LINKAGES, cut
 from hcsmoe_core.clustering import linkage as tree_of
 from hcsmoe_core.figures import dendrogram, png, similarity_heatmap, usage_by_domain
 from hcsmoe_core.files import check_choice, check_count
-from hcsmoe_core.plan import merge_tree, summarise
+from hcsmoe_core.methods import merge_tree
+from hcsmoe_core.plan import summarise
 from hcsmoe_core.similarity import FEATURES, SIMILARITIES, distances
 
 

@@ -84,3 +84,11 @@ def write_json(path, value):
     """Write ``value`` as indented JSON, beside its place and renamed."""
     with replacing(path) as part:
         part.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+
+
+def read_json(path):
+    """The JSON value of a file, or None if it is cut short or damaged."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError:
+        return None

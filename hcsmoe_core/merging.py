@@ -2,21 +2,27 @@
 
 import torch
 
-from hcsmoe_core.moe import find_moe_layers, put_experts, take_experts
-from hcsmoe_core.plan import check_fits, check_weights
+from hcsmoe_core.combining import Group, combine
+from hcsmoe_core.compression import compress, densified, from_saved, saved_tensors
+from hcsmoe_core.moe import find_moe_layers, put_experts, set_rows, take_experts
+from hcsmoe_core.plan import check_fits, check_weights, uses_sample
 
 
-def apply_plan(model, plan):
-    """Merge the experts of a live model, in place.
+def apply_plan(model, plan, stats=None):
+    """Merge or prune the experts of a live model, in place.
 
-    The router is kept: what it chooses among E experts is sent through the plan's labels to r merged ones, so that the
-    model computes exactly what E experts would of which those of a group are equal. Undone by :func:`restore`; the
-    original weights stay in memory until then.
+    Where the plan keeps the router (``"map"``), what it chooses among E experts is sent through the plan's labels to r
+    merged ones, so that the model computes exactly what E experts would of which those of a group are equal. Where it
+    drops rows, the router chooses among those left by the model's own rule. Undone by :func:`restore`; the original
+    weights stay in memory until then.
 
     Parameters
     ----------
     model : transformers.PreTrainedModel
     plan : Plan
+    stats : Statistics, optional
+        Those that the plan was made from; needed where experts are combined by what they do on the sample of layer inputs
+        (least squares, selection, trimming, activations, MC-SMoE).
 
     Returns
     -------
@@ -26,19 +32,56 @@ def apply_plan(model, plan):
     Raises
     ------
     ValueError
-        If the plan does not fit the model, the model is merged already, or a merged weight is not finite. The model is
-        then as it was.
+        If the plan does not fit the model, needs statistics that are not given, the model is merged already, or a merged
+        weight is not finite. The model is then as it was.
     """
     layers = check_fits(plan, model)
     check_unmerged(layers)
     check_weights(plan, model)
+    check_sample(plan, stats)
     try:
         for layer, layer_plan in zip(layers, plan.layers, strict=True):
-            put_experts(layer, merge_layer(layer, layer_plan), layer_plan.labels)
+            rows = layer_plan.router_rows()
+            sample = stats.layers[layer.name].sample if stats is not None else None
+            tensors = merge_layer(layer, layer_plan, sample)
+            put_experts(layer, tensors, layer_plan.labels, rows=None if rows is None else torch.from_numpy(rows))
+            layer.experts._merged.plan = layer_plan
+        if plan.compress:
+            _compress(layers, plan, stats)
     except BaseException:
         restore(model)
         raise
     return model
+
+
+@torch.no_grad()
+def _compress(layers, plan, stats):
+    """MC-SMoE's second step on merged layers: experts become what their factors, in the model's dtype, multiply out to."""
+    parts = []
+    for layer, layer_plan in zip(layers, plan.layers, strict=True):
+        sample = stats.layers[layer.name].sample
+        inputs, chosen = sample.inputs.to(layer.experts.down_proj.device), sample.chosen
+        routed = [inputs[chosen[:, members].any(1)] for members in layer_plan.groups()]
+        parts.append(([layer.neurons(g) for g in range(layer_plan.num_groups)], routed, layer.activate))
+    names, dtype = [layer.name for layer in layers], layers[0].tensors()["down_proj"].dtype
+    found = dict(zip(names, compress(parts, **plan.compress), strict=True))
+    put_factors(layers, from_saved(saved_tensors(found, dtype)))
+
+
+def put_factors(layers, factors):
+    """Set the experts of merged layers to what their factors multiply out to; the factors stay with them.
+
+    Parameters
+    ----------
+    layers : list of MoELayer
+        Merged.
+    factors : dict of str to list of dict
+        By layer name; see :func:`hcsmoe_core.compression.compress`.
+    """
+    for layer in layers:
+        experts = [densified(layer.neurons(g), parts) for g, parts in enumerate(factors[layer.name])]
+        set_rows(layer, layer.stacked(experts))
+        layer.experts._merged.factors = factors[layer.name]
 
 
 def restore(model):
@@ -61,16 +104,36 @@ def check_unmerged(layers):
         raise ValueError("This model is merged already; restore(model) first, or load the original.")
 
 
-def merge_layer(layer, layer_plan):
-    """Weighted averages of each group's experts, ``W_g = Σ_{e in g} w_e W_e`` (HC-SMoE, arXiv 2410.08589, eq. 6).
+def check_sample(plan, stats):
+    """Raise ValueError unless ``stats`` hold the sample that the plan needs, and are those it was made from."""
+    if not plan.needs_sample:
+        return
+    if stats is None:
+        raise ValueError(
+            "This plan combines experts by what they do on the sample of layer inputs; give the statistics it was made from: "
+            "apply_plan(model, plan, stats), or --statistics FILE on the command line."
+        )
+    stats.check(("sample",), "This plan")
+    if plan.statistics and plan.statistics != stats.identity():
+        raise ValueError(
+            f"The plan was made from other statistics (hash {plan.statistics.get('hash')}) than those given "
+            f"({stats.identity()['hash']}); give the ones it was made from, or make the plan again."
+        )
 
-    Sums are float32 (float64 for float32 weights), rounded once to the weights' dtype. An expert that is alone in its
-    group is copied, bit for bit.
+
+def merge_layer(layer, layer_plan, sample=None):
+    """The r experts that a plan leaves of a layer.
+
+    Averages, ``W_g = Σ_{e in g} w_e W_e`` (HC-SMoE, arXiv 2410.08589, eq. 6), are summed in float32 (float64 for float32
+    weights) and rounded once to the weights' dtype; for other rules see :func:`hcsmoe_core.combining.combine`. An expert
+    that is alone in its group is copied, bit for bit, unless it is trimmed.
 
     Parameters
     ----------
     layer : MoELayer
     layer_plan : LayerPlan
+    sample : LayerSample, optional
+        Where the plan's rule looks at it.
 
     Returns
     -------
@@ -80,18 +143,48 @@ def merge_layer(layer, layer_plan):
     Raises
     ------
     ValueError
-        If a merged weight is not finite.
+        If a merged weight is not finite, or the rule needs a sample that is not given.
     """
-    merged = {}
-    for name, tensor in layer.tensors().items():
-        tensor = tensor.detach()
-        rows = torch.empty(layer_plan.num_groups, *tensor.shape[1:], dtype=tensor.dtype, device=tensor.device)
-        for row, members in zip(rows, layer_plan.groups(), strict=True):
-            row.copy_(_average(tensor, members, layer_plan.weights))
+    if sample is None and uses_sample(layer_plan.combine):
+        raise ValueError(f'{layer.name}: rule {layer_plan.combine["rule"]!r} needs the "sample" argument.')
+    merged = {name: _averages(tensor.detach(), layer_plan) for name, tensor in layer.tensors().items()}
+    options = layer_plan.combine
+    if options["rule"] != "average" or options.get("align", "none") != "none":
+        merged |= _combined(layer, layer_plan, sample)
+    for name, tensor in merged.items():
+        for row, members in zip(tensor, layer_plan.groups(), strict=True):
             if not torch.isfinite(row).all():
                 raise ValueError(f"{layer.name}: {name} of experts {members} merges to values that are not finite.")
-        merged[name] = rows
     return merged
+
+
+def _averages(tensor, layer_plan):
+    """Weighted averages of one tensor's rows, by group or by the plan's mixture."""
+    rows = torch.empty(layer_plan.num_groups, *tensor.shape[1:], dtype=tensor.dtype, device=tensor.device)
+    for group, members in enumerate(layer_plan.groups()):
+        weights = layer_plan.weights
+        if layer_plan.mixture is not None:
+            weights = layer_plan.mixture[group]
+            members = [e for e, w in enumerate(weights) if w > 0]
+        rows[group].copy_(_average(tensor, members, weights))
+    return rows
+
+
+@torch.no_grad()
+def _combined(layer, layer_plan, sample):
+    """Projections and biases by the plan's rule."""
+    options = dict(layer_plan.combine)
+    if layer_plan.width is not None:
+        options["width"] = layer_plan.width
+    made = []
+    for place, members in enumerate(layer_plan.groups()):
+        if len(members) == 1 and options["rule"] != "trimming":
+            made.append(layer.neurons(members[0]))
+            continue
+        dominant = members[0] if layer_plan.dominant is None else layer_plan.dominant[place]
+        group = Group(layer, members, layer_plan.weights, dominant, sample)
+        made.append(combine(group, options))
+    return layer.stacked(made)
 
 
 def _average(tensor, members, weights):

@@ -15,6 +15,11 @@ from torch import nn
 
 UP = ("gate_up_proj", "up_proj")
 DOWN = "down_proj"
+ROUTER_GROUPS = ("num_group", "n_group")
+# What a block, its router or its experts call the number of experts and the experts a token.
+COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
+CHOICES = ("top_k", "num_experts_per_tok")
+WIDTHS = ("intermediate_dim", "intermediate_size", "expert_dim")
 
 
 @dataclass(frozen=True)
@@ -29,11 +34,14 @@ class MoELayer:
         Holds the stacked weights; called as ``experts(tokens [T, D], index [T, k], weight [T, k])``.
     router : torch.nn.Module or None
         The module beside the experts that scores them; its output has logits ``[T, E]``. None if none was found.
+    block : torch.nn.Module or None
+        The MoE block that holds both.
     """
 
     name: str
     experts: nn.Module
     router: nn.Module | None
+    block: nn.Module | None = None
 
     @property
     def merged(self):
@@ -53,7 +61,13 @@ class MoELayer:
     @property
     def top_k(self):
         """k: experts a token goes to, or None where neither the router nor its block says."""
-        return next((m.top_k for m in (self.router, self.experts) if isinstance(getattr(m, "top_k", None), int)), None)
+        holders = (self.router, self.experts, self.block)
+        return next((m.top_k for m in holders if isinstance(getattr(m, "top_k", None), int)), None)
+
+    @property
+    def router_groups(self):
+        """Groups of neighbouring experts that a group-limited router chooses among first (DeepSeek-V3); else 1."""
+        return next((n for n in (getattr(self.router, a, None) for a in ROUTER_GROUPS) if isinstance(n, int)), 1)
 
     @property
     def up_name(self):
@@ -71,6 +85,33 @@ class MoELayer:
         count = self.num_stored
         return {n: t for n, t in held.items() if t is not None and t.ndim >= 1 and t.shape[0] == count}
 
+    def shapes(self, stored, width):
+        """Shapes that :meth:`tensors` have with another number of experts and another width, by name."""
+        held = self.tensors()
+        each = held[self.up_name].shape[2 if self.transposed else 1] // self.width
+        changed = {
+            self.up_name: (2 if self.transposed else 1, each * width),
+            f"{self.up_name}_bias": (1, each * width),
+            DOWN: (1 if self.transposed else 2, width),
+        }
+        shapes = {}
+        for name, tensor in held.items():
+            shapes[name] = [stored, *tensor.shape[1:]]
+            if name in changed:
+                axis, size = changed[name]
+                shapes[name][axis] = size
+        return shapes
+
+    @property
+    def width(self):
+        """I: neurons of each expert."""
+        return getattr(self.experts, DOWN).shape[1 if self.transposed else 2]
+
+    @property
+    def hidden_size(self):
+        """D."""
+        return getattr(self.experts, DOWN).shape[2 if self.transposed else 1]
+
     def expert_hidden(self, expert, tokens):
         """Activations of one expert before its down projection.
 
@@ -86,14 +127,23 @@ class MoELayer:
         up = getattr(self.experts, self.up_name)[expert]
         hidden = tokens @ up if self.transposed else nn.functional.linear(tokens, up)
         bias = getattr(self.experts, f"{self.up_name}_bias", None)
-        if bias is not None:
-            hidden = hidden + bias[expert]
+        return self._activated(hidden if bias is None else hidden + bias[expert])
+
+    def _activated(self, hidden):
+        """Activations ``[T, I]`` of what the up projection gave, ``[T, 2I]`` or, without a gate, ``[T, I]``."""
         if not getattr(self.experts, "has_gate", self.up_name == "gate_up_proj"):
             return self.experts.act_fn(hidden)
         if hasattr(self.experts, "_apply_gate"):  # clamps, interleaved halves and other scales live in there
             return self.experts._apply_gate(hidden)
         gate, up = hidden.chunk(2, dim=-1)
         return self.experts.act_fn(gate) * up
+
+    def expert_output(self, expert, hidden):
+        """Outputs ``[T, D]`` of one expert, from its activations ``[T, I]``."""
+        down = getattr(self.experts, DOWN)[expert]
+        output = hidden @ down if self.transposed else nn.functional.linear(hidden, down)
+        bias = getattr(self.experts, f"{DOWN}_bias", None)
+        return output if bias is None else output + bias[expert]
 
     def down_project(self, hidden):
         """Outputs ``[E, D]`` of one activation vector an expert ``[E, I]``, in float64.
@@ -108,6 +158,135 @@ class MoELayer:
             output = hidden[e] @ weight if self.transposed else weight @ hidden[e]
             outputs.append(output if bias is None else output + bias[e].to(torch.float64))
         return torch.stack(outputs)
+
+    def neuron_rows(self):
+        """Rows of the up projection that make each neuron, ``[I, p]``: its gate's and its own (p = 2), or its own (p = 1).
+
+        Found by shuffling neurons and seeing which layout shuffles the activations alike.
+
+        Raises
+        ------
+        ValueError
+            If the neurons are laid out in neither of the known ways.
+        """
+        up, width = self.tensors()[self.up_name], self.width
+        count = up.shape[2 if self.transposed else 1]
+        if count == width:
+            return torch.arange(width)[:, None]
+        generator = torch.Generator().manual_seed(0)
+        probe, order = torch.randn(1, count, generator=generator), torch.randperm(width, generator=generator)
+        rows = torch.arange(count)
+        for layout in (rows.reshape(2, -1).T, rows.reshape(-1, 2)) if count == 2 * width else ():
+            shuffled = torch.empty_like(probe)
+            shuffled[:, layout] = probe[:, layout[order]]
+            both = self._activated(torch.cat([probe, shuffled]).to(up.device))
+            if torch.allclose(both[1], both[0, order.to(up.device)]):
+                return layout
+        raise ValueError(
+            f"{self.name}: which rows of {self.up_name} ({count}) make which of the {width} neurons is not known, so that "
+            'neurons cannot be matched or chosen; use combine "average".'
+        )
+
+    def neurons(self, expert, dtype=None):
+        """One expert neuron by neuron, whatever way the family stores it.
+
+        Parameters
+        ----------
+        expert : int
+        dtype : torch.dtype, optional
+            By default the weights' own.
+
+        Returns
+        -------
+        Neurons
+        """
+        held, rows = self.tensors(), self.neuron_rows()
+        up, down = held[self.up_name][expert].detach(), held[DOWN][expert].detach()
+        up, down = (up.T, down.T) if self.transposed else (up, down)
+        bias, offset = held.get(f"{self.up_name}_bias"), held.get(f"{DOWN}_bias")
+        parts = (
+            up[rows],
+            down,
+            None if bias is None else bias[expert].detach()[rows],
+            None if offset is None else offset[expert].detach(),
+        )
+        return Neurons(*(None if part is None else part.to(dtype or part.dtype) for part in parts))
+
+    def activate(self, neurons, tokens):
+        """Activations ``[T, I']`` of any neurons on tokens ``[T, D]``, in the neurons' dtype."""
+        rows = _rows_like(self.neuron_rows(), len(neurons.up))
+        up = _by_row(neurons.up, rows)
+        bias = None if neurons.bias is None else _by_row(neurons.bias, rows)
+        return self._activated(nn.functional.linear(tokens.to(up.dtype), up, bias))
+
+    def stacked(self, experts):
+        """Stacked tensors, in the family's own layout, dtype and names, of experts given neuron by neuron.
+
+        Parameters
+        ----------
+        experts : list of r Neurons
+            All of one width I'.
+
+        Returns
+        -------
+        dict of str to tensor
+            Up and down projections and their biases, with r rows each.
+        """
+        held = self.tensors()
+        rows = _rows_like(self.neuron_rows(), len(experts[0].up))
+        ups, downs = [_by_row(e.up, rows) for e in experts], [e.down for e in experts]
+        turn = (lambda t: t.T) if self.transposed else (lambda t: t)
+        made = {self.up_name: [turn(t) for t in ups], DOWN: [turn(t) for t in downs]}
+        if experts[0].bias is not None:
+            made[f"{self.up_name}_bias"] = [_by_row(e.bias, rows) for e in experts]
+        if experts[0].offset is not None:
+            made[f"{DOWN}_bias"] = [e.offset for e in experts]
+        return {n: torch.stack([t.to(held[n].dtype) for t in parts]) for n, parts in made.items()}
+
+
+@dataclass(frozen=True)
+class Neurons:
+    """One expert, neuron by neuron: ``f(x) = down · act(up x + bias) + offset``.
+
+    Attributes
+    ----------
+    up : (I, p, D) tensor
+        What each neuron reads: its gate's row and its own (p = 2), or its own alone (p = 1).
+    down : (D, I) tensor
+        What each neuron writes.
+    bias : (I, p) tensor or None
+    offset : (D,) tensor or None
+    """
+
+    up: torch.Tensor
+    down: torch.Tensor
+    bias: torch.Tensor | None = None
+    offset: torch.Tensor | None = None
+
+    def take(self, order):
+        """The neurons at the places ``order``, in that order."""
+        return Neurons(self.up[order], self.down[:, order], None if self.bias is None else self.bias[order], self.offset)
+
+    def map(self, function):
+        """The same with a function applied to each tensor."""
+        parts = (self.up, self.down, self.bias, self.offset)
+        return Neurons(*(None if part is None else function(part) for part in parts))
+
+
+def _rows_like(rows, width):
+    """The layout of :meth:`MoELayer.neuron_rows` for another number of neurons."""
+    if len(rows) == width:
+        return rows
+    count, each = width * rows.shape[1], torch.arange(width * rows.shape[1])
+    interleaved = len(rows) > 1 and rows.shape[1] == 2 and rows[0, 1] == 1
+    return each.reshape(-1, rows.shape[1]) if interleaved or rows.shape[1] == 1 else each.reshape(2, count // 2).T
+
+
+def _by_row(parts, rows):
+    """``[I, p, …]`` put back as rows ``[p·I, …]``."""
+    made = parts.new_empty(rows.numel(), *parts.shape[2:])
+    made[rows] = parts
+    return made
 
 
 def find_moe_layers(model):
@@ -130,7 +309,7 @@ def find_moe_layers(model):
     for name, module in model.named_modules():
         if _is_experts(module):
             parent = model.get_submodule(name.rpartition(".")[0])
-            layers.append(MoELayer(name, module, _find_router(parent, module)))
+            layers.append(MoELayer(name, module, _find_router(parent, module), parent))
     if not layers:
         what = getattr(model, "name_or_path", "") or type(model).__name__
         raise ValueError(
@@ -158,8 +337,8 @@ def _is_experts(module):
 
 
 def _find_router(parent, experts):
-    """The module beside ``experts`` with one row an expert; a merged layer's router still has its E rows."""
-    count = len(experts._merged.labels) if hasattr(experts, "_merged") else getattr(experts, DOWN).shape[0]
+    """The module beside ``experts`` with one row an expert; that of a merged layer, unless pruned, still has its E rows."""
+    count = experts._merged.routed if hasattr(experts, "_merged") else getattr(experts, DOWN).shape[0]
     inside = set(experts.modules())
     for module in parent.modules():
         if module not in inside and any(p.ndim == 2 and p.shape[0] == count for p in module.parameters(recurse=False)):
@@ -193,7 +372,7 @@ def model_hash(model):
     for layer in find_moe_layers(model):
         tensors = {f"{layer.name}.{n}": t for n, t in original_tensors(layer).items()}
         if layer.router is not None:
-            tensors |= {f"{layer.name}:router.{n}": p for n, p in layer.router.named_parameters()}
+            tensors |= {f"{layer.name}:router.{n}": p for n, p in original_router(layer).items()}
         for name in sorted(tensors):
             tensor = tensors[name].detach()
             flat = tensor.reshape(-1)
@@ -223,10 +402,12 @@ def check_loaded(layer):
 class _Merged:
     """What :func:`put_experts` leaves on an experts module: the map, and what :func:`take_experts` puts back."""
 
-    def __init__(self, labels, originals, attributes):
+    def __init__(self, labels, routed, keep):
         self.labels = list(labels)
-        self.originals = originals
-        self.attributes = attributes
+        self.routed = routed  # experts that the router now chooses from
+        self.keep = keep
+        self.plan = self.factors = None  # what was applied, for whoever writes the model
+        self.undo = []  # (module, name, tensor or value)
         self.handle = None
         # The map is not a buffer: transformers re-allocates non-persistent buffers when it loads a checkpoint.
         self._lookup = {}
@@ -235,6 +416,21 @@ class _Merged:
         if device not in self._lookup:
             self._lookup[device] = torch.tensor(self.labels, device=device)
         return self._lookup[device]
+
+    def set(self, module, name, value):
+        """Replace a tensor or an attribute, and remember what was there."""
+        if torch.is_tensor(value):
+            held = module._parameters if name in module._parameters else module._buffers
+            if self.keep:
+                self.undo.append((module, name, held[name]))
+            _set_tensor(module, name, value)
+        else:
+            self.undo.append((module, name, getattr(module, name)))
+            setattr(module, name, value)
+
+    def originals(self, module):
+        """Tensors of a module that were replaced, by name."""
+        return {name: value for owner, name, value in self.undo if owner is module and torch.is_tensor(value)}
 
 
 def _remap(module, inputs, keywords):
@@ -245,11 +441,13 @@ def _remap(module, inputs, keywords):
     return (tokens, module._merged.lookup(index.device)[index], weight), {}
 
 
-def put_experts(layer, tensors, labels, *, keep=True):
-    """Replace a layer's E experts by r, and send what the router chooses through ``labels``.
+def put_experts(layer, tensors, labels, *, rows=None, keep=True):
+    """Replace a layer's E experts by r.
 
-    The router keeps its E outputs. A token that picks two experts of one group goes through their expert twice, with
-    both weights: the output is exactly that of E experts of which those of a group are equal.
+    Without ``rows`` the router keeps its E outputs and what it chooses goes through ``labels``. A token that picks two
+    experts of one group goes through their expert twice, with both weights: the output is exactly that of E experts of
+    which those of a group are equal. With ``rows`` the router itself has r outputs, and chooses, scores and normalises
+    among them by the model's own rule; a token goes to no more than r.
 
     Parameters
     ----------
@@ -257,25 +455,91 @@ def put_experts(layer, tensors, labels, *, keep=True):
     tensors : dict of str to tensor
         For every name of :meth:`MoELayer.tensors`, a tensor with r rows.
     labels : sequence of E int
-        Group of each expert, from 0 to r − 1.
+        Group of each expert, from 0 to r − 1; −1 for one that is dropped.
+    rows : (r, E) float tensor, optional
+        Each new row of the router's tensors as a sum of the old ones; a row with a single 1 takes one as it is.
     keep : bool
         Keep the original tensors so that :func:`take_experts` can put them back.
+
+    Raises
+    ------
+    ValueError
+        If the layer's router chooses among groups of experts first and ``rows`` leaves these of different sizes.
     """
-    experts = layer.experts
-    stored = max(labels) + 1
-    originals = {n: held[n] for held in (experts._parameters, experts._buffers) for n in tensors if n in held}
-    attributes = {n: getattr(experts, n) for n in ("num_experts",) if hasattr(experts, n)}
-    state = _Merged(labels, originals if keep else None, attributes)
+    experts, stored = layer.experts, max(labels) + 1
+    if rows is not None:
+        _check_rows(layer, rows)
+    state = _Merged(labels, len(labels) if rows is None else stored, keep)
     for name, tensor in tensors.items():
-        _set_tensor(experts, name, tensor)
-    for name in attributes:
-        setattr(experts, name, stored)
+        state.set(experts, name, tensor)
+    holders = (experts,) if rows is None else (experts, layer.router, layer.block)
+    for module in dict.fromkeys(holders):
+        for name in COUNTS:
+            if isinstance(getattr(module, name, None), int):
+                state.set(module, name, stored)
+    width = tensors[DOWN].shape[1 if layer.transposed else 2]
+    for name in WIDTHS:
+        if isinstance(getattr(experts, name, None), int):
+            state.set(experts, name, width)
+    if rows is not None:
+        _put_rows(layer, rows, state)
     experts._merged = state
-    state.handle = experts.register_forward_pre_hook(_remap, with_kwargs=True, prepend=True)
+    if rows is None and state.labels != list(range(len(labels))):
+        state.handle = experts.register_forward_pre_hook(_remap, with_kwargs=True, prepend=True)
+
+
+def _put_rows(layer, rows, state):
+    """Give the router r outputs, and let it choose no more than r."""
+    count = rows.shape[1]
+    for name, tensor in router_tensors(layer.router, count).items():
+        state.set(layer.router, name, mixed_rows(tensor.detach(), rows))
+    for module in dict.fromkeys((layer.experts, layer.router, layer.block)):
+        for name in CHOICES:
+            if isinstance(getattr(module, name, None), int):
+                state.set(module, name, min(getattr(module, name), len(rows)))
+
+
+def router_tensors(router, count):
+    """Parameters and buffers of a router that have one row an expert."""
+    held = {**router._parameters, **router._buffers}
+    return {n: t for n, t in held.items() if t is not None and t.ndim >= 1 and t.shape[0] == count}
+
+
+def mixed_rows(tensor, rows):
+    """``rows @ tensor`` ``[r, …]``; rows that take one row as it is copy it bit for bit."""
+    made = torch.empty(len(rows), *tensor.shape[1:], dtype=tensor.dtype, device=tensor.device)
+    for new, row in zip(made, rows, strict=True):
+        members = row.nonzero()[:, 0].tolist()
+        if len(members) == 1 and row[members[0]] == 1:
+            new.copy_(tensor[members[0]])
+        else:
+            new.copy_(sum(float(row[e]) * tensor[e].double() for e in members))
+    return made
+
+
+def _check_rows(layer, rows):
+    if layer.router is None:
+        raise ValueError(f"{layer.name}: no router was found, so that its rows cannot be dropped; use a method that merges.")
+    groups = layer.router_groups
+    if groups > 1:
+        size = rows.shape[1] // groups
+        kept = [int((rows[:, g * size : (g + 1) * size].sum(1) > 0).sum()) for g in range(groups)]
+        if len(set(kept)) > 1 or int((rows > 0).sum()) > len(rows):
+            raise ValueError(
+                f"{layer.name}: its router chooses among {groups} groups of experts first, which must stay whole and of one "
+                f"size, but rows of {kept} experts of each would be kept or joined; drop as many of each, or use a method that "
+                "keeps the router."
+            )
+
+
+def set_rows(layer, tensors):
+    """Replace tensors of a merged layer by others of the same shapes."""
+    for name, tensor in tensors.items():
+        _set_tensor(layer.experts, name, tensor)
 
 
 def take_experts(layer):
-    """Put the original experts of a merged layer back: the same tensors, to the bit.
+    """Put the original experts and router of a merged layer back: the same tensors, to the bit.
 
     Raises
     ------
@@ -283,21 +547,29 @@ def take_experts(layer):
         If they were not kept (a model that was loaded merged never had them).
     """
     state = layer.experts._merged
-    if state.originals is None:
+    if not state.keep:
         raise ValueError(f"{layer.name} was loaded merged; the original experts are in the original checkpoint.")
-    state.handle.remove()
-    for name, tensor in state.originals.items():
-        _set_tensor(layer.experts, name, tensor)
-    for name, value in state.attributes.items():
-        setattr(layer.experts, name, value)
+    if state.handle is not None:
+        state.handle.remove()
+    for module, name, value in reversed(state.undo):
+        if torch.is_tensor(value):
+            _set_tensor(module, name, value)
+        else:
+            setattr(module, name, value)
     del layer.experts._merged
 
 
 def original_tensors(layer):
     """Per-expert tensors as they were before :func:`put_experts`, or those held if it was loaded merged."""
-    if layer.merged and layer.experts._merged.originals is not None:
-        return layer.experts._merged.originals
-    return layer.tensors()
+    originals = layer.experts._merged.originals(layer.experts) if layer.merged else {}
+    return originals or layer.tensors()
+
+
+def original_router(layer):
+    """Parameters of a layer's router as they were before :func:`put_experts`."""
+    held = dict(layer.router.named_parameters())
+    originals = layer.experts._merged.originals(layer.router) if layer.merged else {}
+    return held | {n: t for n, t in originals.items() if n in held}
 
 
 def _set_tensor(module, name, tensor):

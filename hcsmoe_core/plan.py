@@ -1,20 +1,23 @@
-"""The decision as data: which experts of each layer join, and with what weights."""
+"""The decision as data: which experts of each layer stay or join, how they combine, and what the router does."""
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
 
-from hcsmoe_core.clustering import LINKAGES, by_first_appearance, cut, linkage
-from hcsmoe_core.files import check_choice, check_count, sha256_json, write_json
+from hcsmoe_core.clustering import by_first_appearance
+from hcsmoe_core.files import check_choice, sha256_json, write_json
 from hcsmoe_core.moe import find_moe_layers, model_hash
-from hcsmoe_core.similarity import SIMILARITIES, distances
 
 FORMAT = "hcsmoe-plan"
-VERSION = 1
-METHODS = ("hc-smoe",)
-MERGES = ("frequency", "average")
+VERSION = 2
+READABLE = (1, 2)
+MERGES = ("frequency", "average", "routing-mass")
+ROUTERS = ("map", "drop", "average")
+DROPPED = -1
+# Rules of :mod:`hcsmoe_core.combining` that look at the sample of layer inputs.
+SAMPLED_RULES = ("least-squares", "selection", "trimming")
 
 
 @dataclass(frozen=True)
@@ -26,25 +29,60 @@ class LayerPlan:
     name : str
         The experts module, such as ``model.layers.3.mlp.experts``.
     labels : list of E int
-        Group of each expert, numbered by first appearance.
+        Group of each expert, numbered by first appearance; −1 for one that is dropped.
     weights : list of E float
-        Weight of each expert in its group's average; they sum to one in each group.
+        Weight of each expert in its group; they sum to one in each group.
+    combine : dict
+        How the members of a group become one expert: ``rule`` and its options; see
+        :func:`hcsmoe_core.combining.combine`.
+    router : {"map", "drop", "average"}
+        ``"map"`` keeps all E rows of the router and sends what it chooses through the labels; ``"drop"`` takes away the
+        rows of dropped experts; ``"average"`` gives each group one row, the mean of its members'.
+    width : int or None
+        Neurons of each expert that is written, where these are fewer than before.
+    mixture : list of r lists of E float, or None
+        Soft groups: the weight of every expert in every merged one, each row summing to one; ``labels`` then say where
+        the router's choice goes.
+    dominant : list of r int, or None
+        The expert of each group that others are matched to, where they are; the first by default.
+    protected : list of int
+        Experts that stay as they are whatever the method says (super experts).
     """
 
     name: str
     labels: list
     weights: list
+    combine: dict = field(default_factory=lambda: {"rule": "average"})
+    router: str = "map"
+    width: int | None = None
+    mixture: list | None = None
+    dominant: list | None = None
+    protected: list = field(default_factory=list)
 
     @property
     def num_groups(self):
         """r: experts left in this layer."""
         return max(self.labels) + 1
 
+    @property
+    def kept(self):
+        """Experts that are not dropped, in order."""
+        return [e for e, label in enumerate(self.labels) if label != DROPPED]
+
+    def router_rows(self):
+        """Each row of the new router as a sum of the old ones, ``(r, E)`` float32; None where it stays as it is."""
+        if self.router == "map":
+            return None
+        rows = np.zeros((self.num_groups, len(self.labels)), dtype=np.float32)
+        for group, members in enumerate(self.groups()):
+            rows[group, members] = 1 / len(members)
+        return rows
+
     def groups(self):
         """Members of each group, ``[[expert, …], …]``."""
         groups = [[] for _ in range(self.num_groups)]
-        for expert, label in enumerate(self.labels):
-            groups[label].append(expert)
+        for expert in self.kept:
+            groups[self.labels[expert]].append(expert)
         return groups
 
 
@@ -62,17 +100,42 @@ class Plan:
         ``name``, ``class`` and ``hash`` of the model it is for; may be empty in a plan written by hand.
     statistics : dict
         Which calibration tokens it was made from.
+    compress : dict or None
+        MC-SMoE's second step, on the experts that are left: see :func:`hcsmoe_core.compression.compress`.
     """
 
     layers: list
     settings: dict = field(default_factory=dict)
     model: dict = field(default_factory=dict)
     statistics: dict = field(default_factory=dict)
+    compress: dict | None = None
+
+    @property
+    def needs_sample(self):
+        """Whether applying it needs the statistics' sample of layer inputs."""
+        return self.compress is not None or any(uses_sample(layer.combine) for layer in self.layers)
 
     def save(self, path):
         """Write as JSON, in full or not at all, with a checksum that tells a damaged file."""
         content = {"format": FORMAT, "version": VERSION, **asdict(self)}
+        content["layers"] = [_without_defaults(layer) for layer in self.layers]
         write_json(path, content | {"sha256": sha256_json(content)})
+
+
+def uses_sample(combine):
+    """Whether a layer's ``combine`` looks at the sample of layer inputs."""
+    activations = "activations" in (combine.get("align"), *combine.get("features", "").split("+"))
+    return combine["rule"] in SAMPLED_RULES or activations
+
+
+def _without_defaults(layer):
+    """A layer's plan as a dictionary, without what is as usual."""
+    kept = {}
+    for key in fields(LayerPlan):
+        default = key.default if key.default_factory is MISSING else key.default_factory()
+        if getattr(layer, key.name) != default:
+            kept[key.name] = getattr(layer, key.name)
+    return kept
 
 
 def load_plan(path):
@@ -100,99 +163,70 @@ def load_plan(path):
     digest = content.pop("sha256", None)
     if digest is not None and digest != sha256_json(content):
         raise ValueError(f'{path} was changed since it was written. Make it again, or remove its "sha256" to mean the change.')
-    if content.get("format", FORMAT) != FORMAT or content.get("version", VERSION) != VERSION:
+    if content.get("format", FORMAT) != FORMAT or content.get("version", VERSION) not in READABLE:
         raise ValueError(f"{path} is no plan of this version of hcsmoe ({FORMAT} {VERSION}); make it again.")
     try:
         layers = [_checked_layer(**layer) for layer in content["layers"]]
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path} is not a valid plan: {error}") from None
     about = {key: content.get(key) or {} for key in ("settings", "model", "statistics")}
-    return Plan(layers, **about)
+    return Plan(layers, **about, compress=content.get("compress"))
 
 
-def _checked_layer(name, labels, weights):
+def _checked_layer(name, labels, weights, **rest):
     """LayerPlan of checked values."""
     whole = all(isinstance(label, int) and not isinstance(label, bool) for label in labels)
-    if not labels or not whole or by_first_appearance(labels).tolist() != list(labels):
-        raise ValueError(f"{name}: labels must be group numbers in order of first appearance (0, then 1, …); not {labels}.")
+    kept = [label for label in labels if label != DROPPED] if whole else []
+    if not kept or by_first_appearance(kept).tolist() != kept:
+        raise ValueError(
+            f"{name}: labels must be group numbers in order of first appearance (0, then 1, …), or -1 for an expert that is "
+            f"dropped; not {labels}."
+        )
     if len(weights) != len(labels) or not all(isinstance(w, int | float) and w >= 0 for w in weights):
         raise ValueError(f"{name}: there must be one weight of at least 0 for each of the {len(labels)} experts.")
-    sums = np.bincount(labels, weights)
+    sums = np.bincount(kept, [w for w, label in zip(weights, labels, strict=True) if label != DROPPED])
     if not np.allclose(sums, 1, rtol=0, atol=1e-6):
         raise ValueError(f"{name}: the weights of each group must sum to one; they sum to {sums.round(6).tolist()}.")
-    return LayerPlan(name, list(labels), [float(w) for w in weights])
-
-
-def make_plan(
-    stats,
-    model=None,
-    *,
-    experts,
-    method="hc-smoe",
-    similarity="expert-output",
-    metric="euclidean",
-    linkage="average",
-    merge="frequency",
-):
-    """Decide which experts join in every layer.
-
-    Parameters
-    ----------
-    stats : Statistics
-    model : transformers.PreTrainedModel, optional
-        Needed by similarity ``"weight"``; where given, checked to be the model of the statistics.
-    experts : int
-        r: experts kept in each layer, from 1 to E.
-    method : {"hc-smoe"}
-        HC-SMoE (arXiv 2410.08589): hierarchical clustering of the experts, then a weighted average of each group.
-    similarity : {"expert-output", "router-logits", "weight"}
-    metric : {"euclidean", "cosine"}
-    linkage : {"average", "complete", "single", "ward"}
-    merge : {"frequency", "average"}
-        Weights within a group: each expert's share of the routed tokens, or equal ones. A group that no token was
-        routed to is averaged with equal weights.
-
-    Returns
-    -------
-    Plan
-
-    Raises
-    ------
-    ValueError
-        If a choice is unknown, ``experts`` is out of range, or the statistics are another model's.
-    """
-    check_choice("method", method, METHODS)
-    check_choice("similarity", similarity, SIMILARITIES)
-    check_choice("linkage", linkage, LINKAGES)
-    check_choice("merge", merge, MERGES)
-    check_count("experts", experts, 1, min(layer.usage_count.shape[1] for layer in stats.layers.values()))
-    if model is not None:
-        check_statistics(stats, model)
-    layers = []
-    for name, sums in stats.layers.items():
-        tree = merge_tree(stats, name, similarity=similarity, metric=metric, linkage=linkage, model=model)
-        labels = cut(tree, experts)
-        layers.append(LayerPlan(name, labels.tolist(), merge_weights(labels, sums, merge).tolist()))
-    settings = dict(method=method, experts=experts, similarity=similarity, metric=metric, linkage=linkage, merge=merge)
-    return Plan(layers, settings, dict(stats.model), stats.identity())
-
-
-def merge_tree(stats, layer, *, similarity="expert-output", metric="euclidean", linkage="average", model=None):
-    """Merge tree of one layer, from its statistics: :func:`distances`, then :func:`hcsmoe_core.clustering.linkage`."""
-    condensed = distances(stats, layer, similarity=similarity, metric=metric, model=model)
-    return _linkage(condensed, linkage, metric=metric)
-
-
-_linkage = linkage  # the parameter of the same name hides the function in make_plan and merge_tree
+    layer = LayerPlan(name, list(labels), [float(w) for w in weights], **rest)
+    check_choice(f"{name}: router", layer.router, ROUTERS)
+    if not isinstance(layer.combine, dict) or "rule" not in layer.combine:
+        raise ValueError(f'{name}: "combine" must be an object with a "rule"; not {layer.combine!r}.')
+    if len(kept) < len(labels) and layer.router != "drop":
+        raise ValueError(f'{name}: experts are dropped, so that the router must be "drop"; not {layer.router!r}.')
+    if layer.dominant is not None and [labels[e] for e in layer.dominant] != list(range(layer.num_groups)):
+        raise ValueError(f"{name}: there must be one dominant expert of each group, in order; not {layer.dominant}.")
+    if layer.mixture is not None:
+        mixture = np.asarray(layer.mixture, dtype=np.float64)
+        if mixture.shape != (layer.num_groups, len(labels)) or not np.allclose(mixture.sum(1), 1, rtol=0, atol=1e-6):
+            raise ValueError(f"{name}: the mixture must be one row of {len(labels)} weights that sum to one for each group.")
+    return layer
 
 
 def merge_weights(labels, sums, merge):
-    """Weight of each expert in its group, ``(E,)`` float64; they sum to one in each group."""
+    """Weight of each expert in its group, ``(E,)`` float64; they sum to one in each group, and are 0 where dropped.
+
+    Parameters
+    ----------
+    labels : (E,) sequence of int
+    sums : LayerStatistics
+    merge : {"frequency", "average", "routing-mass"}
+        By the number of tokens routed to each, alike, or by the weight that the router gave each in all. A group that no
+        token was routed to is averaged with equal weights.
+
+    Returns
+    -------
+    (E,) float64 array
+    """
     labels = np.asarray(labels)
-    share = sums.usage_count.sum(0).numpy().astype(np.float64) if merge == "frequency" else np.ones(len(labels))
-    total = np.bincount(labels, share)
+    share = {
+        "frequency": lambda: sums.usage_count.sum(0).double().numpy(),
+        "routing-mass": lambda: sums.routing_mass.sum(0).numpy().clip(min=0),
+        "average": lambda: np.ones(len(labels)),
+    }[merge]()
+    kept = labels != DROPPED
+    total = np.bincount(labels[kept], share[kept])
     share = np.where(total[labels] > 0, share, 1.0)
-    return share / np.bincount(labels, share)[labels]
+    return np.where(kept, share / np.bincount(labels[kept], share[kept])[labels], 0.0)
 
 
 def summarise(stats, layer, labels):
@@ -208,19 +242,21 @@ def summarise(stats, layer, labels):
     Returns
     -------
     dict
-        ``groups``; ``moved``, the share of the routing mass that goes to experts that are joined with others;
+        ``groups``; ``moved``, the share of the routing mass that goes to experts that are joined with others or dropped;
         ``output_error``, the distance of the experts' mean outputs from their group's frequency-weighted mean, weighted
         by usage and relative to the mean outputs themselves: 0 if all that join have the same mean output.
     """
+    stats.check(("outputs",), "summarise")
     sums = stats.layer(layer)
     labels = np.asarray(labels)
     outputs, share = sums.mean_output.numpy(), sums.frequency.numpy()
     mass = sums.routing_mass.sum(0).numpy()
     weights = merge_weights(labels, sums, "frequency")
+    kept = labels != DROPPED
     centres = np.zeros((labels.max() + 1, outputs.shape[1]))
-    np.add.at(centres, labels, weights[:, None] * outputs)
-    lost = share @ ((outputs - centres[labels]) ** 2).sum(1)
-    joined = np.bincount(labels)[labels] > 1
+    np.add.at(centres, labels[kept], (weights[:, None] * outputs)[kept])
+    lost = share @ ((outputs - np.where(kept[:, None], centres[labels], 0)) ** 2).sum(1)
+    joined = ~kept | (np.bincount(labels[kept])[labels] > 1)
     return {
         "groups": int(labels.max() + 1),
         "moved": float(mass[joined].sum() / mass.sum()),

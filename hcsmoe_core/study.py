@@ -1,5 +1,6 @@
 """What the notebooks and the command share: where things go, statistics that are captured once, and the record of a run."""
 
+import hashlib
 import json
 import platform
 from pathlib import Path
@@ -8,13 +9,14 @@ import torch
 
 import hcsmoe_core
 from hcsmoe_core.calibration import calibration_tokens, domains_of
-from hcsmoe_core.capture import capture, load_statistics
+from hcsmoe_core.capture import capture
 from hcsmoe_core.demo import models as demo
 from hcsmoe_core.evaluation import versions
 from hcsmoe_core.figures import save
 from hcsmoe_core.files import sha256_file, sha256_json, write_json
 from hcsmoe_core.moe import find_moe_layers, model_hash
 from hcsmoe_core.plan import summarise
+from hcsmoe_core.statistics import DEFAULT_NEEDS, load_statistics
 
 NOTEBOOKS = ("00_tour", "01_similarity", "02_dendrograms", "05_accuracy", "06_ablation")
 
@@ -34,6 +36,15 @@ def shown(path):
     """``path`` as a person at the repository's root would write it."""
     path = Path(path)
     return path.relative_to(root()) if path.is_relative_to(root()) else path
+
+
+def core_hash():
+    """Hash of the core's source, so that a cell is measured anew when what measures it has changed."""
+    digest = hashlib.sha256()
+    folder = Path(hcsmoe_core.__file__).parent
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()
 
 
 def slug(model):
@@ -56,7 +67,18 @@ def calibration_of(model, calibration="", sequences=0, length=0):
     return {"calibration": calibration, "sequences": sequences or default[0], "length": length or default[1]}
 
 
-def statistics(model, tokenizer, *, calibration="", sequences=0, length=0, seed=42, batch_size=8, folder="runs/statistics"):
+def statistics(
+    model,
+    tokenizer,
+    *,
+    calibration="",
+    sequences=0,
+    length=0,
+    seed=42,
+    batch_size=8,
+    needs=DEFAULT_NEEDS,
+    folder="runs/statistics",
+):
     """Statistics of a model, captured once and read back whenever model and calibration are the same.
 
     Parameters
@@ -66,6 +88,8 @@ def statistics(model, tokenizer, *, calibration="", sequences=0, length=0, seed=
     calibration, sequences, length
         As for :func:`calibration_of`.
     seed, batch_size : int
+    needs : sequence of str
+        What to collect at least, beside the default: see :func:`hcsmoe_core.capture.capture`.
     folder : str or path
         Where the statistics are kept.
 
@@ -74,7 +98,9 @@ def statistics(model, tokenizer, *, calibration="", sequences=0, length=0, seed=
     Statistics
     """
     settings = calibration_of(model.name_or_path, calibration, sequences, length)
-    key = settings | {"seed": seed, "model": model_hash(model), "dtype": str(model.dtype), "core": hcsmoe_core.__version__}
+    needs = tuple(dict.fromkeys((*DEFAULT_NEEDS, *needs)))
+    key = settings | {"needs": needs, "seed": seed, "model": model_hash(model), "dtype": str(model.dtype)}
+    key["core"] = hcsmoe_core.__version__
     if settings["calibration"] == "demo":
         key["python"] = platform.python_version()  # whose library is part of the text
     source = Path(settings["calibration"])
@@ -86,7 +112,7 @@ def statistics(model, tokenizer, *, calibration="", sequences=0, length=0, seed=
     size = {"sequences": settings["sequences"], "length": settings["length"]}
     input_ids = calibration_tokens(settings["calibration"], tokenizer, seed=seed, **size)
     domains = domains_of(settings["calibration"], settings["sequences"])
-    stats = capture(model, input_ids, batch_size=batch_size, domains=domains)
+    stats = capture(model, input_ids, needs=needs, batch_size=batch_size, domains=domains)
     stats.save(path)
     return stats
 
@@ -104,15 +130,13 @@ def layer_table(model):
     for layer in find_moe_layers(model):
         tensors = layer.tensors().values()
         size = sum(t.numel() * t.element_size() for t in tensors)
-        first, second = layer.experts.down_proj.shape[1:]
-        width, hidden = (first, second) if layer.transposed else (second, first)
         rows.append(
             {
                 "layer": layer.name,
                 "experts": layer.num_experts,
                 "top-k": layer.top_k,
-                "hidden": hidden,
-                "width": width,
+                "hidden": layer.hidden_size,
+                "width": layer.width,
                 "experts, MB": round(size / 1e6, 2),
             }
         )
@@ -182,7 +206,7 @@ def family_agreement(stats, model, *, linkages, similarities):
     from sklearn.metrics import adjusted_rand_score
 
     from hcsmoe_core.clustering import cut
-    from hcsmoe_core.plan import merge_tree
+    from hcsmoe_core.methods import merge_tree
 
     families = demo.families(model.name_or_path)
     if families is None:

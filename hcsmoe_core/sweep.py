@@ -11,9 +11,8 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-import hcsmoe_core
 from hcsmoe_core.files import sha256_json
-from hcsmoe_core.study import root
+from hcsmoe_core.study import core_hash, root
 
 
 def grid(base, **axes):
@@ -24,15 +23,6 @@ def grid(base, **axes):
     list of dict
     """
     return [base | dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
-
-
-def core_hash():
-    """Hash of the core's source, so that a cell is measured anew when what measures it has changed."""
-    digest = hashlib.sha256()
-    folder = Path(hcsmoe_core.__file__).parent
-    for path in sorted(folder.rglob("*.py")):
-        digest.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())
-    return digest.hexdigest()
 
 
 def cell_id(notebook, parameters):

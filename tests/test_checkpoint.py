@@ -98,7 +98,7 @@ def test_nothing_is_overwritten_or_left_half_written(mixtral, input_ids, tmp_pat
         save_merged(mixtral, plan, tmp_path / "m")
     assert [p.name for p in tmp_path.iterdir()] == ["there"]
     assert not any(layer.merged for layer in find_moe_layers(mixtral))
-    with pytest.raises(ValueError, match='"router" argument must be one of "mapped"'):
+    with pytest.raises(ValueError, match='"router" argument must be one of "", "plain", "mapped"'):
         save_merged(mixtral, plan, tmp_path / "m", router="guessed")
 
 

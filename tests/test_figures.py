@@ -10,7 +10,7 @@ from conftest import tiny_model, tokens
 from matplotlib.figure import Figure
 
 from hcsmoe_core import capture, cut, distances, explore, figures, linkage
-from hcsmoe_core.capture import LayerStatistics, Statistics
+from hcsmoe_core.statistics import LayerStatistics, Statistics
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,8 @@ def test_groups_are_coloured_alike_in_tree_and_heatmap():
 
 def test_usage_is_shown_in_per_cent_of_a_domain():
     count = torch.tensor([[1, 3], [5, 5]])
-    layer = LayerStatistics(torch.tensor([4, 10]), count, count.double(), torch.ones(2, 2, 3), torch.ones(2, 2, 2))
+    mass = count.double()
+    layer = LayerStatistics(torch.tensor([4, 10]), count, mass, mass, torch.ones(2, 2, 2), output_sum=torch.ones(2, 2, 3))
     stats = Statistics({"m": layer}, ["x", "y"], {}, [])
     image = figures.usage_by_domain(stats, 0).axes[0].images[0].get_array()
     np.testing.assert_allclose(image, [[25, 75], [50, 50]])

@@ -143,7 +143,7 @@ def test_plans_read_back(mixtral, input_ids, tmp_path):
     plan.save(tmp_path / "p.json")
     assert load_plan(tmp_path / "p.json") == plan
     content = json.loads((tmp_path / "p.json").read_text())
-    assert list(content["layers"][0]) == ["name", "labels", "weights"]
+    assert list(content["layers"][0]) == ["name", "labels", "weights", "combine"]
     assert [layer["name"] for layer in content["layers"]] == [f"model.layers.{i}.mlp.experts" for i in range(3)]
     assert content["settings"]["linkage"] == "ward"
     by_hand = tmp_path / "hand.json"
@@ -172,7 +172,7 @@ def test_damaged_plans_are_refused(mixtral, input_ids, tmp_path):
     with pytest.raises(ValueError, match="must sum to one"):
         load_plan(path)
     layer = content["layers"][0]
-    for labels in ([1, 0, 0, 0, 0, 0, 0, 0], [0, 2, 1, 0, 0, 0, 0, 0], [0.0] * 8, [], ["0"] * 8, [0, -1] * 4):
+    for labels in ([1, 0, 0, 0, 0, 0, 0, 0], [0, 2, 1, 0, 0, 0, 0, 0], [0.0] * 8, [], ["0"] * 8, [-1] * 8, [1, -1] * 4):
         path.write_text(json.dumps({"layers": [layer | {"labels": labels}]}))
         with pytest.raises(ValueError, match="order of first appearance"):
             load_plan(path)

@@ -1,0 +1,401 @@
+"""How the experts of a group become one: averaged, matched neuron by neuron, refitted to what they did, or chosen from."""
+
+import numpy as np
+import torch
+from scipy.optimize import linear_sum_assignment
+
+from hcsmoe_core.files import check_choice
+from hcsmoe_core.moe import Neurons
+
+RULES = ("average", "fix-dom", "zipit", "least-squares", "joint-svd", "selection", "trimming")
+ALIGNMENTS = ("none", "weights", "activations")
+NEURON_FEATURES = ("activations", "weights", "activations+weights")
+# Usual options of each rule; a plan says what it was made with.
+OPTIONS = {
+    "average": {"align": "none"},
+    "fix-dom": {"features": "activations"},
+    "zipit": {"features": "activations"},
+    "least-squares": {"align": "none", "ridge": 0.05},
+    "joint-svd": {"align": "none", "rank": 0.5},
+    "selection": {"ridge": 0.02},
+    "trimming": {"ridge": 0.02},
+}
+
+
+class Group:
+    """The experts that become one, and what the calibration sample says about them.
+
+    Attributes
+    ----------
+    layer : MoELayer
+        Not merged.
+    members : list of n int
+    weights : (n,) float64 tensor
+        Of each member in the group; they sum to one.
+    dominant : int
+        Place of the dominant expert among the members.
+    experts : list of n Neurons
+        In float64, or float32 where the model is in 16 bits.
+    """
+
+    def __init__(self, layer, members, weights, dominant, sample):
+        down = layer.tensors()["down_proj"]
+        self.layer, self.members, self.sample = layer, list(members), sample
+        self.dtype = torch.float64 if down.dtype in (torch.float32, torch.float64) else torch.float32
+        self.device = down.device
+        self.weights = torch.tensor([weights[e] for e in members], dtype=torch.float64)
+        self.dominant = self.members.index(dominant)
+        self.experts = [layer.neurons(e, self.dtype) for e in members]
+
+    def tokens(self, members=None):
+        """Sampled tokens that were routed to any of some members (all by default), and the members' gates.
+
+        Parameters
+        ----------
+        members : list of int, optional
+            Places among the group's members.
+
+        Returns
+        -------
+        tokens : (T, D) tensor
+        gates : (T, n) tensor
+            Applied routing weights; zero where a member was not chosen.
+        """
+        chosen = self.members if members is None else [self.members[m] for m in members]
+        gates = self.sample.gates[:, chosen]
+        rows = (gates != 0).any(1)
+        tokens = self.sample.inputs[rows].to(self.device, self.dtype)
+        return tokens, gates[rows].to(self.device, self.dtype)
+
+    def average(self):
+        """Weighted average of the members as they are, ``Σ_e w_e W_e``."""
+        return mean_of(self.experts, self.weights)
+
+
+def mean_of(experts, weights):
+    """Weighted average of experts whose neurons are in the same order."""
+
+    def add(*tensors):
+        if tensors[0] is None:
+            return None
+        return sum(float(w) * t for w, t in zip(weights, tensors, strict=True))
+
+    columns = ("up", "down", "bias", "offset")
+    return Neurons(*(add(*(getattr(e, c) for e in experts)) for c in columns))
+
+
+def combine(group, options):
+    """One expert from a group of several.
+
+    Parameters
+    ----------
+    group : Group
+    options : dict
+        ``rule`` and what it takes:
+
+        - ``"average"``: ``Σ_e w_e W_e``. With ``align`` each member's neurons are first put in the order of the dominant
+          expert's, ``"weights"`` by the inner products of what neurons read and write, ``"activations"`` by the correlation
+          of their activations over the sampled tokens routed to either of the two (Hungarian method; M-SMoE, arXiv
+          2310.01334, section 3.1; Ainsworth et al., 2023).
+        - ``"fix-dom"``: each neuron of each other member goes to the dominant expert's neuron that it correlates with most,
+          several to one if need be, and each of these is the weighted mean of what it got (HC-SMoE, arXiv 2410.08589,
+          appendix; ``features`` says what is correlated).
+        - ``"zipit"``: of all members' neurons the two that correlate most become one, their weighted mean, until as many
+          are left as one expert has (ZipIt, Stoica et al., 2024, as in HC-SMoE).
+        - ``"least-squares"``: gate and up averaged (and aligned if asked); the down projection solved by ridge regression
+          so that the merged expert, times the group's summed gates, gives the members' gated outputs on the sampled tokens
+          routed to any of them; ``ridge``, relative to the mean squared activation, pulls towards the averaged down
+          projection (MergeMoE, arXiv 2510.14436).
+        - ``"joint-svd"``: ``[W_1 … W_n] = U Σ [V_1 … V_n]`` with one U, the V averaged, and the largest singular values
+          kept: ``rank`` times the smaller side of W (Sub-MoE, arXiv 2506.23266).
+        - ``"selection"``: of the members' n·I neurons the I are chosen, one after another, that lower the residual of that
+          same regression most, and their down projections solved for.
+        - ``"trimming"``: the same for one expert alone, of whose neurons ``width`` are kept.
+
+    Returns
+    -------
+    Neurons
+
+    Raises
+    ------
+    ValueError
+        If the rule is unknown.
+    """
+    check_choice("rule", options["rule"], RULES)
+    return _RULES[options["rule"]](group, **{k: v for k, v in options.items() if k != "rule"})
+
+
+def averaged(group, *, align="none"):
+    """See :func:`combine`."""
+    return mean_of(aligned(group, align), group.weights)
+
+
+def aligned(group, how):
+    """The members with their neurons in the order of the dominant expert's."""
+    check_choice("align", how, ALIGNMENTS)
+    if how == "none":
+        return group.experts
+    reference = group.experts[group.dominant]
+    made = []
+    for place, expert in enumerate(group.experts):
+        if place == group.dominant:
+            made.append(expert)
+            continue
+        score = None
+        if how == "activations":
+            score = _correlation_between(group, group.dominant, place)
+        if score is None:
+            score = _weight_products(reference, expert)
+        made.append(expert.take(torch.from_numpy(linear_sum_assignment(score, maximize=True)[1])))
+    return made
+
+
+def _weight_products(reference, expert):
+    """Inner products of what neurons read and write, ``(I, I)``."""
+    return (_described(reference) @ _described(expert).T).cpu().numpy()
+
+
+def _described(expert):
+    """One row a neuron: all that it reads and writes."""
+    parts = [expert.up.flatten(1), expert.down.T]
+    return torch.cat(parts if expert.bias is None else [*parts, expert.bias], 1)
+
+
+def _correlation_between(group, first, second):
+    """Correlation of two members' activations over the tokens routed to either, ``(I, I)``, or None with too few tokens."""
+    tokens, _ = group.tokens([first, second])
+    if len(tokens) < 2:
+        return None
+    a, b = (_standardised(group.layer.activate(group.experts[m], tokens)) for m in (first, second))
+    return (a.T @ b).cpu().numpy()
+
+
+def _standardised(values, counts=None):
+    """Columns less their mean, of length one; a constant column stays zero."""
+    counts = torch.ones(len(values), dtype=values.dtype, device=values.device) if counts is None else counts
+    centred = (values - (counts @ values) / counts.sum()) * counts.sqrt()[:, None]
+    length = centred.norm(dim=0)
+    tiny = 1e-12 * values.abs().amax(0).clamp(min=torch.finfo(values.dtype).tiny) * len(values) ** 0.5
+    return torch.where(length > tiny, centred / length.clamp(min=torch.finfo(values.dtype).tiny), 0)
+
+
+def _neuron_correlation(group, features):
+    """Correlation of all members' neurons with one another, ``(n·I, n·I)``."""
+    check_choice("features", features, NEURON_FEATURES)
+    total = 0
+    if "activations" in features.split("+"):
+        tokens, gates = group.tokens()
+        # A token that was routed to two members counts twice.
+        standard = _standardised(
+            torch.cat([group.layer.activate(e, tokens) for e in group.experts], 1), (gates != 0).sum(1).to(group.dtype)
+        )
+        total = total + standard.T @ standard
+    if "weights" in features.split("+"):
+        standard = _standardised(torch.cat([_described(e) for e in group.experts]).T)
+        total = total + standard.T @ standard
+    return total
+
+
+def _pooled(group):
+    """All members' neurons as one wide expert; its offset is the members' average."""
+    experts = group.experts
+    bias = None if experts[0].bias is None else torch.cat([e.bias for e in experts])
+    return Neurons(torch.cat([e.up for e in experts]), torch.cat([e.down for e in experts], 1), bias, group.average().offset)
+
+
+def _clustered(group, place, width):
+    """The weighted mean of the pooled neurons that go to each place."""
+    pool = _pooled(group)
+    weights = group.weights.to(group.device, group.dtype).repeat_interleave(len(pool.up) // len(group.members))
+    goes = torch.zeros(width, len(pool.up), dtype=group.dtype, device=group.device)
+    goes[place, torch.arange(len(pool.up))] = 1
+    weighted = goes * weights
+    # Neurons of members that no token was routed to weigh nothing; among themselves they count alike.
+    share = torch.where(weighted.sum(1, keepdim=True) > 0, weighted, goes)
+    share = share / share.sum(1, keepdim=True)
+    up = (share @ pool.up.flatten(1)).unflatten(1, pool.up.shape[1:])
+    return Neurons(up, pool.down @ share.T, None if pool.bias is None else share @ pool.bias, pool.offset)
+
+
+def fixed_dominant(group, *, features="activations"):
+    """See :func:`combine`."""
+    correlation = _neuron_correlation(group, features)
+    width = len(group.experts[0].up)
+    own = slice(group.dominant * width, (group.dominant + 1) * width)
+    place = correlation[own].argmax(0)
+    place[own] = torch.arange(width, device=place.device)
+    return _clustered(group, place, width)
+
+
+def zipped(group, *, features="activations"):
+    """See :func:`combine`."""
+    correlation = _neuron_correlation(group, features).cpu().numpy()
+    width = len(group.experts[0].up)
+    return _clustered(group, torch.from_numpy(_zip_places(correlation, width)), width)
+
+
+def _zip_places(correlation, width):
+    """Which of ``width`` merged neurons each neuron goes to, joining the most correlated pair until so many are left.
+
+    A joined neuron's correlation with another is a tenth of the smaller of its parts', as in the authors' code, so that
+    joined ones wait.
+    """
+    c = np.array(correlation, dtype=np.float64)
+    np.fill_diagonal(c, -1)
+    owner = np.arange(len(c))
+    best, partner = c.max(1), c.argmax(1)
+    for _ in range(len(c) - width):
+        i = int(best.argmax())
+        j = int(partner[i])
+        owner[owner == j] = i
+        c[i] = 0.1 * np.minimum(c[i], c[j])
+        c[:, i] = c[i]
+        c[i, i] = -1
+        c[j], c[:, j], best[j] = -np.inf, -np.inf, -np.inf
+        stale = np.flatnonzero((partner == i) | (partner == j) | (c[:, i] >= best))
+        stale = np.union1d(stale[np.isfinite(best[stale])], [i])
+        best[stale], partner[stale] = c[stale].max(1), c[stale].argmax(1)
+    return np.unique(owner, return_inverse=True)[1]
+
+
+def least_squares(group, *, align="none", ridge=0.05):
+    """See :func:`combine`."""
+    merged = averaged(group, align=align)
+    tokens, gates = group.tokens()
+    if not len(tokens):
+        return merged
+    pool = group.layer.activate(merged, tokens) * gates.sum(1, keepdim=True)
+    down = _solved(pool, _target(group, tokens, gates, merged.offset), ridge, merged.down.T)
+    return Neurons(merged.up, down.T, merged.bias, merged.offset)
+
+
+def _target(group, tokens, gates, offset):
+    """What the members give together, ``Σ_e g_e f_e(x)``, less the part that the merged expert's offset gives, ``(T, D)``."""
+    total = torch.zeros(len(tokens), group.experts[0].down.shape[0], dtype=group.dtype, device=group.device)
+    for place, expert in enumerate(group.experts):
+        rows = gates[:, place].nonzero()[:, 0]
+        output = group.layer.activate(expert, tokens[rows]) @ expert.down.T
+        shift = 0 if offset is None else expert.offset - offset
+        total[rows] += gates[rows, place, None] * (output + shift)
+    return total
+
+
+def _solved(pool, target, ridge, prior):
+    """``argmin_W ‖pool W − target‖² + λ ‖W − prior‖²`` with λ relative to the mean squared column of the pool, ``(N, D)``."""
+    pool, target, wide = pool.double(), target.double(), prior.double()
+    gram = pool.T @ pool
+    penalty = max(float(gram.diagonal().mean()) * ridge, torch.finfo(torch.float64).tiny)
+    # Solved for the change, so that a prior that fits already is returned as it is.
+    change = pool.T @ (target - pool @ wide)
+    gram.diagonal().add_(penalty)
+    return (wide + _symmetric_solve(gram, change)).to(prior.dtype)
+
+
+def _symmetric_solve(gram, right):
+    """Cholesky, or least squares where the matrix is singular to rounding."""
+    factor, failed = torch.linalg.cholesky_ex(gram)
+    if int(failed):
+        return torch.linalg.lstsq(gram.cpu(), right.cpu(), driver="gelsd").solution.to(right.device)
+    return torch.cholesky_solve(right, factor)
+
+
+def joint_svd(group, *, align="none", rank=0.5):
+    """See :func:`combine`."""
+    if not 0 < rank <= 1:
+        raise ValueError(f'The "rank" argument must be above 0 and at most 1; not {rank}.')
+    experts = aligned(group, align)
+    plain = mean_of(experts, group.weights)
+    weights = group.weights.tolist()
+
+    def shared(matrices):
+        rows, columns = matrices[0].shape
+        u, s, v = torch.linalg.svd(torch.cat(matrices, 1), full_matrices=False)
+        kept = max(1, round(rank * min(rows, columns)))
+        mean = sum(w * part for w, part in zip(weights, v.split(columns, dim=1), strict=True))
+        return (u[:, :kept] * s[:kept]) @ mean[:kept]
+
+    up = torch.stack([shared([e.up[:, p] for e in experts]) for p in range(plain.up.shape[1])], 1)
+    return Neurons(up, shared([e.down for e in experts]), plain.bias, plain.offset)
+
+
+def selected(group, *, width=None, ridge=0.02):
+    """See :func:`combine`."""
+    pool = _pooled(group)
+    each = len(group.experts[0].up)
+    width = width or each
+    tokens, gates = group.tokens()
+    order = _preference(group, pool, each)
+    if not len(tokens):
+        return pool.take(order[:width])
+    values = group.layer.activate(pool, tokens) * gates.sum(1, keepdim=True)
+    target = _target(group, tokens, gates, pool.offset)
+    kept = forward_selection(values, target, width, order)
+    # The prior is what the neurons write anyway, at the scale that fits best.
+    prior = pool.down[:, kept].T
+    guess = values[:, kept] @ prior
+    fits = float((guess * guess).sum())
+    prior = prior * (float((guess * target).sum()) / fits if fits > 0 else 1.0)
+    down = _solved(values[:, kept], target, ridge, prior)
+    return Neurons(pool.up[kept], down.T, None if pool.bias is None else pool.bias[kept], pool.offset)
+
+
+def _preference(group, pool, each):
+    """Pooled neurons in the order in which they are taken where the sample does not tell: the dominant expert's first, then
+    by the size of what they read and write."""
+    size = pool.up.flatten(1).norm(dim=1) * pool.down.norm(dim=0)
+    size = size / size.max().clamp(min=torch.finfo(size.dtype).tiny)
+    size[group.dominant * each : (group.dominant + 1) * each] += 2
+    return torch.argsort(size, descending=True, stable=True)
+
+
+def forward_selection(pool, target, width, preference):
+    """Columns of a regression chosen one after another, each the one that lowers the residual most.
+
+    Parameters
+    ----------
+    pool : (T, N) tensor
+    target : (T, D) tensor
+    width : int
+        Columns to choose.
+    preference : (N,) int64 tensor
+        Order in which columns are taken that lower nothing: those that the sample never moves before those that only
+        repeat what is chosen.
+
+    Returns
+    -------
+    (width,) int64 tensor
+        In order of the columns.
+    """
+    pool, residual = pool.double(), target.double()
+    gram, moved = pool.T @ pool, pool.T @ residual  # [N, N], [N, D]
+    first = gram.diagonal().clone()
+    left = first.clone()  # squared length of each column once the chosen ones are projected out
+    floor = 1e-9 * first + 1e-30 * max(float(first.max()), 1e-300)
+    basis = torch.zeros(len(gram), width, dtype=gram.dtype, device=gram.device)
+    chosen = []
+    for step in range(width):
+        gain = torch.where(left > floor, (moved**2).sum(1) / left.clamp(min=torch.finfo(gram.dtype).tiny), -1.0)
+        best = int(gain.argmax())
+        if float(gain[best]) <= 0:
+            break
+        chosen.append(best)
+        column = (gram[:, best] - basis[:, :step] @ basis[best, :step]) / left[best].sqrt()
+        moved = moved - column[:, None] * (moved[best] / left[best].sqrt())
+        basis[:, step] = column
+        left = left - column**2
+        left[best] = 0
+    taken = set(chosen)
+    idle = [p for p in preference.tolist() if p not in taken]
+    idle.sort(key=lambda p: float(first[p]) > 1e-12 * float(first.max()))  # stable: never moved, then repeating
+    return torch.tensor(sorted(chosen + idle[: width - len(chosen)]), device=pool.device)
+
+
+_RULES = {
+    "average": averaged,
+    "fix-dom": fixed_dominant,
+    "zipit": zipped,
+    "least-squares": least_squares,
+    "joint-svd": joint_svd,
+    "selection": selected,
+    "trimming": selected,
+}

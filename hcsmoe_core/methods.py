@@ -1,0 +1,633 @@
+"""Every method as what it is made of, and the one way from statistics to a plan.
+
+A method names its steps: what experts are compared by, how they are grouped, how a group becomes one expert, what the
+router does, and how many experts each layer keeps. Two methods never have two pipelines.
+"""
+
+from dataclasses import dataclass, field, fields, replace
+
+import numpy as np
+import torch
+from scipy.spatial.distance import squareform
+
+from hcsmoe_core import budget as budgets
+from hcsmoe_core import clustering, pruning, similarity
+from hcsmoe_core.combining import ALIGNMENTS, NEURON_FEATURES, OPTIONS, RULES
+from hcsmoe_core.files import check_choice, check_count
+from hcsmoe_core.moe import find_moe_layers
+from hcsmoe_core.plan import (
+    DROPPED,
+    MERGES,
+    ROUTERS,
+    LayerPlan,
+    Plan,
+    check_statistics,
+    merge_weights,
+    uses_sample,
+)
+
+GROUPINGS = ("hierarchical", "k-means", "single-shot", "random", "fuzzy", "prune", "none")
+
+
+@dataclass(frozen=True)
+class Steps:
+    """What a method does; each can be set in :func:`make_plan`.
+
+    Attributes
+    ----------
+    similarity, metric : str
+        What experts are compared by: :func:`hcsmoe_core.similarity.distances`.
+    grouping : {"hierarchical", "k-means", "single-shot", "random", "fuzzy", "prune", "none"}
+        ``"prune"`` drops experts, by ``saliency``; ``"none"`` keeps all of them, to be trimmed.
+    linkage : {"average", "complete", "single", "ward"}
+        Of hierarchical grouping.
+    largest : int
+        Largest group of hierarchical grouping; 0 for no limit.
+    centres : {"k-means++", "first"} or list of int
+        Where k-means starts.
+    group_limit : int
+        Largest group of single-shot grouping; 0 for no limit.
+    fuzzifier : float
+        Of fuzzy c-means.
+    saliency : str
+        What pruning keeps: :func:`hcsmoe_core.pruning.saliency`, or ``"o-prune"``.
+    loss : {"squared", "frobenius"}
+        Of O-prune; see :class:`hcsmoe_core.pruning.DropLoss`.
+    subsets : int
+        That O-prune tries where there are more than 16 experts.
+    merge : {"frequency", "average", "routing-mass"}
+        Weights of a group's members.
+    combine : str
+        How a group becomes one expert, with ``align``, ``features``, ``ridge`` and ``rank``:
+        :func:`hcsmoe_core.combining.combine`. Options that a rule does not have are not looked at.
+    router : {"map", "drop", "average"}
+        See :class:`hcsmoe_core.plan.LayerPlan`.
+    budget : {"uniform", "frequency", "saliency", "merge-cost", "grape", "silhouette"}
+        How many experts each layer keeps: the same number in each; those used most of all layers together; those with the
+        largest saliency of all layers together, each layer's summing to one; by the cost of joins in the layers' trees; by
+        GRAPE's greedy; or by silhouette. See :mod:`hcsmoe_core.budget`.
+    gamma : float
+        Of GRAPE's entropy guard.
+    guard : bool
+        Leave super experts alone: :func:`hcsmoe_core.pruning.super_experts`.
+    share, compress_rank : float, int
+        Share of the merged experts' weights that MC-SMoE's second step keeps (0: no such step), and the rank of its
+        low-rank part (0: its usual one).
+    """
+
+    similarity: str = "expert-output"
+    metric: str = ""
+    grouping: str = "hierarchical"
+    linkage: str = "average"
+    largest: int = 0
+    centres: object = "k-means++"
+    group_limit: int = 0
+    fuzzifier: float = 2.0
+    saliency: str = "reap"
+    loss: str = "squared"
+    subsets: int = pruning.SUBSETS
+    merge: str = "frequency"
+    combine: str = "average"
+    align: str = "none"
+    features: str = "activations"
+    ridge: float | None = None
+    rank: float = 0.5
+    router: str = "map"
+    budget: str = "uniform"
+    gamma: float = 0.1
+    guard: bool = False
+    share: float = 0.0
+    compress_rank: int = 0
+
+    def check(self):
+        """Raise ValueError if a step is unknown or does not go with another."""
+        choices = {
+            "grouping": GROUPINGS,
+            "linkage": clustering.LINKAGES,
+            "merge": MERGES,
+            "combine": RULES,
+            "align": ALIGNMENTS,
+            "features": NEURON_FEATURES,
+            "router": ROUTERS,
+            "budget": budgets.BUDGETS,
+            "saliency": pruning.SALIENCIES,
+            "loss": pruning.LOSSES,
+        }
+        for name, allowed in choices.items():
+            check_choice(name, getattr(self, name), allowed)
+        similarity.metric_of(self.similarity, self.metric)
+        if self.grouping == "hierarchical" and self.linkage == "ward" and self.used_metric != "euclidean":
+            raise ValueError(
+                f'linkage "ward" needs Euclidean distances, but those by {self.similarity!r} are {self.used_metric}; use '
+                'metric "euclidean" with "expert-output", "functional", "weight" or "router-logits", or linkage "average".'
+            )
+        if self.grouping in ("k-means", "fuzzy") and self.used_metric not in similarity.EMBEDDED:
+            raise ValueError(
+                f'grouping "{self.grouping}" needs points, but distances by {self.similarity!r} are {self.used_metric}; use '
+                'another similarity, or grouping "hierarchical".'
+            )
+        if (self.grouping == "none") != (self.combine == "trimming"):
+            raise ValueError('combine "trimming" goes with grouping "none" and with no other, and it with no other rule.')
+        if self.grouping == "none" and (self.guard or self.budget != "uniform" or self.router != "map"):
+            raise ValueError(
+                'combine "trimming" keeps the router and every expert at one width: router must be "map", budget "uniform" '
+                "and guard off."
+            )
+        if (self.grouping == "prune") != (self.router == "drop"):
+            raise ValueError('router "drop" goes with grouping "prune" and with no other, and it with no other router.')
+        if self.budget == "saliency" and (self.grouping != "prune" or self.saliency == "o-prune"):
+            raise ValueError('budget "saliency" goes with grouping "prune" and a saliency that scores each expert.')
+        if self.budget in ("merge-cost", "silhouette") and self.used_metric == "mixed":
+            raise ValueError(f'budget "{self.budget}" needs one similarity; not {self.similarity!r}.')
+        if self.grouping == "fuzzy" and (self.combine != "average" or self.align != "none" or self.guard):
+            raise ValueError('grouping "fuzzy" mixes all experts: combine must be "average", align "none" and guard off.')
+        if self.share and not 0 < self.share < 1:
+            raise ValueError(f'The "share" argument must be above 0 and below 1, or 0 for no second step; not {self.share}.')
+        if self.share and self.grouping == "none":
+            raise ValueError('MC-SMoE\'s second step ("share") does not go with combine "trimming".')
+
+    @property
+    def used_metric(self):
+        """The metric that distances come in."""
+        return similarity.metric_of(self.similarity, self.metric)
+
+    @property
+    def compares(self):
+        """Whether distances between experts are looked at."""
+        return self.grouping in ("hierarchical", "k-means", "single-shot", "fuzzy") or self.budget in (
+            "merge-cost",
+            "grape",
+            "silhouette",
+        )
+
+    def combination(self):
+        """``combine`` of the plan's layers: the rule with its options."""
+        made = {"rule": self.combine}
+        for option, usual in OPTIONS[self.combine].items():
+            value = getattr(self, option)
+            made[option] = usual if value is None else value
+        return made
+
+    def needs(self):
+        """What it needs of the statistics, in the order of :data:`hcsmoe_core.statistics.NEEDS`."""
+        needed = {"usage"}
+        if self.compares:
+            for name, _ in similarity.parts_of(self.similarity):
+                needed |= set(similarity.NEEDED[name])
+        if self.grouping == "prune":
+            needed |= set(pruning.NEEDED[self.saliency])
+        if self.guard:
+            needed.add("norms")
+        if uses_sample(self.combination()) or self.share:
+            needed.add("sample")
+        return tuple(n for n in ("usage", "outputs", "norms", "grams", "sample") if n in needed)
+
+    def needs_model(self):
+        """Whether the experts' weights are looked at to make a plan (merging always does)."""
+        compared = [name for name, _ in similarity.parts_of(self.similarity)] if self.compares else []
+        return any(name in similarity.FROM_MODEL for name in compared) or (
+            self.grouping == "prune" and self.saliency == "o-prune"
+        )
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method of the literature, or one of ours, in its steps.
+
+    Attributes
+    ----------
+    title : str
+        What it does, in a line.
+    paper : str
+    steps : Steps
+    cost : str
+        What making a plan and merging cost, beside the capture.
+    """
+
+    title: str
+    paper: str
+    steps: Steps = field(default_factory=Steps)
+    cost: str = "milliseconds"
+
+
+def _prune(saliency, **steps):
+    return Steps(grouping="prune", router="drop", saliency=saliency, **steps)
+
+
+HC_SMOE = "HC-SMoE, ICML 2025, arXiv 2410.08589"
+M_SMOE = Steps(similarity="router-logits", metric="cosine", grouping="single-shot", align="weights", budget="frequency")
+SOLVE = "one solve of I×I a group, on the sample"
+METHODS = {
+    "hc-smoe": Method("hierarchical clustering of mean outputs, weighted average", HC_SMOE),
+    "k-means": Method("k-means of mean outputs (the paper's ablation)", HC_SMOE, Steps(grouping="k-means")),
+    "fuzzy": Method("fuzzy c-means of mean outputs, every expert mixed by membership", HC_SMOE, Steps(grouping="fuzzy")),
+    "random": Method("random groups (the paper's control)", HC_SMOE, Steps(grouping="random")),
+    "fix-dom": Method(
+        "HC-SMoE's groups, neurons sent to the dominant expert's", HC_SMOE, Steps(combine="fix-dom"), "I² a pair, on the sample"
+    ),
+    "zipit": Method(
+        "HC-SMoE's groups, the most correlated neurons joined", HC_SMOE, Steps(combine="zipit"), "(n·I)² a group, on the sample"
+    ),
+    "m-smoe": Method(
+        "groups around dominant experts by router logits, aligned average",
+        "M-SMoE, ICLR 2024, arXiv 2310.01334",
+        M_SMOE,
+        "one assignment of I×I an expert",
+    ),
+    "mc-smoe": Method(
+        "M-SMoE, then each matrix as low rank plus rows",
+        "MC-SMoE, ICLR 2024, arXiv 2310.01334 (without its training)",
+        replace(M_SMOE, share=0.5),
+        "one SVD a matrix, on the sample",
+    ),
+    "dek": Method(
+        "hierarchical clustering by CKA of outputs, experts and router rows averaged",
+        "DEK, ACL Findings 2025, arXiv 2407.09590",
+        Steps(similarity="cka", merge="average", router="average"),
+        "E² products of D×D a layer, on the sample",
+    ),
+    "sub-moe": Method(
+        "k-means by mean cosine of outputs, joint SVD",
+        "Sub-MoE, AAAI 2026, arXiv 2506.23266",
+        Steps(similarity="pairwise-cosine", grouping="k-means", combine="joint-svd"),
+        "one SVD a group and matrix",
+    ),
+    "grape": Method(
+        "non-uniform budgets by redundancy with an entropy guard, most similar pairs joined",
+        "GRAPE, 2026, arXiv 2604.06542",
+        Steps(similarity="cka", linkage="single", budget="grape"),
+        "E² products of D×D a layer, on the sample",
+    ),
+    "mergemoe": Method(
+        "clusters by weights, down projection by least squares",
+        "MergeMoE, 2025, arXiv 2510.14436",
+        Steps(similarity="weight", metric="cosine", combine="least-squares"),
+        SOLVE,
+    ),
+    "hc-least-squares": Method(
+        "HC-SMoE's groups, down projection by least squares", "this project", Steps(combine="least-squares"), SOLVE
+    ),
+    "functional": Method(
+        "hierarchical clustering by outputs token by token, least squares",
+        "this project",
+        Steps(similarity="functional-routed", combine="least-squares"),
+        SOLVE,
+    ),
+    "selection": Method(
+        "HC-SMoE's groups, the best I of their neurons chosen",
+        "this project",
+        Steps(combine="selection"),
+        "greedy choice among n·I neurons a group, on the sample",
+    ),
+    "trimming": Method(
+        "no groups: every expert keeps the best share of its own neurons",
+        "this project",
+        Steps(grouping="none", combine="trimming"),
+        "greedy choice among I neurons an expert, on the sample",
+    ),
+    "f-prune": Method(
+        "the experts used least are dropped, over all layers", HC_SMOE + " (baseline)", _prune("frequency", budget="frequency")
+    ),
+    "s-prune": Method(
+        "the experts with the lowest router scores are dropped, over all layers",
+        HC_SMOE + " (baseline)",
+        _prune("score", budget="saliency"),
+    ),
+    "o-prune": Method(
+        "the experts are dropped whose loss changes the layer's output least",
+        "NAEE, ACL 2024, arXiv 2402.14800",
+        _prune("o-prune"),
+        "every subset up to 16 experts, else 100,000 and a search, on the sample",
+    ),
+    "reap": Method(
+        "experts with the lowest mean gated output are dropped", "REAP, ICLR 2026, arXiv 2510.13999", _prune("reap")
+    ),
+    "ean": Method("experts with the lowest sum of output norms are dropped", "in REAP, arXiv 2510.13999", _prune("ean")),
+    "man": Method("experts with the lowest mean output norm are dropped", "MAN, 2026, arXiv 2606.15716", _prune("man")),
+    "random-prune": Method("random experts are dropped (a control)", "-", _prune("random")),
+}
+
+
+def steps_of(method, **settings):
+    """Steps of a method, with some of them set otherwise.
+
+    Parameters
+    ----------
+    method : str
+        Of :data:`METHODS`.
+    **settings
+        Fields of :class:`Steps`.
+
+    Returns
+    -------
+    Steps
+
+    Raises
+    ------
+    ValueError
+        If the method or a setting is unknown, or steps do not go together.
+    """
+    check_choice("method", method, tuple(METHODS))
+    known = {f.name for f in fields(Steps)}
+    for name in settings:
+        check_choice("setting", name, tuple(sorted(known)))
+    steps = replace(METHODS[method].steps, **settings)
+    steps.check()
+    return steps
+
+
+def needs_of(method, **settings):
+    """What a method needs of the statistics: names of :data:`hcsmoe_core.statistics.NEEDS`."""
+    return steps_of(method, **settings).needs()
+
+
+def method_table():
+    """Every method in lines of text: its steps, what it needs of the statistics, its cost and its paper."""
+    lines = []
+    for name, method in METHODS.items():
+        steps = method.steps
+        made = [steps.grouping if steps.grouping != "none" else "no groups"]
+        if steps.grouping == "hierarchical":
+            made[0] += f" ({steps.linkage})"
+        if steps.compares:
+            made.insert(0, f"{steps.similarity} ({steps.used_metric})")
+        if steps.grouping == "prune":
+            made = [f"prune by {steps.saliency}"]
+        else:
+            aligned = f", aligned by {steps.align}" if steps.align != "none" else ""
+            weighted = f" by {steps.merge}" if steps.combine not in ("trimming", "selection") else ""
+            made.append(steps.combine + weighted + aligned)
+        made += [f"router {steps.router}", f"budget {steps.budget}"]
+        made += [f"low rank plus rows, {steps.share:.0%} kept"] if steps.share else []
+        lines += [f"{name}: {method.title}", f"    steps  {' > '.join(made)}", f"    needs  {', '.join(steps.needs())}"]
+        lines += [f"    cost   {method.cost}", f"    paper  {method.paper}"]
+    return "\n".join(lines)
+
+
+def make_plan(stats, model=None, *, experts, method="hc-smoe", seed=0, progress=True, **settings):
+    """Decide which experts join or go in every layer; the model is not run.
+
+    Parameters
+    ----------
+    stats : Statistics
+    model : transformers.PreTrainedModel, optional
+        Needed where weights are looked at (similarities ``"weight"`` and ``"cka"``, ``"o-prune"``); where given, checked
+        to be the model of the statistics.
+    experts : int
+        r: experts kept in each layer, from 1 to E; with a budget that is not uniform, their mean over the layers. A
+        trimmed model keeps all experts, each at r / E of its width.
+    method : str
+        Of :data:`METHODS`.
+    seed : int
+        Of k-means, fuzzy c-means, random groups and searches.
+    progress : bool
+        Show a bar where it takes long.
+    **settings
+        Fields of :class:`Steps` that are to differ from the method's own, such as ``linkage="ward"``.
+
+    Returns
+    -------
+    Plan
+
+    Raises
+    ------
+    ValueError
+        If a choice is unknown, steps do not go together, ``experts`` is out of range, the statistics lack what is needed
+        or are another model's.
+    """
+    steps = steps_of(method, **settings)
+    stats.check([n for n in steps.needs() if n != "sample" or steps.needs_model()], f"Method {method!r}")
+    sizes = [sums.num_experts for sums in stats.layers.values()]
+    check_count("experts", experts, 1, min(sizes))
+    if model is not None:
+        check_statistics(stats, model)
+    elif steps.needs_model():
+        raise ValueError(f'Method {method!r} looks at the experts\' weights with these settings; give the "model" argument.')
+    maker = _Maker(stats, model, steps, seed, progress)
+    protected = pruning.super_experts(stats) if steps.guard else {name: [] for name in stats.layers}
+    if steps.grouping == "none":
+        layers = [_trimmed(name, sums, stats, steps, experts) for name, sums in stats.layers.items()]
+    else:
+        counts = maker.counts(experts, protected)
+        layers = [maker.layer(n, c, protected[n]) for n, c in zip(stats.layers, counts, strict=True)]
+    used = _settings_of(steps)
+    compress = {"share": steps.share, "rank": steps.compress_rank or None} if steps.share else None
+    about = {"method": method, "experts": experts, "seed": seed} | used
+    return Plan(layers, about, dict(stats.model), stats.identity(), compress)
+
+
+def _settings_of(steps):
+    """The steps that matter, for the plan's settings."""
+    skipped = {"share", "compress_rank", "combine", "align", "features", "ridge", "rank"}
+    if not steps.compares:
+        skipped |= {"similarity", "metric"}
+    for grouping, names in _ONLY.items():
+        if steps.grouping != grouping:
+            skipped |= set(names)
+    if steps.budget != "grape":
+        skipped.add("gamma")
+    if steps.grouping in ("prune", "none"):
+        skipped.add("merge")
+    if steps.saliency != "o-prune":
+        skipped |= {"loss", "subsets"}
+    used = {f.name: getattr(steps, f.name) for f in fields(Steps) if f.name not in skipped}
+    if steps.compares:
+        used["metric"] = steps.used_metric
+    return used | {"combine": steps.combination()}
+
+
+_ONLY = {
+    "hierarchical": ("linkage", "largest"),
+    "k-means": ("centres",),
+    "single-shot": ("group_limit",),
+    "fuzzy": ("fuzzifier",),
+    "prune": ("saliency", "loss", "subsets"),
+}
+
+
+def _trimmed(name, sums, stats, steps, experts):
+    """Every expert alone, at r / E of its width."""
+    width = stats.model["layers"][name]["width"] * experts // sums.num_experts
+    if width < 1:
+        raise ValueError(f'The "experts" argument is {experts}: {name} would be trimmed to no neuron at all; keep more.')
+    labels = list(range(sums.num_experts))
+    return LayerPlan(name, labels, [1.0] * len(labels), combine=steps.combination(), width=width)
+
+
+class _Maker:
+    """Makes each layer's plan; what several layers or steps look at is worked out once."""
+
+    def __init__(self, stats, model, steps, seed, progress):
+        self.stats, self.model, self.steps = stats, model, steps
+        self.seed, self.progress = seed, progress
+        self.found = {}
+        self.places = {name: place for place, name in enumerate(stats.layers)}
+
+    def distances(self, name):
+        """Condensed distances between a layer's experts."""
+        if name not in self.found:
+            how = dict(similarity=self.steps.similarity, metric=self.steps.metric, model=self.model)
+            self.found[name] = similarity.distances(self.stats, name, **how)
+        return self.found[name]
+
+    def tree(self, name):
+        """Merge tree of a layer's experts."""
+        return clustering.linkage(self.distances(name), self.steps.linkage, metric=self.steps.used_metric)
+
+    def likeness(self, name):
+        """Square matrix, larger for experts that are more alike: cosines where these are what is measured."""
+        distance = squareform(self.distances(name))
+        return 1 - distance if self.steps.used_metric in ("cosine", "cka") else -distance
+
+    def counts(self, experts, protected):
+        """Experts kept in each layer; the same in all for every budget."""
+        steps, stats, names = self.steps, self.stats, list(self.stats.layers)
+        most = [stats.layers[n].num_experts for n in names]
+        least = [min(len(protected[n]) + 1, size) for n, size in zip(names, most, strict=True)]
+        total = experts * len(names)
+        if steps.budget == "uniform":
+            counts = budgets.uniform(experts, least, most)
+        elif steps.budget in ("frequency", "saliency"):
+            scores = [stats.layers[n].frequency.numpy() for n in names]
+            if steps.budget == "saliency":
+                scores = [pruning.saliency(stats, n, steps.saliency, seed=self.seed) for n in names]
+                scores = [s / s.sum() for s in scores]
+            counts = budgets.by_score(scores, total, least)
+        elif steps.budget == "merge-cost":
+            how = dict(similarity=steps.similarity, metric=steps.metric, model=self.model)
+            scales = [similarity.scale_of(stats, n, **how) for n in names]
+            counts = budgets.by_merge_cost([self.tree(n) for n in names], scales, total, least)
+        elif steps.budget == "grape":
+            counts = budgets.grape([self._redundancy(n) for n in names], total, least, gamma=steps.gamma)
+        else:
+            condensed = [self.distances(n) for n in names]
+            counts = budgets.by_silhouette(condensed, [self.tree(n) for n in names], total, least, most)
+        return budgets.check_counts(counts, total, least, most)
+
+    def _redundancy(self, name):
+        """Similarities from 0 to 1, as GRAPE sums them up."""
+        if self.steps.used_metric in ("cosine", "cka"):
+            return np.clip(self.likeness(name), 0, None)
+        distance = squareform(self.distances(name))
+        largest = max(float(self.distances(n).max()) for n in self.stats.layers)
+        return 1 - distance / largest if largest > 0 else np.ones_like(distance)
+
+    def layer(self, name, count, protected):
+        """Plan of one layer that keeps ``count`` experts, the protected among them as they are."""
+        if self.steps.grouping == "prune":
+            return self._pruned(name, count, protected)
+        sums = self.stats.layers[name]
+        free = np.array([e for e in range(sums.num_experts) if e not in protected], dtype=np.int64)
+        grouped, memberships = self._grouped(name, free, count - len(protected))
+        labels = np.empty(sums.num_experts, dtype=np.int64)
+        labels[free] = grouped
+        labels[list(protected)] = count - len(protected) + np.arange(len(protected))
+        labels = clustering.by_first_appearance(labels)
+        weights = merge_weights(labels, sums, self.steps.merge)
+        mixture = None
+        if memberships is not None:
+            share = memberships * merge_weights(np.zeros_like(labels), sums, self.steps.merge)
+            mixture = (share / share.sum(1, keepdims=True)).tolist()
+        options, dominant = self.steps.combination(), None
+        if options.get("align", "none") != "none" or options["rule"] == "fix-dom" or options["rule"] == "selection":
+            usage = sums.usage_count.sum(0).numpy()
+            dominant = [int(max(np.flatnonzero(labels == g), key=lambda e: usage[e])) for g in range(count)]
+        return LayerPlan(
+            name,
+            labels.tolist(),
+            weights.tolist(),
+            combine=options,
+            router=self.steps.router,
+            mixture=mixture,
+            dominant=dominant,
+            protected=list(protected),
+        )
+
+    def _grouped(self, name, free, count):
+        """Labels of the experts that may be joined, and their memberships where groups are soft."""
+        steps, sums = self.steps, self.stats.layers[name]
+        check_count("experts", count, 1 if len(free) else 0, len(free))
+        if not len(free):
+            return free, None
+        seed = np.random.SeedSequence([self.seed, self.places[name]]).generate_state(1)[0]
+        # Whatever is drawn by chance is drawn in an order that does not depend on how experts are numbered.
+        rank = np.argsort(np.argsort(pruning.canonical_rank(sums)[free]))
+        order = np.argsort(rank)
+        if steps.grouping == "random":
+            return clustering.random_groups(len(free), count, seed=seed)[rank], None
+        condensed = squareform(squareform(self.distances(name))[np.ix_(free, free)], checks=False)
+        if steps.grouping == "hierarchical":
+            if steps.largest:
+                how = dict(method=steps.linkage, metric=steps.used_metric)
+                return clustering.restricted(condensed, count, steps.largest, **how), None
+            tree = clustering.linkage(condensed, steps.linkage, metric=steps.used_metric)
+            return clustering.cut(tree, count), None
+        if steps.grouping == "single-shot":
+            usage = sums.usage_count.sum(0).numpy()[free]
+            likeness = self.likeness(name)[np.ix_(free, free)]
+            return clustering.single_shot(likeness, usage, count, group_limit=steps.group_limit)[0], None
+        points = similarity.coordinates(condensed, steps.used_metric)
+        if steps.grouping == "fuzzy":
+            labels, memberships = clustering.fuzzy_cmeans(points[order], count, fuzzifier=steps.fuzzifier, seed=seed)
+            labels, memberships = labels[rank], memberships[:, rank]
+            _, first = np.unique(labels, return_index=True)
+            return clustering.by_first_appearance(labels), memberships[np.argsort(first)]
+        if isinstance(steps.centres, str) and steps.centres == "k-means++":
+            return clustering.kmeans(points[order], count, seed=seed)[rank], None
+        return clustering.kmeans(points, count, centres=steps.centres), None
+
+    def _pruned(self, name, count, protected):
+        """The ``count`` experts that are worth most, the protected among them."""
+        sums, groups = self.stats.layers[name], self.stats.model["layers"][name]["router_groups"]
+        if self.steps.saliency == "o-prune":
+            kept = self._least_loss(name, count, protected)
+        else:
+            worth = pruning.saliency(self.stats, name, self.steps.saliency, seed=self.seed).copy()
+            worth[list(protected)] = np.inf
+            kept = _best_of_groups(worth, count, groups, name)
+        labels = np.full(sums.num_experts, DROPPED)
+        labels[kept] = np.arange(count)
+        weights = (labels != DROPPED).astype(float)
+        return LayerPlan(name, labels.tolist(), weights.tolist(), router="drop", protected=list(protected))
+
+    def _least_loss(self, name, count, protected):
+        sums, steps = self.stats.layers[name], self.steps
+        layer = next(layer for layer in find_moe_layers(self.model) if layer.name == name)
+        sample, experts = sums.sample, sums.num_experts
+        rule = pruning.routing_rule(sample, layer.router)
+        grams, sequences = pruning.output_grams(layer, sample.inputs), self.stats.sampled[:, 0]
+        many = experts > pruning.ENUMERATED
+
+        def loss_on(tokens):
+            part = type(sample)(*(getattr(sample, f.name)[:tokens] for f in fields(sample)))
+            how = dict(loss=steps.loss, sequences=sequences[:tokens], dtype=torch.float32 if many else torch.float64)
+            return pruning.DropLoss(grams[:tokens], part, rule, **how)
+
+        how = dict(protected=protected, subsets=steps.subsets, seed=[self.seed, self.places[name]], progress=self.progress)
+        rough = loss_on(pruning.TOKENS) if many else None
+        return pruning.best_kept(loss_on(len(sample.inputs)), experts, count, rough=rough, **how)
+
+
+def _best_of_groups(worth, count, groups, name):
+    """The most worthy experts, in order; as many from each of the groups that the router chooses among."""
+    if count % groups:
+        raise ValueError(
+            f'The "experts" argument leaves {count} experts in {name}, whose router chooses among {groups} groups of experts '
+            f"that must stay of one size; keep a multiple of {groups}."
+        )
+    size, kept = len(worth) // groups, []
+    for group in range(groups):
+        part = worth[group * size : (group + 1) * size]
+        kept += (group * size + np.argsort(-part, kind="stable")[: count // groups]).tolist()
+    return sorted(kept)
+
+
+def merge_tree(stats, layer, *, similarity="expert-output", metric="", linkage="average", model=None):
+    """Merge tree of one layer, from its statistics: :func:`hcsmoe_core.similarity.distances`, then
+    :func:`hcsmoe_core.clustering.linkage`.
+    """
+    condensed = _distances(stats, layer, similarity=similarity, metric=metric, model=model)
+    return clustering.linkage(condensed, linkage, metric=_metric_of(similarity, metric))
+
+
+_distances, _metric_of = similarity.distances, similarity.metric_of  # merge_tree's parameter hides the module

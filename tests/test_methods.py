@@ -1,0 +1,225 @@
+"""Methods from statistics to checkpoints: what they need, what is written, what is refused."""
+
+import json
+
+import pytest
+import torch
+from conftest import FAMILIES, OTHERS, logits, tiny_model, tokens
+
+from hcsmoe_core import (
+    METHODS,
+    apply_plan,
+    capture,
+    load_merged,
+    load_model,
+    load_plan,
+    make_plan,
+    needs_of,
+    restore,
+    save_merged,
+)
+from hcsmoe_core.capture import expected_bytes
+from hcsmoe_core.methods import method_table, steps_of
+from hcsmoe_core.moe import find_moe_layers
+from hcsmoe_core.statistics import NEEDS
+
+ALL = tuple(NEEDS)
+PLAIN = [name for name, method in METHODS.items() if method.steps.router != "map" or method.steps.grouping == "none"]
+OPTIONS = {"o-prune": {"subsets": 50}}
+
+
+def uniform(method):
+    """Settings under which every layer keeps alike many."""
+    return {"budget": "uniform"} if METHODS[method].steps.budget != "uniform" else {}
+
+
+@pytest.fixture(scope="module")
+def measured():
+    found = {}
+
+    def measure(family, dtype=torch.float32):
+        if (family, dtype) not in found:
+            model = tiny_model(family, dtype)
+            found[family, dtype] = model, capture(model, tokens(), needs=ALL)
+        return found[family, dtype]
+
+    return measure
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_lists_what_it_needs_and_needs_no_more(method, measured):
+    model, full = measured("qwen2_moe")
+    needs = needs_of(method)
+    stats = capture(model, tokens(), needs=needs)
+    assert stats.needs == needs
+    plan = make_plan(stats, model, experts=4, method=method, **OPTIONS.get(method, {}))
+    assert plan.layers == make_plan(full, model, experts=4, method=method, **OPTIONS.get(method, {})).layers
+    apply_plan(model, plan, stats)
+    assert torch.isfinite(logits(model, tokens())).all()
+    restore(model)
+    for need in needs:
+        if need in ("usage", "sample"):
+            continue
+        less = capture(model, tokens(), needs=[n for n in needs if n != need])
+        with pytest.raises(ValueError, match=f"needs '{need}', but these statistics hold"):
+            make_plan(less, model, experts=4, method=method)
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if "sample" in needs_of(m)])
+def test_without_the_sample_it_is_asked_for(method, measured):
+    model, full = measured("mixtral")
+    without = capture(model, tokens(), needs=[n for n in ALL if n != "sample"])
+    before = logits(model, tokens())
+    with pytest.raises(ValueError, match="'sample'"):
+        apply_plan(model, make_plan(without, model, experts=4, method=method), without)
+    plan = make_plan(full, model, experts=4, method=method)
+    if plan.needs_sample:
+        with pytest.raises(ValueError, match="give the statistics it was made from"):
+            apply_plan(model, plan)
+        other = capture(model, tokens(seed=5), needs=ALL)
+        with pytest.raises(ValueError, match="made from other statistics"):
+            apply_plan(model, plan, other)
+    assert torch.equal(logits(model, tokens()), before)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("family", [*FAMILIES, *OTHERS])
+def test_written_models_compute_what_the_live_one_did(method, family, measured, tmp_path):
+    model, stats = measured(family)
+    if family == "deepseek_v3" and method in ("o-prune", "dek"):  # whose router chooses among groups of experts first
+        with pytest.raises(ValueError, match="groups of experts"):
+            apply_plan(model, make_plan(stats, model, experts=4, method=method), stats)
+        return
+    plan = make_plan(stats, model, experts=4, method=method, **OPTIONS.get(method, {}), **uniform(method))
+    plan.save(tmp_path / "plan.json")
+    assert load_plan(tmp_path / "plan.json") == plan
+    apply_plan(model, plan, stats)
+    live = logits(model, tokens(seed=2))
+    written = save_merged(model, plan, tmp_path / "m")
+    restore(model)
+    again, _ = load_model(tmp_path / "m", experts_implementation="eager")
+    assert torch.equal(logits(again, tokens(seed=2)), live)
+    assert sum(f.stat().st_size for f in (tmp_path / "m").glob("*.safetensors")) == written["bytes"]
+    if method in PLAIN and not (method == "trimming" and family == "deepseek_v3"):  # whose shared experts share the width
+        from transformers import AutoModelForCausalLM
+
+        assert written["router"] == "plain"
+        stock = AutoModelForCausalLM.from_pretrained(tmp_path / "m", experts_implementation="eager", dtype="float32")
+        assert torch.equal(logits(stock.eval(), tokens(seed=2)), live)
+        assert "expert_merge" not in json.loads((tmp_path / "m" / "config.json").read_text())
+    else:
+        assert written["router"] == "mapped"
+        assert written["parameters"] == sum(p.numel() for p in again.parameters()) or plan.compress
+
+
+@pytest.mark.parametrize("method", ["reap", "trimming"])
+def test_mapped_on_request(method, measured, tmp_path):
+    model, stats = measured("mixtral")
+    plan = make_plan(stats, model, experts=4, method=method)
+    assert save_merged(model, plan, tmp_path / "m", stats=stats, router="mapped")["router"] == "mapped"
+    apply_plan(model, plan, stats)
+    live = logits(model, tokens(seed=2))
+    restore(model)
+    assert torch.equal(logits(load_merged(tmp_path / "m", experts_implementation="eager"), tokens(seed=2)), live)
+
+
+def test_non_uniform_pruning_is_written_mapped(measured, tmp_path):
+    model, stats = measured("qwen3_moe")
+    plan = make_plan(stats, model, experts=5, method="reap", budget="saliency")
+    counts = [layer.num_groups for layer in plan.layers]
+    assert sum(counts) == 15
+    assert len(set(counts)) > 1
+    apply_plan(model, plan)
+    live = logits(model, tokens(seed=2))
+    with pytest.raises(ValueError, match='cannot be "plain" for this plan'):
+        save_merged(model, plan, tmp_path / "p", router="plain")
+    save_merged(model, plan, tmp_path / "m")
+    restore(model)
+    assert torch.equal(logits(load_merged(tmp_path / "m", experts_implementation="eager"), tokens(seed=2)), live)
+
+
+def test_factors_are_smaller_on_disk(measured, tmp_path):
+    model, stats = measured("mixtral", torch.bfloat16)
+    whole = make_plan(stats, model, experts=4, method="m-smoe", budget="uniform")
+    half = make_plan(stats, model, experts=4, method="mc-smoe", budget="uniform", share=0.5)
+    sizes = [save_merged(model, p, tmp_path / str(i), stats=stats) for i, p in enumerate((whole, half))]
+    assert not find_moe_layers(model)[0].merged
+    kept = 3 * 4 * 3 * 32 * 24 // 2
+    assert 0 <= sizes[0]["parameters"] - kept - sizes[1]["parameters"] < 32
+    assert sizes[1]["savings"]["weights"]["compressed"] <= kept
+    with (tmp_path / "1" / "experts-factored.safetensors").open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\x7f")
+    with pytest.raises(ValueError, match="cut short or changed"):
+        load_merged(tmp_path / "1")
+
+
+def test_two_plans_of_the_same_groups_are_told_apart(measured, tmp_path):
+    model, stats = measured("mixtral")
+    first, second = (make_plan(stats, model, experts=4, combine=c) for c in ("average", "least-squares"))
+    apply_plan(model, first)
+    with pytest.raises(ValueError, match="Another plan is applied"):
+        save_merged(model, second, tmp_path / "m", stats=stats)
+    restore(model)
+
+
+def test_the_size_of_a_statistics_file_is_known_beforehand(measured, tmp_path):
+    model, stats = measured("qwen2_moe")
+    for needs in (("usage", "outputs"), ("usage", "norms", "grams"), ALL):
+        part = capture(model, tokens(), needs=needs, sample=50)
+        part.save(tmp_path / "s.safetensors")
+        header = int.from_bytes((tmp_path / "s.safetensors").read_bytes()[:8], "little") + 8
+        size = expected_bytes(model, part.needs, domains=1, tokens=tokens().numel(), sample=50)
+        assert (tmp_path / "s.safetensors").stat().st_size - header == size
+
+
+def test_steps_that_do_not_go_together_are_refused():
+    refused = {
+        'linkage "ward" needs Euclidean': dict(method="hc-smoe", linkage="ward", metric="cosine"),
+        'grouping "k-means" needs points': dict(method="k-means", similarity="functional-routed"),
+        'combine "trimming" goes with grouping "none"': dict(method="hc-smoe", combine="trimming"),
+        'router "drop" goes with grouping "prune"': dict(method="hc-smoe", router="drop"),
+        'budget "saliency" goes with': dict(method="o-prune", budget="saliency"),
+        "keeps the router and every expert at one width": dict(method="trimming", guard=True),
+        '"method" argument must be one of "hc-smoe"': dict(method="hcsmoe"),
+        '"setting" argument must be one of "align"': dict(method="hc-smoe", linkages="ward"),
+        '"share" argument must be above 0 and below 1': dict(method="mc-smoe", share=1.5),
+        "names one similarity twice": dict(method="hc-smoe", similarity="weight+weight"),
+        "weights weight by 'x'": dict(method="hc-smoe", similarity="x*weight"),
+    }
+    for message, settings in refused.items():
+        with pytest.raises(ValueError, match=message):
+            steps_of(**settings)
+
+
+def test_more_experts_than_a_group_limit_holds_are_refused_first(measured):
+    stats = measured("mixtral")[1]
+    with pytest.raises(ValueError, match='"group_limit" argument is 2, but 3 groups of at most 2 hold only 6 of 8 experts'):
+        make_plan(stats, experts=3, method="m-smoe", budget="uniform", group_limit=2)
+    plan = make_plan(stats, experts=4, method="m-smoe", budget="uniform", group_limit=2)
+    assert all(len(members) == 2 for layer in plan.layers for members in layer.groups())
+
+
+def test_the_guard_is_stated_and_kept(measured):
+    model, stats = measured("mixtral")
+    sums = stats.layer(0)
+    sums.output_max[0, 5] *= 1e3
+    try:
+        for method in ("hc-smoe", "k-means", "m-smoe", "reap", "random", "dek"):
+            plan = make_plan(stats, model, experts=3, method=method, guard=True)
+            assert plan.settings["guard"] is True
+            layer = plan.layers[0]
+            assert layer.protected == [5]
+            assert [5] in layer.groups()
+            assert sum(p.num_groups for p in plan.layers) == 9
+        assert make_plan(stats, model, experts=3).settings["guard"] is False
+    finally:
+        sums.output_max[0, 5] /= 1e3
+
+
+def test_the_table_names_every_method():
+    text = method_table()
+    for name, method in METHODS.items():
+        assert f"\n{name}: {method.title}" in "\n" + text
+        assert method.paper in text
+    assert text.count("needs") >= len(METHODS)
