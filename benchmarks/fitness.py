@@ -29,7 +29,7 @@ def measure(name, limit):
         print(name, {k: v for k, v in curve[-1].items() if k != "tasks"}, flush=True)
     found = {"curve": curve, "usage": study.usage_table(stats).round(3).to_dict("records"), "versions": scores["versions"]}
     families = study.family_agreement(
-        stats, model, linkages=core.clustering.LINKAGES, similarities=core.similarity.SIMILARITIES
+        stats, model, linkages=core.clustering.LINKAGES, similarities=core.similarity.available(stats)
     )
     if families is not None:
         found["adjusted Rand index to the true families"] = families.to_dict("records")

@@ -101,7 +101,7 @@ def grape(similarities, total, least, *, gamma=0.1):
     A layer's redundancy is the sum of its experts' similarities ``R_l = Σ_{i≠j} S_ij``. The layer with the largest, of those
     not frozen, joins its most similar pair of experts that are not joined yet, and loses that pair's share of R. Where
     the entropy of the kept experts' distribution over the layers would fall below ``(1 − γ)`` of what it was at the start,
-    that layer is frozen instead; when all are frozen, all are freed.
+    that layer is frozen instead; when all are frozen, all are freed, and the join is made that leaves the largest entropy.
 
     Parameters
     ----------
@@ -121,22 +121,21 @@ def grape(similarities, total, least, *, gamma=0.1):
     pairs = [_by_similarity(s) for s in similarities]
     groups = [list(range(len(s))) for s in similarities]
     floor, frozen = (1 - gamma) * _entropy(counts), set()
-    stuck = False
     while sum(counts) > total:
         able = [i for i, c in enumerate(counts) if c > least[i]]
         free = [i for i in able if i not in frozen]
-        if not free:
-            # Freed layers that are at once frozen again would go round for ever: then the guard gives way.
-            stuck, frozen = True, set()
-            continue
-        layer = max(free, key=lambda i: redundancy[i])
-        after = [c - (i == layer) for i, c in enumerate(counts)]
-        if _entropy(after) < floor and not stuck:
-            frozen.add(layer)
-            continue
+        after = {i: [c - (i == j) for j, c in enumerate(counts)] for i in able}
+        if free:
+            layer = max(free, key=lambda i: redundancy[i])
+            if _entropy(after[layer]) < floor:
+                frozen.add(layer)
+                continue
+        else:  # freed layers would be frozen again at once, for ever
+            frozen = set()
+            layer = max(able, key=lambda i: (round(_entropy(after[i]), 12), redundancy[i]))
         first, second = _next_pair(pairs[layer], groups[layer])
         redundancy[layer] -= 2 * similarities[layer][first, second]
-        counts, stuck = after, False
+        counts = after[layer]
     return counts
 
 

@@ -271,7 +271,7 @@ def single_shot(similarity, usage, groups, *, group_limit=0):
     choices = {e: list(np.argsort(-similarity[e, dominant], kind="stable")) for e in range(experts) if e not in dominant}
     groups_of, waiting = [[] for _ in dominant], list(choices)
     while waiting:
-        expert = waiting.pop()
+        expert = waiting.pop(0)
         group = int(choices[expert].pop(0))
         groups_of[group].append(expert)
         if group_limit and len(groups_of[group]) > group_limit - 1:
@@ -339,7 +339,8 @@ def fuzzy_cmeans(points, groups, *, fuzzifier=2.0, seed=0, steps=300, tolerance=
     memberships = np.zeros((groups, len(points)))
     for _ in range(steps):
         square = ((points[None] - centres[:, None]) ** 2).sum(2)
-        near = np.maximum(square, max(square.max(), 1) * 1e-24) ** (-1 / (fuzzifier - 1))
+        square = np.maximum(square, max(square.max(), 1e-200) * 1e-24)
+        near = (square / square.min(0)) ** (-1 / (fuzzifier - 1))  # at most 1, however sharp
         before, memberships = memberships, near / near.sum(0)
         power = memberships**fuzzifier
         centres = power @ points / power.sum(1, keepdims=True)

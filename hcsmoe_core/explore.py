@@ -1,6 +1,7 @@
 """Controls over a figure: live in JupyterLab, a plain picture wherever there is no kernel."""
 
 import base64
+import html
 
 import ipywidgets as widgets
 
@@ -10,7 +11,7 @@ from hcsmoe_core.figures import dendrogram, png, similarity_heatmap, usage_by_do
 from hcsmoe_core.files import check_choice, check_count
 from hcsmoe_core.methods import merge_tree
 from hcsmoe_core.plan import summarise
-from hcsmoe_core.similarity import FEATURES, SIMILARITIES, distances
+from hcsmoe_core.similarity import available, described, distances, metric_of
 
 
 class Explorer(widgets.VBox):
@@ -46,7 +47,13 @@ class Explorer(widgets.VBox):
     def _refresh(self, _=None):
         key = tuple(self.values.items())
         if key not in self._drawn:
-            made = self._draw(**self.values)
+            try:
+                made = self._draw(**self.values)
+            except ValueError as error:  # a combination that does not exist: the picture stays, and the text says why
+                if not self._drawn:
+                    raise
+                self._text.value = html.escape(str(error))
+                return
             figure, text = made if isinstance(made, tuple) else (made, "")
             self._drawn[key] = png(figure), text
         self._image.value, self._text.value = self._drawn[key]
@@ -75,14 +82,14 @@ def similarity_explorer(stats, model, *, layer=0, similarity="expert-output", li
 
     def draw(layer, similarity, linkage):
         condensed = distances(stats, layer, similarity=similarity, model=model)
+        tree = tree_of(condensed, linkage, metric=metric_of(similarity))
         title = f"MoE layer {layer}, {similarity}, {linkage} linkage"
-        label = f"distance between experts' {FEATURES[similarity]}"
-        return similarity_heatmap(condensed, tree_of(condensed, linkage), groups=groups, title=title, label=label, width=4.6)
+        return similarity_heatmap(condensed, tree, groups=groups, title=title, label=described(similarity), width=4.6)
 
     return Explorer(
         draw,
         layer=_slider("layer", layer, 0, len(stats.layers) - 1),
-        similarity=_choice("similarity", similarity, SIMILARITIES),
+        similarity=_choice("similarity", similarity, available(stats)),
         linkage=_choice("linkage", linkage, LINKAGES),
     )
 
@@ -99,7 +106,7 @@ def cut_explorer(stats, model, *, layer=0, similarity="expert-output", linkage="
             groups=experts,
             usage=stats.layer(layer).frequency.numpy(),
             title=f"MoE layer {layer}, {linkage} linkage, {experts} of {most} experts kept",
-            label=f"distance between experts' {FEATURES[similarity]}",
+            label=described(similarity),
         )
         note = (
             f"{100 * (1 - experts / most):.0f} % of this layer's expert weights saved; {100 * cost['moved']:.0f} % of the "

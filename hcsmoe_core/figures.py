@@ -350,3 +350,56 @@ def task_bars(scores, *, before=None, chance=0.25, title="", width=COLUMN):
     axes.set(xlabel="accuracy, %", xlim=(0, 100), title=title)
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return figure
+
+
+@styled
+def method_dots(
+    frame, *, value, error=None, kind=None, panels="experts", reference=None, log=False, xlabel="", title="", width=PAGE
+):
+    """Every method's value in one panel for each number of experts, the methods in one order: best first in the middle panel.
+
+    Parameters
+    ----------
+    frame : pandas.DataFrame
+        One row a method and panel, with a column ``method``.
+    value, error : str
+        Columns of the value and of the half width of its interval; on a logarithmic axis intervals stop at the axis' end.
+    kind : str, optional
+        Column that tells the colours apart.
+    panels : str
+        Column of the panels, the largest first.
+    reference : (float, str), optional
+        A vertical line and its name.
+    log : bool
+        Smaller is better then, and bigger otherwise.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+    """
+    places = sorted(frame[panels].unique(), reverse=True)
+    middle = frame[frame[panels] == places[len(places) // 2]].dropna(subset=[value])
+    order = list(middle.sort_values(value, ascending=log)["method"])
+    order += [m for m in frame["method"].unique() if m not in order]
+    kinds = sorted(frame[kind].unique()) if kind else [""]
+    figure = Figure(figsize=(width, 0.75 + 0.155 * len(order)))
+    all_axes = figure.subplots(1, len(places), sharey=True, squeeze=False)[0]
+    for axes, place in zip(all_axes, places, strict=True):
+        for name, marker in zip(kinds, "osD^vP", strict=False):
+            rows = frame[(frame[panels] == place) & ((frame[kind] == name) if kind else True)].dropna(subset=[value])
+            at = [order.index(m) for m in rows["method"]]
+            bars = rows[error].fillna(0) if error else None
+            axes.errorbar(rows[value], at, xerr=bars, fmt=marker, label=name, ms=3.5, capsize=1.5, elinewidth=0.8)
+        if reference:
+            axes.axvline(reference[0], color="0.4", lw=0.8, ls="--", label=reference[1])
+        if log:
+            axes.set_xscale("log")
+        axes.set(title=f"{place} {panels}", xlabel=xlabel)
+        axes.grid(axis="y", color="0.92", lw=0.6)
+        axes.set_axisbelow(True)
+    all_axes[0].set_yticks(range(len(order)), order)
+    all_axes[0].invert_yaxis()
+    handles, labels = all_axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+    figure.suptitle(title)
+    return figure

@@ -308,6 +308,16 @@ METHODS = {
 }
 
 
+def kind_of(method):
+    """What a method does to experts: "prunes", "trims", "averages" them, or "refits" what it joins to what they did."""
+    steps = METHODS[method].steps
+    if steps.grouping == "prune":
+        return "prunes"
+    if steps.grouping == "none":
+        return "trims"
+    return "refits" if steps.combine in ("least-squares", "selection") else "averages"
+
+
 def steps_of(method, **settings):
     """Steps of a method, with some of them set otherwise.
 
@@ -485,6 +495,11 @@ class _Maker:
         most = [stats.layers[n].num_experts for n in names]
         least = [min(len(protected[n]) + 1, size) for n, size in zip(names, most, strict=True)]
         total = experts * len(names)
+        if total < sum(least):
+            raise ValueError(
+                f'The "experts" argument is {experts}, {total} in all, but at least {sum(least)} must be kept: the super '
+                "experts, and one more in each layer. Keep more experts, or switch the guard off."
+            )
         if steps.budget == "uniform":
             counts = budgets.uniform(experts, least, most)
         elif steps.budget in ("frequency", "saliency"):
@@ -618,6 +633,11 @@ def _best_of_groups(worth, count, groups, name):
     size, kept = len(worth) // groups, []
     for group in range(groups):
         part = worth[group * size : (group + 1) * size]
+        if np.isinf(part).sum() > count // groups:
+            raise ValueError(
+                f'The "experts" argument leaves {count // groups} experts in each group that the router of {name} chooses '
+                f"among, but {np.isinf(part).sum()} of one must be kept; keep more experts, or switch the guard off."
+            )
         kept += (group * size + np.argsort(-part, kind="stable")[: count // groups]).tolist()
     return sorted(kept)
 

@@ -520,16 +520,18 @@ def mixed_rows(tensor, rows):
 def _check_rows(layer, rows):
     if layer.router is None:
         raise ValueError(f"{layer.name}: no router was found, so that its rows cannot be dropped; use a method that merges.")
+    if not any(isinstance(getattr(layer.router, name, None), int) for name in ROUTER_GROUPS):
+        return
     groups = layer.router_groups
-    if groups > 1:
-        size = rows.shape[1] // groups
-        kept = [int((rows[:, g * size : (g + 1) * size].sum(1) > 0).sum()) for g in range(groups)]
-        if len(set(kept)) > 1 or int((rows > 0).sum()) > len(rows):
-            raise ValueError(
-                f"{layer.name}: its router chooses among {groups} groups of experts first, which must stay whole and of one "
-                f"size, but rows of {kept} experts of each would be kept or joined; drop as many of each, or use a method that "
-                "keeps the router."
-            )
+    size = rows.shape[1] // groups
+    kept = [int((rows[:, g * size : (g + 1) * size].sum(1) > 0).sum()) for g in range(groups)]
+    # Such a router adds up the two best scores of each group.
+    if len(set(kept)) > 1 or min(kept) < 2 or int((rows > 0).sum()) > len(rows):
+        raise ValueError(
+            f"{layer.name}: its router chooses among {groups} groups of experts first, which must stay of one size and have "
+            f"two experts at least, but rows of {kept} experts would be kept or joined; drop as many of each, or use a method "
+            "that keeps the router."
+        )
 
 
 def set_rows(layer, tensors):

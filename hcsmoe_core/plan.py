@@ -244,24 +244,28 @@ def summarise(stats, layer, labels):
     dict
         ``groups``; ``moved``, the share of the routing mass that goes to experts that are joined with others or dropped;
         ``output_error``, the distance of the experts' mean outputs from their group's frequency-weighted mean, weighted
-        by usage and relative to the mean outputs themselves: 0 if all that join have the same mean output.
+        by usage and relative to the mean outputs themselves: 0 if all that join have the same mean output; NaN where
+        the statistics hold no mean outputs.
     """
-    stats.check(("outputs",), "summarise")
     sums = stats.layer(layer)
-    labels = np.asarray(labels)
-    outputs, share = sums.mean_output.numpy(), sums.frequency.numpy()
-    mass = sums.routing_mass.sum(0).numpy()
-    weights = merge_weights(labels, sums, "frequency")
+    labels, mass = np.asarray(labels), sums.routing_mass.sum(0).numpy()
     kept = labels != DROPPED
-    centres = np.zeros((labels.max() + 1, outputs.shape[1]))
-    np.add.at(centres, labels[kept], (weights[:, None] * outputs)[kept])
-    lost = share @ ((outputs - np.where(kept[:, None], centres[labels], 0)) ** 2).sum(1)
     joined = ~kept | (np.bincount(labels[kept])[labels] > 1)
     return {
         "groups": int(labels.max() + 1),
         "moved": float(mass[joined].sum() / mass.sum()),
-        "output_error": float(np.sqrt(lost / (share @ (outputs**2).sum(1)))),
+        "output_error": float("nan") if sums.output_sum is None else _output_error(sums, labels),
     }
+
+
+def _output_error(sums, labels):
+    kept = labels != DROPPED
+    outputs, share = sums.mean_output.numpy(), sums.frequency.numpy()
+    weights = merge_weights(labels, sums, "frequency")
+    centres = np.zeros((labels.max() + 1, outputs.shape[1]))
+    np.add.at(centres, labels[kept], (weights[:, None] * outputs)[kept])
+    lost = share @ ((outputs - np.where(kept[:, None], centres[labels], 0)) ** 2).sum(1)
+    return float(np.sqrt(lost / (share @ (outputs**2).sum(1))))
 
 
 def check_statistics(stats, model):

@@ -157,7 +157,9 @@ class RoutingRule:
         best = kept[:, None].expand_as(scores).gather(2, order)
         best = best & (torch.arange(kept.shape[1]) < self.top_k)
         gates = torch.where(torch.zeros_like(best).scatter_(2, order, best), scores, 0.0)
-        return (gates / gates.sum(2, keepdim=True) if self.normalised else gates) * self.scale
+        if self.normalised:  # sigmoids may all be zero to rounding, and so are the weights then
+            gates = gates / gates.sum(2, keepdim=True).clamp(min=torch.finfo(gates.dtype).tiny)
+        return gates * self.scale
 
     def order(self, logits):
         """Experts of each token from the best to the worst, ``(R, E)``, where that does not depend on which are dropped."""
@@ -295,7 +297,10 @@ class DropLoss:
         chosen = here & (here.cumsum(2, dtype=torch.int16) <= self.rule.top_k)
         gates = chosen * self.scores
         if self.rule.normalised or self.rule.scoring == "softmax":
-            gates /= (gates if self.rule.normalised else here * self.scores).sum(2, keepdim=True)
+            total = (gates if self.rule.normalised else here * self.scores).sum(2, keepdim=True)
+            if float(total.min()) < 1e-30:  # next to the best expert of all, those that are kept vanish
+                return self.rule.gates(self.logits, kept).gather(2, self.order.expand_as(gates)).to(self.dtype)
+            gates /= total
         return gates.mul_(self.rule.scale)
 
 
@@ -329,7 +334,8 @@ def best_kept(loss, experts, count, *, rough=None, protected=(), subsets=SUBSETS
     choose = count - len(protected)
     exhaustive = experts <= ENUMERATED or math.comb(len(free), choose) <= subsets
     if exhaustive:
-        chosen = torch.tensor(list(itertools.combinations(free, choose)), dtype=torch.int64).reshape(-1, choose)
+        sets = list(itertools.combinations(free, choose))
+        chosen = torch.tensor(sets, dtype=torch.int64).reshape(len(sets), choose)
     else:
         drawn = np.random.default_rng(seed).random((subsets, len(free))).argpartition(choose - 1, axis=1)[:, :choose]
         chosen = torch.from_numpy(np.asarray(free)[drawn])

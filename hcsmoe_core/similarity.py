@@ -76,6 +76,16 @@ def parts_of(similarity):
     return [(name, value / total) for name, value in parts]
 
 
+def described(similarity):
+    """What distances by a similarity are between, for the axis of a figure."""
+    return "distance between experts' " + " and ".join(FEATURES[name] for name, _ in parts_of(similarity))
+
+
+def available(stats):
+    """The similarities that statistics hold enough for."""
+    return [name for name in SIMILARITIES if set(NEEDED[name]) <= set(stats.needs)]
+
+
 def metric_of(similarity, metric=""):
     """The metric that a similarity is measured with; its usual one where none is given.
 
@@ -86,6 +96,8 @@ def metric_of(similarity, metric=""):
     ValueError
         If the similarity cannot be measured so.
     """
+    if metric:
+        check_choice("metric", metric, (*METRICS, "routing-weighted", "cka", "mixed"))
     own = []
     for name, _ in parts_of(similarity):
         allowed = ALLOWED[name]
@@ -111,7 +123,7 @@ def distances(stats, layer, *, similarity="expert-output", metric="", model=None
         - ``"expert-output"``: mean output over all calibration tokens, ``(1/T) Σ_t f_e(x_t)``, in R^D (HC-SMoE, arXiv
           2410.08589, section 3.2);
         - ``"router-logits"``: its logits over the calibration tokens, in R^T (M-SMoE, arXiv 2310.01334);
-        - ``"weight"``: its gate, up and down projections, flattened and joined, in R^(3·D·I);
+        - ``"weight"``: its gate, up and down projections (and biases), flattened and joined, in R^(3·D·I);
         - ``"functional"``: its outputs token by token, ``sqrt((1/T) Σ_t ‖f_i(x_t) − f_j(x_t)‖²)``;
         - ``"functional-routed"``: the same weighted by the routing,
           ``sqrt(Σ_t (g_i + g_j) ‖f_i − f_j‖² / Σ_t (g_i + g_j))`` with the weights g that the router applied; for two

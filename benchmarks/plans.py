@@ -1,0 +1,86 @@
+"""How long plans take from one statistics file, the model never run: methods × linkages × experts kept.
+
+    python benchmarks/plans.py --model demo-qwen --out benchmarks/results/plans.json
+
+Forward calls of the model and of its experts are counted, and must be none. Plans that look at the experts' weights are
+made with the model in memory; those by CKA and O-prune, which apply the experts to the sample, are timed one each and
+listed apart.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+
+from hcsmoe_core import (
+    METHODS,
+    calibration_tokens,
+    capture,
+    domains_of,
+    find_moe_layers,
+    load_model,
+    load_statistics,
+    make_plan,
+)
+from hcsmoe_core.clustering import LINKAGES
+from hcsmoe_core.evaluation import versions
+from hcsmoe_core.methods import steps_of
+from hcsmoe_core.statistics import NEEDS
+from hcsmoe_core.study import calibration_of
+
+
+def main():
+    """Make the plans and print how long they took."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="demo-qwen")
+    parser.add_argument("--plans", type=int, default=500)
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    model, tokenizer = load_model(arguments.model, dtype="float32")
+    source = calibration_of(arguments.model)
+    sequences = source["sequences"]
+    input_ids = calibration_tokens(source["calibration"], tokenizer, sequences=sequences, length=source["length"], seed=0)
+    stats = capture(model, input_ids, needs=tuple(NEEDS), domains=domains_of(source["calibration"], sequences))
+    with tempfile.TemporaryDirectory() as folder:
+        stats.save(Path(folder) / "s.safetensors")
+        stats = load_statistics(Path(folder) / "s.safetensors")
+    calls = []
+    for module in (model, *(layer.experts for layer in find_moe_layers(model))):
+        module.register_forward_pre_hook(lambda *_: calls.append(1))
+
+    slow = [name for name in METHODS if "sample" in steps_of(name).needs() and steps_of(name).needs_model()]
+    slow = [name for name in slow if name != "mergemoe"]  # whose sample is for merging
+    quick = [(name, {}) for name in METHODS if name not in slow]
+    similarities = ("expert-output", "router-logits", "weight", "functional")
+    quick += [("hc-smoe", dict(similarity=s, linkage=link)) for s in similarities for link in LINKAGES]
+    most = min(layer.num_experts for layer in find_moe_layers(model))
+    wanted = [(name, settings, experts) for experts in range(most, 0, -1) for name, settings in quick][: arguments.plans]
+    seconds = {}
+    started = time.perf_counter()
+    for name, settings, experts in wanted:
+        before = time.perf_counter()
+        make_plan(stats, model, experts=experts, method=name, progress=False, **settings)
+        seconds.setdefault(name, []).append(time.perf_counter() - before)
+    total = time.perf_counter() - started
+    single = {}
+    for name in slow:
+        before = time.perf_counter()
+        make_plan(stats, model, experts=most // 2, method=name, progress=False)
+        single[name] = round(time.perf_counter() - before, 2)
+    assert not calls, "the model was run"
+    result = {
+        "model": arguments.model,
+        "plans": len(wanted),
+        "experts": [wanted[0][2], wanted[-1][2]],
+        "seconds": round(total, 2),
+    }
+    result |= {"milliseconds_a_plan": {n: round(1e3 * sum(v) / len(v), 1) for n, v in seconds.items()}}
+    result |= {"seconds_by_the_sample": single, "versions": versions()}
+    print(json.dumps(result, indent=1))
+    if arguments.out:
+        arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
