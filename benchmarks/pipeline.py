@@ -127,14 +127,17 @@ def main():
     model = build(arguments)
     ids = torch.randint(0, 1024, (arguments.tokens // arguments.length, arguments.length))
     groups, device = arguments.experts // 2, arguments.device
-    core.capture(model, ids[: arguments.batch], progress=False)  # warm up
+    needs = core.needs_of("hc-smoe")
+    core.capture(model, ids[: arguments.batch], needs=needs, progress=False)  # warm up
     best = {}
     for _ in range(arguments.repeats):
         seconds = {}
         (counts, means), seconds["usual capture"] = timed(device, usual_capture, model, ids, arguments.batch)
         usual, seconds["usual plan"] = timed(device, lambda means=means: [usual_groups(m, groups) for m in means])
         _, seconds["usual merge"] = timed(device, usual_merge, model, usual, counts)
-        stats, seconds["capture"] = timed(device, core.capture, model, ids, batch_size=arguments.batch, progress=False)
+        stats, seconds["capture"] = timed(
+            device, core.capture, model, ids, needs=needs, batch_size=arguments.batch, progress=False
+        )
         plan, seconds["plan"] = timed(device, core.make_plan, stats, experts=groups)
         _, seconds["merge"] = timed(device, core.apply_plan, model, plan)
         core.restore(model)

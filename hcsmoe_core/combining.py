@@ -107,7 +107,7 @@ def combine(group, options):
           routed to any of them; ``ridge``, relative to the mean squared activation, pulls towards the averaged down
           projection (MergeMoE, arXiv 2510.14436).
         - ``"joint-svd"``: ``[W_1 … W_n] = U Σ [V_1 … V_n]`` with one U, the V averaged, and the largest singular values
-          kept: ``rank`` times the smaller side of W (Sub-MoE, arXiv 2506.23266).
+          kept, a share ``rank`` of them all: with 1 it is the weighted average (Sub-MoE, arXiv 2506.23266).
         - ``"selection"``: of the members' n·I neurons the I are chosen, one after another, that lower the residual of that
           same regression most, and their down projections solved for.
         - ``"trimming"``: the same for one expert alone, of whose neurons ``width`` are kept.
@@ -308,9 +308,9 @@ def joint_svd(group, *, align="none", rank=0.5):
     weights = group.weights.tolist()
 
     def shared(matrices):
-        rows, columns = matrices[0].shape
+        columns = matrices[0].shape[1]
         u, s, v = torch.linalg.svd(torch.cat(matrices, 1), full_matrices=False)
-        kept = max(1, round(rank * min(rows, columns)))
+        kept = max(1, round(rank * len(s)))
         mean = sum(w * part for w, part in zip(weights, v.split(columns, dim=1), strict=True))
         return (u[:, :kept] * s[:kept]) @ mean[:kept]
 

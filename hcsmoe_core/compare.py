@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from hcsmoe_core.checkpoint import load_model
+from hcsmoe_core.checkpoint import factored_savings, load_model
 from hcsmoe_core.evaluation import evaluate
 from hcsmoe_core.files import check_choice, check_count, read_json, sha256_json, write_json
 from hcsmoe_core.merging import apply_plan, restore
@@ -119,9 +119,10 @@ def _measured(model, tokenizer, stats, cell, settings, *, limit, text):
         with contextlib.redirect_stderr(io.StringIO()):  # the harness draws its own bars, three a cell
             record["scores"] = evaluate(model, tokenizer, limit=limit or None, text=text)
         record["weights"] = sum(p.numel() for p in model.parameters())
-        record["expert_bytes"] = sum(
-            t.numel() * t.element_size() for layer in find_moe_layers(model) for t in layer.tensors().values()
-        )
+        tensors = [t for layer in find_moe_layers(model) for t in layer.tensors().values()]
+        record["expert_bytes"] = sum(t.numel() * t.element_size() for t in tensors)
+        if cell["method"] != ORIGINAL and plan.compress:  # in memory the factors are multiplied out
+            record["expert_bytes"] = factored_savings(model)["bytes"]["compressed"]
     except ValueError as error:
         record["refused"] = str(error)
     finally:
@@ -169,7 +170,8 @@ def cells(folder, model):
     -------
     pandas.DataFrame
         ``method``, ``experts``, ``seed``, ``accuracy`` and its ``item_error`` (standard error over the items), ``loss``,
-        ``weights``, ``expert_bytes``, ``plan_seconds``, ``merge_seconds``, ``peak_mb``, ``layers`` and ``refused``.
+        ``perplexity``, ``weights``, ``expert_bytes``, ``plan_seconds``, ``merge_seconds``, ``peak_mb``, ``layers`` and
+        ``refused``.
 
     Raises
     ------
