@@ -321,15 +321,13 @@ def joint_svd(group, *, align="none", rank=0.5):
 def selected(group, *, width=None, ridge=0.02):
     """See :func:`combine`."""
     pool = _pooled(group)
-    each = len(group.experts[0].up)
-    width = width or each
+    width = width or len(group.experts[0].up)
     tokens, gates = group.tokens()
-    order = _preference(group, pool, each)
     if not len(tokens):
-        return pool.take(order[:width])
+        return pool.take(_completed([], width, group, pool))
     values = group.layer.activate(pool, tokens) * gates.sum(1, keepdim=True)
     target = _target(group, tokens, gates, pool.offset)
-    kept = forward_selection(values, target, width, order)
+    kept = _completed(forward_selection(values, target, width), width, group, pool)
     # The prior is what the neurons write anyway, at the scale that fits best.
     prior = pool.down[:, kept].T
     guess = values[:, kept] @ prior
@@ -339,16 +337,32 @@ def selected(group, *, width=None, ridge=0.02):
     return Neurons(pool.up[kept], down.T, None if pool.bias is None else pool.bias[kept], pool.offset)
 
 
-def _preference(group, pool, each):
-    """Pooled neurons in the order in which they are taken where the sample does not tell: the dominant expert's first, then
-    by the size of what they read and write."""
-    size = pool.up.flatten(1).norm(dim=1) * pool.down.norm(dim=0)
-    size = size / size.max().clamp(min=torch.finfo(size.dtype).tiny)
-    size[group.dominant * each : (group.dominant + 1) * each] += 2
-    return torch.argsort(size, descending=True, stable=True)
+def _completed(chosen, width, group, pool):
+    """``width`` neurons of the pool, in order: those chosen, and where the sample tells no more, others.
+
+    The dominant expert's come first, then those that read and write most; near-copies of neurons that are taken already
+    come last, so that of equal experts each neuron is taken once.
+    """
+    if len(chosen) < width:
+        vectors = _described(pool)
+        length = vectors.norm(dim=1)
+        size = length / length.max().clamp(min=torch.finfo(length.dtype).tiny)
+        each = len(group.experts[0].up)
+        size[group.dominant * each : (group.dominant + 1) * each] += 2
+        unit = vectors / length.clamp(min=torch.finfo(length.dtype).tiny)[:, None]
+        taken, copies = list(chosen), []
+        for place in torch.argsort(size, descending=True, stable=True).tolist():
+            if len(taken) == width:
+                break
+            if place in chosen:
+                continue
+            alike = (unit[taken] @ unit[place]).max() if taken else 0
+            (copies if alike > 1 - 1e-6 else taken).append(place)
+        chosen = taken + copies[: width - len(taken)]
+    return torch.tensor(sorted(chosen), device=pool.up.device)
 
 
-def forward_selection(pool, target, width, preference):
+def forward_selection(pool, target, width):
     """Columns of a regression chosen one after another, each the one that lowers the residual most.
 
     Parameters
@@ -357,14 +371,11 @@ def forward_selection(pool, target, width, preference):
     target : (T, D) tensor
     width : int
         Columns to choose.
-    preference : (N,) int64 tensor
-        Order in which columns are taken that lower nothing: those that the sample never moves before those that only
-        repeat what is chosen.
 
     Returns
     -------
-    (width,) int64 tensor
-        In order of the columns.
+    list of int
+        In the order chosen; fewer than ``width`` where no other column lowers the residual.
     """
     pool, residual = pool.double(), target.double()
     gram, moved = pool.T @ pool, pool.T @ residual  # [N, N], [N, D]
@@ -384,10 +395,7 @@ def forward_selection(pool, target, width, preference):
         basis[:, step] = column
         left = left - column**2
         left[best] = 0
-    taken = set(chosen)
-    idle = [p for p in preference.tolist() if p not in taken]
-    idle.sort(key=lambda p: float(first[p]) > 1e-12 * float(first.max()))  # stable: never moved, then repeating
-    return torch.tensor(sorted(chosen + idle[: width - len(chosen)]), device=pool.device)
+    return chosen
 
 
 _RULES = {

@@ -506,7 +506,7 @@ class _Maker:
             scores = [stats.layers[n].frequency.numpy() for n in names]
             if steps.budget == "saliency":
                 scores = [pruning.saliency(stats, n, steps.saliency, seed=self.seed) for n in names]
-                scores = [s / s.sum() for s in scores]
+                scores = [s / (s.sum() or 1) for s in scores]
             counts = budgets.by_score(scores, total, least)
         elif steps.budget == "merge-cost":
             how = dict(similarity=steps.similarity, metric=steps.metric, model=self.model)
@@ -524,7 +524,7 @@ class _Maker:
         if self.steps.used_metric in ("cosine", "cka"):
             return np.clip(self.likeness(name), 0, None)
         distance = squareform(self.distances(name))
-        largest = max(float(self.distances(n).max()) for n in self.stats.layers)
+        largest = max(float(self.distances(n).max(initial=0)) for n in self.stats.layers)
         return 1 - distance / largest if largest > 0 else np.ones_like(distance)
 
     def layer(self, name, count, protected):
