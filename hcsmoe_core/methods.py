@@ -139,8 +139,8 @@ class Steps:
             raise ValueError('budget "saliency" goes with grouping "prune" and a saliency that scores each expert.')
         if self.budget in ("merge-cost", "silhouette") and self.used_metric == "mixed":
             raise ValueError(f'budget "{self.budget}" needs one similarity; not {self.similarity!r}.')
-        if self.grouping == "fuzzy" and (self.combine != "average" or self.align != "none" or self.guard):
-            raise ValueError('grouping "fuzzy" mixes all experts: combine must be "average", align "none" and guard off.')
+        if self.grouping == "fuzzy" and (self.combine != "average" or self.align != "none"):
+            raise ValueError('grouping "fuzzy" mixes all experts: combine must be "average" and align "none".')
         if self.share and not 0 < self.share < 1:
             raise ValueError(f'The "share" argument must be above 0 and below 1, or 0 for no second step; not {self.share}.')
         if self.share and self.grouping == "none":
@@ -541,7 +541,11 @@ class _Maker:
         weights = merge_weights(labels, sums, self.steps.merge)
         mixture = None
         if memberships is not None:
-            share = memberships * merge_weights(np.zeros_like(labels), sums, self.steps.merge)
+            share = np.zeros((count, sums.num_experts))
+            share[labels[list(protected)], list(protected)] = 1
+            _, first = np.unique(grouped, return_index=True)
+            share[np.ix_(labels[free[first]], free)] = memberships
+            share *= merge_weights(np.zeros_like(labels), sums, self.steps.merge)
             mixture = (share / share.sum(1, keepdims=True)).tolist()
         options, dominant = self.steps.combination(), None
         if options.get("align", "none") != "none" or options["rule"] == "fix-dom" or options["rule"] == "selection":

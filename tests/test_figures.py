@@ -104,6 +104,18 @@ def test_explorers_carry_their_picture_and_follow_their_controls(measured):
     assert picture(similar) != before
 
 
+def test_a_combination_that_does_not_exist_is_said_and_the_picture_stays(measured):
+    model, stats = measured
+    similar = explore.similarity_explorer(stats, model, similarity="pairwise-cosine")
+    before = picture(similar)
+    similar._controls["linkage"].value = "ward"
+    assert "needs Euclidean distances, but these are cosine" in similar._text.value
+    assert picture(similar) == before
+    assert "cka" not in similar._controls["similarity"].options  # which needs the sample
+    with pytest.raises(ValueError, match="needs Euclidean distances"):
+        explore.similarity_explorer(stats, model, similarity="pairwise-cosine", linkage="ward")
+
+
 def test_values_out_of_range_are_errors_where_a_slider_would_clamp(measured):
     model, stats = measured
     with pytest.raises(ValueError, match='"layer" argument must be a whole number from 0 to 2; not 3'):

@@ -205,7 +205,11 @@ def test_the_guard_is_stated_and_kept(measured):
     sums = stats.layer(0)
     sums.output_max[0, 5] *= 1e3
     try:
-        for method in ("hc-smoe", "k-means", "m-smoe", "reap", "random", "dek"):
+        mixed = make_plan(stats, model, experts=3, method="fuzzy", guard=True).layers[0]
+        row = mixed.mixture[mixed.labels[5]]
+        assert [e for e, w in enumerate(row) if w] == [5]
+        assert all(r[5] == 0 for g, r in enumerate(mixed.mixture) if g != mixed.labels[5])
+        for method in ("hc-smoe", "k-means", "m-smoe", "reap", "random", "dek", "fuzzy"):
             plan = make_plan(stats, model, experts=3, method=method, guard=True)
             assert plan.settings["guard"] is True
             layer = plan.layers[0]
