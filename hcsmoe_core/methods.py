@@ -493,12 +493,12 @@ class _Maker:
         """Experts kept in each layer; the same in all for every budget."""
         steps, stats, names = self.steps, self.stats, list(self.stats.layers)
         most = [stats.layers[n].num_experts for n in names]
-        least = [min(len(protected[n]) + 1, size) for n, size in zip(names, most, strict=True)]
+        least = [self._fewest(size, protected[n]) for n, size in zip(names, most, strict=True)]
         total = experts * len(names)
         if total < sum(least):
             raise ValueError(
-                f'The "experts" argument is {experts}, {total} in all, but at least {sum(least)} must be kept: the super '
-                "experts, and one more in each layer. Keep more experts, or switch the guard off."
+                f'The "experts" argument is {experts}, {total} in all, but at least {sum(least)} must be kept: in each layer its '
+                "super experts, if the guard is on, and one more, or as many more as the largest group allows."
             )
         if steps.budget == "uniform":
             counts = budgets.uniform(experts, least, most)
@@ -518,6 +518,13 @@ class _Maker:
             condensed = [self.distances(n) for n in names]
             counts = budgets.by_silhouette(condensed, [self.tree(n) for n in names], total, least, most)
         return budgets.check_counts(counts, total, least, most)
+
+    def _fewest(self, size, protected):
+        """Experts that a layer must keep: the protected ones, and groups enough for the others."""
+        limit = {"hierarchical": self.steps.largest, "single-shot": self.steps.group_limit}.get(self.steps.grouping)
+        if self.steps.budget == "uniform":  # what is not feasible is refused where it is grouped, with what would be
+            limit = 0
+        return min(len(protected) + (-(-(size - len(protected)) // limit) if limit else 1), size)
 
     def _redundancy(self, name):
         """Similarities from 0 to 1, as GRAPE sums them up."""

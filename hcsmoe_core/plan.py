@@ -70,10 +70,10 @@ class LayerPlan:
         return [e for e, label in enumerate(self.labels) if label != DROPPED]
 
     def router_rows(self):
-        """Each row of the new router as a sum of the old ones, ``(r, E)`` float32; None where it stays as it is."""
+        """Each row of the new router as a sum of the old ones, ``(r, E)`` float64; None where it stays as it is."""
         if self.router == "map":
             return None
-        rows = np.zeros((self.num_groups, len(self.labels)), dtype=np.float32)
+        rows = np.zeros((self.num_groups, len(self.labels)))
         for group, members in enumerate(self.groups()):
             rows[group, members] = 1 / len(members)
         return rows

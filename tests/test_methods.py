@@ -164,7 +164,7 @@ def test_two_plans_of_the_same_groups_are_told_apart(measured, tmp_path):
 
 
 def test_the_size_of_a_statistics_file_is_known_beforehand(measured, tmp_path):
-    model, stats = measured("qwen2_moe")
+    model, _stats = measured("qwen2_moe")
     for needs in (("usage", "outputs"), ("usage", "norms", "grams"), ALL):
         part = capture(model, tokens(), needs=needs, sample=50)
         part.save(tmp_path / "s.safetensors")
@@ -198,6 +198,13 @@ def test_more_experts_than_a_group_limit_holds_are_refused_first(measured):
         make_plan(stats, experts=3, method="m-smoe", budget="uniform", group_limit=2)
     plan = make_plan(stats, experts=4, method="m-smoe", budget="uniform", group_limit=2)
     assert all(len(members) == 2 for layer in plan.layers for members in layer.groups())
+    for settings in (dict(method="m-smoe", group_limit=4), dict(budget="merge-cost", largest=3)):
+        plan = make_plan(stats, experts=3, **settings)
+        assert sum(layer.num_groups for layer in plan.layers) == 9
+        largest = settings.get("largest", 4)
+        assert max(len(members) for layer in plan.layers for members in layer.groups()) <= largest
+    with pytest.raises(ValueError, match="3 in all, but at least 6 must be kept"):
+        make_plan(stats, experts=1, method="m-smoe", group_limit=4)
 
 
 def test_the_guard_is_stated_and_kept(measured):

@@ -69,9 +69,7 @@ def test_original_weights_are_compared_on_a_merged_model(mixtral, input_ids):
 
 def test_bad_choices_are_named(mixtral, input_ids):
     stats = capture(mixtral, input_ids)
-    with pytest.raises(
-        ValueError, match='"similarity" argument must be one of "expert-output", "router-logits", "weight",'
-    ):
+    with pytest.raises(ValueError, match='"similarity" argument must be one of "expert-output", "router-logits", "weight",'):
         distances(stats, 0, similarity="outputs")
     with pytest.raises(ValueError, match='"metric" argument must be one of "euclidean", "cosine"'):
         distances(stats, 0, metric="manhattan")
