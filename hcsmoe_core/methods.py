@@ -497,8 +497,8 @@ class _Maker:
         total = experts * len(names)
         if total < sum(least):
             raise ValueError(
-                f'The "experts" argument is {experts}, {total} in all, but at least {sum(least)} must be kept: in each layer its '
-                "super experts, if the guard is on, and one more, or as many more as the largest group allows."
+                f'The "experts" argument is {experts}, {total} in all, but at least {sum(least)} must be kept: in each '
+                "layer its super experts, if the guard is on, and one more, or as many more as the largest group allows."
             )
         if steps.budget == "uniform":
             counts = budgets.uniform(experts, least, most)
