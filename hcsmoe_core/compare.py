@@ -243,34 +243,38 @@ def summary(frame):
 
 
 def table(frame):
-    """The comparison as lines of text, the best loss first at each number of experts."""
+    """The comparison as lines of text, the best loss first at each number of experts.
+
+    Losses are in nats a token; ``ppl`` is the perplexity of their mean, ``MB`` the size of the experts and ``peak MB`` what
+    making and applying the plan allocated at most.
+    """
+    columns = (
+        ("acc %", "accuracy", 7, 1, 100),
+        ("± sample", "accuracy_sd", 9, 1, 100),
+        ("± items", "item_error", 8, 1, 100),
+        ("loss", "loss", 8, 3, 1),
+        ("± sample", "loss_sd", 9, 3, 1),
+        ("ppl", "perplexity", 9, 2, 1),
+        ("than hc-smoe", "verdict", 13, 0, 1),
+        ("plan s", "plan_seconds", 7, 2, 1),
+        ("merge s", "merge_seconds", 8, 2, 1),
+        ("peak MB", "peak_mb", 8, 0, 1),
+        ("MB", "expert_bytes", 7, 1, 1e-6),
+    )
     lines = []
     for experts, part in summary(frame).groupby("experts", sort=False):
-        lines.append(f"\n{experts} experts a layer")
-        head = f"{'method':<18}{'accuracy':>10}{'± sample':>10}{'± items':>9}{'loss':>9}{'± sample':>10}"
-        lines.append(head + f"{'than hc-smoe':>14}{'plan s':>8}{'merge s':>9}{'MB':>7}")
+        lines += [f"\n{experts} experts a layer", f"{'method':<18}" + "".join(f"{c[0]:>{c[2]}}" for c in columns)]
         for row in part.sort_values("loss", na_position="last").to_dict("records"):
             if row["samples"] == 0:
                 lines.append(f"{row['method']:<18}  refused: {row['refused'].splitlines()[0]}")
                 continue
-            cells = (
-                f"{100 * row['accuracy']:>10.1f}",
-                _shown(row["accuracy_sd"], 10, 1, 100),
-                f"{100 * row['item_error']:>9.1f}",
-            )
-            cells += (
-                f"{row['loss']:>9.3f}",
-                _shown(row["loss_sd"], 10, 3),
-                f"{row.get('verdict') or '':>14}".replace("nan", "   "),
-            )
-            cells += (
-                _shown(row["plan_seconds"], 8, 2),
-                _shown(row["merge_seconds"], 9, 2),
-                f"{row['expert_bytes'] / 1e6:>7.1f}",
-            )
+            row["perplexity"] = math.exp(row["loss"])
+            cells = (_shown(row.get(key), width, digits, factor) for _, key, width, digits, factor in columns)
             lines.append(f"{row['method']:<18}" + "".join(cells))
     return "\n".join(lines)
 
 
-def _shown(value, width, digits, factor=1):
+def _shown(value, width, digits, factor):
+    if isinstance(value, str):
+        return f"{value:>{width}}"
     return " " * width if value is None or math.isnan(value) else f"{factor * value:>{width}.{digits}f}"
