@@ -80,22 +80,24 @@ class _Collector:
 
     def _add_outputs(self, domain, tokens, index, weight):
         """Apply the experts: all of them to all tokens where sums over all tokens are wanted, else to those routed."""
-        gates = self._zeros(len(tokens), self.layer.num_experts).scatter_add_(1, index, weight)
-        everywhere, outputs = bool(self.needs & {"outputs", "grams"}), []
+        everywhere, whole = bool(self.needs & {"outputs", "grams"}), bool(self.needs & {"norms", "grams"})
+        outputs, gates = [], None
+        if whole:
+            gates = self._zeros(len(tokens), self.layer.num_experts).scatter_add_(1, index, weight).T.contiguous()
         for expert in range(self.layer.num_experts):
-            routed = gates[:, expert].nonzero()[:, 0]
+            routed = gates[expert].nonzero()[:, 0] if "norms" in self.needs else None
             hidden = self.layer.expert_hidden(expert, tokens if everywhere else tokens[routed])
             if "outputs" in self.needs:
                 self._add_hidden(domain, expert, hidden)
-            if not self.needs & {"norms", "grams"}:
+            if not whole:
                 continue
             output = self.layer.expert_output(expert, hidden)
             if "norms" in self.needs and len(routed):
-                self._add_norms(domain, expert, output[routed] if everywhere else output, gates[routed, expert])
+                self._add_norms(domain, expert, output[routed] if everywhere else output, gates[expert, routed])
             if "grams" in self.needs:
                 outputs.append(output)
         if "grams" in self.needs:
-            self._add_grams(domain, torch.stack(outputs).double(), gates.T)
+            self._add_grams(domain, torch.stack(outputs).double(), gates)
 
     def _add_hidden(self, domain, expert, hidden):
         total = hidden.sum(0, dtype=torch.float64)

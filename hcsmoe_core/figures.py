@@ -382,8 +382,8 @@ def method_dots(
     order = list(middle.sort_values(value, ascending=log)["method"])
     order += [m for m in frame["method"].unique() if m not in order]
     kinds = sorted(frame[kind].unique()) if kind else [""]
-    figure = Figure(figsize=(width, 0.75 + 0.155 * len(order)))
-    all_axes = figure.subplots(1, len(places), sharey=True, squeeze=False)[0]
+    figure = Figure(figsize=(width, 0.95 + 0.155 * len(order)), layout="constrained")
+    all_axes = figure.subplots(1, len(places), sharex=True, sharey=True, squeeze=False)[0]
     for axes, place in zip(all_axes, places, strict=True):
         for name, marker in zip(kinds, "osD^vP", strict=False):
             rows = frame[(frame[panels] == place) & ((frame[kind] == name) if kind else True)].dropna(subset=[value])
@@ -394,12 +394,13 @@ def method_dots(
             axes.axvline(reference[0], color="0.4", lw=0.8, ls="--", label=reference[1])
         if log:
             axes.set_xscale("log")
-        axes.set(title=f"{place} {panels}", xlabel=xlabel)
+        axes.set(title=f"{place} {panels}")
         axes.grid(axis="y", color="0.92", lw=0.6)
         axes.set_axisbelow(True)
     all_axes[0].set_yticks(range(len(order)), order)
     all_axes[0].invert_yaxis()
     handles, labels = all_axes[0].get_legend_handles_labels()
+    all_axes[len(all_axes) // 2].set_xlabel(xlabel)
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
-    figure.suptitle(title)
+    figure.suptitle(title, size=matplotlib.rcParams["axes.titlesize"])
     return figure
