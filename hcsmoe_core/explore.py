@@ -5,9 +5,10 @@ import html
 
 import ipywidgets as widgets
 
+from hcsmoe_core.anatomy import joined_groups, output_errors
 from hcsmoe_core.clustering import LINKAGES, cut
 from hcsmoe_core.clustering import linkage as tree_of
-from hcsmoe_core.figures import dendrogram, png, similarity_heatmap, tanglegram, usage_by_domain
+from hcsmoe_core.figures import dendrogram, domain_errors, png, similarity_heatmap, tanglegram, usage_by_domain
 from hcsmoe_core.files import check_choice, check_count
 from hcsmoe_core.methods import merge_tree
 from hcsmoe_core.plan import summarise
@@ -116,6 +117,27 @@ def tangle_explorer(stats, model, *, layer=0, similarity="expert-output", first=
         layer=_slider("layer", layer, 0, len(stats.layers) - 1),
         first=_choice("left", first, allowed_linkages(similarity, LINKAGES)),
         second=_choice("right", second, allowed_linkages(similarity, LINKAGES)),
+    )
+
+
+def merge_explorer(stats, model, plan, *, layer=0, group=0):
+    """What each way of combining does to the groups of a plan, one at a time, the largest first."""
+
+    def draw(layer, group):
+        found = joined_groups(plan, layer)
+        if group >= len(found):
+            raise ValueError(f"MoE layer {layer} has {len(found)} groups that are joined; there is no group {group}.")
+        members = found[group]
+        frame = output_errors(stats, model, layer, members)
+        title = f"MoE layer {layer}, experts {', '.join(map(str, members))}"
+        best = frame[frame["domain"] == "all"].sort_values("error").iloc[0]
+        return domain_errors(frame, title=title), f"Least error on the sample: {best['way']}, {best['error']:.2f}."
+
+    most = max(len(joined_groups(plan, i)) for i in range(len(plan.layers)))
+    return Explorer(
+        draw,
+        layer=_slider("layer", layer, 0, len(plan.layers) - 1),
+        group=_slider("group, largest first", group, 0, most - 1),
     )
 
 

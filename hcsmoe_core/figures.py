@@ -490,3 +490,79 @@ def tanglegram(first, second, *, groups=None, titles=("", ""), label="distance",
     middle.axis("off")
     figure.suptitle(title)
     return figure
+
+
+@styled
+def domain_errors(frame, *, title="", label="relative error of the group's output", width=PAGE):
+    """Errors of several ways of combining a group, by domain, as a table in colour.
+
+    Parameters
+    ----------
+    frame : pandas.DataFrame
+        Of :func:`hcsmoe_core.anatomy.output_errors`.
+    title, label : str
+    width : float
+        Inches.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+    """
+    ways, domains = list(dict.fromkeys(frame["way"])), list(dict.fromkeys(frame["domain"]))
+    values = frame.pivot(index="way", columns="domain", values="error").loc[ways, domains].to_numpy()
+    tokens = frame.drop_duplicates("domain").set_index("domain")["tokens"]
+    figure = Figure(figsize=(width, 0.9 + 0.3 * len(ways)))
+    axes = figure.add_subplot()
+    image = axes.imshow(values, cmap=DISTANCES, vmin=0, vmax=max(1.0, np.nanmax(values)), aspect="auto")
+    for (row, column), value in np.ndenumerate(values):
+        if np.isfinite(value):
+            axes.text(
+                column, row, f"{value:.2f}", ha="center", va="center", size=6.5, color="black" if value > 0.5 else "white"
+            )
+    axes.set_xticks(range(len(domains)), [f"{d}\n{tokens[d]}" for d in domains], rotation=45, ha="right")
+    axes.set_yticks(range(len(ways)), ways)
+    axes.set(title=title, xlabel="domain, with its tokens in the sample")
+    axes.tick_params(length=0)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    figure.colorbar(image, ax=axes, label=label.replace(" of ", " of\n"), shrink=0.9, pad=0.01)
+    return figure
+
+
+@styled
+def neuron_matches(before, after, *, dominant, title="", width=COLUMN):
+    """How well the neurons match that are averaged, as they stand and once aligned: largest first, one line a member.
+
+    Parameters
+    ----------
+    before, after : dict of int to (I, I) array
+        Of :func:`hcsmoe_core.anatomy.neuron_matches`.
+    dominant : int
+        The expert that the others are matched to.
+    title : str
+    width : float
+        Inches.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+    """
+    figure = Figure(figsize=(width, 0.78 * width))
+    axes = figure.add_subplot()
+    for member, colour in zip(after, matplotlib.rcParams["axes.prop_cycle"].by_key()["color"] * len(after), strict=False):
+        for found, dashes in ((before, ":"), (after, "-")):
+            values = np.sort(np.diag(found[member]))[::-1]
+            places = 100 * (np.arange(len(values)) + 0.5) / len(values)
+            axes.plot(
+                places,
+                values,
+                dashes,
+                color=f"#{colour.removeprefix('#')}",
+                label=f"expert {member}" if dashes == "-" else None,
+            )
+    axes.plot([], [], ":", color="0.4", label="as they stand")
+    axes.axhline(0, color="0.6", lw=0.6)
+    axes.set(xlabel="neurons, % (best match first)", ylabel=f"correlation with expert {dominant}'s neuron", title=title)
+    axes.set(ylim=(min(-0.3, axes.get_ylim()[0]), 1.02))
+    axes.legend(loc="upper right")
+    return figure

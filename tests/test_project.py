@@ -18,6 +18,7 @@ ROOMS = [  # top to bottom: a room imports none above it
     "sweep",
     "compare",
     "explore",
+    "anatomy",
     "stability",
     "study",
     "figures",
