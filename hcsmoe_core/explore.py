@@ -5,13 +5,15 @@ import html
 
 import ipywidgets as widgets
 
+from hcsmoe_core.anatomy import joined_groups, output_errors
 from hcsmoe_core.clustering import LINKAGES, cut
 from hcsmoe_core.clustering import linkage as tree_of
-from hcsmoe_core.figures import dendrogram, png, similarity_heatmap, usage_by_domain
+from hcsmoe_core.figures import dendrogram, domain_errors, png, similarity_heatmap, tanglegram, usage_by_domain
 from hcsmoe_core.files import check_choice, check_count
 from hcsmoe_core.methods import merge_tree
 from hcsmoe_core.plan import summarise
 from hcsmoe_core.similarity import available, described, distances, metric_of
+from hcsmoe_core.stability import agreement, allowed_linkages
 
 
 class Explorer(widgets.VBox):
@@ -91,6 +93,51 @@ def similarity_explorer(stats, model, *, layer=0, similarity="expert-output", li
         layer=_slider("layer", layer, 0, len(stats.layers) - 1),
         similarity=_choice("similarity", similarity, available(stats)),
         linkage=_choice("linkage", linkage, LINKAGES),
+    )
+
+
+def tangle_explorer(stats, model, *, layer=0, similarity="expert-output", first="average", second="ward", groups=None):
+    """Two merge trees of one layer's experts face to face."""
+
+    def draw(layer, first, second):
+        how = dict(similarity=similarity, model=model)
+        trees = [merge_tree(stats, layer, linkage=method, **how) for method in (first, second)]
+        titles = (f"{first} linkage", f"{second} linkage")
+        figure = tanglegram(*trees, groups=groups, titles=titles, label=described(similarity), title=f"MoE layer {layer}")
+        if not groups:
+            return figure, ""
+        index = agreement(*([cut(tree, groups)] for tree in trees))[0]
+        return (
+            figure,
+            f"Cut into {groups} groups, the two agree to an adjusted Rand index of {index:.2f} (1: the same, 0: chance).",
+        )
+
+    return Explorer(
+        draw,
+        layer=_slider("layer", layer, 0, len(stats.layers) - 1),
+        first=_choice("left", first, allowed_linkages(similarity, LINKAGES)),
+        second=_choice("right", second, allowed_linkages(similarity, LINKAGES)),
+    )
+
+
+def merge_explorer(stats, model, plan, *, layer=0, group=0):
+    """What each way of combining does to the groups of a plan, one at a time, the largest first."""
+
+    def draw(layer, group):
+        found = joined_groups(plan, layer)
+        if group >= len(found):
+            raise ValueError(f"MoE layer {layer} has {len(found)} groups that are joined; there is no group {group}.")
+        members = found[group]
+        frame = output_errors(stats, model, layer, members)
+        title = f"MoE layer {layer}, experts {', '.join(map(str, members))}"
+        best = frame[frame["domain"] == "all"].sort_values("error").iloc[0]
+        return domain_errors(frame, title=title), f"Least error on the sample: {best['way']}, {best['error']:.2f}."
+
+    most = max(len(joined_groups(plan, i)) for i in range(len(plan.layers)))
+    return Explorer(
+        draw,
+        layer=_slider("layer", layer, 0, len(plan.layers) - 1),
+        group=_slider("group, largest first", group, 0, most - 1),
     )
 
 

@@ -105,6 +105,40 @@ def _draw_tree(axes, tree, labels, *, orientation="top"):
     return drawn["leaves"]
 
 
+def untangled(tree, order):
+    """The same tree with branches turned so that its leaves come as nearly as may be in another order.
+
+    Each join's branch whose experts stand further left in ``order``, on average, is put left; heights do not change.
+
+    Parameters
+    ----------
+    tree : (E−1, 4) array
+    order : sequence of E int
+        Experts from left to right.
+
+    Returns
+    -------
+    (E−1, 4) array
+    """
+    experts = len(tree) + 1
+    place = np.argsort(order).astype(float)
+    mean, size = np.concatenate([place, np.zeros(experts - 1)]), np.ones(2 * experts - 1)
+    turned = np.array(tree, dtype=float)
+    for t, row in enumerate(turned):
+        a, b = int(row[0]), int(row[1])
+        size[experts + t] = size[a] + size[b]
+        mean[experts + t] = (size[a] * mean[a] + size[b] * mean[b]) / size[experts + t]
+        if mean[a] > mean[b]:
+            row[0], row[1] = b, a
+    return turned
+
+
+def crossings(first, second):
+    """Pairs of experts that stand in opposite order in two orders of leaves: lines between them cross."""
+    place = np.argsort(second)[np.asarray(first)]
+    return int((place[:, None] > place)[np.triu_indices(len(place), 1)].sum())
+
+
 def _cut_height(tree, groups):
     """A height between the last join that is done and the first that is not."""
     experts = len(tree) + 1
@@ -287,7 +321,7 @@ def usage_by_domain(stats, layer, *, order=None, title="", width=PAGE):
 
 
 @styled
-def curve(frame, *, x, y, hue=None, error=None, reference=None, xlabel="", ylabel="", title="", width=COLUMN):
+def curve(frame, *, x, y, hue=None, error=None, reference=None, log=False, xlabel="", ylabel="", title="", width=COLUMN):
     """A score against a setting, a line for each value of ``hue``, with one standard error either side.
 
     Parameters
@@ -297,6 +331,8 @@ def curve(frame, *, x, y, hue=None, error=None, reference=None, xlabel="", ylabe
         Columns; where ``error`` is missing from the frame there are no bars.
     reference : (float, str), optional
         A horizontal line and its name, such as the unmerged model or chance; a list of such pairs for several.
+    log : bool
+        Whether ``x`` doubles from tick to tick.
 
     Returns
     -------
@@ -309,14 +345,16 @@ def curve(frame, *, x, y, hue=None, error=None, reference=None, xlabel="", ylabe
     for i, (name, rows) in enumerate(groups):
         rows = rows.sort_values(x)
         bars = rows[error] if error and error in rows else None
-        shift = (i - (len(groups) - 1) / 2) * 0.006 * (frame[x].max() - frame[x].min())  # bars side by side
-        axes.errorbar(
-            rows[x] + shift, rows[y], yerr=bars, label=name, marker=markers[i % len(markers)], capsize=2, elinewidth=0.8
-        )
+        aside = (i - (len(groups) - 1) / 2) * 0.006  # bars side by side
+        places = rows[x] * 2 ** (4 * aside) if log else rows[x] + aside * (frame[x].max() - frame[x].min())
+        axes.errorbar(places, rows[y], yerr=bars, label=name, marker=markers[i % len(markers)], capsize=2, elinewidth=0.8)
     lines = [reference] if isinstance(reference, tuple) else reference or []
     for (value, name), dashes in zip(lines, ("--", ":", "-."), strict=False):
         axes.axhline(value, color="0.4", lw=0.8, ls=dashes, label=name)
-    axes.set_xticks(sorted(frame[x].unique()))
+    if log:
+        axes.set_xscale("log", base=2)
+    ticks = sorted(frame[x].unique())
+    axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks], minor=False)
     axes.set(xlabel=xlabel or x, ylabel=ylabel or y, title=title)
     axes.legend(title=hue)
     return figure
@@ -403,4 +441,129 @@ def method_dots(
     all_axes[len(all_axes) // 2].set_xlabel(xlabel)
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
     figure.suptitle(title, size=matplotlib.rcParams["axes.titlesize"])
+    return figure
+
+
+@styled
+def tanglegram(first, second, *, groups=None, titles=("", ""), label="distance", title="", width=PAGE):
+    """Two merge trees of the same experts face to face, with a line for each expert.
+
+    The second tree's branches are turned to cross as few lines as may be. Lines have the colour of the expert's group in the
+    first tree; where the second tree joins other experts, its own branches show it.
+
+    Parameters
+    ----------
+    first, second : (E−1, 4) arrays
+    groups : int, optional
+        Groups that both are cut into.
+    titles : (str, str)
+        Of the two trees.
+    label, title : str
+    width : float
+        Inches.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+    """
+    experts = len(first) + 1
+    second = untangled(second, leaf_order(first))
+    labels = [cut(tree, groups or experts) for tree in (first, second)]
+    figure = Figure(figsize=(width, max(2.2, 0.7 + 0.085 * experts)))
+    left, middle, right = figure.subplots(1, 3, width_ratios=(1, 0.8, 1))
+    orders = []
+    for axes, tree, of_tree, side, name in zip((left, right), (first, second), labels, ("left", "right"), titles, strict=True):
+        orders.append(_draw_tree(axes, tree, of_tree, orientation=side))
+        if groups:
+            axes.axvline(_cut_height(tree, groups), color="black", lw=0.8, ls=(0, (4, 3)))
+        axes.tick_params(length=2, labelbottom=True)
+        axes.spines["bottom"].set_visible(True)
+        axes.set(title=name, xlabel=label.replace(" between ", " between\n"))
+    colours = group_colours(labels[0], orders[0])
+    places = [{e: 10 * i + 5 for i, e in enumerate(order)} for order in orders]
+    size = min(7.0, 72 * figure.get_figheight() / (1.6 * experts))
+    for e in range(experts):
+        middle.plot((0.12, 0.88), (places[0][e], places[1][e]), color=colours[int(labels[0][e])], lw=0.9)
+        if size >= LEGIBLE:
+            middle.text(0.1, places[0][e], str(e), ha="right", va="center", size=size)
+            middle.text(0.9, places[1][e], str(e), ha="left", va="center", size=size)
+    middle.set(xlim=(0, 1), ylim=left.get_ylim(), title=f"{crossings(*orders)} crossings")
+    middle.axis("off")
+    figure.suptitle(title)
+    return figure
+
+
+@styled
+def domain_errors(frame, *, title="", label="relative error of the group's output", width=PAGE):
+    """Errors of several ways of combining a group, by domain, as a table in colour.
+
+    Parameters
+    ----------
+    frame : pandas.DataFrame
+        Of :func:`hcsmoe_core.anatomy.output_errors`.
+    title, label : str
+    width : float
+        Inches.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+    """
+    ways, domains = list(dict.fromkeys(frame["way"])), list(dict.fromkeys(frame["domain"]))
+    values = frame.pivot(index="way", columns="domain", values="error").loc[ways, domains].to_numpy()
+    tokens = frame.drop_duplicates("domain").set_index("domain")["tokens"]
+    figure = Figure(figsize=(width, 0.9 + 0.3 * len(ways)))
+    axes = figure.add_subplot()
+    image = axes.imshow(values, cmap=DISTANCES, vmin=0, vmax=max(1.0, np.nanmax(values)), aspect="auto")
+    for (row, column), value in np.ndenumerate(values):
+        if np.isfinite(value):
+            axes.text(
+                column, row, f"{value:.2f}", ha="center", va="center", size=6.5, color="black" if value > 0.5 else "white"
+            )
+    axes.set_xticks(range(len(domains)), [f"{d}\n{tokens[d]}" for d in domains], rotation=45, ha="right")
+    axes.set_yticks(range(len(ways)), ways)
+    axes.set(title=title, xlabel="domain, with its tokens in the sample")
+    axes.tick_params(length=0)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    figure.colorbar(image, ax=axes, label=label.replace(" of ", " of\n"), shrink=0.9, pad=0.01)
+    return figure
+
+
+@styled
+def neuron_matches(before, after, *, dominant, title="", width=COLUMN):
+    """How well the neurons match that are averaged, as they stand and once aligned: largest first, one line a member.
+
+    Parameters
+    ----------
+    before, after : dict of int to (I, I) array
+        Of :func:`hcsmoe_core.anatomy.neuron_matches`.
+    dominant : int
+        The expert that the others are matched to.
+    title : str
+    width : float
+        Inches.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+    """
+    figure = Figure(figsize=(width, 0.78 * width))
+    axes = figure.add_subplot()
+    for member, colour in zip(after, matplotlib.rcParams["axes.prop_cycle"].by_key()["color"] * len(after), strict=False):
+        for found, dashes in ((before, ":"), (after, "-")):
+            values = np.sort(np.diag(found[member]))[::-1]
+            places = 100 * (np.arange(len(values)) + 0.5) / len(values)
+            axes.plot(
+                places,
+                values,
+                dashes,
+                color=f"#{colour.removeprefix('#')}",
+                label=f"expert {member}" if dashes == "-" else None,
+            )
+    axes.plot([], [], ":", color="0.4", label="as they stand")
+    axes.axhline(0, color="0.6", lw=0.6)
+    axes.set(xlabel="neurons, % (best match first)", ylabel=f"correlation with expert {dominant}'s neuron", title=title)
+    axes.set(ylim=(min(-0.3, axes.get_ylim()[0]), 1.02))
+    axes.legend(loc="upper right")
     return figure

@@ -19,7 +19,7 @@ from hcsmoe_core.plan import summarise
 from hcsmoe_core.similarity import metric_of
 from hcsmoe_core.statistics import DEFAULT_NEEDS, load_statistics
 
-NOTEBOOKS = ("00_tour", "01_similarity", "02_dendrograms", "05_accuracy", "06_ablation", "08_methods")
+NOTEBOOKS = ("00_tour", "01_similarity", "02_dendrograms", "03_linkage", "04_merge", "05_accuracy", "06_ablation", "08_methods")
 
 
 def root():
@@ -223,6 +223,29 @@ def family_agreement(stats, model, *, linkages, similarities):
                 row = {"similarity": similarity, "linkage": linkage, "groups": count}
                 rows.append(row | {f"layer {i}": round(s, 2) for i, s in enumerate(scores)})
     return pd.DataFrame(rows)
+
+
+def rows(table):
+    """A data frame as JSON values, one object a row; what is not a number is null."""
+    return table.astype(object).where(table.notna(), None).to_dict("records")
+
+
+def stacked(tables, name):
+    """Several data frames below each other, with a column that says which each row is of.
+
+    Parameters
+    ----------
+    tables : dict of str to pandas.DataFrame
+    name : str
+        Of that column.
+
+    Returns
+    -------
+    pandas.DataFrame
+    """
+    import pandas as pd
+
+    return pd.concat([table.assign(**{name: key}) for key, table in tables.items()], ignore_index=True)
 
 
 class Record:

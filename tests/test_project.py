@@ -18,6 +18,8 @@ ROOMS = [  # top to bottom: a room imports none above it
     "sweep",
     "compare",
     "explore",
+    "anatomy",
+    "stability",
     "study",
     "figures",
     "evaluation",

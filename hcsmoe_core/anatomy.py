@@ -1,0 +1,156 @@
+"""Inside one merge: which neurons of a group's experts match, and what each way of combining them does, domain by domain."""
+
+import numpy as np
+import torch
+
+from hcsmoe_core.combining import OPTIONS, Group, aligned, combine
+from hcsmoe_core.moe import find_moe_layers
+from hcsmoe_core.plan import merge_weights
+
+# Ways of combining that are shown side by side, as options of :func:`hcsmoe_core.combining.combine`.
+WAYS = {
+    "average": {"rule": "average"},
+    "average, aligned": {"rule": "average", "align": "activations"},
+    "fix-dom": {"rule": "fix-dom"},
+    "zipit": {"rule": "zipit"},
+    "least-squares": {"rule": "least-squares"},
+    "selection": {"rule": "selection"},
+}
+
+
+def joined_groups(plan, layer):
+    """Groups of a plan's layer that have several members, the largest first.
+
+    Parameters
+    ----------
+    plan : Plan
+    layer : int
+        Place among its layers.
+
+    Returns
+    -------
+    list of list of int
+        Empty where every expert stays alone.
+    """
+    groups = [members for members in plan.layers[layer].groups() if len(members) > 1]
+    return sorted(groups, key=len, reverse=True)
+
+
+def group_of(stats, model, layer, members, *, merge="frequency"):
+    """The experts of one group, ready to be combined.
+
+    Parameters
+    ----------
+    stats : Statistics
+        With the sample.
+    model : transformers.PreTrainedModel
+        Not merged.
+    layer : int or str
+    members : list of int
+        Experts; the most used is dominant.
+    merge : {"frequency", "average", "routing-mass"}
+
+    Returns
+    -------
+    hcsmoe_core.combining.Group
+
+    Raises
+    ------
+    ValueError
+        If the statistics hold no sample.
+    """
+    stats.check(("sample",), "Looking into a group")
+    name = stats.layer_name(layer)
+    found = next(found for found in find_moe_layers(model) if found.name == name)
+    sums, usage = stats.layers[name], stats.layers[name].usage_count.sum(0)
+    labels = np.where(np.isin(np.arange(sums.num_experts), members), 0, -1)
+    weights = merge_weights(labels, sums, merge)
+    return Group(found, sorted(members), weights, max(sorted(members), key=lambda e: int(usage[e])), sums.sample)
+
+
+@torch.no_grad()
+def output_errors(stats, model, layer, members, *, ways=None, merge="frequency"):
+    """What a group's experts give together, and how far each way of combining them is from it, by domain.
+
+    Over the sampled tokens routed to any of the members: ``‖Σ_e g_e f_e(x) − (Σ_e g_e) f(x)‖ / ‖Σ_e g_e f_e(x)‖``, norms over
+    all those tokens of a domain. The sample is that of the calibration, so that ways that are fitted to it look better here
+    than they are.
+
+    Parameters
+    ----------
+    stats, model, layer, members, merge
+        As for :func:`group_of`.
+    ways : dict of str to dict, optional
+        Options of :func:`hcsmoe_core.combining.combine` by name; by default :data:`WAYS`.
+
+    Returns
+    -------
+    pandas.DataFrame
+        ``way``, ``domain`` (``"all"`` for all together), ``tokens`` and ``error``.
+    """
+    import pandas as pd
+
+    group = group_of(stats, model, layer, members, merge=merge)
+    tokens, gates = group.tokens()
+    routed = (group.sample.gates[:, group.members] != 0).any(1)
+    domains = stats.sampled[routed, 2]
+    together = sum(gates[:, [m]] * _outputs(group, expert, tokens) for m, expert in enumerate(group.experts))
+    rows = []
+    for way, options in (ways or WAYS).items():
+        made = combine(group, {"rule": options["rule"]} | OPTIONS[options["rule"]] | options)
+        square = (together - gates.sum(1, keepdim=True) * _outputs(group, made, tokens)).pow(2).sum(1).cpu()
+        whole = together.pow(2).sum(1).cpu()
+        for place, domain in [(None, "all"), *(enumerate(stats.domains) if len(stats.domains) > 1 else ())]:
+            here = torch.ones_like(domains, dtype=torch.bool) if place is None else domains == place
+            error = float((square[here].sum() / whole[here].sum()).sqrt()) if here.any() else float("nan")
+            rows.append({"way": way, "domain": domain, "tokens": int(here.sum()), "error": error})
+    return pd.DataFrame(rows)
+
+
+def _outputs(group, expert, tokens):
+    output = group.layer.activate(expert, tokens) @ expert.down.T
+    return output if expert.offset is None else output + expert.offset
+
+
+@torch.no_grad()
+def neuron_matches(stats, model, layer, members, *, align="activations"):
+    """How the neurons of a group's dominant expert and of each other member correlate, as they stand and once matched.
+
+    Parameters
+    ----------
+    stats, model, layer, members
+        As for :func:`group_of`.
+    align : {"none", "weights", "activations"}
+        How they are matched.
+
+    Returns
+    -------
+    dict of int to (I, I) float64 array
+        By member: correlations of activations over the sampled tokens routed to the group, the dominant expert's neurons
+        along the rows, the member's, in the order in which they are matched, along the columns; on the diagonal are the
+        neurons that are averaged.
+    """
+    group = group_of(stats, model, layer, members)
+    tokens, _ = group.tokens()
+    ordered = aligned(group, align)
+    centre = group.layer.activate(ordered[group.dominant], tokens).double().cpu().numpy()
+    found = {}
+    for place, member in enumerate(group.members):
+        if place != group.dominant:
+            other = group.layer.activate(ordered[place], tokens).double().cpu().numpy()
+            found[member] = _correlations(centre, other)
+    return found
+
+
+def _correlations(first, second):
+    parts = []
+    for values in (first, second):
+        centred = values - values.mean(0)
+        length = np.linalg.norm(centred, axis=0)
+        parts.append(np.where(length > 0, centred / np.where(length > 0, length, 1), 0))
+    return parts[0].T @ parts[1]
+
+
+def matched(correlations):
+    """Correlation of the neurons that are averaged: the diagonal, largest first."""
+    return np.sort(np.diag(correlations))[::-1]

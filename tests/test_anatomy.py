@@ -1,0 +1,88 @@
+"""What a merge does inside one group, against the experts applied one by one."""
+
+import naive
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_model, tokens
+
+from hcsmoe_core import anatomy, capture, explore, figures, make_plan
+from hcsmoe_core.moe import find_moe_layers
+
+NEEDS = ("usage", "outputs", "sample")
+DOMAINS = ["x", "y", "y", "z", "x", "z"]
+
+
+@pytest.fixture(scope="module", params=["mixtral", "gpt_oss"])
+def measured(request):
+    model = tiny_model(request.param, torch.float64)
+    return model, capture(model, tokens(), needs=NEEDS, domains=DOMAINS)
+
+
+def test_errors_are_of_what_the_group_gives_together(measured):
+    model, stats = measured
+    members, place = [1, 4, 6], 1
+    layer, sums = find_moe_layers(model)[place], stats.layer(place)
+    outputs = naive.outputs(layer.experts, sums.sample.inputs)
+    gates = sums.sample.gates
+    usage = sums.usage_count.sum(0).double()
+    share = usage[members] / usage[members].sum()
+    averaged = tiny_model("mixtral" if "Mixtral" in type(model).__name__ else "gpt_oss", torch.float64)
+    experts = find_moe_layers(averaged)[place].experts
+    with torch.no_grad():
+        for name, tensor in find_moe_layers(model)[place].tensors().items():
+            getattr(experts, name)[0] = sum(w * tensor[e] for w, e in zip(share, members, strict=True))
+    mine = naive.expert(experts, 0, sums.sample.inputs)
+    together = sum(gates[:, [e]] * outputs[e] for e in members)
+    lost = together - gates[:, members].sum(1, keepdim=True) * mine
+    routed = (gates[:, members] != 0).any(1)
+    table = anatomy.output_errors(stats, model, place, members)
+    assert list(dict.fromkeys(table["way"])) == list(anatomy.WAYS)
+    found = table[table["way"] == "average"].set_index("domain")
+    for domain in ("all", "x", "y", "z"):
+        of = torch.tensor([domain in ("all", stats.domains[d]) for d in stats.sampled[:, 2]]) & routed
+        assert found.loc[domain, "tokens"] == int(of.sum())
+        assert found.loc[domain, "error"] == pytest.approx(float(lost[of].norm() / together[of].norm()), rel=1e-9)
+    whole = table[table["domain"] == "all"].set_index("way")["error"]
+    assert whole["least-squares"] < whole["average"]
+
+
+def test_a_permuted_twin_matches_in_full_once_aligned(measured):
+    model, _ = measured
+    layer = find_moe_layers(model)[0]
+    order = torch.randperm(24, generator=torch.Generator().manual_seed(3))
+    kept = {name: tensor.detach().clone() for name, tensor in layer.tensors().items()}
+    with torch.no_grad():
+        for name, tensor in layer.stacked([layer.neurons(2).take(order)]).items():
+            getattr(layer.experts, name)[5] = tensor[0]
+    try:
+        stats = capture(model, tokens(), needs=NEEDS)
+        apart, together = (anatomy.neuron_matches(stats, model, 0, [2, 5], align=a) for a in ("none", "activations"))
+        ((member, before),), ((_, after),) = apart.items(), together.items()
+        assert member in (2, 5)
+        moving = np.abs(before).max(1) > 0
+        assert np.diag(after)[moving] == pytest.approx(1)
+        assert np.diag(before).mean() < 0.9
+        errors = anatomy.output_errors(stats, model, 0, [2, 5]).set_index(["way", "domain"])["error"]
+        assert errors["average, aligned", "all"] < 1e-9 < errors["average", "all"]
+    finally:
+        with torch.no_grad():
+            for name, tensor in kept.items():
+                getattr(layer.experts, name).copy_(tensor)
+
+
+def test_pictures_and_the_explorer(measured):
+    model, stats = measured
+    plan = make_plan(stats, model, experts=4)
+    groups = anatomy.joined_groups(plan, 0)
+    assert [len(g) for g in groups] == sorted((len(g) for g in groups), reverse=True)
+    assert all(len(g) > 1 for g in groups)
+    merging = explore.merge_explorer(stats, model, plan)
+    assert "Least error on the sample" in merging._text.value
+    merging._controls["group"].value = merging._controls["group"].max
+    merging._controls["layer"].value = 2
+    matches = anatomy.neuron_matches(stats, model, 0, groups[0])
+    figure = figures.neuron_matches(matches, matches, dominant=0)
+    assert len(figure.axes[0].lines) == 2 * len(matches) + 2
+    with pytest.raises(ValueError, match="needs 'sample'"):
+        anatomy.output_errors(capture(model, tokens(), needs=("usage",)), model, 0, groups[0])

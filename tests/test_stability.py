@@ -1,0 +1,128 @@
+"""Quality and stability of merge trees against their definitions, computed pair by pair."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_model, tokens
+from safetensors.torch import save_file
+from scipy.spatial.distance import pdist, squareform
+
+from hcsmoe_core import calibration_tokens, capture, cut, figures, merge_tree, stability
+from hcsmoe_core.clustering import LINKAGES
+
+
+@pytest.fixture(scope="module")
+def measured():
+    model = tiny_model("mixtral")
+    return model, capture(model, tokens())
+
+
+def naive_cophenetic(tree, condensed):
+    """Correlation of distances with the height at which two experts first are in one group."""
+    experts = len(tree) + 1
+    heights = []
+    for a, b in itertools.combinations(range(experts), 2):
+        together = [t for t in range(experts - 1) if cut(tree, experts - 1 - t)[a] == cut(tree, experts - 1 - t)[b]]
+        heights.append(tree[together[0], 2])
+    return np.corrcoef(heights, condensed)[0, 1]
+
+
+def naive_silhouette(square, labels):
+    scores = []
+    for e, label in enumerate(labels):
+        own = [square[e, f] for f in range(len(labels)) if labels[f] == label and f != e]
+        if not own:
+            scores.append(0.0)
+            continue
+        other = min(np.mean(square[e, labels == g]) for g in set(labels.tolist()) - {label})
+        scores.append((other - np.mean(own)) / max(other, np.mean(own)))
+    return np.mean(scores)
+
+
+def naive_davies_bouldin(points, labels):
+    groups = sorted(set(labels.tolist()))
+    centres = [points[labels == g].mean(0) for g in groups]
+    spread = [np.mean([np.linalg.norm(p - centres[g]) for p in points[labels == g]]) for g in groups]
+    worst = [max((spread[g] + spread[h]) / np.linalg.norm(centres[g] - centres[h]) for h in groups if h != g) for g in groups]
+    return np.mean(worst)
+
+
+def test_quality_follows_the_definitions(measured):
+    model, stats = measured
+    table = stability.quality_table(stats, model, similarity="expert-output", linkages=LINKAGES, groups=3)
+    assert len(table) == 3 * 4
+    for row in table.to_dict("records"):
+        points = stats.layer(row["layer"]).mean_output.numpy()
+        tree = merge_tree(stats, row["layer"], linkage=row["linkage"])
+        labels = cut(tree, 3)
+        assert row["cophenetic correlation"] == pytest.approx(naive_cophenetic(tree, pdist(points)), rel=1e-9)
+        assert row["silhouette"] == pytest.approx(naive_silhouette(squareform(pdist(points)), labels), rel=1e-9)
+        assert row["Davies-Bouldin"] == pytest.approx(naive_davies_bouldin(points, labels), rel=1e-6)
+        assert row["largest"] == max(np.bincount(labels))
+        assert row["alone"] == sum(np.bincount(labels) == 1)
+
+
+def test_what_is_not_defined_is_left_out(measured):
+    model, stats = measured
+    table = stability.quality_table(stats, model, similarity="functional-routed", linkages=LINKAGES, groups=3)
+    assert set(table["linkage"]) == {"average", "complete", "single"}
+    assert table["Davies-Bouldin"].isna().all()
+    assert table["silhouette"].notna().all()
+    table = stability.quality_table(stats, model, similarity="weight", linkages=["average"], groups=8)
+    assert table["silhouette"].isna().all()
+
+
+def test_groups_of_samples_agree_with_themselves_and_differ_from_others(measured):
+    model, stats = measured
+    how = dict(similarity="expert-output", linkages=["average", "ward"], groups=4)
+    same = stability.agreement_over_samples([stats, stats, stats], model, **how)
+    assert len(same) == 3 * 2 * 3
+    assert (same["agreement"] == 1).all()
+    other = capture(model, tokens(1, 6, seed=9))
+    assert stability.agreement_over_samples([stats, other], model, **how)["agreement"].min() < 1
+    weights = stability.agreement_over_samples([stats, other], model, **how | {"similarity": "weight"})
+    assert (weights["agreement"] == 1).all()  # which the text has no part in
+
+
+def test_growing_parts_add_up_to_the_sample(measured, tmp_path):
+    model, _ = measured
+    save_file({"input_ids": tokens(10, 12)}, tmp_path / "ids.safetensors")
+    source = dict(calibration=str(tmp_path / "ids.safetensors"), sequences=10, length=12, seed=0)
+    parts = stability.growing(model, None, **source, steps=3)
+    assert [p.num_tokens for p in parts] == [24, 60, 120]
+    whole = capture(model, calibration_tokens(tmp_path / "ids.safetensors", sequences=10, length=12))
+    for name, sums in whole.layers.items():
+        assert torch.equal(parts[-1].layers[name].usage_count, sums.usage_count)
+        torch.testing.assert_close(parts[-1].layers[name].output_sum, sums.output_sum, rtol=1e-4, atol=1e-4)
+    table = stability.agreement_over_size(parts, model, similarity="expert-output", linkages=["average"], groups=4)
+    assert sorted(set(table["tokens"])) == [24, 60]
+    assert len(table) == 2 * 3
+
+
+def test_turning_branches_keeps_the_tree(measured):
+    _model, stats = measured
+    rng = np.random.default_rng(0)
+    for layer, linkage in itertools.product(range(3), LINKAGES):
+        tree, order = merge_tree(stats, layer, linkage=linkage), rng.permutation(8).tolist()
+        turned = figures.untangled(tree, order)
+        for groups in range(1, 9):
+            assert cut(turned, groups).tolist() == cut(tree, groups).tolist()
+        assert np.array_equal(turned[:, 2:], tree[:, 2:])
+        again = figures.untangled(turned, figures.leaf_order(tree))
+        assert figures.leaf_order(again) == figures.leaf_order(tree)  # the order asked for, where the tree allows it
+    a, b = [3, 1, 0, 2], [0, 1, 2, 3]
+    brute = sum((a.index(i) < a.index(j)) != (b.index(i) < b.index(j)) for i, j in itertools.combinations(range(4), 2))
+    assert figures.crossings(a, b) == brute
+    assert figures.crossings(a, a) == 0
+
+
+def test_a_tanglegram_draws_each_expert_once_and_says_what_crosses(measured):
+    _model, stats = measured
+    trees = [merge_tree(stats, 0, linkage=m) for m in ("average", "single")]
+    figure = figures.tanglegram(*trees, groups=4, titles=("average", "single"))
+    middle = figure.axes[1]
+    assert len(middle.lines) == 8
+    assert middle.get_title().endswith("crossings")
+    assert figures.tanglegram(trees[0], trees[0]).axes[1].get_title() == "0 crossings"
