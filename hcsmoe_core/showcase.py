@@ -6,6 +6,7 @@ from hcsmoe_core.files import check_choice
 from hcsmoe_core.study import place, shown
 
 EXPERTS = {"demo-mixtral": (6, 4, 2), "demo-qwen": (24, 16, 8)}  # 3/4, 1/2 and 1/4 of each
+LOOKS = ("00_tour", "01_similarity", "02_dendrograms", "03_linkage", "04_merge")
 LINKAGES = ("average", "complete", "single", "ward")
 
 
@@ -15,7 +16,7 @@ def run(names, out, figures, workers, limit):
         check_choice("models", name, models.NAMES)
     out, shared = place(out), {"figures": str(figures)}
     path = sweep.notebook_path
-    looks = [(path(n), {"model": m} | shared) for m in names for n in ("00_tour", "01_similarity", "02_dendrograms")]
+    looks = [(path(n), {"model": m} | shared) for m in names for n in LOOKS]
     tours = [cell for cell in looks if cell[0].stem == "00_tour"]
     # The tour captures the statistics that all the others read.
     done = sweep.run_cells(tours, out, workers=workers, description="tour")
@@ -24,7 +25,7 @@ def run(names, out, figures, workers, limit):
         base = {"model": name, "limit": limit} | shared
         scored += [(path("05_accuracy"), base | {"experts": 0})]
         scored += [(path("05_accuracy"), c) for c in sweep.grid(base, experts=EXPERTS[name], linkage=LINKAGES)]
-    done += sweep.run_cells([cell for cell in looks if cell not in tours], out, workers=workers, description="similarity")
+    done += sweep.run_cells([cell for cell in looks if cell not in tours], out, workers=workers, description="looks")
     cells = out / (f"{limit}-items" if limit else "all-items")  # scores on other items are another study
     done += sweep.run_cells(scored, cells, workers=workers, description="accuracy")
     for name in names:

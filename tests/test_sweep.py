@@ -86,6 +86,8 @@ def test_notebooks_run_with_default_and_with_changed_parameters(model, tmp_path)
         "00_tour": {"layer": 2, "experts": 3},
         "01_similarity": {"layer": 3, "similarity": "weight", "linkage": "ward", "groups": 5},
         "02_dendrograms": {"layer": 1, "similarity": "router-logits", "linkage": "complete", "experts": 3},
+        "03_linkage": {"layer": 1, "similarity": "router-logits", "pair": "single,complete", "groups": 5, "samples": 2},
+        "04_merge": {"layer": 2, "experts": 3, "align": "weights"},
     }
     cells = [(sweep.notebook_path(n), shared | SMALL | extra) for n in changed for extra in ({}, changed[n])]
     cells += [
@@ -106,5 +108,6 @@ def test_notebooks_run_with_default_and_with_changed_parameters(model, tmp_path)
     pictures = list((tmp_path / "figures" / model).iterdir())
     assert len(pictures) >= 20
     before = {p.name: p.read_bytes() for p in pictures}
-    sweep.run_cell(sweep.notebook_path("01_similarity"), shared | SMALL, out, again=True)
+    for name in ("01_similarity", "03_linkage", "04_merge"):
+        sweep.run_cell(sweep.notebook_path(name), shared | SMALL, out, again=True)
     assert {p.name: p.read_bytes() for p in pictures} == before
