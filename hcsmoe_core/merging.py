@@ -178,7 +178,7 @@ def _combined(layer, layer_plan, sample):
         options["width"] = layer_plan.width
     made = []
     for place, members in enumerate(layer_plan.groups()):
-        if len(members) == 1 and options["rule"] != "trimming":
+        if len(members) == 1 and options.get("width", layer.width) == layer.width:
             made.append(layer.neurons(members[0]))
             continue
         dominant = members[0] if layer_plan.dominant is None else layer_plan.dominant[place]

@@ -112,6 +112,16 @@ def test_written_models_compute_what_the_live_one_did(method, family, measured, 
         assert written["parameters"] == sum(p.numel() for p in again.parameters()) or plan.compress
 
 
+@pytest.mark.parametrize("method", [m for m in METHODS if m not in ("fuzzy", "mc-smoe")])  # which change every expert
+def test_keeping_every_expert_changes_no_bit(method, measured):
+    model, stats = measured("qwen2_moe")
+    before = logits(model, tokens())
+    apply_plan(model, make_plan(stats, model, experts=8, method=method, **OPTIONS.get(method, {})), stats)
+    after = logits(model, tokens())
+    restore(model)
+    assert torch.equal(after, before)
+
+
 @pytest.mark.parametrize("method", ["reap", "trimming"])
 def test_mapped_on_request(method, measured, tmp_path):
     model, stats = measured("mixtral")
