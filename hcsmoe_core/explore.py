@@ -4,16 +4,30 @@ import base64
 import html
 
 import ipywidgets as widgets
+import numpy as np
 
 from hcsmoe_core.anatomy import joined_groups, output_errors
 from hcsmoe_core.clustering import LINKAGES, cut
 from hcsmoe_core.clustering import linkage as tree_of
-from hcsmoe_core.figures import dendrogram, domain_errors, png, similarity_heatmap, tanglegram, usage_by_domain
+from hcsmoe_core.evaluation import evaluate
+from hcsmoe_core.figures import (
+    budget_strip,
+    cut_height,
+    dendrogram,
+    domain_errors,
+    png,
+    similarity_heatmap,
+    stacked_png,
+    tanglegram,
+    usage_by_domain,
+)
 from hcsmoe_core.files import check_choice, check_count
-from hcsmoe_core.methods import merge_tree
+from hcsmoe_core.merging import apply_plan, restore
+from hcsmoe_core.methods import make_plan, merge_tree
 from hcsmoe_core.plan import summarise
 from hcsmoe_core.similarity import available, described, distances, metric_of
 from hcsmoe_core.stability import agreement, allowed_linkages
+from hcsmoe_core.study import cut_costs
 
 
 class Explorer(widgets.VBox):
@@ -25,7 +39,7 @@ class Explorer(widgets.VBox):
     Parameters
     ----------
     draw : callable
-        Takes the controls' values by name; returns a Figure, or a Figure and a text to show below it.
+        Takes the controls' values by name; returns a Figure or PNG bytes, or one of them and a text to show below it.
     controls
         ipywidgets by the names of ``draw``'s parameters.
     """
@@ -46,8 +60,12 @@ class Explorer(widgets.VBox):
         """Value of each control."""
         return {name: control.value for name, control in self._controls.items()}
 
+    def _key(self):
+        """What the picture depends on."""
+        return tuple(self.values.items())
+
     def _refresh(self, _=None):
-        key = tuple(self.values.items())
+        key = self._key()
         if key not in self._drawn:
             try:
                 made = self._draw(**self.values)
@@ -57,7 +75,7 @@ class Explorer(widgets.VBox):
                 self._text.value = html.escape(str(error))
                 return
             figure, text = made if isinstance(made, tuple) else (made, "")
-            self._drawn[key] = png(figure), text
+            self._drawn[key] = figure if isinstance(figure, bytes) else png(figure), text
         self._image.value, self._text.value = self._drawn[key]
 
     def _repr_mimebundle_(self, **keywords):
@@ -141,32 +159,157 @@ def merge_explorer(stats, model, plan, *, layer=0, group=0):
     )
 
 
-def cut_explorer(stats, model, *, layer=0, similarity="expert-output", linkage="average", experts):
-    """The merge tree of one layer, where it is cut, and what the cut does."""
-    most = stats.layer(0).usage_count.shape[1]
+class CutExplorer(Explorer):
+    """Where each layer's tree is cut, and what that costs: drawn by hand, layer by layer, and saved as a plan.
 
-    def draw(layer, linkage, experts):
-        tree = merge_tree(stats, layer, similarity=similarity, linkage=linkage, model=model)
-        cost = summarise(stats, layer, cut(tree, experts))
-        figure = dendrogram(
+    The cut of a layer is set by its height or by the number of experts that it leaves; the picture shows the layer's tree
+    with its groups in colour, and below it, over all layers, where each is cut and what cutting it there or elsewhere
+    costs. All numbers come from the statistics; the model runs only when the plan is scored.
+
+    Parameters
+    ----------
+    stats : Statistics
+    model : transformers.PreTrainedModel
+    tokenizer : transformers.PreTrainedTokenizerBase, optional
+        Without one the plan cannot be scored.
+    layer : int
+        The layer shown first, from 0.
+    similarity, linkage : str
+    experts : int
+        Experts kept in every layer at first.
+    path : str or path
+        Where the plan is saved, unless another is typed.
+
+    Attributes
+    ----------
+    counts : list of L int
+        Experts kept in each layer as drawn.
+    """
+
+    def __init__(self, stats, model, tokenizer=None, *, layer=0, similarity="expert-output", linkage="average", experts, path):
+        self._stats, self._model, self._tokenizer, self._similarity = stats, model, tokenizer, similarity
+        self._uniform, self._known, self._moving = experts, {}, False
+        most = min(sums.num_experts for sums in stats.layers.values())
+        check_count("experts kept", experts, 1, most)
+        self.counts = [experts] * len(stats.layers)
+        wide = {"description_width": "initial"}
+        super().__init__(
+            self._drawing,
+            layer=_slider("layer", layer, 0, len(stats.layers) - 1),
+            linkage=_choice("linkage", linkage, allowed_linkages(similarity, LINKAGES)),
+            experts=_slider("experts kept here", experts, 1, most),
+            height=widgets.FloatSlider(0, min=0, max=1, step=0.001, description="cut height, of the tree's", style=wide),
+        )
+        self._path = widgets.Text(str(path), description="plan", layout=widgets.Layout(width="24em"))
+        self._said = widgets.HTML()
+        buttons = (("same in every layer", self.spread), ("save plan", self.save), ("apply and score", self.score))
+        self._buttons = {name: widgets.Button(description=name, tooltip=name) for name, _ in buttons}
+        for name, action in buttons:
+            self._buttons[name].on_click(lambda _, action=action: self._tell(action))
+        self.children = (*self.children, widgets.HBox([*self._buttons.values(), self._path]), self._said)
+
+    @property
+    def plan(self):
+        """The plan as drawn."""
+        how = dict(similarity=self._similarity, linkage=self.values["linkage"])
+        return make_plan(self._stats, self._model, experts=list(self.counts), **how)
+
+    def spread(self):
+        """Keep as many experts in every layer as in the one shown."""
+        self.counts = [self.values["experts"]] * len(self.counts)
+        self._refresh()
+        return f"{self.counts[0]} experts in every layer."
+
+    def save(self):
+        """Write the plan to the path typed in."""
+        self.plan.save(self._path.value)
+        return f"Saved; hcsmoe merge MODEL --plan {self._path.value} --out FOLDER"
+
+    def score(self):
+        """Apply the plan to the live model, measure the loss on held-out text before and after, and undo it."""
+        text = "demo" if self._model.name_or_path.startswith("demo-") else "c4"
+        before = evaluate(self._model, self._tokenizer, tasks=[], text=text)["mean_loss"]
+        apply_plan(self._model, self.plan)
+        try:
+            after = evaluate(self._model, self._tokenizer, tasks=[], text=text)["mean_loss"]
+        finally:
+            restore(self._model)
+        return f"Loss {before:.4f} before, {after:.4f} with this plan ({sum(self.counts)} experts in all)."
+
+    def _tell(self, action):
+        try:
+            self._said.value = html.escape(action())
+        except (ValueError, OSError) as error:
+            self._said.value = html.escape(str(error))
+
+    def _refresh(self, change=None):
+        """Keep the layer, its number of experts and its height in step, then draw."""
+        if self._moving:
+            return
+        self._moving = True
+        try:
+            layer, name = self.values["layer"], None if change is None else change["owner"].description
+            tree = self._tree(layer, self.values["linkage"])
+            if name == self._controls["height"].description:
+                self.counts[layer] = _groups_at(tree, self.values["height"] * _top(tree))
+            elif name == self._controls["experts"].description:
+                self.counts[layer] = self.values["experts"]
+            self._controls["experts"].max = len(tree) + 1
+            self._controls["experts"].value = self.counts[layer]
+            self._controls["height"].value = cut_height(tree, self.counts[layer]) / _top(tree)
+        finally:
+            self._moving = False
+        super()._refresh()
+
+    def _key(self):
+        return (self.values["layer"], self.values["linkage"], *self.counts)
+
+    def _tree(self, layer, linkage):
+        if (layer, linkage) not in self._known:
+            how = dict(similarity=self._similarity, linkage=linkage, model=self._model)
+            self._known[layer, linkage] = merge_tree(self._stats, layer, **how)
+        return self._known[layer, linkage]
+
+    def _costs(self, linkage):
+        if linkage not in self._known:
+            self._known[linkage] = cut_costs(self._stats, self._model, similarity=self._similarity, linkage=linkage)
+        return self._known[linkage]
+
+    def _drawing(self, layer, linkage, experts, height):
+        tree, costs, count = self._tree(layer, linkage), self._costs(linkage), self.counts[layer]
+        most = len(tree) + 1
+        upper = dendrogram(
             tree,
-            groups=experts,
-            usage=stats.layer(layer).frequency.numpy(),
-            title=f"MoE layer {layer}, {linkage} linkage, {experts} of {most} experts kept",
-            label=described(similarity),
+            groups=count,
+            usage=self._stats.layer(layer).frequency.numpy(),
+            title=f"MoE layer {layer}, {linkage} linkage, {count} of {most} experts kept",
+            label=described(self._similarity),
         )
+        lower = budget_strip(costs, self.counts, uniform=self._uniform, layer=layer)
+        found = summarise(self._stats, layer, cut(tree, count))
+        drawn, even = (_mean_square(costs, counts) for counts in (self.counts, [self._uniform] * len(costs)))
         note = (
-            f"{100 * (1 - experts / most):.0f} % of this layer's expert weights saved; {100 * cost['moved']:.0f} % of the "
-            f"routing mass goes to experts that are joined; relative error of the mean outputs {cost['output_error']:.3f}."
+            f"This layer: {100 * found['saved']:.0f} % of its expert weights saved; {100 * found['moved']:.0f} % of the "
+            f"routing mass goes to experts that are joined; routing entropy {found['entropy']:.2f} → "
+            f"{found['entropy_after']:.2f} nats; "
+            f"predicted relative error of its output {found['function_error']:.3f}.<br>All layers: {sum(self.counts)} experts, "
+            f"predicted error {drawn:.3f} (root mean square); {self._uniform * len(costs)} spread evenly: {even:.3f}."
         )
-        return figure, note
+        return stacked_png([png(upper), png(lower)]), note
 
-    return Explorer(
-        draw,
-        layer=_slider("layer", layer, 0, len(stats.layers) - 1),
-        linkage=_choice("linkage", linkage, LINKAGES),
-        experts=_slider("experts kept", experts, 1, most),
-    )
+
+def _mean_square(costs, counts):
+    return float(np.sqrt(np.mean([cost[count - 1] ** 2 for cost, count in zip(costs, counts, strict=True)])))
+
+
+def _top(tree):
+    """Height at which a tree is whole, with some room above."""
+    return (float(tree[-1, 2]) * 1.05 if len(tree) else 1.0) or 1.0
+
+
+def _groups_at(tree, height):
+    """Groups that are left where a tree is cut at some height."""
+    return len(tree) + 1 - int((np.maximum.accumulate(tree[:, 2]) <= height).sum()) if len(tree) else 1
 
 
 def _slider(description, value, low, high):

@@ -8,6 +8,7 @@ from pathlib import Path
 import matplotlib
 import matplotlib.figure
 import numpy as np
+from matplotlib import patheffects
 from scipy.cluster import hierarchy
 from scipy.spatial.distance import squareform
 
@@ -39,6 +40,21 @@ def png(figure, dpi=110):
     """A figure as PNG bytes, the same each time."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def stacked_png(pictures):
+    """PNG bytes of several pictures below each other, on white, the same each time."""
+    from PIL import Image
+
+    images = [Image.open(io.BytesIO(picture)).convert("RGB") for picture in pictures]
+    whole = Image.new("RGB", (max(i.width for i in images), sum(i.height for i in images)), "white")
+    top = 0
+    for image in images:
+        whole.paste(image, (0, top))
+        top += image.height
+    buffer = io.BytesIO()
+    whole.save(buffer, format="png")
     return buffer.getvalue()
 
 
@@ -139,8 +155,8 @@ def crossings(first, second):
     return int((place[:, None] > place)[np.triu_indices(len(place), 1)].sum())
 
 
-def _cut_height(tree, groups):
-    """A height between the last join that is done and the first that is not."""
+def cut_height(tree, groups):
+    """A height between the last join that is done and the first that is not, where a tree is cut into some groups."""
     experts = len(tree) + 1
     below = tree[experts - groups - 1, 2] if groups < experts else 0.0
     above = tree[experts - groups, 2] if groups > 1 else tree[-1, 2] * 1.05
@@ -238,7 +254,7 @@ def dendrogram(tree, *, groups=None, usage=None, title="", label="distance", wid
     axes.set_ylabel(label.replace(" between ", " between\n"))
     axes.set_title(title)
     if groups:
-        axes.axhline(_cut_height(tree, groups), color="black", lw=0.8, ls=(0, (4, 3)))
+        axes.axhline(cut_height(tree, groups), color="black", lw=0.8, ls=(0, (4, 3)))
     places = [10 * i + 5 for i in range(experts)]  # where SciPy draws the leaves
     if usage is None:
         _label_experts(axes, order, 0.9 * width, places, both=False)
@@ -475,7 +491,7 @@ def tanglegram(first, second, *, groups=None, titles=("", ""), label="distance",
     for axes, tree, of_tree, side, name in zip((left, right), (first, second), labels, ("left", "right"), titles, strict=True):
         orders.append(_draw_tree(axes, tree, of_tree, orientation=side))
         if groups:
-            axes.axvline(_cut_height(tree, groups), color="black", lw=0.8, ls=(0, (4, 3)))
+            axes.axvline(cut_height(tree, groups), color="black", lw=0.8, ls=(0, (4, 3)))
         axes.tick_params(length=2, labelbottom=True)
         axes.spines["bottom"].set_visible(True)
         axes.set(title=name, xlabel=label.replace(" between ", " between\n"))
@@ -566,4 +582,47 @@ def neuron_matches(before, after, *, dominant, title="", width=COLUMN):
     axes.set(xlabel="neurons, % (best match first)", ylabel=f"correlation with expert {dominant}'s neuron", title=title)
     axes.set(ylim=(min(-0.3, axes.get_ylim()[0]), 1.02))
     axes.legend(loc="upper right")
+    return figure
+
+
+@styled
+def budget_strip(costs, counts, *, uniform=None, layer=None, title="", label="relative error of outputs", width=PAGE):
+    """Where each layer is cut, over what cutting it there and elsewhere costs.
+
+    Parameters
+    ----------
+    costs : list of L (E,) arrays
+        Cost of keeping 1, 2, …, E experts; see :func:`hcsmoe_core.study.cut_costs`.
+    counts : sequence of L int
+        Experts kept in each layer: the dots.
+    uniform : int, optional
+        The same number in every layer, to compare with: the dashed line.
+    layer : int, optional
+        The layer to mark.
+    title, label : str
+    width : float
+        Inches.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+    """
+    most = max(len(c) for c in costs)
+    values = np.full((len(costs), most), np.nan)
+    for row, cost in zip(values, costs, strict=True):
+        row[: len(cost)] = cost
+    figure = Figure(figsize=(width, 0.75 + max(0.9, 0.14 * len(costs))), layout="constrained")
+    axes = figure.add_subplot()
+    extent = (0.5, most + 0.5, len(costs) - 0.5, -0.5)
+    image = axes.imshow(values, cmap=f"{DISTANCES}_r", aspect="auto", extent=extent, vmin=0)
+    axes.plot(counts, range(len(costs)), "o-", color="#de8f05", ms=4, mec="white", mew=0.6, label="this plan")
+    if uniform:
+        outline = [patheffects.withStroke(linewidth=2.4, foreground="0.25")]  # seen on dark, on light and in the legend
+        axes.axvline(uniform, color="white", lw=1.2, ls="--", label=f"{uniform} in every layer", path_effects=outline)
+    if layer is not None:
+        axes.plot(counts[layer], layer, "o", color="#d55e00", ms=6.5, mec="white")
+    axes.set(title=title, xlabel="experts kept", ylabel="MoE layer")
+    axes.set_yticks(range(len(costs)) if len(costs) <= 12 else range(0, len(costs), 4))
+    figure.colorbar(image, ax=axes, label=label.replace(" of ", " of\n"), pad=0.01)
+    figure.legend(loc="outside lower center", ncols=2)
     return figure

@@ -383,9 +383,10 @@ def make_plan(stats, model=None, *, experts, method="hc-smoe", seed=0, progress=
     model : transformers.PreTrainedModel, optional
         Needed where weights are looked at (similarities ``"weight"`` and ``"cka"``, ``"o-prune"``); where given, checked
         to be the model of the statistics.
-    experts : int
+    experts : int or list of L int
         r: experts kept in each layer, from 1 to E; with a budget that is not uniform, their mean over the layers. A
-        trimmed model keeps all experts, each at r / E of its width.
+        trimmed model keeps all experts, each at r / E of its width. A list gives each layer's number itself, and takes the
+        place of a budget.
     method : str
         Of :data:`METHODS`.
     seed : int
@@ -408,7 +409,10 @@ def make_plan(stats, model=None, *, experts, method="hc-smoe", seed=0, progress=
     steps = steps_of(method, **settings)
     stats.check([n for n in steps.needs() if n != "sample" or steps.needs_model()], f"Method {method!r}")
     sizes = [sums.num_experts for sums in stats.layers.values()]
-    check_count("experts", experts, 1, min(sizes))
+    if isinstance(experts, list):
+        _check_counts_given(experts, sizes, steps)
+    else:
+        check_count("experts", experts, 1, min(sizes))
     if model is not None:
         check_statistics(stats, model)
     elif steps.needs_model():
@@ -418,12 +422,22 @@ def make_plan(stats, model=None, *, experts, method="hc-smoe", seed=0, progress=
     if steps.grouping == "none":
         layers = [_trimmed(name, sums, stats, steps, experts) for name, sums in stats.layers.items()]
     else:
-        counts = maker.counts(experts, protected)
+        counts = experts if isinstance(experts, list) else maker.counts(experts, protected)
         layers = [maker.layer(n, c, protected[n]) for n, c in zip(stats.layers, counts, strict=True)]
     used = _settings_of(steps)
     compress = {"share": steps.share, "rank": steps.compress_rank or None} if steps.share else None
     about = {"method": method, "experts": experts, "seed": seed} | used
     return Plan(layers, about, dict(stats.model), stats.identity(), compress)
+
+
+def _check_counts_given(counts, sizes, steps):
+    """Raise ValueError unless each layer can keep the experts that it is given."""
+    if len(counts) != len(sizes):
+        raise ValueError(f'The "experts" argument lists {len(counts)} numbers for {len(sizes)} MoE layers; give one for each.')
+    for count, size in zip(counts, sizes, strict=True):
+        check_count("experts", count, 1, size)
+    if steps.budget != "uniform" or steps.grouping == "none":
+        raise ValueError('The "experts" argument may be a list only where budget is "uniform", and not for trimming.')
 
 
 def _settings_of(steps):

@@ -5,15 +5,18 @@ import json
 import platform
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import hcsmoe_core
 from hcsmoe_core.calibration import calibration_tokens, domains_of
 from hcsmoe_core.capture import capture
+from hcsmoe_core.clustering import cut
 from hcsmoe_core.demo import models as demo
 from hcsmoe_core.evaluation import versions
 from hcsmoe_core.figures import save
 from hcsmoe_core.files import sha256_file, sha256_json, write_json
+from hcsmoe_core.methods import merge_tree
 from hcsmoe_core.moe import find_moe_layers, model_hash
 from hcsmoe_core.plan import summarise
 from hcsmoe_core.similarity import metric_of
@@ -192,7 +195,40 @@ def cut_table(stats, plan):
     import pandas as pd
 
     rows = [{"layer": layer.name} | summarise(stats, layer.name, layer.labels) for layer in plan.layers]
-    return pd.DataFrame(rows).rename(columns={"moved": "routing mass moved", "output_error": "relative error of mean outputs"})
+    return pd.DataFrame(rows).rename(columns=CUT_COLUMNS)
+
+
+CUT_COLUMNS = {
+    "saved": "weights saved",
+    "moved": "routing mass moved",
+    "entropy": "routing entropy",
+    "entropy_after": "after",
+    "function_error": "relative error of outputs",
+    "output_error": "of mean outputs",
+}
+
+
+def cut_costs(stats, model, *, similarity="expert-output", linkage="average", cost="function_error"):
+    """What cutting each layer's tree at every number of groups costs, from the statistics alone.
+
+    Parameters
+    ----------
+    stats : Statistics
+    model : transformers.PreTrainedModel
+    similarity, linkage : str
+    cost : str
+        Of :func:`hcsmoe_core.plan.summarise`.
+
+    Returns
+    -------
+    list of L (E,) float64 arrays
+        Cost of 1, 2, …, E groups.
+    """
+    costs = []
+    for layer, sums in stats.layers.items():
+        tree = merge_tree(stats, layer, similarity=similarity, linkage=linkage, model=model)
+        costs.append(np.array([summarise(stats, layer, cut(tree, r))[cost] for r in range(1, sums.num_experts + 1)]))
+    return costs
 
 
 def family_agreement(stats, model, *, linkages, similarities):
@@ -205,9 +241,6 @@ def family_agreement(stats, model, *, linkages, similarities):
     """
     import pandas as pd
     from sklearn.metrics import adjusted_rand_score
-
-    from hcsmoe_core.clustering import cut
-    from hcsmoe_core.methods import merge_tree
 
     families = demo.families(model.name_or_path)
     if families is None:

@@ -8,8 +8,21 @@ import pytest
 import torch
 from conftest import tiny_model, tokens
 from matplotlib.figure import Figure
+from scipy.cluster import hierarchy
 
-from hcsmoe_core import capture, cut, distances, explore, figures, linkage
+from hcsmoe_core import (
+    capture,
+    cut,
+    distances,
+    explore,
+    figures,
+    find_moe_layers,
+    linkage,
+    load_plan,
+    make_plan,
+    merge_tree,
+)
+from hcsmoe_core.clustering import by_first_appearance
 from hcsmoe_core.statistics import LayerStatistics, Statistics
 
 
@@ -84,15 +97,6 @@ def picture(widget):
 
 def test_explorers_carry_their_picture_and_follow_their_controls(measured):
     model, stats = measured
-    cutting = explore.cut_explorer(stats, model, experts=4)
-    first, text = picture(cutting), cutting._text.value
-    assert matplotlib.image.imread(io.BytesIO(first))[..., :3].std() > 0.05
-    assert "50 % of this layer's expert weights saved" in text
-    cutting._controls["experts"].value = 2
-    assert picture(cutting) != first
-    assert "75 % of this layer's expert weights saved" in cutting._text.value
-    cutting._controls["experts"].value = 4
-    assert picture(cutting) == first
     for other in (explore.usage_explorer(stats), explore.similarity_explorer(stats, model)):
         before = picture(other)
         other._controls["layer"].value = 2
@@ -116,11 +120,50 @@ def test_a_combination_that_does_not_exist_is_said_and_the_picture_stays(measure
         explore.similarity_explorer(stats, model, similarity="pairwise-cosine", linkage="ward")
 
 
+def test_cuts_are_drawn_by_hand_and_saved_as_a_plan(measured, tmp_path, monkeypatch):
+    model, stats = measured
+    cutting = explore.CutExplorer(stats, model, experts=4, path=tmp_path / "p.json")
+    first, controls = picture(cutting), cutting._controls
+    assert matplotlib.image.imread(io.BytesIO(first))[..., :3].std() > 0.05
+    assert "50 % of its expert weights saved" in cutting._text.value
+    assert cutting.counts == [4, 4, 4]
+    controls["experts"].value = 2
+    assert cutting.counts == [2, 4, 4]
+    assert picture(cutting) != first
+    assert "75 % of its expert weights saved" in cutting._text.value
+    assert "All layers: 10 experts" in cutting._text.value
+    controls["layer"].value = 1
+    assert controls["experts"].value == 4  # each layer has its own
+    tree = merge_tree(stats, 1)
+    for groups in range(8, 0, -1):  # dragging the cut from the bottom of the tree to its top
+        controls["height"].value = (tree[8 - groups, 2] if groups > 1 else tree[-1, 2] * 1.04) / (tree[-1, 2] * 1.05) - 2e-3
+        wanted = cut(tree, cutting.counts[1]).tolist()
+        height = controls["height"].value * tree[-1, 2] * 1.05
+        assert wanted == by_first_appearance(hierarchy.fcluster(tree, height, "distance")).tolist()
+        assert controls["experts"].value == cutting.counts[1]
+    controls["experts"].value = 5
+    cutting._buttons["save plan"].click()
+    assert "hcsmoe merge MODEL --plan" in cutting._said.value
+    saved = load_plan(tmp_path / "p.json")
+    assert [layer.num_groups for layer in saved.layers] == cutting.counts == [2, 5, 4]
+    assert saved.layers == make_plan(stats, experts=[2, 5, 4]).layers
+    monkeypatch.setattr(explore, "evaluate", lambda model, *_, **__: {"mean_loss": float(find_moe_layers(model)[0].num_stored)})
+    cutting._buttons["apply and score"].click()
+    assert "Loss 8.0000 before, 2.0000 with this plan (11 experts in all)" in cutting._said.value
+    assert not find_moe_layers(model)[0].merged
+    cutting._buttons["same in every layer"].click()
+    assert cutting.counts == [5, 5, 5]
+    cutting._path.value = str(tmp_path)
+    cutting._buttons["save plan"].click()
+    assert "is a folder" in cutting._said.value
+    assert all(c.description for c in (*controls.values(), *cutting._buttons.values(), cutting._path))
+
+
 def test_values_out_of_range_are_errors_where_a_slider_would_clamp(measured):
     model, stats = measured
     with pytest.raises(ValueError, match='"layer" argument must be a whole number from 0 to 2; not 3'):
         explore.usage_explorer(stats, layer=3)
     with pytest.raises(ValueError, match='"experts kept" argument must be a whole number from 1 to 8; not 9'):
-        explore.cut_explorer(stats, model, experts=9)
+        explore.CutExplorer(stats, model, experts=9, path="p.json")
     with pytest.raises(ValueError, match='"linkage" argument must be one of'):
         explore.similarity_explorer(stats, model, linkage="centroid")

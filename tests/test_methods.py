@@ -2,9 +2,11 @@
 
 import json
 
+import naive
 import pytest
 import torch
 from conftest import FAMILIES, OTHERS, logits, tiny_model, tokens
+from scipy.stats import entropy
 
 from hcsmoe_core import (
     METHODS,
@@ -21,6 +23,7 @@ from hcsmoe_core import (
 from hcsmoe_core.capture import expected_bytes
 from hcsmoe_core.methods import method_table, steps_of
 from hcsmoe_core.moe import find_moe_layers
+from hcsmoe_core.plan import summarise
 from hcsmoe_core.statistics import NEEDS
 
 ALL = tuple(NEEDS)
@@ -244,3 +247,43 @@ def test_the_table_names_every_method():
         assert f"\n{name}: {method.title}" in "\n" + text
         assert method.paper in text
     assert text.count("needs") >= len(METHODS)
+
+
+def test_each_layer_may_be_given_its_own_number(measured):
+    model, stats = measured("mixtral")
+    plan = make_plan(stats, model, experts=[2, 8, 5], method="reap")
+    assert [layer.num_groups for layer in plan.layers] == [2, 8, 5]
+    even = [make_plan(stats, model, experts=r).layers[i] for i, r in enumerate((2, 8, 5))]
+    assert make_plan(stats, model, experts=[2, 8, 5]).layers == even
+    for experts, settings, message in (
+        ([2, 8], {}, "lists 2 numbers for 3 MoE layers"),
+        ([2, 9, 5], {}, "from 1 to 8; not 9"),
+        ([2, 8, 5], {"budget": "merge-cost"}, 'only where budget is "uniform"'),
+        ([2, 8, 5], {"method": "trimming"}, "not for trimming"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make_plan(stats, model, experts=experts, **settings)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_predicted_errors_are_those_of_the_mean_output(family):
+    model = tiny_model(family, torch.float64)
+    stats = capture(model, tokens(), needs=ALL, sample=tokens().numel())
+    layer, sums = find_moe_layers(model)[1], stats.layer(1)
+    outputs = naive.outputs(layer.experts, sums.sample.inputs)
+    share = (sums.usage_count.sum(0).double() / sums.usage_count.sum()).tolist()
+    labels = [0, 1, 0, 2, 1, 0, -1, 2]
+    lost = whole = 0.0
+    for e in range(8):
+        members = [k for k in range(8) if labels[k] == labels[e] and labels[e] >= 0]
+        weight = sum(share[k] for k in members)
+        mean = sum(share[k] / weight * outputs[k] for k in members) if members else 0 * outputs[e]
+        lost += share[e] * float(((outputs[e] - mean) ** 2).sum())
+        whole += share[e] * float((outputs[e] ** 2).sum())
+    found = summarise(stats, 1, labels)
+    assert found["function_error"] == pytest.approx((lost / whole) ** 0.5, rel=1e-9)
+    mass = sums.routing_mass.sum(0).numpy()
+    assert found["entropy"] == pytest.approx(entropy(mass))
+    groups = [sum(m for m, g in zip(mass, labels, strict=True) if g == group) for group in range(3)]
+    assert found["entropy_after"] == pytest.approx(entropy(groups))
+    assert found["saved"] == pytest.approx(5 / 8)
