@@ -35,7 +35,12 @@ SET = Annotated[
     list[str] | None, typer.Option("--set", help="Any other step, as name=value: grouping, budget, combine, align, guard, …")
 ]
 SAMPLE_TOKENS = Annotated[int, typer.Option("--sample", help="Tokens of the sample of layer inputs, where it is collected.")]
-FOR = Annotated[str, typer.Option("--for", help="Methods to collect for, comma-separated; by default all that need no sample.")]
+FOR = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--for", help="Methods to collect for, comma-separated or repeated, or all; by default those that need no sample."
+    ),
+]
 
 
 def _settings(similarity="", metric="", linkage="", merge="", others=None):
@@ -103,7 +108,7 @@ def _captured(model, tokenizer, calibration, sequences, length, column, seed, ba
 def capture(
     model: MODEL,
     out: Annotated[Path, typer.Option(help="Statistics file to write (.safetensors).")],
-    methods: FOR = "",
+    methods: FOR = None,
     sample: SAMPLE_TOKENS = 4096,
     calibration: CALIBRATION = "",
     sequences: SEQUENCES = 0,
@@ -117,7 +122,7 @@ def capture(
     """One pass over calibration tokens: the statistics that plans are made from."""
     from hcsmoe_core import load_model
 
-    needs = _needs(methods)
+    needs = _needs(",".join(methods or ()))
     loaded, tokenizer = load_model(model, dtype=dtype, device=device)
     stats = _captured(loaded, tokenizer, calibration, sequences, length, column, seed, batch_size, needs, sample)
     stats.save(out)
