@@ -89,7 +89,9 @@ def test_the_command_compares_lists_and_captures_for_methods(tmp_path):
     said = hcsmoe("methods")
     assert "m-smoe: groups around dominant experts" in said
     size = ("--sequences", 12, "--length", 64, "--dtype", "float32")
-    said = hcsmoe("capture", "demo-mixtral", *size, "--for", "reap,trimming", "--for", "hc-smoe", "--out", tmp_path / "s.safetensors")
+    said = hcsmoe(
+        "capture", "demo-mixtral", *size, "--for", "reap,trimming", "--for", "hc-smoe", "--out", tmp_path / "s.safetensors"
+    )
     assert said.startswith("collecting usage, norms, sample, outputs: ")
     plan = ("plan", tmp_path / "s.safetensors", "--experts", 4)
     hcsmoe(*plan, "--method", "trimming", "--set", "ridge=0.1", "--out", tmp_path / "p.json")
