@@ -634,7 +634,7 @@ class _Maker:
         sums, steps = self.stats.layers[name], self.steps
         layer = next(layer for layer in find_moe_layers(self.model) if layer.name == name)
         sample, experts = sums.sample, sums.num_experts
-        rule = pruning.routing_rule(sample, layer.router)
+        rule = pruning.routing_rule(sample, layer)
         grams, sequences = pruning.output_grams(layer, sample.inputs), self.stats.sampled[:, 0]
         many = experts > pruning.ENUMERATED
 

@@ -490,19 +490,30 @@ def put_experts(layer, tensors, labels, *, rows=None, keep=True):
 
 def _put_rows(layer, rows, state):
     """Give the router r outputs, and let it choose no more than r."""
-    count = rows.shape[1]
-    for name, tensor in router_tensors(layer.router, count).items():
-        state.set(layer.router, name, mixed_rows(tensor.detach(), rows))
+    for module, name, tensor in routing_tensors(layer, rows.shape[1]):
+        made = mixed_rows(tensor.detach().reshape(rows.shape[1], -1), rows)
+        state.set(module, name, made.reshape(1, len(rows)) if tensor.shape[0] == 1 else made.reshape(-1, *tensor.shape[1:]))
     for module in dict.fromkeys((layer.experts, layer.router, layer.block)):
         for name in CHOICES:
             if isinstance(getattr(module, name, None), int):
                 state.set(module, name, min(getattr(module, name), len(rows)))
 
 
-def router_tensors(router, count):
-    """Parameters and buffers of a router that have one row an expert."""
-    held = {**router._parameters, **router._buffers}
-    return {n: t for n, t in held.items() if t is not None and t.ndim >= 1 and t.shape[0] == count}
+def routing_tensors(layer, count):
+    """Tensors of a layer's routing that have one row for each of ``count`` experts: ``[(module, name, tensor), …]``.
+
+    Everything of that kind in the router and below it (also ``[1, E]``), and the vectors ``[E]`` of the modules that hold
+    the router: some families keep a correction bias in the block.
+    """
+    found = []
+    below = set(layer.router.modules())
+    around = [m for m in layer.block.modules() if m not in below and any(layer.router is inner for inner in m.modules())]
+    for module in (*layer.router.modules(), *around):
+        for name, tensor in {**module._parameters, **module._buffers}.items():
+            shape = () if tensor is None else tuple(tensor.shape)
+            if shape in ((count,), (1, count)) or (module in below and shape[:1] == (count,)):
+                found.append((module, name, tensor))
+    return found
 
 
 def mixed_rows(tensor, rows):
@@ -569,9 +580,12 @@ def original_tensors(layer):
 
 def original_router(layer):
     """Parameters of a layer's router as they were before :func:`put_experts`."""
-    held = dict(layer.router.named_parameters())
-    originals = layer.experts._merged.originals(layer.router) if layer.merged else {}
-    return held | {n: t for n, t in originals.items() if n in held}
+    held = {}
+    for prefix, module in layer.router.named_modules():
+        originals = layer.experts._merged.originals(module) if layer.merged else {}
+        for name, parameter in module.named_parameters(recurse=False):
+            held[f"{prefix}.{name}".lstrip(".")] = originals.get(name, parameter)
+    return held
 
 
 def _set_tensor(module, name, tensor):

@@ -9,7 +9,7 @@ import torch
 from tqdm.auto import tqdm
 
 from hcsmoe_core.files import check_choice
-from hcsmoe_core.moe import router_tensors
+from hcsmoe_core.moe import routing_tensors
 
 SALIENCIES = ("frequency", "score", "reap", "ean", "man", "random", "o-prune")
 NEEDED = {
@@ -170,7 +170,7 @@ class RoutingRule:
         return scores.argsort(dim=1, descending=True, stable=True)
 
 
-def routing_rule(sample, router=None, *, tolerance=0.02):
+def routing_rule(sample, layer=None, *, tolerance=0.02):
     """The rule that gives what a router did on the sample.
 
     Tried in turn: softmax or sigmoid, normalised or not, with any constant scale, and with the correction bias of the
@@ -180,7 +180,7 @@ def routing_rule(sample, router=None, *, tolerance=0.02):
     Parameters
     ----------
     sample : LayerSample
-    router : torch.nn.Module, optional
+    layer : MoELayer, optional
         Where a correction bias is looked for.
     tolerance : float
 
@@ -196,9 +196,9 @@ def routing_rule(sample, router=None, *, tolerance=0.02):
     logits, gates = sample.logits.double(), sample.gates
     experts, top_k = logits.shape[1], sample.index.shape[1]
     biases = [torch.zeros(experts, dtype=torch.float64)]
-    if router is not None:
-        extra = {n: t for n, t in router_tensors(router, experts).items() if "correction" in n and t.ndim == 1}
-        biases = [t.detach().double().cpu() for t in extra.values()] + biases
+    if layer is not None and layer.router is not None:
+        vectors = [t.detach().double().cpu().flatten() for _, _, t in routing_tensors(layer, experts) if t.numel() == experts]
+        biases = vectors + biases
     everyone = torch.ones(1, experts, dtype=torch.bool)
     for bias, scoring, normalised in itertools.product(biases, ("softmax", "sigmoid"), (True, False)):
         rule = RoutingRule(scoring, normalised, 1.0, bias.numpy(), top_k)

@@ -5,7 +5,7 @@ import json
 import naive
 import pytest
 import torch
-from conftest import FAMILIES, OTHERS, logits, tiny_model, tokens
+from conftest import FAMILIES, OTHERS, TINY, logits, tiny_model, tokens
 from scipy.stats import entropy
 
 from hcsmoe_core import (
@@ -22,7 +22,7 @@ from hcsmoe_core import (
 )
 from hcsmoe_core.capture import expected_bytes
 from hcsmoe_core.methods import method_table, steps_of
-from hcsmoe_core.moe import find_moe_layers
+from hcsmoe_core.moe import find_moe_layers, routing_tensors
 from hcsmoe_core.plan import summarise
 from hcsmoe_core.statistics import NEEDS
 
@@ -287,3 +287,43 @@ def test_predicted_errors_are_those_of_the_mean_output(family):
     groups = [sum(m for m, g in zip(mass, labels, strict=True) if g == group) for group in range(3)]
     assert found["entropy_after"] == pytest.approx(entropy(groups))
     assert found["saved"] == pytest.approx(5 / 8)
+
+
+@pytest.mark.parametrize("family", ["Ernie4_5_Moe", "MiniMaxM2", "Lfm2Moe"])
+def test_correction_biases_are_dropped_wherever_a_family_keeps_them(family, tmp_path):
+    """In a module of their own, or in the block; an expert that its bias keeps from being chosen is one that is not there."""
+    import transformers as t
+
+    sizes = dict(num_experts_per_tok=2, moe_intermediate_size=24, intermediate_size=24, head_dim=8)
+    extra = {
+        "Ernie4_5_Moe": dict(moe_num_experts=8, moe_k=2, moe_layer_start_index=0, moe_num_shared_experts=1),
+        "MiniMaxM2": dict(num_local_experts=8, rotary_dim=8),
+        "Lfm2Moe": dict(num_experts=8, num_dense_layers=1, layer_types=["full_attention"] * 3, use_expert_bias=True),
+    }[family]
+    torch.manual_seed(0)
+    config = getattr(t, f"{family}Config")(**TINY | sizes | extra)
+    model = t.AutoModelForCausalLM.from_config(config, experts_implementation="eager").eval()
+    layers = find_moe_layers(model)
+    biases = [tensor for layer in layers for _, name, tensor in routing_tensors(layer, 8) if "bias" in name]
+    assert len(biases) == len(layers)
+    with torch.no_grad():
+        for bias in biases:
+            bias.normal_(0, 0.05)
+    stats = capture(model, tokens(), needs=ALL)
+    for method in ("reap", "o-prune"):
+        plan = make_plan(stats, model, experts=4, method=method)
+        with torch.no_grad():
+            kept = [bias.clone() for bias in biases]
+            for bias, layer_plan in zip(biases, plan.layers, strict=True):
+                bias.view(-1)[[e for e in range(8) if e not in layer_plan.kept]] = -1e9
+            wanted = logits(model, tokens(seed=2))
+            for bias, before in zip(biases, kept, strict=True):
+                bias.copy_(before)
+        apply_plan(model, plan)
+        live = logits(model, tokens(seed=2))
+        assert save_merged(model, plan, tmp_path / method)["router"] == "plain"
+        restore(model)
+        if family != "Ernie4_5_Moe":  # whose softmax, before the bias is added, is over fewer
+            torch.testing.assert_close(live, wanted, rtol=1e-4, atol=1e-4)
+        again = t.AutoModelForCausalLM.from_pretrained(tmp_path / method, experts_implementation="eager", dtype="float32")
+        assert torch.equal(logits(again.eval(), tokens(seed=2)), live)

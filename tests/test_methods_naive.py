@@ -70,7 +70,7 @@ def run(family):
         g, chosen = naive.gates(trace.index[layer.name], trace.weight[layer.name], E)
         l = trace.logits[layer.name].double().numpy()  # noqa: E741
         y = np.einsum("te,etd->td", g, f)
-        seen[layer.name] = SimpleNamespace(f=f, g=g, chosen=chosen, l=l, y=y, rule=rule_of(family, layer.router))
+        seen[layer.name] = SimpleNamespace(f=f, g=g, chosen=chosen, l=l, y=y, rule=rule_of(family, layer))
     return SimpleNamespace(model=model, ids=ids, names=names, trace=trace, stats=stats, seen=seen, batch_size=batch_size)
 
 
@@ -886,7 +886,7 @@ def test_drop_loss_is_what_really_happens(family):
     for name in r.names[:2]:
         layer, part, rows = drop_cases(r, name, 30)
         seen, sequences = r.seen[name], r.stats.sampled[:30, 0]
-        rule = routing_rule(part, layer.router)
+        rule = routing_rule(part, layer)
         assert rule.top_k == layer.router.top_k
         assert rule.normalised == (family != "qwen2_moe")
         assert rule.scale == pytest.approx(2.5 if family == "deepseek_flat" else 1, rel=1e-6)
@@ -909,7 +909,7 @@ def test_drop_loss_in_float32_is_near():
     layer, part, _ = drop_cases(r, r.names[0], 30)
     kept = torch.rand(40, E, generator=torch.Generator().manual_seed(1)) < 0.5
     kept[:, 3] = True
-    given_ = output_grams(layer, part.inputs), part, routing_rule(part, layer.router)
+    given_ = output_grams(layer, part.inputs), part, routing_rule(part, layer)
     single = DropLoss(*given_, dtype=torch.float32)(kept)
     assert single.dtype == torch.float64
     close(single, DropLoss(*given_)(kept), rtol=1e-4)
@@ -925,7 +925,7 @@ def test_experts_that_are_never_chosen_are_not_kept_alone():
     stats = capture(model, ids, needs=("usage", "sample"))
     layer, sums = find_moe_layers(model)[0], stats.layer(0)
     grams = output_grams(layer, sums.sample.inputs)
-    loss = DropLoss(grams, sums.sample, routing_rule(sums.sample, layer.router))
+    loss = DropLoss(grams, sums.sample, routing_rule(sums.sample, layer))
     gates = torch.zeros(len(grams), E, dtype=torch.float64)
     gates[:, 5] = 1
     change = gates - sums.sample.gates
@@ -938,7 +938,7 @@ def test_experts_that_are_never_chosen_are_not_kept_alone():
 def test_drop_loss_in_parts_is_the_same(monkeypatch):
     r = run("qwen2_moe")
     layer, part, _ = drop_cases(r, r.names[0], 30)
-    loss = DropLoss(output_grams(layer, part.inputs), part, routing_rule(part, layer.router))
+    loss = DropLoss(output_grams(layer, part.inputs), part, routing_rule(part, layer))
     kept = torch.rand(40, E, generator=torch.Generator().manual_seed(0)) < 0.6
     kept[:, 0] = True
     whole = loss(kept)
@@ -957,7 +957,7 @@ def test_o_prune_keeps_what_brute_force_keeps(family):
     r = run(family)
     layer, part, rows = drop_cases(r, r.names[0], 12)
     seen, sequences = r.seen[r.names[0]], r.stats.sampled[:12, 0]
-    rule, grams = routing_rule(part, layer.router), output_grams(layer, part.inputs)
+    rule, grams = routing_rule(part, layer), output_grams(layer, part.inputs)
     for place, how in enumerate(("squared", "frobenius")):
         loss = DropLoss(grams, part, rule, loss=how, sequences=sequences)
         for count in range(1, E + 1):
