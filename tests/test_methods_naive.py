@@ -70,7 +70,7 @@ def run(family):
         g, chosen = naive.gates(trace.index[layer.name], trace.weight[layer.name], E)
         l = trace.logits[layer.name].double().numpy()  # noqa: E741
         y = np.einsum("te,etd->td", g, f)
-        seen[layer.name] = SimpleNamespace(f=f, g=g, chosen=chosen, l=l, y=y, rule=rule_of(family, layer))
+        seen[layer.name] = SimpleNamespace(f=f, g=g, chosen=chosen, l=l, y=y, rule=rule_of(family, layer.router))
     return SimpleNamespace(model=model, ids=ids, names=names, trace=trace, stats=stats, seen=seen, batch_size=batch_size)
 
 
