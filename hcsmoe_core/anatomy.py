@@ -3,8 +3,8 @@
 import numpy as np
 import torch
 
-from hcsmoe_core.combining import OPTIONS, Group, aligned, combine
-from hcsmoe_core.moe import find_moe_layers
+from hcsmoe_core.combining import OPTIONS, Group, aligned, combine, standardised
+from hcsmoe_core.moe import moe_layer
 from hcsmoe_core.plan import merge_weights
 
 # Ways of combining that are shown side by side, as options of :func:`hcsmoe_core.combining.combine`.
@@ -61,11 +61,11 @@ def group_of(stats, model, layer, members, *, merge="frequency"):
     """
     stats.check(("sample",), "Looking into a group")
     name = stats.layer_name(layer)
-    found = next(found for found in find_moe_layers(model) if found.name == name)
     sums, usage = stats.layers[name], stats.layers[name].usage_count.sum(0)
     labels = np.where(np.isin(np.arange(sums.num_experts), members), 0, -1)
     weights = merge_weights(labels, sums, merge)
-    return Group(found, sorted(members), weights, max(sorted(members), key=lambda e: int(usage[e])), sums.sample)
+    dominant = max(sorted(members), key=lambda e: int(usage[e]))
+    return Group(moe_layer(model, name), sorted(members), weights, dominant, sums.sample)
 
 
 @torch.no_grad()
@@ -133,24 +133,10 @@ def neuron_matches(stats, model, layer, members, *, align="activations"):
     group = group_of(stats, model, layer, members)
     tokens, _ = group.tokens()
     ordered = aligned(group, align)
-    centre = group.layer.activate(ordered[group.dominant], tokens).double().cpu().numpy()
+    centre = standardised(group.layer.activate(ordered[group.dominant], tokens).double())
     found = {}
     for place, member in enumerate(group.members):
         if place != group.dominant:
-            other = group.layer.activate(ordered[place], tokens).double().cpu().numpy()
-            found[member] = _correlations(centre, other)
+            other = standardised(group.layer.activate(ordered[place], tokens).double())
+            found[member] = (centre.T @ other).cpu().numpy()
     return found
-
-
-def _correlations(first, second):
-    parts = []
-    for values in (first, second):
-        centred = values - values.mean(0)
-        length = np.linalg.norm(centred, axis=0)
-        parts.append(np.where(length > 0, centred / np.where(length > 0, length, 1), 0))
-    return parts[0].T @ parts[1]
-
-
-def matched(correlations):
-    """Correlation of the neurons that are averaged: the diagonal, largest first."""
-    return np.sort(np.diag(correlations))[::-1]

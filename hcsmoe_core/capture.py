@@ -49,8 +49,7 @@ class _Collector:
 
     def take_router(self, module, inputs, output):
         """Forward hook of the router."""
-        self.logits = router_logits(output, self.layer.num_experts)
-        logits = self.logits.double()
+        self.logits = logits = router_logits(output, self.layer.num_experts).double()
         for domain, rows in self._by_domain(len(logits), logits.device):
             self.sums["logit_gram"][domain] += logits[rows].T @ logits[rows]
 
@@ -62,7 +61,7 @@ class _Collector:
         for domain, rows in self._by_domain(len(tokens), tokens.device):
             self._add(domain, tokens[rows], index[rows], weight[rows])
             if self.logits is not None:
-                self._add_scores(domain, self.logits[rows].double(), index[rows], weight[rows])
+                self._add_scores(domain, self.logits[rows], index[rows], weight[rows])
         if "sample" in self.needs:
             self._keep(tokens, index, weight)
 

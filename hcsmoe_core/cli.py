@@ -227,10 +227,10 @@ def _print_savings(savings):
 
 def _check_experts(model, experts):
     """Refuse a number of experts that no plan can have, before the capture takes its time."""
-    from hcsmoe_core import find_moe_layers
     from hcsmoe_core.files import check_count
+    from hcsmoe_core.study import model_size
 
-    check_count("experts", experts, 1, min(layer.num_experts for layer in find_moe_layers(model)))
+    check_count("experts", experts, 1, model_size(model)["num_experts"])
 
 
 @app.command()

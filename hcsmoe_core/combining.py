@@ -166,11 +166,11 @@ def _correlation_between(group, first, second):
     tokens, _ = group.tokens([first, second])
     if len(tokens) < 2:
         return None
-    a, b = (_standardised(group.layer.activate(group.experts[m], tokens)) for m in (first, second))
+    a, b = (standardised(group.layer.activate(group.experts[m], tokens)) for m in (first, second))
     return (a.T @ b).cpu().numpy()
 
 
-def _standardised(values, counts=None):
+def standardised(values, counts=None):
     """Columns less their mean, of length one; a constant column stays zero."""
     counts = torch.ones(len(values), dtype=values.dtype, device=values.device) if counts is None else counts
     centred = (values - (counts @ values) / counts.sum()) * counts.sqrt()[:, None]
@@ -186,12 +186,12 @@ def _neuron_correlation(group, features):
     if "activations" in features.split("+"):
         tokens, gates = group.tokens()
         # A token that was routed to two members counts twice.
-        standard = _standardised(
+        standard = standardised(
             torch.cat([group.layer.activate(e, tokens) for e in group.experts], 1), (gates != 0).sum(1).to(group.dtype)
         )
         total = total + standard.T @ standard
     if "weights" in features.split("+"):
-        standard = _standardised(torch.cat([_described(e) for e in group.experts]).T)
+        standard = standardised(torch.cat([_described(e) for e in group.experts]).T)
         total = total + standard.T @ standard
     return total
 

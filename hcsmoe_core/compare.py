@@ -15,7 +15,7 @@ from hcsmoe_core.files import check_choice, check_count, read_json, sha256_json,
 from hcsmoe_core.merging import apply_plan, restore
 from hcsmoe_core.methods import METHODS, make_plan, steps_of
 from hcsmoe_core.moe import find_moe_layers, model_hash
-from hcsmoe_core.study import core_hash, place, slug, statistics
+from hcsmoe_core.study import core_hash, model_size, place, slug, statistics
 
 ORIGINAL = "original"
 BASELINE = "hc-smoe"
@@ -77,7 +77,7 @@ def compare(
     methods = list(methods or METHODS)
     steps = {m: steps_of(check_choice("methods", m, tuple(METHODS)), **(settings or {})) for m in methods}
     loaded, tokenizer = load_model(model, dtype=dtype, device=device)
-    size = min(layer.num_experts for layer in find_moe_layers(loaded))
+    size = model_size(loaded)["num_experts"]
     experts = list(experts or dict.fromkeys(max(1, size * part // 4) for part in (3, 2, 1)))
     for count in experts:
         check_count("experts", count, 1, size)
@@ -119,7 +119,7 @@ def _measured(model, tokenizer, stats, cell, settings, *, limit, text):
             record |= {"peak_mb": memory.get("mb"), "layers": [layer.num_groups for layer in plan.layers]}
         with contextlib.redirect_stderr(io.StringIO()):  # the harness draws its own bars, three a cell
             record["scores"] = evaluate(model, tokenizer, limit=limit or None, text=text)
-        record["weights"] = sum(p.numel() for p in model.parameters())
+        record["weights"] = model_size(model)["weights"]
         tensors = [t for layer in find_moe_layers(model) for t in layer.tensors().values()]
         record["expert_bytes"] = sum(t.numel() * t.element_size() for t in tensors)
         if cell["method"] != ORIGINAL and plan.compress:  # in memory the factors are multiplied out

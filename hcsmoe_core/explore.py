@@ -25,8 +25,8 @@ from hcsmoe_core.files import check_choice, check_count
 from hcsmoe_core.merging import apply_plan, restore
 from hcsmoe_core.methods import make_plan, merge_tree
 from hcsmoe_core.plan import summarise
-from hcsmoe_core.similarity import available, described, distances, metric_of
-from hcsmoe_core.stability import agreement, allowed_linkages
+from hcsmoe_core.similarity import allowed_linkages, available, described, distances, metric_of
+from hcsmoe_core.stability import agreement
 from hcsmoe_core.study import cut_costs
 
 

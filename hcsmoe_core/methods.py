@@ -14,7 +14,7 @@ from hcsmoe_core import budget as budgets
 from hcsmoe_core import clustering, pruning, similarity
 from hcsmoe_core.combining import ALIGNMENTS, NEURON_FEATURES, OPTIONS, RULES
 from hcsmoe_core.files import check_choice, check_count
-from hcsmoe_core.moe import find_moe_layers
+from hcsmoe_core.moe import moe_layer
 from hcsmoe_core.plan import (
     DROPPED,
     MERGES,
@@ -632,7 +632,7 @@ class _Maker:
 
     def _least_loss(self, name, count, protected):
         sums, steps = self.stats.layers[name], self.steps
-        layer = next(layer for layer in find_moe_layers(self.model) if layer.name == name)
+        layer = moe_layer(self.model, name)
         sample, experts = sums.sample, sums.num_experts
         rule = pruning.routing_rule(sample, layer)
         grams, sequences = pruning.output_grams(layer, sample.inputs), self.stats.sampled[:, 0]

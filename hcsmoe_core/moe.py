@@ -9,6 +9,7 @@ happens before that and is never repeated here.
 import hashlib
 import inspect
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import nn
@@ -159,29 +160,44 @@ class MoELayer:
             outputs.append(output if bias is None else output + bias[e].to(torch.float64))
         return torch.stack(outputs)
 
-    def neuron_rows(self):
+    def neuron_rows(self, width=None):
         """Rows of the up projection that make each neuron, ``[I, p]``: its gate's and its own (p = 2), or its own (p = 1).
 
-        Found by shuffling neurons and seeing which layout shuffles the activations alike.
+        Parameters
+        ----------
+        width : int, optional
+            Of an expert with another number of neurons in the same layout.
 
         Raises
         ------
         ValueError
             If the neurons are laid out in neither of the known ways.
         """
+        width = self.width if width is None else width
+        count = self.tensors()[self.up_name].shape[2 if self.transposed else 1]
+        if count == self.width:
+            return torch.arange(width)[:, None]
+        rows = torch.arange(2 * width)
+        return rows.reshape(-1, 2) if self._interleaved else rows.reshape(2, -1).T
+
+    @cached_property
+    def _interleaved(self):
+        """Whether a neuron's two rows follow each other, rather than lie in the two halves of the up projection.
+
+        Found once, by shuffling neurons and seeing which layout shuffles the activations alike.
+        """
         up, width = self.tensors()[self.up_name], self.width
         count = up.shape[2 if self.transposed else 1]
-        if count == width:
-            return torch.arange(width)[:, None]
         generator = torch.Generator().manual_seed(0)
         probe, order = torch.randn(1, count, generator=generator), torch.randperm(width, generator=generator)
         rows = torch.arange(count)
-        for layout in (rows.reshape(2, -1).T, rows.reshape(-1, 2)) if count == 2 * width else ():
+        layouts = {False: rows.reshape(2, -1).T, True: rows.reshape(-1, 2)} if count == 2 * width else {}
+        for interleaved, layout in layouts.items():
             shuffled = torch.empty_like(probe)
             shuffled[:, layout] = probe[:, layout[order]]
             both = self._activated(torch.cat([probe, shuffled]).to(up.device))
             if torch.allclose(both[1], both[0, order.to(up.device)]):
-                return layout
+                return interleaved
         raise ValueError(
             f"{self.name}: which rows of {self.up_name} ({count}) make which of the {width} neurons is not known, so that "
             'neurons cannot be matched or chosen; use combine "average".'
@@ -214,7 +230,7 @@ class MoELayer:
 
     def activate(self, neurons, tokens):
         """Activations ``[T, I']`` of any neurons on tokens ``[T, D]``, in the neurons' dtype."""
-        rows = _rows_like(self.neuron_rows(), len(neurons.up))
+        rows = self.neuron_rows(len(neurons.up))
         up = _by_row(neurons.up, rows)
         bias = None if neurons.bias is None else _by_row(neurons.bias, rows)
         return self._activated(nn.functional.linear(tokens.to(up.dtype), up, bias))
@@ -233,7 +249,7 @@ class MoELayer:
             Up and down projections and their biases, with r rows each.
         """
         held = self.tensors()
-        rows = _rows_like(self.neuron_rows(), len(experts[0].up))
+        rows = self.neuron_rows(len(experts[0].up))
         ups, downs = [_by_row(e.up, rows) for e in experts], [e.down for e in experts]
         turn = (lambda t: t.T) if self.transposed else (lambda t: t)
         made = {self.up_name: [turn(t) for t in ups], DOWN: [turn(t) for t in downs]}
@@ -271,15 +287,6 @@ class Neurons:
         """The same with a function applied to each tensor."""
         parts = (self.up, self.down, self.bias, self.offset)
         return Neurons(*(None if part is None else function(part) for part in parts))
-
-
-def _rows_like(rows, width):
-    """The layout of :meth:`MoELayer.neuron_rows` for another number of neurons."""
-    if len(rows) == width:
-        return rows
-    count, each = width * rows.shape[1], torch.arange(width * rows.shape[1])
-    interleaved = len(rows) > 1 and rows.shape[1] == 2 and rows[0, 1] == 1
-    return each.reshape(-1, rows.shape[1]) if interleaved or rows.shape[1] == 1 else each.reshape(2, count // 2).T
 
 
 def _by_row(parts, rows):
@@ -323,6 +330,20 @@ def find_moe_layers(model):
                 "outputs does not follow from the mean of its activations; such models are not supported."
             )
     return layers
+
+
+def moe_layer(model, name):
+    """The MoE layer of a model that has some name.
+
+    Raises
+    ------
+    ValueError
+        If there is none of that name.
+    """
+    found = {layer.name: layer for layer in find_moe_layers(model)}
+    if name not in found:
+        raise ValueError(f'The "model" argument has no MoE layer {name}; it is not the model of these statistics.')
+    return found[name]
 
 
 def _is_experts(module):

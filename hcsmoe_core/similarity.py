@@ -7,7 +7,7 @@ import torch
 from scipy.spatial.distance import pdist, squareform
 
 from hcsmoe_core.files import check_choice
-from hcsmoe_core.moe import find_moe_layers, original_tensors
+from hcsmoe_core.moe import moe_layer, original_tensors
 
 FEATURES = {
     "expert-output": "mean outputs",
@@ -84,6 +84,11 @@ def described(similarity):
 def available(stats):
     """The similarities that statistics hold enough for."""
     return [name for name in SIMILARITIES if set(NEEDED[name]) <= set(stats.needs)]
+
+
+def allowed_linkages(similarity, linkages):
+    """The linkages that are defined for a similarity's distances: Ward's method for Euclidean ones only."""
+    return [method for method in linkages if method != "ward" or metric_of(similarity) == "euclidean"]
 
 
 def metric_of(similarity, metric=""):
@@ -297,10 +302,7 @@ def _by_cka(sums, name, metric, model):
 def _layer_of(model, name):
     if model is None:
         raise ValueError('Similarities "weight" and "cka" look at the experts themselves; give the "model" argument.')
-    found = {layer.name: layer for layer in find_moe_layers(model)}
-    if name not in found:
-        raise ValueError(f'The "model" argument has no MoE layer {name}; it is not the model of these statistics.')
-    return found[name]
+    return moe_layer(model, name)
 
 
 def _from_gram(gram, metric):

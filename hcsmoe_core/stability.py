@@ -10,7 +10,7 @@ from hcsmoe_core.calibration import calibration_tokens, domains_of
 from hcsmoe_core.capture import capture
 from hcsmoe_core.clustering import cut, linkage
 from hcsmoe_core.methods import merge_tree
-from hcsmoe_core.similarity import EMBEDDED, coordinates, distances, metric_of
+from hcsmoe_core.similarity import EMBEDDED, allowed_linkages, coordinates, distances, metric_of
 
 
 def quality_table(stats, model, *, similarity, linkages, groups):
@@ -51,11 +51,6 @@ def quality_table(stats, model, *, similarity, linkages, groups):
             row["Davies-Bouldin"] = davies_bouldin_score(points, labels) if scored else np.nan
             rows.append(row | {"largest": int(sizes.max()), "alone": int((sizes == 1).sum())})
     return pd.DataFrame(rows)
-
-
-def allowed_linkages(similarity, linkages):
-    """The linkages that are defined for a similarity's distances."""
-    return [method for method in linkages if method != "ward" or metric_of(similarity) == "euclidean"]
 
 
 def partitions(stats, model, *, similarity, linkage, groups):

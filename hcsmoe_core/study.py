@@ -19,7 +19,7 @@ from hcsmoe_core.files import sha256_file, sha256_json, write_json
 from hcsmoe_core.methods import merge_tree
 from hcsmoe_core.moe import find_moe_layers, model_hash
 from hcsmoe_core.plan import summarise
-from hcsmoe_core.similarity import metric_of
+from hcsmoe_core.similarity import allowed_linkages
 from hcsmoe_core.statistics import DEFAULT_NEEDS, load_statistics
 
 NOTEBOOKS = ("00_tour", "01_similarity", "02_dendrograms", "03_linkage", "04_merge", "05_accuracy", "06_ablation", "08_methods")
@@ -247,9 +247,7 @@ def family_agreement(stats, model, *, linkages, similarities):
         return None
     rows = []
     for similarity in similarities:
-        for linkage in linkages:
-            if linkage == "ward" and metric_of(similarity) != "euclidean":
-                continue
+        for linkage in allowed_linkages(similarity, linkages):
             trees = [merge_tree(stats, n, similarity=similarity, linkage=linkage, model=model) for n in stats.layers]
             for count, family in families.items():
                 scores = [adjusted_rand_score(family, cut(tree, count)) for tree in trees]

@@ -89,6 +89,12 @@ def tiny_model(family, dtype=torch.float32, seed=0, implementation="eager"):
     return model.eval()
 
 
+MATCHING = [  # ways of combining that match neurons, as a plan says them
+    {"rule": "average", "align": "weights"},
+    {"rule": "average", "align": "activations"},
+    *({"rule": r, "features": f} for r in ("fix-dom", "zipit") for f in ("activations", "weights", "activations+weights")),
+]
+
 FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe")
 OTHERS = ("deepseek_v3", "gpt_oss")
 

@@ -7,7 +7,7 @@ import naive
 import numpy as np
 import pytest
 import torch
-from conftest import FAMILIES, OTHERS, TINY, logits, tiny_model, tokens
+from conftest import FAMILIES, MATCHING, OTHERS, TINY, logits, tiny_model, tokens
 from scipy.optimize import linear_sum_assignment
 
 from hcsmoe_core import apply_plan, capture, make_plan, restore
@@ -19,14 +19,7 @@ NEEDS = ("usage", "outputs", "norms", "grams", "sample")
 ROUTER = {"gpt_oss": "router"}  # beside the experts; "gate" elsewhere
 LABELS = [0, 1, 0, 2, 1, 0, 3, 2]
 RULES = [
-    {"rule": "average", "align": "weights"},
-    {"rule": "average", "align": "activations"},
-    {"rule": "fix-dom", "features": "activations"},
-    {"rule": "fix-dom", "features": "weights"},
-    {"rule": "fix-dom", "features": "activations+weights"},
-    {"rule": "zipit", "features": "activations"},
-    {"rule": "zipit", "features": "weights"},
-    {"rule": "zipit", "features": "activations+weights"},
+    *MATCHING,
     {"rule": "least-squares", "align": "none", "ridge": 0.05},
     {"rule": "least-squares", "align": "weights", "ridge": 1e-6},
     {"rule": "joint-svd", "align": "none", "rank": 1.0},

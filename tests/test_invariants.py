@@ -6,7 +6,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, logits, tiny_model, tokens
+from conftest import MATCHING, TINY, logits, tiny_model, tokens
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -22,14 +22,7 @@ from hcsmoe_core.statistics import SAMPLED, LayerStatistics, Statistics
 NEEDS = ("usage", "outputs", "norms", "grams", "sample")
 IDS = {"mixtral": tokens(10, 24, seed=4), "qwen2_moe": tokens(10, 24, seed=4), "gpt_oss": tokens(10, 24, seed=2)}
 ALIGNING = [
-    {"rule": "average", "align": "weights"},
-    {"rule": "average", "align": "activations"},
-    {"rule": "fix-dom", "features": "activations"},
-    {"rule": "fix-dom", "features": "weights"},
-    {"rule": "fix-dom", "features": "activations+weights"},
-    {"rule": "zipit", "features": "activations"},
-    {"rule": "zipit", "features": "weights"},
-    {"rule": "zipit", "features": "activations+weights"},
+    *MATCHING,
     {"rule": "least-squares", "align": "weights"},
     {"rule": "least-squares", "align": "activations"},
     {"rule": "joint-svd", "align": "weights", "rank": 1.0},
