@@ -1,11 +1,13 @@
-"""Inside one merge: which neurons of a group's experts match, and what each way of combining them does, domain by domain."""
+"""Inside one layer: which tokens an expert takes, which neurons of a group match, what each way of combining them does."""
 
 import numpy as np
 import torch
 
 from hcsmoe_core.combining import OPTIONS, Group, aligned, combine, standardised
+from hcsmoe_core.files import check_count
 from hcsmoe_core.moe import moe_layer
 from hcsmoe_core.plan import merge_weights
+from hcsmoe_core.statistics import sequence_hashes
 
 # Ways of combining that are shown side by side, as options of :func:`hcsmoe_core.combining.combine`.
 WAYS = {
@@ -140,3 +142,86 @@ def neuron_matches(stats, model, layer, members, *, align="activations"):
             other = standardised(group.layer.activate(ordered[place], tokens).double())
             found[member] = (centre.T @ other).cpu().numpy()
     return found
+
+
+def expert_tokens(stats, layer, expert, input_ids, tokenizer=None, *, context=8):
+    """Calibration tokens of the sample that the router sends to an expert, those with the largest routing weight first.
+
+    Parameters
+    ----------
+    stats : Statistics
+        With the sample.
+    layer : int or str
+    expert : int
+    input_ids : (N, S) int64 tensor
+        The calibration tokens that the statistics were taken from.
+    tokenizer : transformers.PreTrainedTokenizerBase, optional
+        Without one, tokens are shown as their ids.
+    context : int
+        Tokens shown before and after each.
+
+    Returns
+    -------
+    pandas.DataFrame
+        ``domain``, ``before``, ``token``, ``after`` and ``weight``, the routing weight applied.
+
+    Raises
+    ------
+    ValueError
+        If there is no sample, or these are not the tokens that it was taken from.
+    """
+    import pandas as pd
+
+    gates = _sampled_gates(stats, layer, expert, input_ids)
+    rows = []
+    for place in gates.argsort(descending=True, stable=True)[: int((gates > 0).sum())].tolist():
+        sequence, position, domain = stats.sampled[place].tolist()
+        ids = input_ids[sequence].tolist()
+        parts = ids[max(0, position - context) : position], ids[position : position + 1], ids[position + 1 :][:context]
+        before, token, after = (_text(tokenizer, part) for part in parts)
+        row = {"domain": stats.domains[domain], "before": before, "token": token, "after": after}
+        rows.append(row | {"weight": float(gates[place])})
+    return pd.DataFrame(rows, columns=["domain", "before", "token", "after", "weight"])
+
+
+def token_shares(stats, layer, expert, input_ids, tokenizer=None, *, least=5):
+    """Which tokens an expert takes more often than others: one row for each that stands in the sample often enough.
+
+    Parameters
+    ----------
+    stats, layer, expert, input_ids, tokenizer
+        As for :func:`expert_tokens`.
+    least : int
+        Times that a token must stand in the sample.
+
+    Returns
+    -------
+    pandas.DataFrame
+        ``token``, ``count`` in the sample and ``share`` of them that are routed to the expert, the largest first.
+    """
+    import pandas as pd
+
+    taken = _sampled_gates(stats, layer, expert, input_ids) > 0
+    ids = input_ids[stats.sampled[:, 0], stats.sampled[:, 1]]
+    frame = pd.DataFrame({"id": ids.numpy(), "taken": taken.numpy()}).groupby("id")["taken"].agg(["size", "mean"])
+    frame = frame[frame["size"] >= least].sort_values(["mean", "size"], ascending=False, kind="stable").reset_index()
+    frame["token"] = [_text(tokenizer, [i]) for i in frame["id"]]
+    return frame.rename(columns={"size": "count", "mean": "share"})[["token", "count", "share"]]
+
+
+def _sampled_gates(stats, layer, expert, input_ids):
+    """Routing weight ``(R,)`` that an expert's output got for each token of the sample."""
+    stats.check(["sample"], "Showing what an expert takes")
+    if sequence_hashes(input_ids) != stats.sequences:
+        raise ValueError(
+            "The input_ids are not the calibration tokens of these statistics; give those that they were captured from."
+        )
+    check_count("expert", expert, 0, stats.layer(layer).num_experts - 1)
+    return stats.layer(layer).sample.gates[:, expert]
+
+
+def _text(tokenizer, ids):
+    """Token ids as text on one line."""
+    if tokenizer is None:
+        return " ".join(map(str, ids))
+    return tokenizer.decode(ids, clean_up_tokenization_spaces=False).replace("\n", "⏎")

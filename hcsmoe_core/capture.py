@@ -1,6 +1,5 @@
 """One pass over the calibration tokens gives the statistics that every similarity and every plan is made from."""
 
-import hashlib
 import inspect
 
 import torch
@@ -17,6 +16,7 @@ from hcsmoe_core.statistics import (
     Statistics,
     estimated_bytes,
     sample_of,
+    sequence_hashes,
 )
 
 # Tokens that an expert is applied to at once: what stays in a CPU's caches, and what fills a GPU.
@@ -249,7 +249,7 @@ def capture(model, input_ids, *, needs=DEFAULT_NEEDS, sample=SAMPLE, batch_size=
     collectors = [_Collector(layer, len(names), needs) for layer in layers]
     about = {"name": model.name_or_path or type(model).__name__, "class": type(model).__name__, "hash": model_hash(model)}
     about["layers"] = {layer.name: _about(layer) for layer in layers}
-    hashes = [hashlib.sha256(row.numpy().tobytes()).hexdigest()[:16] for row in input_ids]
+    hashes = sequence_hashes(input_ids)
     chosen = sample_of(hashes, input_ids.shape[1], sample) if "sample" in needs else torch.empty(0, 2, dtype=torch.int64)
     _run(model, input_ids, collectors, of_sequence, batch_size, chosen, progress)
     by_batch = torch.argsort(chosen[:, 0] // batch_size, stable=True)  # the order in which the collectors met them

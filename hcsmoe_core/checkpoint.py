@@ -61,6 +61,29 @@ def load_model(model, *, dtype="auto", device="auto", experts_implementation=Non
     return loaded, load_tokenizer(source)
 
 
+def load_skeleton(model, *, dtype="auto"):
+    """A model's modules without its weights, from its configuration alone.
+
+    Parameters
+    ----------
+    model, dtype
+        As for :func:`load_model`.
+
+    Returns
+    -------
+    transformers.PreTrainedModel
+        On the meta device. A merged folder's layers have the number of experts that they had before.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    source = demo.folder(model) if model in demo.NAMES else model
+    dtype = _dtype(dtype)
+    with _readable(model), torch.device("meta"):
+        config = AutoConfig.from_pretrained(source)
+        kind = config.get_text_config().dtype if dtype == "auto" else dtype
+        return AutoModelForCausalLM.from_config(config, dtype=kind or torch.float32)
+
+
 def load_tokenizer(source):
     """Tokenizer of a folder or hub name, or None if it has none."""
     from transformers import AutoTokenizer

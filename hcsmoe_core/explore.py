@@ -1,12 +1,11 @@
 """Controls over a figure: live in JupyterLab, a plain picture wherever there is no kernel."""
 
-import base64
 import html
 
 import ipywidgets as widgets
 import numpy as np
 
-from hcsmoe_core.anatomy import joined_groups, output_errors
+from hcsmoe_core.anatomy import expert_tokens, joined_groups, output_errors, token_shares
 from hcsmoe_core.clustering import LINKAGES, cut
 from hcsmoe_core.clustering import linkage as tree_of
 from hcsmoe_core.evaluation import evaluate
@@ -15,10 +14,11 @@ from hcsmoe_core.figures import (
     cut_height,
     dendrogram,
     domain_errors,
+    expert_profile,
     png,
     similarity_heatmap,
-    stacked_png,
     tanglegram,
+    tiled_png,
     usage_by_domain,
 )
 from hcsmoe_core.files import check_choice, check_count
@@ -27,28 +27,35 @@ from hcsmoe_core.methods import make_plan, merge_tree
 from hcsmoe_core.plan import summarise
 from hcsmoe_core.similarity import allowed_linkages, available, described, distances, metric_of
 from hcsmoe_core.stability import agreement
-from hcsmoe_core.study import cut_costs
+from hcsmoe_core.study import cut_costs, domain_mix
 
 
 class Explorer(widgets.VBox):
-    """Controls above a figure and a line of text.
+    """Controls, and below them a picture and a note that follow them.
 
-    Its mimebundle carries the widget and the picture as it stands: JupyterLab shows the first, and a front end without
-    a kernel (an executed notebook reopened, nbconvert, GitHub) the second.
+    Picture and note are outputs of the cell in their own right, replaced whenever a control moves, and not widgets: a
+    front end shows a widget that it has no kernel for as an error, even where there is a picture to fall back to. So an
+    executed notebook shows the picture wherever it is opened, as it was when the notebook was saved.
 
     Parameters
     ----------
     draw : callable
-        Takes the controls' values by name; returns a Figure or PNG bytes, or one of them and a text to show below it.
+        Takes the controls' values by name; returns a Figure or PNG bytes, or one of them and a note to show below it: a
+        text or a data frame.
     controls
         ipywidgets by the names of ``draw``'s parameters.
+
+    Attributes
+    ----------
+    picture : bytes
+        PNG.
+    note : str or pandas.DataFrame
     """
 
     def __init__(self, draw, **controls):
-        self._draw, self._controls, self._drawn = draw, controls, {}
-        self._image = widgets.Image(format="png", layout=widgets.Layout(max_width="820px"))
-        self._text = widgets.HTML()
-        super().__init__([widgets.HBox(list(controls.values())), self._image, self._text])
+        self._draw, self._controls, self._drawn, self._outputs = draw, controls, {}, ()
+        self.picture, self.note = b"", ""
+        super().__init__([widgets.HBox(list(controls.values()), layout=widgets.Layout(flex_flow="row wrap"))])
         for control in controls.values():
             if hasattr(control, "continuous_update"):
                 control.continuous_update = False
@@ -69,20 +76,37 @@ class Explorer(widgets.VBox):
         if key not in self._drawn:
             try:
                 made = self._draw(**self.values)
-            except ValueError as error:  # a combination that does not exist: the picture stays, and the text says why
+            except ValueError as error:  # a combination that does not exist: the picture stays, and the note says why
                 if not self._drawn:
                     raise
-                self._text.value = html.escape(str(error))
+                self.note = str(error)
+                self._publish()
                 return
-            figure, text = made if isinstance(made, tuple) else (made, "")
-            self._drawn[key] = figure if isinstance(figure, bytes) else png(figure), text
-        self._image.value, self._text.value = self._drawn[key]
+            figure, note = made if isinstance(made, tuple) else (made, "")
+            self._drawn[key] = figure if isinstance(figure, bytes) else png(figure, tight=False), note
+        self.picture, self.note = self._drawn[key]
+        self._publish()
 
-    def _repr_mimebundle_(self, **keywords):
-        bundle = super()._repr_mimebundle_(**keywords)
+    def _publish(self):
+        for output, bundle in zip(self._outputs, self._bundles(), strict=False):
+            output.update(bundle, raw=True)
+
+    def _bundles(self):
+        """Picture and note as outputs of a cell."""
+        if isinstance(self.note, str):
+            text, markup = self.note, html.escape(self.note).replace("\n", "<br>")
+        else:
+            text, markup = self.note.to_string(index=False), self.note.to_html(index=False)
+        return {"image/png": self.picture, "text/plain": "picture"}, {"text/html": markup, "text/plain": text}
+
+    def _ipython_display_(self, **_):
+        from IPython.display import display
+
+        bundle = self._repr_mimebundle_()
         data = bundle[0] if isinstance(bundle, tuple) else bundle
-        data["image/png"] = base64.b64encode(self._image.value).decode()
-        return bundle
+        settings = ", ".join(f"{control.description}: {control.value}" for control in self._controls.values())
+        display(data | {"text/plain": settings}, raw=True)
+        self._outputs = [display(data, raw=True, display_id=True) for data in self._bundles()]
 
 
 def usage_explorer(stats, *, layer=0):
@@ -103,8 +127,9 @@ def similarity_explorer(stats, model, *, layer=0, similarity="expert-output", li
     def draw(layer, similarity, linkage):
         condensed = distances(stats, layer, similarity=similarity, model=model)
         tree = tree_of(condensed, linkage, metric=metric_of(similarity))
+        about = dict(usage=stats.layer(layer).frequency.numpy(), mix=domain_mix(stats, layer), groups=groups)
         title = f"MoE layer {layer}, {similarity}, {linkage} linkage"
-        return similarity_heatmap(condensed, tree, groups=groups, title=title, label=described(similarity), width=4.6)
+        return similarity_heatmap(condensed, tree, title=title, label=described(similarity), width=5, **about)
 
     return Explorer(
         draw,
@@ -112,6 +137,27 @@ def similarity_explorer(stats, model, *, layer=0, similarity="expert-output", li
         similarity=_choice("similarity", similarity, available(stats)),
         linkage=_choice("linkage", linkage, LINKAGES),
     )
+
+
+def token_explorer(stats, input_ids, tokenizer, *, layer=0, expert=0, most=12):
+    """Which tokens an expert takes: by domain, by token, and those that it takes with the largest routing weight."""
+    experts = min(sums.num_experts for sums in stats.layers.values())
+
+    def draw(layer, expert):
+        sums = stats.layer(layer)
+        shares = (sums.usage_count[:, expert] / sums.tokens).tolist()
+        how = dict(expected=float(sums.usage_count.sum() / sums.tokens.sum() / sums.num_experts))
+        found = token_shares(stats, layer, expert, input_ids, tokenizer)
+        figure = expert_profile(dict(zip(stats.domains, shares, strict=True)), found, title=_expert(layer, expert), **how)
+        return figure, expert_tokens(stats, layer, expert, input_ids, tokenizer).head(most).round(3)
+
+    return Explorer(
+        draw, layer=_slider("layer", layer, 0, len(stats.layers) - 1), expert=_slider("expert", expert, 0, experts - 1)
+    )
+
+
+def _expert(layer, expert):
+    return f"MoE layer {layer}, expert {expert}"
 
 
 def tangle_explorer(stats, model, *, layer=0, similarity="expert-output", first="average", second="ward", groups=None):
@@ -206,7 +252,8 @@ class CutExplorer(Explorer):
         self._buttons = {name: widgets.Button(description=name, tooltip=name) for name, _ in buttons}
         for name, action in buttons:
             self._buttons[name].on_click(lambda _, action=action: self._tell(action))
-        self.children = (*self.children, widgets.HBox([*self._buttons.values(), self._path]), self._said)
+        actions = widgets.HBox([*self._buttons.values(), self._path], layout=widgets.Layout(flex_flow="row wrap"))
+        self.children = (*self.children, actions, self._said)
 
     @property
     def plan(self):
@@ -270,6 +317,11 @@ class CutExplorer(Explorer):
             self._known[layer, linkage] = merge_tree(self._stats, layer, **how)
         return self._known[layer, linkage]
 
+    def _condensed(self, layer):
+        if layer not in self._known:
+            self._known[layer] = distances(self._stats, layer, similarity=self._similarity, model=self._model)
+        return self._known[layer]
+
     def _costs(self, linkage):
         if linkage not in self._known:
             self._known[linkage] = cut_costs(self._stats, self._model, similarity=self._similarity, linkage=linkage)
@@ -277,25 +329,23 @@ class CutExplorer(Explorer):
 
     def _drawing(self, layer, linkage, experts, height):
         tree, costs, count = self._tree(layer, linkage), self._costs(linkage), self.counts[layer]
-        most = len(tree) + 1
-        upper = dendrogram(
-            tree,
-            groups=count,
-            usage=self._stats.layer(layer).frequency.numpy(),
-            title=f"MoE layer {layer}, {linkage} linkage, {count} of {most} experts kept",
-            label=described(self._similarity),
-        )
-        lower = budget_strip(costs, self.counts, uniform=self._uniform, layer=layer)
+        shape = dict(groups=count, label=described(self._similarity))
+        title = f"MoE layer {layer}, {linkage} linkage, {count} of {len(tree) + 1} experts kept"
+        usage = self._stats.layer(layer).frequency.numpy()
+        heatmap = similarity_heatmap(self._condensed(layer), tree, width=3.4, **shape)
+        upper = dendrogram(tree, usage=usage, title=title, width=5, height=heatmap.get_figheight(), **shape)
+        lower = budget_strip(costs, self.counts, uniform=self._uniform, layer=layer, width=8.4)
+        picture = tiled_png([[png(f, tight=False) for f in row] for row in ((upper, heatmap), (lower,))])
         found = summarise(self._stats, layer, cut(tree, count))
         drawn, even = (_mean_square(costs, counts) for counts in (self.counts, [self._uniform] * len(costs)))
         note = (
             f"This layer: {100 * found['saved']:.0f} % of its expert weights saved; {100 * found['moved']:.0f} % of the "
             f"routing mass goes to experts that are joined; routing entropy {found['entropy']:.2f} → "
             f"{found['entropy_after']:.2f} nats; "
-            f"predicted relative error of its output {found['function_error']:.3f}.<br>All layers: {sum(self.counts)} experts, "
+            f"predicted relative error of its output {found['function_error']:.3f}.\nAll layers: {sum(self.counts)} experts, "
             f"predicted error {drawn:.3f} (root mean square); {self._uniform * len(costs)} spread evenly: {even:.3f}."
         )
-        return stacked_png([png(upper), png(lower)]), note
+        return picture, note
 
 
 def _mean_square(costs, counts):

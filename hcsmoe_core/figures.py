@@ -9,6 +9,8 @@ import matplotlib
 import matplotlib.figure
 import numpy as np
 from matplotlib import patheffects
+from matplotlib.collections import PolyCollection
+from matplotlib.transforms import ScaledTranslation
 from scipy.cluster import hierarchy
 from scipy.spatial.distance import squareform
 
@@ -36,25 +38,29 @@ def styled(function):
 
 
 @styled
-def png(figure, dpi=110):
-    """A figure as PNG bytes, the same each time."""
+def png(figure, dpi=110, *, tight=True):
+    """A figure as PNG bytes, the same each time; not ``tight``, its margins stay, which takes half the time to draw."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
+    with matplotlib.rc_context({"savefig.bbox": "tight" if tight else None}):
+        figure.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
     return buffer.getvalue()
 
 
-def stacked_png(pictures):
-    """PNG bytes of several pictures below each other, on white, the same each time."""
+def tiled_png(rows):
+    """PNG bytes of pictures beside and below each other, on white, the same each time; ``rows`` from top to bottom."""
     from PIL import Image
 
-    images = [Image.open(io.BytesIO(picture)).convert("RGB") for picture in pictures]
-    whole = Image.new("RGB", (max(i.width for i in images), sum(i.height for i in images)), "white")
-    top = 0
-    for image in images:
-        whole.paste(image, (0, top))
-        top += image.height
+    images = [[Image.open(io.BytesIO(picture)).convert("RGB") for picture in row] for row in rows]
+    size = max(sum(i.width for i in row) for row in images), sum(max(i.height for i in row) for row in images)
+    whole, top = Image.new("RGB", size, "white"), 0
+    for row in images:
+        left = 0
+        for image in row:
+            whole.paste(image, (left, top))
+            left += image.width
+        top += max(i.height for i in row)
     buffer = io.BytesIO()
-    whole.save(buffer, format="png")
+    whole.save(buffer, format="png", compress_level=1)
     return buffer.getvalue()
 
 
@@ -163,8 +169,16 @@ def cut_height(tree, groups):
     return (below + above) / 2
 
 
+def _inches(figure, *, left, right, bottom, top):
+    """Margins in inches, as ``add_gridspec`` takes them."""
+    width, height = figure.get_size_inches()
+    return dict(left=left / width, right=1 - right / width, bottom=bottom / height, top=1 - top / height)
+
+
 @styled
-def similarity_heatmap(condensed, tree, *, groups=None, title="", label="distance between experts", width=COLUMN):
+def similarity_heatmap(
+    condensed, tree, *, groups=None, usage=None, mix=None, title="", label="distance between experts", width=COLUMN
+):
     """Pairwise distances of one layer's experts, ordered by their merge tree, which is drawn on both sides.
 
     Parameters
@@ -173,6 +187,10 @@ def similarity_heatmap(condensed, tree, *, groups=None, title="", label="distanc
     tree : (E−1, 4) array
     groups : int, optional
         Where the tree is cut; groups are coloured in the trees and framed in the heatmap.
+    usage : (E,) array, optional
+        Share of routed tokens of each expert, drawn as bars below.
+    mix : dict of str to (E,) array, optional
+        By domain, share of each expert's tokens, drawn as a strip below: see :func:`hcsmoe_core.study.domain_mix`.
     title, label : str
         Of the figure and of the colour bar.
     width : float
@@ -184,44 +202,75 @@ def similarity_heatmap(condensed, tree, *, groups=None, title="", label="distanc
     """
     experts = len(tree) + 1
     labels = cut(tree, groups or experts)
-    figure = Figure(figsize=(width, width * 1.08))
+    side = width - 1.3  # of the heatmap, in inches
+    heights = [0.17 * side, side] + [0.16 * side] * (usage is not None) + [0.085 * len(mix or {})] * bool(mix)
+    figure = Figure(figsize=(width, sum(heights) + 0.06 * len(heights) + 0.72))
+    edges = _inches(figure, left=0.05, right=0.62, bottom=0.42, top=0.3)
     grid = figure.add_gridspec(
-        2, 3, width_ratios=(0.16, 1, 0.045), height_ratios=(0.16, 1), wspace=0.03, hspace=0.03, top=0.92, right=0.86
+        len(heights), 3, width_ratios=(0.55, side, 0.1), height_ratios=heights, wspace=0.03, hspace=0.06, **edges
     )
     top, left, middle = figure.add_subplot(grid[0, 1]), figure.add_subplot(grid[1, 0]), figure.add_subplot(grid[1, 1])
     order = _draw_tree(top, tree, labels)
     _draw_tree(left, tree, labels, orientation="left")
     left.invert_yaxis()
     image = middle.imshow(squareform(condensed)[np.ix_(order, order)], cmap=DISTANCES, vmin=0, aspect="auto")
-    _label_experts(middle, order, 0.72 * width)
     colours = group_colours(labels, order)
     for label_of_group in set(labels.tolist()):
         places = [i for i, e in enumerate(order) if labels[e] == label_of_group]
         if len(places) > 1:
-            corner, side = places[0] - 0.5, len(places)
-            colour = colours[label_of_group]
-            middle.add_patch(
-                matplotlib.patches.Rectangle((corner, corner), side, side, fill=False, ec=colour, lw=1.4, clip_on=False)
-            )
-    middle.set_xlabel("expert")
-    bar = figure.colorbar(image, cax=figure.add_subplot(grid[1, 2]))
-    bar.ax.yaxis.set_ticks_position("right")
-    middle.yaxis.set_visible(False)
-    bar.set_label(label)
-    figure.suptitle(title, fontsize=matplotlib.rcParams["axes.titlesize"])
+            corner, length = places[0] - 0.5, len(places)
+            frame = dict(fill=False, ec=colours[label_of_group], lw=1.4, clip_on=False)
+            middle.add_patch(matplotlib.patches.Rectangle((corner, corner), length, length, **frame))
+    middle.set(xticks=[], yticks=[])
+    figure.colorbar(image, cax=figure.add_subplot(grid[1, 2])).set_label(label)
+    lowest, row = middle, 2
+    if usage is not None:
+        lowest, row = figure.add_subplot(grid[row, 1]), row + 1
+        _usage_bars(lowest, range(experts), order, usage, [colours[int(labels[e])] for e in order])
+        lowest.set(xlim=(-0.5, experts - 0.5), xticks=[])
+        lowest.set_ylabel("tokens,\n%", rotation=0, ha="right", va="center")
+    if mix:
+        lowest = figure.add_subplot(grid[row, 1])
+        shares = 100 * np.stack([np.asarray(share)[order] for share in mix.values()])
+        image = lowest.imshow(shares, cmap="rocket_r", vmin=0, aspect="auto")
+        lowest.set_yticks(range(len(mix)), list(mix), fontsize=5.5)
+        lowest.tick_params(length=0)
+        figure.colorbar(image, cax=figure.add_subplot(grid[row, 2])).set_label("of the expert's\ntokens, %")
+    _label_experts(lowest, order, side)
+    lowest.set_xlabel("expert")
+    figure.suptitle(title, fontsize=matplotlib.rcParams["axes.titlesize"], y=1 - 0.08 / figure.get_figheight())
     return figure
 
 
-def _label_experts(axes, order, inches, places=None, *, both=True):
+def _usage_bars(axes, places, order, usage, colours, width=0.8):
+    """Share of routed tokens of each expert, in per cent, with a line at an equal share."""
+    half = width / 2
+    shares = [100 * float(usage[e]) for e in order]
+    boxes = [((x - half, 0), (x - half, y), (x + half, y), (x + half, 0)) for x, y in zip(places, shares, strict=True)]
+    axes.add_collection(PolyCollection(boxes, facecolors=colours))  # one artist: bars are slow to draw
+    axes.axhline(100 / len(order), color="black", lw=0.6, ls=":")
+    axes.set_ylim(0, 1.05 * max(shares))
+
+
+def _label_experts(axes, order, inches, places=None, *, both=False):
     """Number the experts along ``inches`` of an axis, as many as can be read: all of them, or every n-th."""
     room = 72 * inches / len(order)  # points for each
     step = max(1, math.ceil(LEGIBLE / room))
     places = list(range(len(order))) if places is None else places
     size = min(7, 0.9 * room * step)
-    axes.set_xticks(places[::step], order[::step], fontsize=size, rotation=90 if room < 9 else 0)
+    digits = len(str(max(order)))
+    turned = 90 if room * step < 0.65 * digits * size + 2 else 0
+    down, aside = (ScaledTranslation(*shift, axes.figure.dpi_scale_trans) for shift in ((0, -3 / 72), (-3 / 72, 0)))
+    below, left = axes.get_xaxis_transform() + down, axes.get_yaxis_transform() + aside
+    # Not tick labels: a tick is five artists, and sixty-four of them are most of the time that a figure takes to draw.
+    axes.set_xticks([])
+    for place, expert in list(zip(places, order, strict=True))[::step]:
+        axes.text(place, 0, str(expert), fontsize=size, rotation=turned, ha="center", va="top", transform=below)
+        if both:
+            axes.text(0, place, str(expert), fontsize=size, ha="right", va="center", transform=left)
     if both:
-        axes.set_yticks(places[::step], order[::step], fontsize=size)
-    axes.tick_params(length=0)
+        axes.set_yticks([])
+    axes.xaxis.labelpad = 5 + (0.65 * digits * size if turned else size)
 
 
 @styled
@@ -246,7 +295,10 @@ def dendrogram(tree, *, groups=None, usage=None, title="", label="distance", wid
     experts = len(tree) + 1
     labels = cut(tree, groups or experts)
     figure = Figure(figsize=(width, height))
-    rows = figure.add_gridspec(2, 1, height_ratios=(1, 0.28) if usage is not None else (1, 0.001), hspace=0.08)
+    edges = _inches(figure, left=0.62, right=0.05, bottom=0.42, top=0.25)
+    rows = figure.add_gridspec(
+        2 if usage is not None else 1, 1, height_ratios=(1, 0.28)[: 1 + (usage is not None)], hspace=0.08, **edges
+    )
     axes = figure.add_subplot(rows[0])
     order = _draw_tree(axes, tree, labels)
     axes.spines["left"].set_visible(True)
@@ -256,25 +308,20 @@ def dendrogram(tree, *, groups=None, usage=None, title="", label="distance", wid
     if groups:
         axes.axhline(cut_height(tree, groups), color="black", lw=0.8, ls=(0, (4, 3)))
     places = [10 * i + 5 for i in range(experts)]  # where SciPy draws the leaves
-    if usage is None:
-        _label_experts(axes, order, 0.9 * width, places, both=False)
-        axes.tick_params(labelbottom=True)
-        axes.set_xlabel("expert")
-        return figure
-    below = figure.add_subplot(rows[1], sharex=axes)
-    colours = group_colours(labels, order)
-    below.bar(places, [100 * usage[e] for e in order], width=8, color=[colours[int(labels[e])] for e in order])
-    below.axhline(100 / experts, color="black", lw=0.6, ls=":")
-    below.set_ylabel("tokens, %")
-    below.set_xlabel("expert")
-    _label_experts(below, order, 0.9 * width, places, both=False)
-    below.tick_params(length=0, labelbottom=True)
+    lowest = axes
+    if usage is not None:
+        lowest = figure.add_subplot(rows[1])
+        colours = group_colours(labels, order)
+        _usage_bars(lowest, places, order, usage, [colours[int(labels[e])] for e in order], width=8)
+        lowest.set(xlim=axes.get_xlim(), ylabel="tokens, %")
+    _label_experts(lowest, order, width - 0.67, places)
+    lowest.set_xlabel("expert")
     figure.align_ylabels()
     return figure
 
 
 @styled
-def layer_grid(condensed, trees, *, groups=None, titles=None, label="distance between experts", width=PAGE):
+def layer_grid(condensed, trees, *, groups=None, order=None, titles=None, label="distance between experts", width=PAGE):
     """Every layer's distances as small heatmaps with their trees above, on one colour scale a layer.
 
     Parameters
@@ -282,6 +329,8 @@ def layer_grid(condensed, trees, *, groups=None, titles=None, label="distance be
     condensed, trees : list
         Of each layer, as for :func:`similarity_heatmap`.
     groups : int, optional
+    order : list of int, optional
+        One order of the experts for all layers, in place of each layer's own tree, which is not drawn then.
     titles : list of str, optional
 
     Returns
@@ -290,17 +339,19 @@ def layer_grid(condensed, trees, *, groups=None, titles=None, label="distance be
     """
     columns = min(4, len(trees))
     rows = -(-len(trees) // columns)
-    side = width / columns
-    figure = Figure(figsize=(width, rows * side * 1.25 + 0.5))
-    upper, lower = figure.subfigures(2, 1, height_ratios=(rows * side * 1.25, 0.5))
+    side, above = width / columns, 0.3 if order is None else 0.001
+    figure = Figure(figsize=(width, rows * side * (0.95 + above) + 0.5))
+    upper, lower = figure.subfigures(2, 1, height_ratios=(rows * side * (0.95 + above), 0.5))
     outer = upper.add_gridspec(rows, columns, wspace=0.12, hspace=0.22, left=0.04, right=0.99)
     for i, (distance, tree) in enumerate(zip(condensed, trees, strict=True)):
-        inner = outer[i // columns, i % columns].subgridspec(2, 1, height_ratios=(0.3, 1), hspace=0.03)
-        above, below = upper.add_subplot(inner[0]), upper.add_subplot(inner[1])
-        order = _draw_tree(above, tree, cut(tree, groups or len(tree) + 1))
-        image = below.imshow(squareform(distance)[np.ix_(order, order)], cmap=DISTANCES, vmin=0, aspect="auto")
-        _label_experts(below, order, 0.8 * side)
-        above.set_title(titles[i] if titles else f"layer {i}")
+        inner = outer[i // columns, i % columns].subgridspec(2, 1, height_ratios=(above, 1), hspace=0.03)
+        top, middle = upper.add_subplot(inner[0]), upper.add_subplot(inner[1])
+        own = _draw_tree(top, tree, cut(tree, groups or len(tree) + 1))
+        top.set_visible(order is None)
+        shown = own if order is None else order
+        image = middle.imshow(squareform(distance)[np.ix_(shown, shown)], cmap=DISTANCES, vmin=0, aspect="auto")
+        _label_experts(middle, shown, 0.8 * side, both=True)
+        (top if order is None else middle).set_title(titles[i] if titles else f"layer {i}")
     bar = figure.colorbar(image, cax=lower.add_axes((0.3, 0.75, 0.4, 0.16)), orientation="horizontal")
     bar.set_ticks([0, image.norm.vmax], labels=["0 (the same)", "largest of the layer"])
     bar.set_label(label)
@@ -328,11 +379,53 @@ def usage_by_domain(stats, layer, *, order=None, title="", width=PAGE):
     figure = Figure(figsize=(width, 0.7 + 0.17 * len(stats.domains)))
     axes = figure.add_subplot()
     image = axes.imshow(share[:, order], cmap="rocket_r", vmin=0, aspect="auto")
-    _label_experts(axes, order, 0.8 * width, both=False)
+    _label_experts(axes, order, 0.8 * width)
     axes.set_yticks(range(len(stats.domains)), stats.domains)
     axes.set_xlabel("expert")
     axes.set_title(title)
     figure.colorbar(image, ax=axes, pad=0.015, aspect=12).set_label("tokens, %")
+    return figure
+
+
+@styled
+def expert_profile(shares, tokens, *, expected, most=18, title="", width=PAGE):
+    """What one expert takes: the share of each domain's tokens, and the tokens that it takes most of.
+
+    Parameters
+    ----------
+    shares : dict of str to float
+        By domain, the share of its tokens that are routed to the expert.
+    tokens : pandas.DataFrame
+        Of :func:`hcsmoe_core.anatomy.token_shares`; the first ``most`` are drawn.
+    expected : float
+        Share that an expert takes on average, k/E: the dotted line.
+    title : str
+    width : float
+        Inches.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+    """
+    tokens = tokens.head(most)
+    figure = Figure(figsize=(width, 0.62 + 0.14 * max(len(shares), len(tokens), 6)))
+    grid = figure.add_gridspec(1, 2, wspace=0.55, **_inches(figure, left=0.85, right=0.1, bottom=0.38, top=0.24))
+    names = [token.replace(" ", "␣").replace("$", r"\$")[:14] for token in tokens["token"]]
+    panels = (
+        (shares.values(), list(shares), "tokens of each domain, %"),
+        (tokens["share"], names, "occurrences of each token, %"),
+    )
+    for place, (values, labels, name) in enumerate(panels):
+        axes = figure.add_subplot(grid[place])
+        axes.barh(range(len(labels)), [100 * v for v in values], height=0.75)
+        axes.axvline(100 * expected, color="black", lw=0.7, ls=":")
+        axes.set_yticks(range(len(labels)), labels, family=["DejaVu Sans Mono" if place else "DejaVu Sans"], size=6.5)
+        axes.set_ylim(max(len(labels), 1) - 0.4, -0.6)
+        axes.set(xlabel=name, xlim=(0, 112 * max([*values, 0.01])))  # with room for the counts
+        axes.tick_params(axis="y", length=0)
+    for y, count in enumerate(tokens["count"]):
+        axes.text(100 * tokens["share"].iloc[y], y, f" of {count}", va="center", size=5.5)
+    figure.suptitle(title, fontsize=matplotlib.rcParams["axes.titlesize"], y=1 - 0.06 / figure.get_figheight())
     return figure
 
 
@@ -611,8 +704,10 @@ def budget_strip(costs, counts, *, uniform=None, layer=None, title="", label="re
     values = np.full((len(costs), most), np.nan)
     for row, cost in zip(values, costs, strict=True):
         row[: len(cost)] = cost
-    figure = Figure(figsize=(width, 0.75 + max(0.9, 0.14 * len(costs))), layout="constrained")
-    axes = figure.add_subplot()
+    figure = Figure(figsize=(width, 0.95 + max(0.9, 0.14 * len(costs))))
+    edges = _inches(figure, left=0.62, right=0.75, bottom=0.62, top=0.25 if title else 0.08)
+    grid = figure.add_gridspec(1, 2, width_ratios=(1, 0.02), wspace=0.03, **edges)
+    axes = figure.add_subplot(grid[0])
     extent = (0.5, most + 0.5, len(costs) - 0.5, -0.5)
     image = axes.imshow(values, cmap=f"{DISTANCES}_r", aspect="auto", extent=extent, vmin=0)
     axes.plot(counts, range(len(costs)), "o-", color="#de8f05", ms=4, mec="white", mew=0.6, label="this plan")
@@ -623,6 +718,6 @@ def budget_strip(costs, counts, *, uniform=None, layer=None, title="", label="re
         axes.plot(counts[layer], layer, "o", color="#d55e00", ms=6.5, mec="white")
     axes.set(title=title, xlabel="experts kept", ylabel="MoE layer")
     axes.set_yticks(range(len(costs)) if len(costs) <= 12 else range(0, len(costs), 4))
-    figure.colorbar(image, ax=axes, label=label.replace(" of ", " of\n"), pad=0.01)
-    figure.legend(loc="outside lower center", ncols=2)
+    figure.colorbar(image, cax=figure.add_subplot(grid[1]), label=label.replace(" of ", " of\n"))
+    figure.legend(loc="lower center", ncols=2, borderaxespad=0.2)
     return figure

@@ -285,6 +285,11 @@ def _joined_sample(first, second, domains, sequences):
     return sampled[order], order
 
 
+def sequence_hashes(input_ids):
+    """Hash of each calibration sequence ``[N, S]``, by which statistics know it."""
+    return [hashlib.sha256(row.numpy().tobytes()).hexdigest()[:16] for row in input_ids]
+
+
 def sample_keys(sequences, positions):
     """Hash of each token by its sequence's hash and its position, uint64: the smallest are the sample."""
     number, place = np.unique(np.asarray(sequences), return_inverse=True)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import platform
+import time
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,8 @@ import torch
 
 import hcsmoe_core
 from hcsmoe_core.calibration import calibration_tokens, domains_of
-from hcsmoe_core.capture import capture
+from hcsmoe_core.capture import capture, expected_bytes
+from hcsmoe_core.checkpoint import load_skeleton
 from hcsmoe_core.clustering import cut
 from hcsmoe_core.demo import models as demo
 from hcsmoe_core.evaluation import versions
@@ -93,7 +95,8 @@ def statistics(
         As for :func:`calibration_of`.
     seed, batch_size : int
     needs : sequence of str
-        What to collect at least, beside the default: see :func:`hcsmoe_core.capture.capture`.
+        What to collect at least: the sums always are, the sample where it is named; see
+        :func:`hcsmoe_core.capture.capture`.
     folder : str or path
         Where the statistics are kept.
 
@@ -103,22 +106,90 @@ def statistics(
     """
     settings = calibration_of(model.name_or_path, calibration, sequences, length)
     needs = tuple(dict.fromkeys((*DEFAULT_NEEDS, *needs)))
-    key = settings | {"needs": needs, "seed": seed, "model": model_hash(model), "dtype": str(model.dtype)}
+    key = settings | {"seed": seed, "model": model_hash(model), "dtype": str(model.dtype)}
     key["core"] = hcsmoe_core.__version__
     if settings["calibration"] == "demo":
         key["python"] = platform.python_version()  # whose library is part of the text
     source = Path(settings["calibration"])
     if source.is_file():
         key["file"] = sha256_file(source)
-    path = place(folder) / f"{slug(model.name_or_path)}-{sha256_json(key)[:12]}.safetensors"
-    if path.exists():
-        return load_statistics(path)
+    kinds = {"sums": DEFAULT_NEEDS, "sample": (*DEFAULT_NEEDS, "sample")}
+    paths = {k: place(folder) / f"{slug(model.name_or_path)}-{sha256_json(key)[:12]}-{k}.safetensors" for k in kinds}
+    wanted = "sample" if "sample" in needs else "sums"
+    for path in (paths[wanted], paths["sample"]):
+        if path.exists():
+            return load_statistics(path)
     size = {"sequences": settings["sequences"], "length": settings["length"]}
     input_ids = calibration_tokens(settings["calibration"], tokenizer, seed=seed, **size)
     domains = domains_of(settings["calibration"], settings["sequences"])
-    stats = capture(model, input_ids, needs=needs, batch_size=batch_size, domains=domains)
-    stats.save(path)
+    stats = capture(model, input_ids, needs=kinds[wanted], batch_size=batch_size, domains=domains)
+    stats.save(paths[wanted])
     return stats
+
+
+def forecast(model, *, dtype="auto", calibration="", sequences=0, length=0, seed=42, needs=DEFAULT_NEEDS, samples=1):
+    """What a notebook will cost on a model, before the model is loaded: from its configuration alone.
+
+    Parameters
+    ----------
+    model : str
+        As for :func:`hcsmoe_core.load_model`.
+    dtype, calibration, sequences, length, seed, needs
+        As for :func:`statistics`; the seed costs nothing.
+    samples : int
+        Calibration samples.
+
+    Returns
+    -------
+    str
+        A line for each of model, calibration, capture and statistics file. The capture's time is a lower bound: its
+        operations at the speed of a matrix product that is timed here and now.
+    """
+    skeleton, source = load_skeleton(model, dtype=dtype), calibration_of(model, calibration, sequences, length)
+    needs = tuple(dict.fromkeys((*DEFAULT_NEEDS, *needs)))
+    layers, weights = find_moe_layers(skeleton), sum(p.numel() for p in skeleton.parameters())
+    held = sum(p.numel() * p.element_size() for p in skeleton.parameters())
+    tokens, experts = source["sequences"] * source["length"], 0
+    active, pairs = weights, 0
+    for layer in layers:
+        size, count = sum(t.numel() for t in layer.tensors().values()), layer.num_experts
+        experts += size
+        active -= size * (1 - (layer.top_k or count) / count)
+        pairs += 4 * count**2 * layer.hidden_size  # inner products of all pairs of outputs, four ways
+    work = 2 * samples * tokens * (active + experts + pairs)
+    where, speed = _speed(skeleton.dtype)
+    domains = len(set(domains_of(source["calibration"], source["sequences"]) or ["all"]))
+    file = expected_bytes(skeleton, needs, domains=domains, tokens=tokens)
+    shape = f"{source['sequences']} × {source['length']:,} = {tokens:,} tokens of {source['calibration']}"
+    rows = {
+        "model": f"{_amount(weights)} weights, {_amount(held)}B in memory; {active / weights:.0%} of them active for a token",
+        "calibration": shape if samples == 1 else f"{samples} samples of {shape}",
+        "capture": f"{_amount(work)} operations: {_duration(work / speed)} or more on this {where}",
+        "statistics": f"{_amount(samples * file)}B under runs/statistics, kept for the next time",
+    }
+    return "\n".join(f"{name:<13}{text}" for name, text in rows.items())
+
+
+def _amount(number):
+    """A number with a prefix of a thousand, such as 46.7 G."""
+    power = min(int(np.log10(max(number, 1)) / 3), 6)
+    return f"{number / 1000**power:.3g} {' kMGTPE'[power]}".strip()
+
+
+def _speed(dtype, size=1024, seconds=0.1):
+    """Where matrix products are made, and operations a second of one that is timed."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    matrix, count, started = torch.ones(size, size, dtype=dtype, device=device), 0, time.perf_counter()
+    while time.perf_counter() - started < seconds:
+        (matrix @ matrix)[0, 0].item()
+        count += 1
+    return device.type.upper().replace("CUDA", "GPU"), 2 * size**3 * count / (time.perf_counter() - started)
+
+
+def _duration(seconds):
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def layer_table(model):
@@ -168,6 +239,20 @@ def usage_table(stats):
         row = {"layer": name, "least used": float(share.min()), "most used": float(share.max())}
         rows.append(row | {"unused": int((share == 0).sum()), "information, nats": float(information)})
     return pd.DataFrame(rows)
+
+
+def domain_mix(stats, layer):
+    """Of which domains each expert's tokens are: by domain, the share ``(E,)`` of the tokens routed to the expert.
+
+    Returns
+    -------
+    dict of str to array, or None
+        None where the calibration tokens have one domain only; NaN for an expert that no token was routed to.
+    """
+    if len(stats.domains) == 1:
+        return None
+    count = stats.layer(layer).usage_count.double()
+    return dict(zip(stats.domains, (count / count.sum(0)).numpy(), strict=True))
 
 
 def model_size(model):

@@ -78,7 +78,7 @@ def test_pictures_and_the_explorer(measured):
     assert [len(g) for g in groups] == sorted((len(g) for g in groups), reverse=True)
     assert all(len(g) > 1 for g in groups)
     merging = explore.merge_explorer(stats, model, plan)
-    assert "Least error on the sample" in merging._text.value
+    assert "Least error on the sample" in merging.note
     merging._controls["group"].value = merging._controls["group"].max
     merging._controls["layer"].value = 2
     matches = anatomy.neuron_matches(stats, model, 0, groups[0])
@@ -86,3 +86,58 @@ def test_pictures_and_the_explorer(measured):
     assert len(figure.axes[0].lines) == 2 * len(matches) + 2
     with pytest.raises(ValueError, match="needs 'sample'"):
         anatomy.output_errors(capture(model, tokens(), needs=("usage",)), model, 0, groups[0])
+
+
+class Words:
+    """A tokenizer whose tokens are words."""
+
+    def decode(self, ids, **_):
+        return " ".join(f"w{i}" for i in ids)
+
+
+def test_tokens_of_an_expert_are_those_that_the_router_sent_to_it():
+    model, ids = tiny_model("qwen2_moe", torch.float64), tokens()
+    chosen = {}
+    layer = find_moe_layers(model)[1]
+
+    def keep(module, inputs, keywords):
+        _, index, weight = [*inputs, *keywords.values()][:3]
+        chosen["index"], chosen["weight"] = (part.reshape(*ids.shape, -1) for part in (index, weight))
+
+    handle = layer.experts.register_forward_pre_hook(keep, with_kwargs=True)
+    with torch.no_grad():
+        model(input_ids=ids)
+    handle.remove()
+    stats = capture(model, ids, needs=("usage", "sample"), sample=ids.numel(), domains=DOMAINS)
+    expert = int(stats.layer(1).usage_count.sum(0).argmax())
+    taken = (chosen["index"] == expert).any(-1)
+    frame = anatomy.expert_tokens(stats, 1, expert, ids, Words(), context=3)
+    assert len(frame) == int(taken.sum())
+    weights = torch.where(chosen["index"] == expert, chosen["weight"], 0).sum(-1)
+    assert frame["weight"].tolist() == pytest.approx(weights[taken].sort(descending=True)[0].tolist(), abs=1e-6)
+    best = int(weights.argmax())
+    sequence, position = divmod(best, ids.shape[1])
+    row, around = frame.iloc[0], ids[sequence].tolist()
+    assert row["domain"] == DOMAINS[sequence]
+    assert row["token"] == f"w{around[position]}"
+    assert row["before"] == Words().decode(around[max(0, position - 3) : position])
+    assert row["after"] == Words().decode(around[position + 1 : position + 4])
+    shares = anatomy.token_shares(stats, 1, expert, ids, Words(), least=2).set_index("token")
+    values, counts = ids.unique(return_counts=True)
+    assert set(shares.index) == {f"w{v}" for v, c in zip(values.tolist(), counts.tolist(), strict=True) if c >= 2}
+    for value, count in zip(values.tolist(), counts.tolist(), strict=True):
+        if count >= 2:
+            assert shares.loc[f"w{value}", "count"] == count
+            assert shares.loc[f"w{value}", "share"] == pytest.approx(float(taken[ids == value].double().mean()))
+    assert shares["share"].is_monotonic_decreasing
+
+
+def test_other_tokens_than_those_of_the_statistics_are_refused():
+    model, ids = tiny_model("mixtral"), tokens()
+    stats = capture(model, ids, needs=("usage", "sample"))
+    with pytest.raises(ValueError, match="not the calibration tokens of these statistics"):
+        anatomy.expert_tokens(stats, 0, 0, ids + 1)
+    with pytest.raises(ValueError, match='"expert" argument must be a whole number from 0 to 7; not 8'):
+        anatomy.token_shares(stats, 0, 8, ids)
+    with pytest.raises(ValueError, match="Showing what an expert takes needs 'sample'"):
+        anatomy.expert_tokens(capture(model, ids), 0, 0, ids)

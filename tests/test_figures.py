@@ -1,4 +1,3 @@
-import base64
 import io
 
 import matplotlib.image
@@ -21,6 +20,7 @@ from hcsmoe_core import (
     load_plan,
     make_plan,
     merge_tree,
+    study,
 )
 from hcsmoe_core.clustering import by_first_appearance
 from hcsmoe_core.statistics import LayerStatistics, Statistics
@@ -36,12 +36,18 @@ def drawn(stats):
     condensed = [distances(stats, name) for name in stats.layers]
     trees = [linkage(c) for c in condensed]
     frame = pd.DataFrame({"r": [2, 4, 2, 4], "acc": [0.5, 0.6, 0.4, 0.7], "se": [0.1] * 4, "linkage": ["a", "a", "b", "b"]})
+    tokens_taken = pd.DataFrame({"token": ["$a", " b"], "count": [9, 6], "share": [0.5, 0.1]})
     scores = {"tasks": {"demo_units": {"acc": 0.5, "acc_stderr": 0.02}, "demo_largest": {"acc": 0.7, "acc_stderr": 0.02}}}
     return {
         "heatmap": figures.similarity_heatmap(condensed[0], trees[0], groups=4, title="t"),
         "dendrogram": figures.dendrogram(trees[0], groups=3, usage=stats.layer(0).frequency.numpy()),
         "bare": figures.dendrogram(trees[0]),
         "grid": figures.layer_grid(condensed, trees, groups=4),
+        "shared": figures.layer_grid(condensed, trees, order=figures.leaf_order(trees[1])),
+        "labelled": figures.similarity_heatmap(
+            condensed[0], trees[0], usage=stats.layer(0).frequency.numpy(), mix=study.domain_mix(stats, 0)
+        ),
+        "expert": figures.expert_profile({"a": 0.2, "b": 0.4}, tokens_taken, expected=0.25),
         "usage": figures.usage_by_domain(stats, 0),
         "curve": figures.curve(
             frame, x="r", y="acc", hue="linkage", error="se", reference=[(0.8, "original"), (0.25, "chance")]
@@ -64,6 +70,32 @@ def test_figures_are_not_blank_and_the_same_bytes_each_time(measured, tmp_path):
             assert b"/Type3" not in path.read_bytes()
 
 
+def test_strips_below_a_heatmap_are_in_its_order(measured):
+    _, stats = measured
+    condensed = distances(stats, 1)
+    tree, usage, mix = linkage(condensed), stats.layer(1).frequency.numpy(), study.domain_mix(stats, 1)
+    assert np.nansum(list(mix.values()), 0) == pytest.approx(np.ones(8))
+    figure = figures.similarity_heatmap(condensed, tree, usage=usage, mix=mix, groups=3)
+    order = figures.leaf_order(tree)
+    bars, strip = figure.axes[4], figure.axes[5]
+    heights = [path.vertices[:, 1].max() for path in bars.collections[0].get_paths()]
+    assert heights == pytest.approx(100 * usage[order])
+    np.testing.assert_allclose(strip.images[0].get_array()[0], 100 * mix["a"][order])
+    assert [text.get_text() for text in strip.texts] == [str(e) for e in order]
+
+
+def test_pictures_are_tiled_in_rows():
+    def flat(width, height, value):
+        buffer = io.BytesIO()
+        matplotlib.image.imsave(buffer, np.full((height, width, 3), value, dtype=np.uint8), format="png")
+        return buffer.getvalue()
+
+    tiled = matplotlib.image.imread(io.BytesIO(figures.tiled_png([[flat(4, 3, 0), flat(2, 5, 51)], [flat(3, 2, 102)]])))
+    wanted = np.ones((7, 6))
+    wanted[:3, :4], wanted[:5, 4:], wanted[5:, :3] = 0, 0.2, 0.4
+    np.testing.assert_allclose(tiled[..., 0], wanted, atol=1e-6)
+
+
 def test_groups_are_coloured_alike_in_tree_and_heatmap():
     points = np.array([0, 0.1, 5, 5.1, 5.2, 9.0])[:, None]
     tree = linkage(np.abs(points - points.T)[np.triu_indices(6, 1)])
@@ -73,7 +105,7 @@ def test_groups_are_coloured_alike_in_tree_and_heatmap():
     assert colours[2] == figures.UNMERGED
     assert len(set(colours.values())) == 3
     figure = figures.dendrogram(tree, groups=3, usage=np.full(6, 1 / 6))
-    bars = [matplotlib.colors.to_hex(p.get_facecolor()) for p in figure.axes[1].patches]
+    bars = [matplotlib.colors.to_hex(c) for c in figure.axes[1].collections[0].get_facecolors()]
     assert bars == [matplotlib.colors.to_hex(colours[int(labels[e])]) for e in order]
     line = figure.axes[0].lines[-1].get_ydata()[0]
     assert tree[2, 2] < line < tree[3, 2]
@@ -88,33 +120,49 @@ def test_usage_is_shown_in_per_cent_of_a_domain():
     np.testing.assert_allclose(image, [[25, 75], [50, 50]])
 
 
-def picture(widget):
-    bundle = widget._repr_mimebundle_()
-    data = bundle[0] if isinstance(bundle, tuple) else bundle
-    assert "application/vnd.jupyter.widget-view+json" in data
-    return base64.b64decode(data["image/png"])
-
-
-def test_explorers_carry_their_picture_and_follow_their_controls(measured):
+def test_explorers_follow_their_controls(measured):
     model, stats = measured
     for other in (explore.usage_explorer(stats), explore.similarity_explorer(stats, model)):
-        before = picture(other)
+        before = other.picture
         other._controls["layer"].value = 2
-        assert picture(other) != before
+        assert other.picture != before
         assert not any(getattr(c, "continuous_update", False) for c in other._controls.values())
     similar = explore.similarity_explorer(stats, model)
-    before = picture(similar)
+    before = similar.picture
     similar._controls["similarity"].value = "weight"
-    assert picture(similar) != before
+    assert similar.picture != before
+
+
+def test_picture_and_note_are_outputs_of_the_cell_that_are_replaced(measured):
+    """Not widgets: a notebook that is opened without its kernel shows them all the same."""
+    from IPython.core.interactiveshell import InteractiveShell
+    from IPython.utils.capture import capture_output
+
+    _, stats = measured
+    InteractiveShell.instance()
+    usage = explore.usage_explorer(stats)
+    with capture_output() as shown:
+        usage._ipython_display_()
+        usage._controls["layer"].value = 1
+    controls, first, note, second, new_note = (output._repr_mimebundle_()[0] for output in shown.outputs)
+    assert "application/vnd.jupyter.widget-view+json" in controls
+    assert controls["text/plain"] == "layer: 0"
+    assert not {"application/vnd.jupyter.widget-view+json"} & (first.keys() | note.keys())
+    assert first["image/png"] != second["image/png"] == usage.picture
+    assert ".0." in note["text/html"]
+    assert ".1." in new_note["text/html"]
+    ids = [output.transient.get("display_id") for output in shown.outputs]
+    assert ids[1:3] == ids[3:]
+    assert [output.update for output in shown.outputs] == [False, False, False, True, True]
 
 
 def test_a_combination_that_does_not_exist_is_said_and_the_picture_stays(measured):
     model, stats = measured
     similar = explore.similarity_explorer(stats, model, similarity="pairwise-cosine")
-    before = picture(similar)
+    before = similar.picture
     similar._controls["linkage"].value = "ward"
-    assert "needs Euclidean distances, but these are cosine" in similar._text.value
-    assert picture(similar) == before
+    assert "needs Euclidean distances, but these are cosine" in similar.note
+    assert similar.picture == before
     assert "cka" not in similar._controls["similarity"].options  # which needs the sample
     with pytest.raises(ValueError, match="needs Euclidean distances"):
         explore.similarity_explorer(stats, model, similarity="pairwise-cosine", linkage="ward")
@@ -123,15 +171,15 @@ def test_a_combination_that_does_not_exist_is_said_and_the_picture_stays(measure
 def test_cuts_are_drawn_by_hand_and_saved_as_a_plan(measured, tmp_path, monkeypatch):
     model, stats = measured
     cutting = explore.CutExplorer(stats, model, experts=4, path=tmp_path / "p.json")
-    first, controls = picture(cutting), cutting._controls
+    first, controls = cutting.picture, cutting._controls
     assert matplotlib.image.imread(io.BytesIO(first))[..., :3].std() > 0.05
-    assert "50 % of its expert weights saved" in cutting._text.value
+    assert "50 % of its expert weights saved" in cutting.note
     assert cutting.counts == [4, 4, 4]
     controls["experts"].value = 2
     assert cutting.counts == [2, 4, 4]
-    assert picture(cutting) != first
-    assert "75 % of its expert weights saved" in cutting._text.value
-    assert "All layers: 10 experts" in cutting._text.value
+    assert cutting.picture != first
+    assert "75 % of its expert weights saved" in cutting.note
+    assert "All layers: 10 experts" in cutting.note
     controls["layer"].value = 1
     assert controls["experts"].value == 4  # each layer has its own
     tree = merge_tree(stats, 1)

@@ -1,0 +1,66 @@
+"""What notebooks and command share: costs told beforehand, statistics captured once."""
+
+import re
+
+import pytest
+import torch
+from conftest import tiny_model
+
+from hcsmoe_core import load_model, study
+from hcsmoe_core.demo import models
+
+
+def amounts(line):
+    """Numbers of a line with their prefixes of a thousand."""
+    found = re.findall(r"([\d.]+) ([kMGTP])", line)
+    return [float(number) * 1000 ** (" kMGTP".index(prefix)) for number, prefix in found]
+
+
+@pytest.mark.parametrize("name", models.NAMES)
+def test_costs_are_told_without_loading_the_weights(name, tmp_path, monkeypatch):
+    source = dict(calibration="demo", sequences=12, length=64, seed=3)
+    with monkeypatch.context() as patch:
+        patch.setattr("safetensors.safe_open", None)
+        model, calibration, capture, statistics = study.forecast(name, dtype="float32", needs=["sample"], **source).splitlines()
+    assert "12 × 64 = 768 tokens of demo" in calibration
+    loaded, tokenizer = load_model(name, dtype="float32")
+    weights = sum(p.numel() for p in loaded.parameters())
+    assert amounts(model) == pytest.approx([weights, 4 * weights], rel=5e-3)
+    stats = study.statistics(loaded, tokenizer, needs=["sample"], folder=tmp_path, **source)
+    (file,) = tmp_path.iterdir()
+    assert amounts(statistics) == pytest.approx([file.stat().st_size], rel=0.02)  # but for the header
+    assert "or more on this" in capture
+    assert stats.num_tokens == 768
+
+
+def test_a_pass_needs_the_operations_of_its_matrix_products(tmp_path):
+    """Counted by PyTorch itself on the model's own forward pass and on a dense pass of all experts."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from hcsmoe_core.moe import find_moe_layers
+
+    model, length = tiny_model("mixtral"), 64
+    model.set_experts_implementation("eager")
+    model.save_pretrained(tmp_path)
+    layers, ids = find_moe_layers(model), torch.arange(length)[None] % 7
+    with torch.no_grad(), FlopCounterMode(display=False) as forward:
+        model(input_ids=ids)
+    with torch.no_grad(), FlopCounterMode(display=False) as dense:
+        for layer in layers:
+            for expert in range(layer.num_experts):
+                layer.expert_output(expert, layer.expert_hidden(expert, torch.zeros(length, layer.hidden_size)))
+    pairs = sum(4 * 2 * length * layer.num_experts**2 * layer.hidden_size for layer in layers)
+    wanted = forward.get_total_flops() + dense.get_total_flops() + pairs
+    told = study.forecast(str(tmp_path), calibration="ids.safetensors", sequences=1, length=length).splitlines()[2]
+    assert amounts(told) == pytest.approx([wanted], rel=0.15)  # attention grows with the length, and is left out
+
+
+def test_statistics_with_the_sample_serve_those_who_need_none(tmp_path, monkeypatch):
+    model, tokenizer = load_model("demo-mixtral")
+    how = dict(calibration="demo", sequences=12, length=32, folder=tmp_path)
+    whole = study.statistics(model, tokenizer, needs=["sample"], **how)
+    monkeypatch.setattr(study, "capture", None)
+    again = study.statistics(model, tokenizer, **how)
+    assert again.sequences == whole.sequences
+    with pytest.raises(TypeError):  # another seed is another pass
+        study.statistics(model, tokenizer, seed=1, **how)
