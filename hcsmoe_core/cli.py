@@ -341,18 +341,42 @@ def _number(option, text):
         raise ValueError(f"{option} takes whole numbers separated by commas; not {text!r}.") from None
 
 
+CELLS = Annotated[Path, typer.Option(help="Folder of the executed notebooks and results.")]
+FIGURES = Annotated[Path, typer.Option(help="Folder of the figures.")]
+MODELS = Annotated[str, typer.Option(help="Models, comma-separated.")]
+WORKERS = Annotated[int, typer.Option(help="Notebooks run side by side; 0 for one a core, two at most.")]
+LIMIT = Annotated[int, typer.Option(help="Items of each task; 0 for all 300.")]
+EMBEDDED = "demo-qwen,demo-mixtral"
+
+
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder of the executed notebooks and results.")] = Path("runs/demo"),
-    figures: Annotated[Path, typer.Option(help="Folder of the figures.")] = Path("figures"),
-    models: Annotated[str, typer.Option(help="Models, comma-separated.")] = "demo-qwen,demo-mixtral",
-    workers: Annotated[int, typer.Option(help="Notebooks run side by side; 0 for one a core, two at most.")] = 0,
-    limit: Annotated[int, typer.Option(help="Items of each task; 0 for all 300.")] = 100,
+    out: CELLS = Path("runs/demo"),
+    figures: FIGURES = Path("figures"),
+    models: MODELS = EMBEDDED,
+    workers: WORKERS = 0,
+    limit: LIMIT = 100,
 ):
     """Run the notebooks on the embedded models over a small grid: figures, tables and executed notebooks."""
     from hcsmoe_core.showcase import run
 
     run(_listed(models), out, figures, workers or min(2, os.cpu_count() or 1), limit)
+
+
+@app.command()
+def figures(
+    out: CELLS = Path("runs/demo"),
+    figures: FIGURES = Path("figures"),
+    models: MODELS = EMBEDDED,
+    workers: WORKERS = 0,
+    limit: LIMIT = 100,
+):
+    """Draw every figure again, with all that the paper's tables compare; scores that are there are kept."""
+    from hcsmoe_core.showcase import gallery, run
+
+    names = _listed(models)
+    run(names, out, figures, workers or min(2, os.cpu_count() or 1), limit, full=True)
+    gallery(figures, names)
 
 
 def main():

@@ -19,6 +19,8 @@ from hcsmoe_core.study import core_hash, model_size, place, slug, statistics
 
 ORIGINAL = "original"
 BASELINE = "hc-smoe"
+COLUMNS = ["method", "experts", "seed", "limit", "accuracy", "item_error", "loss"]
+COLUMNS += ["weights", "expert_bytes", "plan_seconds", "merge_seconds", "peak_mb", "layers", "refused"]
 
 
 def compare(
@@ -170,13 +172,14 @@ def cells(folder, model):
     Parameters
     ----------
     folder : str or path
+        What :func:`compare` wrote its cells to, or a table of them as ``hcsmoe compare`` writes one (``.csv``).
     model : str
 
     Returns
     -------
     pandas.DataFrame
         ``method``, ``experts``, ``seed``, ``accuracy`` and its ``item_error`` (standard error over the items), ``loss``,
-        ``perplexity``, ``weights``, ``expert_bytes``, ``plan_seconds``, ``merge_seconds``, ``peak_mb``, ``layers`` and
+        ``weights``, ``expert_bytes``, ``plan_seconds``, ``merge_seconds``, ``peak_mb``, ``layers`` and
         ``refused``.
 
     Raises
@@ -186,6 +189,10 @@ def cells(folder, model):
     """
     import pandas as pd
 
+    if str(folder).endswith(".csv"):
+        if not place(folder).is_file():
+            raise FileNotFoundError(f"There is no table {place(folder)}; run: hcsmoe compare {model}")
+        return pd.read_csv(place(folder)).reindex(columns=COLUMNS)
     newest = {}
     for path in sorted((place(folder) / slug(model)).glob("*.json"), key=lambda p: p.stat().st_mtime):
         content = read_json(path)
@@ -202,9 +209,10 @@ def cells(folder, model):
             "item_error": scores.get("mean_acc_stderr"),
             "loss": scores.get("mean_loss"),
         }
-        kept = ("weights", "expert_bytes", "plan_seconds", "merge_seconds", "peak_mb", "layers", "refused")
-        rows.append(row | {key: result.get(key) for key in kept})
-    return pd.DataFrame(rows).sort_values(["experts", "method", "seed"], ascending=[False, True, True], ignore_index=True)
+        rows.append(row | {key: result.get(key) for key in COLUMNS[7:]})
+    return pd.DataFrame(rows, columns=COLUMNS).sort_values(
+        ["experts", "method", "seed"], ascending=[False, True, True], ignore_index=True
+    )
 
 
 def summary(frame):

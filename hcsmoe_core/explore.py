@@ -10,15 +10,13 @@ from hcsmoe_core.clustering import LINKAGES, cut
 from hcsmoe_core.clustering import linkage as tree_of
 from hcsmoe_core.evaluation import evaluate
 from hcsmoe_core.figures import (
-    budget_strip,
     cut_height,
-    dendrogram,
+    cut_view,
     domain_errors,
     expert_profile,
     png,
     similarity_heatmap,
     tanglegram,
-    tiled_png,
     usage_by_domain,
 )
 from hcsmoe_core.files import check_choice, check_count
@@ -329,13 +327,18 @@ class CutExplorer(Explorer):
 
     def _drawing(self, layer, linkage, experts, height):
         tree, costs, count = self._tree(layer, linkage), self._costs(linkage), self.counts[layer]
-        shape = dict(groups=count, label=described(self._similarity))
-        title = f"MoE layer {layer}, {linkage} linkage, {count} of {len(tree) + 1} experts kept"
-        usage = self._stats.layer(layer).frequency.numpy()
-        heatmap = similarity_heatmap(self._condensed(layer), tree, width=3.4, **shape)
-        upper = dendrogram(tree, usage=usage, title=title, width=5, height=heatmap.get_figheight(), **shape)
-        lower = budget_strip(costs, self.counts, uniform=self._uniform, layer=layer, width=8.4)
-        picture = tiled_png([[png(f, tight=False) for f in row] for row in ((upper, heatmap), (lower,))])
+        figure = cut_view(
+            self._condensed(layer),
+            tree,
+            costs,
+            self.counts,
+            layer=layer,
+            usage=self._stats.layer(layer).frequency.numpy(),
+            uniform=self._uniform,
+            title=f"MoE layer {layer}, {linkage} linkage, {count} of {len(tree) + 1} experts kept",
+            label=described(self._similarity),
+            width=8.4,
+        )
         found = summarise(self._stats, layer, cut(tree, count))
         drawn, even = (_mean_square(costs, counts) for counts in (self.counts, [self._uniform] * len(costs)))
         note = (
@@ -345,7 +348,7 @@ class CutExplorer(Explorer):
             f"predicted relative error of its output {found['function_error']:.3f}.\nAll layers: {sum(self.counts)} experts, "
             f"predicted error {drawn:.3f} (root mean square); {self._uniform * len(costs)} spread evenly: {even:.3f}."
         )
-        return picture, note
+        return figure, note
 
 
 def _mean_square(costs, counts):

@@ -2,7 +2,9 @@
 
 import functools
 import io
+import itertools
 import math
+import textwrap
 from pathlib import Path
 
 import matplotlib
@@ -43,24 +45,6 @@ def png(figure, dpi=110, *, tight=True):
     buffer = io.BytesIO()
     with matplotlib.rc_context({"savefig.bbox": "tight" if tight else None}):
         figure.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
-    return buffer.getvalue()
-
-
-def tiled_png(rows):
-    """PNG bytes of pictures beside and below each other, on white, the same each time; ``rows`` from top to bottom."""
-    from PIL import Image
-
-    images = [[Image.open(io.BytesIO(picture)).convert("RGB") for picture in row] for row in rows]
-    size = max(sum(i.width for i in row) for row in images), sum(max(i.height for i in row) for row in images)
-    whole, top = Image.new("RGB", size, "white"), 0
-    for row in images:
-        left = 0
-        for image in row:
-            whole.paste(image, (left, top))
-            left += image.width
-        top += max(i.height for i in row)
-    buffer = io.BytesIO()
-    whole.save(buffer, format="png", compress_level=1)
     return buffer.getvalue()
 
 
@@ -169,15 +153,20 @@ def cut_height(tree, groups):
     return (below + above) / 2
 
 
+def _size(figure):
+    """Width and height of a figure or subfigure in inches."""
+    return figure.bbox.width / figure.dpi, figure.bbox.height / figure.dpi
+
+
 def _inches(figure, *, left, right, bottom, top):
     """Margins in inches, as ``add_gridspec`` takes them."""
-    width, height = figure.get_size_inches()
+    width, height = _size(figure)
     return dict(left=left / width, right=1 - right / width, bottom=bottom / height, top=1 - top / height)
 
 
 @styled
 def similarity_heatmap(
-    condensed, tree, *, groups=None, usage=None, mix=None, title="", label="distance between experts", width=COLUMN
+    condensed, tree, *, groups=None, usage=None, mix=None, title="", label="distance between experts", width=COLUMN, on=None
 ):
     """Pairwise distances of one layer's experts, ordered by their merge tree, which is drawn on both sides.
 
@@ -195,6 +184,8 @@ def similarity_heatmap(
         Of the figure and of the colour bar.
     width : float
         Inches.
+    on : matplotlib.figure.SubFigure, optional
+        Draw on it, and not on a new figure.
 
     Returns
     -------
@@ -202,9 +193,9 @@ def similarity_heatmap(
     """
     experts = len(tree) + 1
     labels = cut(tree, groups or experts)
-    side = width - 1.3  # of the heatmap, in inches
+    side = (_size(on)[0] if on else width) - 1.3  # of the heatmap, in inches
     heights = [0.17 * side, side] + [0.16 * side] * (usage is not None) + [0.085 * len(mix or {})] * bool(mix)
-    figure = Figure(figsize=(width, sum(heights) + 0.06 * len(heights) + 0.72))
+    figure = on or Figure(figsize=(width, sum(heights) + 0.06 * len(heights) + 0.72))
     edges = _inches(figure, left=0.05, right=0.62, bottom=0.42, top=0.3)
     grid = figure.add_gridspec(
         len(heights), 3, width_ratios=(0.55, side, 0.1), height_ratios=heights, wspace=0.03, hspace=0.06, **edges
@@ -238,7 +229,7 @@ def similarity_heatmap(
         figure.colorbar(image, cax=figure.add_subplot(grid[row, 2])).set_label("of the expert's\ntokens, %")
     _label_experts(lowest, order, side)
     lowest.set_xlabel("expert")
-    figure.suptitle(title, fontsize=matplotlib.rcParams["axes.titlesize"], y=1 - 0.08 / figure.get_figheight())
+    figure.suptitle(title, fontsize=matplotlib.rcParams["axes.titlesize"], y=1 - 0.08 / _size(figure)[1])
     return figure
 
 
@@ -274,7 +265,7 @@ def _label_experts(axes, order, inches, places=None, *, both=False):
 
 
 @styled
-def dendrogram(tree, *, groups=None, usage=None, title="", label="distance", width=PAGE, height=2.4):
+def dendrogram(tree, *, groups=None, usage=None, title="", label="distance", width=PAGE, height=2.4, on=None):
     """Merge tree of one layer's experts, cut at a number of groups.
 
     Parameters
@@ -287,6 +278,8 @@ def dendrogram(tree, *, groups=None, usage=None, title="", label="distance", wid
     title, label : str
     width, height : float
         Inches.
+    on : matplotlib.figure.SubFigure, optional
+        Draw on it, and not on a new figure.
 
     Returns
     -------
@@ -294,11 +287,10 @@ def dendrogram(tree, *, groups=None, usage=None, title="", label="distance", wid
     """
     experts = len(tree) + 1
     labels = cut(tree, groups or experts)
-    figure = Figure(figsize=(width, height))
-    edges = _inches(figure, left=0.62, right=0.05, bottom=0.42, top=0.25)
-    rows = figure.add_gridspec(
-        2 if usage is not None else 1, 1, height_ratios=(1, 0.28)[: 1 + (usage is not None)], hspace=0.08, **edges
-    )
+    figure = on or Figure(figsize=(width, height))
+    edges = _inches(figure, left=0.72, right=0.05, bottom=0.42, top=0.3)
+    heights = (1,) if usage is None else (1, 0.28)
+    rows = figure.add_gridspec(len(heights), 1, height_ratios=heights, hspace=0.08, **edges)
     axes = figure.add_subplot(rows[0])
     order = _draw_tree(axes, tree, labels)
     axes.spines["left"].set_visible(True)
@@ -313,10 +305,10 @@ def dendrogram(tree, *, groups=None, usage=None, title="", label="distance", wid
         lowest = figure.add_subplot(rows[1])
         colours = group_colours(labels, order)
         _usage_bars(lowest, places, order, usage, [colours[int(labels[e])] for e in order], width=8)
-        lowest.set(xlim=axes.get_xlim(), ylabel="tokens, %")
-    _label_experts(lowest, order, width - 0.67, places)
+        lowest.set(xlim=axes.get_xlim())
+        lowest.set_ylabel("tokens,\n%", rotation=0, ha="right", va="center")
+    _label_experts(lowest, order, _size(figure)[0] - 0.77, places)
     lowest.set_xlabel("expert")
-    figure.align_ylabels()
     return figure
 
 
@@ -463,9 +455,12 @@ def curve(frame, *, x, y, hue=None, error=None, reference=None, log=False, xlabe
     if log:
         axes.set_xscale("log", base=2)
     ticks = sorted(frame[x].unique())
-    axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks], minor=False)
+    if all(tick == int(tick) for tick in ticks):  # settings, not measured values
+        axes.set_xticks(ticks, [f"{tick:,.0f}" for tick in ticks], minor=False)
     axes.set(xlabel=xlabel or x, ylabel=ylabel or y, title=title)
-    axes.legend(title=hue)
+    beside = dict(loc="center left", bbox_to_anchor=(1, 0.5)) if len(groups) > 4 else {}
+    if hue or lines:
+        axes.legend(title=hue, **beside)
     return figure
 
 
@@ -679,7 +674,7 @@ def neuron_matches(before, after, *, dominant, title="", width=COLUMN):
 
 
 @styled
-def budget_strip(costs, counts, *, uniform=None, layer=None, title="", label="relative error of outputs", width=PAGE):
+def budget_strip(costs, counts, *, uniform=None, layer=None, title="", label="relative error of outputs", width=PAGE, on=None):
     """Where each layer is cut, over what cutting it there and elsewhere costs.
 
     Parameters
@@ -695,6 +690,8 @@ def budget_strip(costs, counts, *, uniform=None, layer=None, title="", label="re
     title, label : str
     width : float
         Inches.
+    on : matplotlib.figure.SubFigure, optional
+        Draw on it, and not on a new figure.
 
     Returns
     -------
@@ -704,8 +701,8 @@ def budget_strip(costs, counts, *, uniform=None, layer=None, title="", label="re
     values = np.full((len(costs), most), np.nan)
     for row, cost in zip(values, costs, strict=True):
         row[: len(cost)] = cost
-    figure = Figure(figsize=(width, 0.95 + max(0.9, 0.14 * len(costs))))
-    edges = _inches(figure, left=0.62, right=0.75, bottom=0.62, top=0.25 if title else 0.08)
+    figure = on or Figure(figsize=(width, _strip_height(len(costs))))
+    edges = _inches(figure, left=0.72, right=0.75, bottom=0.62, top=0.25 if title else 0.08)
     grid = figure.add_gridspec(1, 2, width_ratios=(1, 0.02), wspace=0.03, **edges)
     axes = figure.add_subplot(grid[0])
     extent = (0.5, most + 0.5, len(costs) - 0.5, -0.5)
@@ -720,4 +717,141 @@ def budget_strip(costs, counts, *, uniform=None, layer=None, title="", label="re
     axes.set_yticks(range(len(costs)) if len(costs) <= 12 else range(0, len(costs), 4))
     figure.colorbar(image, cax=figure.add_subplot(grid[1]), label=label.replace(" of ", " of\n"))
     figure.legend(loc="lower center", ncols=2, borderaxespad=0.2)
+    return figure
+
+
+def _strip_height(layers):
+    return 0.95 + max(0.9, 0.14 * layers)
+
+
+@styled
+def cut_view(condensed, tree, costs, counts, *, layer, usage=None, uniform=None, title="", label="distance", width=PAGE):
+    """One layer's cut in tree and heatmap, over where all layers are cut and what that costs.
+
+    Parameters
+    ----------
+    condensed, tree, usage
+        Of the layer shown, as for :func:`similarity_heatmap`.
+    costs, counts, uniform
+        Of all layers, as for :func:`budget_strip`.
+    layer : int
+        The layer shown.
+    title, label : str
+        Of the tree.
+    width : float
+        Inches.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+    """
+    upper, lower = 0.42 * width, _strip_height(len(costs))
+    figure = Figure(figsize=(width, upper + lower))
+    above, below = figure.subfigures(2, 1, height_ratios=(upper, lower))
+    left, right = above.subfigures(1, 2, width_ratios=(0.6, 0.4))
+    dendrogram(tree, groups=counts[layer], usage=usage, title=title, label=label, on=left)
+    similarity_heatmap(condensed, tree, groups=counts[layer], label="the same distance", on=right)
+    budget_strip(costs, counts, uniform=uniform, layer=layer, on=below)
+    return figure
+
+
+@styled
+def expert_frequencies(stats, *, title="", width=PAGE):
+    """How often each expert of every layer is chosen, by domain: bars, in per cent of the layer's routed tokens.
+
+    Where there are more domains than colours, colours come again hatched.
+
+    Parameters
+    ----------
+    stats : Statistics
+    title : str
+    width : float
+        Inches.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+    """
+    counts = [layer.usage_count.double().numpy() for layer in stats.layers.values()]
+    cycle = [f"#{c.removeprefix('#')}" for c in matplotlib.rcParams["axes.prop_cycle"].by_key()["color"]]
+    looks = [dict(color=c, hatch=h, edgecolor="white") for h in ("", "//////", "......") for c in cycle]
+    wide, experts = width > 5, max(count.shape[1] for count in counts)
+    few, more, many = (2, 4, 4) if wide else (1, 2, 3)
+    columns = few if len(counts) <= 4 else more if len(counts) <= 8 else many
+    rows, entries = -(-len(counts) // columns), 6 if wide else 3
+    height = (0.78 if rows > 3 else 1.15) * rows + 0.17 * -(-(len(stats.domains) + 1) // entries)
+    figure = Figure(figsize=(width, height + 0.5), layout="constrained")
+    all_axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
+    for i, (axes, count) in enumerate(zip(all_axes, counts, strict=False)):
+        below = np.zeros(count.shape[1])
+        for domain, part, look in zip(stats.domains, 100 * count / count.sum(), itertools.cycle(looks), strict=False):
+            axes.bar(range(len(part)), part, bottom=below, width=0.86 if experts <= 40 else 1, label=domain, lw=0, **look)
+            below += part
+        axes.axhline(100 / len(below), color="black", lw=0.7, ls=":", label="an equal share")
+        axes.set_title(f"layer {i}", loc="right", size=6.5, pad=1.5)
+        axes.set_xlim(-0.7, experts - 0.3)
+        if i + columns >= len(counts):
+            axes.set_xlabel("expert")
+            axes.tick_params(labelbottom=True)
+    step = next(2**power for power in range(12) if experts <= 5.2 * width / columns * 2**power)  # as many as have room
+    all_axes[0].set_xticks(range(0, experts, step))
+    for axes in all_axes[len(counts) :]:
+        axes.remove()
+    figure.supylabel("routed tokens, %", size=matplotlib.rcParams["axes.labelsize"])
+    figure.suptitle(textwrap.fill(title, int(14 * width)), size=matplotlib.rcParams["axes.titlesize"])
+    handles, labels = all_axes[0].get_legend_handles_labels()
+    shown = slice(None if len(stats.domains) > 1 else 1)  # the line comes first
+    figure.legend(handles[shown], labels[shown], loc="outside lower center", ncols=entries, handlelength=1.2)
+    return figure
+
+
+@styled
+def published_beside_ours(frame, *, title="", width=PAGE):
+    """Accuracy retained by each method at each share of experts kept, published (filled) and ours (open).
+
+    Parameters
+    ----------
+    frame : pandas.DataFrame
+        Of :func:`hcsmoe_core.paper.line_up`. Bars are one standard deviation over calibration seeds; a method that was not
+        measured keeps its place, with a cross at the left edge.
+    title : str
+    width : float
+        Inches.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+    """
+    frame = frame[frame["kept"] < 1]
+    methods, shares = list(dict.fromkeys(frame["method"])), sorted(frame["kept"].unique(), reverse=True)
+    rows, columns = (1, len(shares)) if width > 5 else (len(shares), 1)
+    figure = Figure(figsize=(width, 0.85 + rows * (0.3 + 0.22 * len(methods))), layout="constrained")
+    all_axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
+    values = 100 * frame[["published_retained", "retained"]].to_numpy()
+    margin = 0.06 * (np.nanmax(values) - np.nanmin(values) + 1)
+    left, shown = np.nanmin(values) - 2 * margin, {}
+    for axes, share in zip(all_axes, shares, strict=True):
+        part = frame[frame["kept"] == share]
+        at = np.array([methods.index(m) for m in part["method"]])
+        theirs, ours = 100 * part["published_retained"].to_numpy(), 100 * part["retained"].to_numpy()
+        bars = dict(xerr=100 * part["retained_sd"].fillna(0).to_numpy(), capsize=2, elinewidth=0.9)
+        axes.plot([theirs, ours], [at - 0.14, at + 0.14], color="0.7", lw=1, zorder=1)
+        axes.plot(theirs, at - 0.14, "o", color="#0173b2", ms=4.5, label="published")
+        axes.errorbar(ours, at + 0.14, fmt="D", color="#d55e00", mfc="white", mew=1.1, ms=4, label="ours", **bars)
+        absent = at[np.isnan(ours)]
+        if len(absent):
+            axes.plot(np.full(len(absent), left), absent, "x", color="0.45", ms=4, clip_on=False, label="ours not measured")
+        kept = part.iloc[0]
+        axes.set_title(f"{share:.0%} of experts: published {kept['experts']}, ours {kept['our_experts']}", size=7, loc="left")
+        axes.grid(axis="y", color="0.92", lw=0.6)
+        axes.set_axisbelow(True)
+        shown |= {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    all_axes[0].set_yticks(range(len(methods)), methods)
+    all_axes[0].set_ylim(len(methods) - 0.4, -0.6)
+    all_axes[0].set_xlim(left, np.nanmax(values) + 2 * margin)
+    for axes in all_axes[-columns:]:
+        axes.set_xlabel("accuracy, % of the unmerged model's")
+    order = sorted(shown, key=("published", "ours", "ours not measured").index)
+    figure.legend([shown[label] for label in order], order, loc="outside lower center", ncols=3, handletextpad=0.3)
+    figure.suptitle(textwrap.fill(title, int(14 * width)), size=matplotlib.rcParams["axes.titlesize"])
     return figure

@@ -24,7 +24,17 @@ from hcsmoe_core.plan import summarise
 from hcsmoe_core.similarity import allowed_linkages
 from hcsmoe_core.statistics import DEFAULT_NEEDS, load_statistics
 
-NOTEBOOKS = ("00_tour", "01_similarity", "02_dendrograms", "03_linkage", "04_merge", "05_accuracy", "06_ablation", "08_methods")
+NOTEBOOKS = (
+    "00_tour",
+    "01_similarity",
+    "02_dendrograms",
+    "03_linkage",
+    "04_merge",
+    "05_accuracy",
+    "06_ablation",
+    "07_paper",
+    "08_methods",
+)
 
 
 def root():
@@ -258,7 +268,8 @@ def domain_mix(stats, layer):
 def model_size(model):
     """Weights that a model holds, tied ones once: ``weights`` in all, ``expert_weights`` in its routed experts.
 
-    ``num_experts`` is E of the unmerged model (the smallest, if layers differ).
+    ``bytes`` are those of all weights in the dtype that the model is in; ``num_experts`` is E of the unmerged model (the
+    smallest, if layers differ).
 
     Returns
     -------
@@ -266,8 +277,10 @@ def model_size(model):
     """
     layers = find_moe_layers(model)
     experts = sum(t.numel() for layer in layers for t in layer.tensors().values())
-    total = sum(p.numel() for p in model.parameters())
-    return {"weights": total, "expert_weights": experts, "num_experts": min(layer.num_experts for layer in layers)}
+    sizes = [(p.numel(), p.numel() * p.element_size()) for p in model.parameters()]
+    weights, held = (sum(size) for size in zip(*sizes, strict=True))
+    size = {"weights": weights, "expert_weights": experts, "bytes": held}
+    return size | {"num_experts": min(layer.num_experts for layer in layers)}
 
 
 def cut_table(stats, plan):

@@ -6,13 +6,17 @@ import json
 import os
 import tempfile
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import fields
 from multiprocessing import get_context
 from pathlib import Path
 
 from tqdm.auto import tqdm
 
 from hcsmoe_core.files import sha256_json
+from hcsmoe_core.methods import Steps, steps_of
 from hcsmoe_core.study import core_hash, root
+
+STEPS = ("method", *(f.name for f in fields(Steps)))
 
 
 def grid(base, **axes):
@@ -105,7 +109,7 @@ def run_cell(notebook, parameters, folder, *, again=False, threads=None):
     return done
 
 
-def run_cells(cells, folder, *, workers=1, description="cells"):
+def run_cells(cells, folder, *, workers=1, again=False, description="cells"):
     """Run cells side by side, each in a process of its own, and go on past those that fail.
 
     Parameters
@@ -114,6 +118,10 @@ def run_cells(cells, folder, *, workers=1, description="cells"):
         Notebooks and parameters.
     folder : path
     workers : int
+    again : bool
+        Run cells even if they are done.
+    description : str
+        Of the progress bar.
 
     Returns
     -------
@@ -133,7 +141,7 @@ def run_cells(cells, folder, *, workers=1, description="cells"):
     done, failed = {}, []
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as executor:
         futures = {
-            executor.submit(run_cell, notebook, parameters, folder, threads=threads): i
+            executor.submit(run_cell, notebook, parameters, folder, again=again, threads=threads): i
             for i, (notebook, parameters) in enumerate(cells)
         }
         for future in tqdm(as_completed(futures), total=len(cells), desc=description, unit="cell"):
@@ -154,7 +162,13 @@ def collect(folder, notebook="05_accuracy", *, model=None):
     Returns
     -------
     pandas.DataFrame
-        Parameters, mean accuracy and loss, accuracy by task (``acc_TASK``) and loss by domain (``loss_DOMAIN``).
+        Parameters, ``setting`` (the method, and its steps that are not its own), mean accuracy and loss, accuracy by task
+        (``acc_TASK``) and loss by domain (``loss_DOMAIN``), and sizes: see :func:`hcsmoe_core.study.model_size`.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there are none.
     """
     import pandas as pd
 
@@ -166,9 +180,9 @@ def collect(folder, notebook="05_accuracy", *, model=None):
     for content in newest.values():
         scores = content["scores"]
         row = dict(content["parameters"])
+        row["setting"] = setting_name(row)
         row |= {k: scores[k] for k in ("mean_acc", "mean_acc_stderr", "mean_acc_norm", "mean_loss") if k in scores}
-        row |= {"num_experts": content["size"]["num_experts"]}
-        row |= {"weights": content["size"]["weights"], "expert_weights": content["size"]["expert_weights"]}
+        row |= content["size"]
         row |= {f"acc_{t}": v["acc"] for t, v in scores["tasks"].items() if "acc" in v}
         row |= {f"loss_{d}": v for d, v in scores.get("loss", {}).items()}
         rows.append(row)
@@ -179,6 +193,41 @@ def collect(folder, notebook="05_accuracy", *, model=None):
         what = f"{notebook} cells of {model}" if model else f"{notebook} cells"
         raise FileNotFoundError(f"There are no {what} in {folder}; run some first, with hcsmoe demo.")
     return frame
+
+
+def setting_name(parameters):
+    """Name of a cell's setting: its method, and those of its steps that are not the method's own; "original" unmerged."""
+    if not parameters.get("experts"):
+        return "original"
+    method = parameters.get("method", "hc-smoe")
+    own = steps_of(method)
+    changed = [f"{s} {parameters[s]}" for s in STEPS[1:] if parameters.get(s) not in (None, "", getattr(own, s))]
+    return ", ".join([method, *changed])
+
+
+def over_samples(cells):
+    """One row for each setting and number of experts: means over its calibration samples.
+
+    Parameters
+    ----------
+    cells : pandas.DataFrame
+        Of :func:`collect`, for one model.
+
+    Returns
+    -------
+    pandas.DataFrame
+        ``setting``, ``experts``, the steps, ``samples``, ``bytes``, ``mean_acc``, its mean ``mean_acc_stderr`` over the
+        items, and ``mean_loss``; ``retained``, the accuracy relative to the unmerged model (NaN without one); and standard
+        deviations over the calibration samples, ``_sd``, NaN for one sample.
+    """
+    measured = [key for key in ("mean_acc", "mean_acc_stderr", "mean_loss", "bytes") if key in cells]
+    once = cells.drop_duplicates(["setting", "experts", "seed"], keep="last")  # a step spelt out that is the method's own
+    grouped = once.groupby(["setting", "experts"], sort=False)
+    frame = grouped[[c for c in STEPS if c in once]].first().join(grouped[measured].mean())
+    frame = frame.join(grouped[["mean_acc", "mean_loss"]].std(ddof=1).add_suffix("_sd")).assign(samples=grouped.size())
+    original = cells.loc[cells["experts"] == 0, "mean_acc"]
+    whole = original.iloc[0] if len(original) else float("nan")
+    return frame.assign(retained=frame["mean_acc"] / whole, retained_sd=frame["mean_acc_sd"] / whole).reset_index()
 
 
 def missing_cells(frame, *axes):

@@ -47,6 +47,7 @@ def drawn(stats):
         "labelled": figures.similarity_heatmap(
             condensed[0], trees[0], usage=stats.layer(0).frequency.numpy(), mix=study.domain_mix(stats, 0)
         ),
+        "cut": figures.cut_view(condensed[0], trees[0], [np.linspace(1, 0, 8)] * 3, [4, 5, 3], layer=0, uniform=4),
         "expert": figures.expert_profile({"a": 0.2, "b": 0.4}, tokens_taken, expected=0.25),
         "usage": figures.usage_by_domain(stats, 0),
         "curve": figures.curve(
@@ -82,18 +83,6 @@ def test_strips_below_a_heatmap_are_in_its_order(measured):
     assert heights == pytest.approx(100 * usage[order])
     np.testing.assert_allclose(strip.images[0].get_array()[0], 100 * mix["a"][order])
     assert [text.get_text() for text in strip.texts] == [str(e) for e in order]
-
-
-def test_pictures_are_tiled_in_rows():
-    def flat(width, height, value):
-        buffer = io.BytesIO()
-        matplotlib.image.imsave(buffer, np.full((height, width, 3), value, dtype=np.uint8), format="png")
-        return buffer.getvalue()
-
-    tiled = matplotlib.image.imread(io.BytesIO(figures.tiled_png([[flat(4, 3, 0), flat(2, 5, 51)], [flat(3, 2, 102)]])))
-    wanted = np.ones((7, 6))
-    wanted[:3, :4], wanted[:5, 4:], wanted[5:, :3] = 0, 0.2, 0.4
-    np.testing.assert_allclose(tiled[..., 0], wanted, atol=1e-6)
 
 
 def test_groups_are_coloured_alike_in_tree_and_heatmap():

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tomllib
 
+import papermill
 import pytest
 import yaml
 from conftest import ROOT
@@ -15,6 +16,7 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 ROOMS = [  # top to bottom: a room imports none above it
     "cli",
     "showcase",
+    "paper",
     "sweep",
     "compare",
     "explore",
@@ -118,8 +120,10 @@ def test_notebooks_keep_their_rules(path):
     assert re.match(rf"# {path.stem[:2]} \w+\n", "".join(cells[0]["source"]))
     assert "*Cost:*" in "".join(cells[0]["source"])
     assert cells[1]["metadata"]["tags"] == ["parameters"]
-    for line in "".join(cells[1]["source"]).splitlines():
+    lines = "".join(cells[1]["source"]).splitlines()
+    for line in lines:
         assert re.fullmatch(r"\w+: (str|int|float|bool) = \S.*  # \S.*", line), line
+    assert list(papermill.inspect_notebook(str(path))) == [line.partition(":")[0] for line in lines]
     assert "record.close(" in "".join(code[-1]["source"])
     for cell in code:
         source = "".join(cell["source"])

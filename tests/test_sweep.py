@@ -1,11 +1,16 @@
 import json
+import math
 import shutil
 
+import matplotlib.image
 import nbformat
+import pandas as pd
+import papermill
 import pytest
 from conftest import ROOT
 
-from hcsmoe_core import sweep
+from hcsmoe_core import find_moe_layers, paper, showcase, sweep
+from hcsmoe_core.checkpoint import load_skeleton
 
 SMALL = {"calibration": "demo", "sequences": 12, "length": 64}
 
@@ -78,36 +83,115 @@ def test_done_cells_are_kept_and_failed_ones_run_again(tmp_path):
         sweep.collect(out, model="other")
 
 
+def cells_of(model, figures, looks, scored):
+    """Notebooks that look at a model, with their parameters, and cells that score it."""
+    shared = {"model": model, "figures": str(figures)} | SMALL
+    cells = [(sweep.notebook_path(name), shared | extra) for name, extra in looks]
+    return cells + [(sweep.notebook_path("05_accuracy"), shared | {"limit": 10} | extra) for extra in scored]
+
+
+def readers(model, figures, cells):
+    """The notebooks that read what others measured."""
+    shared = {"model": model, "figures": str(figures)}
+    changed = {"where": 'linkage == "average"', "metric": "loss_units", "hue": "merge", "at": 2}
+    compared = f"benchmarks/results/compare-{model}.csv"
+    return [
+        (sweep.notebook_path("06_ablation"), shared | {"sweep": str(cells)}),
+        (sweep.notebook_path("06_ablation"), shared | {"sweep": str(cells)} | changed),
+        (sweep.notebook_path("07_paper"), shared | SMALL | {"sweep": str(cells)}),
+        (sweep.notebook_path("07_paper"), shared | SMALL | {"sweep": str(cells), "seed": 7}),
+        (sweep.notebook_path("08_methods"), shared | {"compared": compared}),
+    ]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["demo-mixtral", "demo-qwen"])
-def test_notebooks_run_with_default_and_with_changed_parameters(model, tmp_path):
-    shared = {"model": model, "figures": str(tmp_path / "figures")}
+def test_notebooks_run_with_default_and_with_changed_parameters_and_draw_the_same_again(model, tmp_path):
     changed = {
         "00_tour": {"layer": 2, "experts": 3},
-        "01_similarity": {"layer": 3, "similarity": "weight", "linkage": "ward", "groups": 5},
+        "01_similarity": {"layer": 3, "expert": 5, "similarity": "weight", "linkage": "ward", "groups": 5},
         "02_dendrograms": {"layer": 1, "similarity": "router-logits", "linkage": "complete", "experts": 3},
         "03_linkage": {"layer": 1, "similarity": "router-logits", "pair": "single,complete", "groups": 5, "samples": 2},
         "04_merge": {"layer": 2, "experts": 3, "align": "weights"},
     }
-    cells = [(sweep.notebook_path(n), shared | SMALL | extra) for n in changed for extra in ({}, changed[n])]
-    cells += [
-        (sweep.notebook_path("05_accuracy"), shared | SMALL | {"limit": 10, "experts": r, "linkage": linkage})
-        for r, linkage in ((0, "average"), (4, "average"), (2, "average"), (4, "single"))
-    ]
-    out = tmp_path / "runs"
-    executed = sweep.run_cells(cells, out, workers=2)
-    ablation = {"model": model, "sweep": str(out), "figures": str(tmp_path / "figures")}
-    executed.append(sweep.run_cell(sweep.notebook_path("06_ablation"), ablation, out))
+    scored = [{"experts": r, "linkage": linkage} for r, linkage in ((4, "average"), (2, "average"), (4, "single"))]
+    scored += [{"experts": 4, "method": "reap"}, {"experts": 4, "linkage": "average", "seed": 43}, {}]
+    out, first, second = (tmp_path / name for name in ("runs", "first", "second"))
+    default = [(name, {}) for name in changed]
+    executed = sweep.run_cells(cells_of(model, first, [*default, *changed.items()], scored), out, workers=2)
+    executed += sweep.run_cells(readers(model, first, out), out, workers=2)
     for path in executed:
         content = nbformat.read(path, as_version=4)
-        kinds = [key for c in content.cells if c.cell_type == "code" for o in c.outputs for key in o.get("data", {})]
-        assert not [o for c in content.cells if c.cell_type == "code" for o in c.outputs if o.output_type == "error"]
+        code = [c for c in content.cells if c.cell_type == "code"]
+        kinds = [key for c in code for o in c.outputs for key in o.get("data", {})]
+        assert not [o for c in code for o in c.outputs if o.output_type == "error"]
         assert "image/png" in kinds, path.name
-    results = json.loads(next(out.glob("06_ablation-*.json")).read_text())
-    assert results["missing"] == [{"experts": 2, "linkage": "single"}]
-    pictures = list((tmp_path / "figures" / model).iterdir())
-    assert len(pictures) >= 20
-    before = {p.name: p.read_bytes() for p in pictures}
-    for name in ("01_similarity", "03_linkage", "04_merge"):
-        sweep.run_cell(sweep.notebook_path(name), shared | SMALL, out, again=True)
-    assert {p.name: p.read_bytes() for p in pictures} == before
+    means = {r["setting"]: r for r in results_of(out, "06_ablation", where="")["means"] if r["experts"] == 4}
+    assert means["hc-smoe"]["samples"] == 2
+    missing = results_of(out, "06_ablation", where="")["missing"]
+    assert missing == [{"experts": 2, "setting": "hc-smoe, linkage single"}, {"experts": 2, "setting": "reap"}]
+    sweep.run_cells(cells_of(model, second, default, [scored[0], scored[-1]]), tmp_path / "again", workers=2)
+    sweep.run_cells(readers(model, second, out), tmp_path / "again", workers=2)
+    drawn = {path.name: path for path in (second / model).iterdir()}
+    assert len({name[:2] for name in drawn}) == 9
+    for name, path in drawn.items():
+        assert path.read_bytes() == (first / model / name).read_bytes(), name
+    for path in (first / model).glob("*.png"):
+        assert path.with_suffix(".pdf").stat().st_size > 1000
+        assert matplotlib.image.imread(path)[..., :3].std() > 0.05, path.name
+
+
+def results_of(folder, notebook, **parameters):
+    """What the cell of a notebook with these parameters left."""
+    found = [json.loads(path.read_text()) for path in folder.glob(f"{notebook}-*.json")]
+    return next(f for f in found if all(f["parameters"][k] == v for k, v in parameters.items()))
+
+
+def test_settings_are_named_by_what_they_change():
+    names = [
+        sweep.setting_name(p)
+        for p in (
+            {"experts": 0},
+            {"experts": 4},
+            {"experts": 4, "method": "hc-smoe", "linkage": "average", "merge": ""},
+            {"experts": 4, "method": "hc-smoe", "linkage": "single", "similarity": "weight"},
+            {"experts": 4, "method": "reap"},
+        )
+    ]
+    assert names == ["original", "hc-smoe", "hc-smoe", "hc-smoe, similarity weight, linkage single", "reap"]
+
+
+def test_means_and_spreads_are_over_the_calibration_samples():
+    rows = [
+        ("original", 0, 42, 0.8, 1.0),
+        ("hc-smoe", 4, 42, 0.6, 1.5),
+        ("hc-smoe", 4, 43, 0.7, 1.7),
+        ("reap", 4, 42, 0.4, 2.0),
+    ]
+    cells = pd.DataFrame(rows, columns=["setting", "experts", "seed", "mean_acc", "mean_loss"])
+    cells = cells.assign(method="m", mean_acc_stderr=0.05, bytes=100)
+    cells.loc[len(cells)] = cells.loc[1]  # measured twice
+    frame = sweep.over_samples(cells).set_index("setting")
+    assert frame.loc["hc-smoe", "samples"] == 2
+    assert frame.loc["hc-smoe", "mean_acc"] == pytest.approx(0.65)
+    assert frame.loc["hc-smoe", "mean_acc_sd"] == pytest.approx(0.1 / 2**0.5)
+    assert frame.loc["hc-smoe", "mean_loss_sd"] == pytest.approx(0.2 / 2**0.5)
+    assert frame.loc["hc-smoe", "retained"] == pytest.approx(0.65 / 0.8)
+    assert frame.loc["hc-smoe", "retained_sd"] == pytest.approx(0.1 / 2**0.5 / 0.8)
+    assert frame.loc["reap", "samples"] == 1
+    assert math.isnan(frame.loc["reap", "mean_acc_sd"])
+    assert sweep.over_samples(cells[1:])["retained"].isna().all()
+
+
+@pytest.mark.parametrize("model", ["demo-mixtral", "demo-qwen"])
+def test_the_study_measures_each_setting_once_and_all_that_the_paper_compares(model):
+    brief, full = (showcase.settings(model, 10, full=full) for full in (False, True))
+    known = set(papermill.inspect_notebook(str(sweep.notebook_path("05_accuracy"))))
+    for cells in (brief, full):
+        keys = [(c["experts"], sweep.setting_name(c), c.get("seed", 42)) for c in cells]
+        assert len(set(keys)) == len(keys)
+        assert all(set(cell) <= known for cell in cells)
+    assert all(cell in full for cell in brief)
+    of = showcase.EXPERTS[model]
+    assert find_moe_layers(load_skeleton(model))[0].num_experts == of
+    assert {(c["experts"], sweep.setting_name(c)) for c in paper.wanted(of)} <= {k[:2] for k in keys}
