@@ -7,10 +7,13 @@ import nbformat
 import pandas as pd
 import papermill
 import pytest
+import torch
 from conftest import ROOT
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from hcsmoe_core import find_moe_layers, paper, showcase, sweep
-from hcsmoe_core.checkpoint import load_skeleton
+from hcsmoe_core.checkpoint import load_skeleton, load_tokenizer
+from hcsmoe_core.demo import models
 
 SMALL = {"calibration": "demo", "sequences": 12, "length": 64}
 
@@ -139,6 +142,39 @@ def test_notebooks_run_with_default_and_with_changed_parameters_and_draw_the_sam
     for path in (first / model).glob("*.png"):
         assert path.with_suffix(".pdf").stat().st_size > 1000
         assert matplotlib.image.imread(path)[..., :3].std() > 0.05, path.name
+
+
+@pytest.mark.slow
+def test_notebooks_run_on_any_model_folder(tmp_path):
+    """Another family with a dense first layer, calibrated on a text file; and a sweep without the unmerged model."""
+    config = Qwen3MoeConfig(
+        vocab_size=models.VOCABULARY,
+        hidden_size=32,
+        moe_intermediate_size=24,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_experts=8,
+        num_experts_per_tok=2,
+        mlp_only_layers=[0],
+    )
+    torch.manual_seed(0)
+    folder, text = tmp_path / "some-moe", tmp_path / "text.txt"
+    Qwen3MoeForCausalLM(config).save_pretrained(folder)
+    load_tokenizer(models.folder("demo-qwen")).save_pretrained(folder)
+    text.write_text("\n".join(f"Line {i} of a text that says {i * 7 % 13} things." for i in range(1000)))
+    shared = {"model": str(folder), "figures": str(tmp_path / "figures")}
+    source = {"calibration": str(text), "sequences": 8, "length": 64}
+    names = ("00_tour", "01_similarity", "02_dendrograms", "03_linkage", "04_merge")
+    cells = [(sweep.notebook_path(name), shared | source) for name in names]
+    cells.append((sweep.notebook_path("05_accuracy"), shared | source | {"experts": 4, "limit": 5, "text": str(text)}))
+    sweep.run_cells(cells, tmp_path / "runs", workers=2)
+    read = shared | {"sweep": str(tmp_path / "runs")}
+    sweep.run_cells([(sweep.notebook_path("06_ablation"), read)], tmp_path / "runs")
+    sweep.run_cells([(sweep.notebook_path("07_paper"), read | source)], tmp_path / "runs")
+    drawn = {path.name[:2] for path in (tmp_path / "figures/some-moe").iterdir()}
+    assert drawn == {"00", "01", "02", "03", "04", "05", "06", "07"}
 
 
 def results_of(folder, notebook, **parameters):
