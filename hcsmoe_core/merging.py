@@ -60,7 +60,7 @@ def _compress(layers, plan, stats):
     parts = []
     for layer, layer_plan in zip(layers, plan.layers, strict=True):
         sample = stats.layers[layer.name].sample
-        inputs, chosen = sample.inputs.to(layer.experts.down_proj.device), sample.chosen
+        inputs, chosen = sample.inputs.to(layer.device), sample.chosen
         routed = [inputs[chosen[:, members].any(1)] for members in layer_plan.groups()]
         parts.append(([layer.neurons(g) for g in range(layer_plan.num_groups)], routed, layer.activate))
     names, dtype = [layer.name for layer in layers], layers[0].tensors()["down_proj"].dtype
@@ -150,6 +150,8 @@ def merge_layer(layer, layer_plan, sample=None):
     merged = {name: _averages(tensor.detach(), layer_plan) for name, tensor in layer.tensors().items()}
     options = layer_plan.combine
     if options["rule"] != "average" or options.get("align", "none") != "none":
+        if layer.only_average and (options["rule"] != "average" or uses_sample(options)):
+            raise ValueError(f'{layer.name} can only be merged by combine "average": {layer.only_average}.')
         merged |= _combined(layer, layer_plan, sample)
     for name, tensor in merged.items():
         for row, members in zip(tensor, layer_plan.groups(), strict=True):
