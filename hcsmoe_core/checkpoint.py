@@ -72,16 +72,42 @@ def load_tokenizer(source):
 
 
 def _load_plain(source, shown, *, dtype, device, experts_implementation):
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
-    extra = {} if experts_implementation is None else {"experts_implementation": experts_implementation}
     with _readable(shown):
-        AutoConfig.from_pretrained(source)
-        loaded, report = AutoModelForCausalLM.from_pretrained(
-            source, dtype=_dtype(dtype), output_loading_info=True, use_safetensors=True, **extra
+        loaded, report = model_class(AutoConfig.from_pretrained(source)).from_pretrained(
+            source, dtype=_dtype(dtype), output_loading_info=True, use_safetensors=True
         )
         _check_report(report, shown)
+    if experts_implementation is not None:  # given while loading, it is refused by models of which some part has no experts
+        loaded.set_experts_implementation(experts_implementation)
     return loaded.to(_device(device)).eval()
+
+
+def model_class(config):
+    """Class of transformers that a checkpoint's configuration is for: the one it names, if an auto class knows that.
+
+    A causal language model where there is one; else one that reads images too, or labels tokens.
+
+    Raises
+    ------
+    ValueError
+        If there is none.
+    """
+    import transformers
+
+    known = []
+    for auto in (
+        transformers.AutoModelForCausalLM,
+        transformers.AutoModelForImageTextToText,
+        transformers.AutoModelForMultimodalLM,
+        transformers.AutoModelForTokenClassification,
+    ):
+        if type(config) in auto._model_mapping:
+            known.append(auto._model_mapping[type(config)])
+    if not known:
+        raise ValueError(f"transformers has no language model for its configuration ({type(config).__name__}).")
+    return next((c for c in known if c.__name__ in (config.architectures or ())), known[0])
 
 
 class _readable:  # noqa: N801 (a context manager, read as a word)
@@ -179,15 +205,14 @@ def save_merged(model, plan, folder, *, stats=None, router="", tokenizer=None):
         check_unmerged(layers)
         apply_plan(model, plan, stats)
     try:
-        config = None if router == "mapped" or plan.compress else _plain_config(model, plan)
+        config, why = (None, "") if router == "mapped" else _plain_config(model, plan)
         if router == "plain" and config is None:
-            raise ValueError(
-                'The "router" argument cannot be "plain" for this plan: the router keeps rows of experts that are joined, '
-                "layers differ in their number of experts or width, or the family's configuration cannot say them. "
-                'Use "mapped".'
-            )
+            raise ValueError(f'The "router" argument cannot be "plain" for this plan: {why}. Use "mapped".')
         with new_folder(folder) as part:
-            model.save_pretrained(part, state_dict=_without_factored(model, layers) if plan.compress else None)
+            # A family whose files hold text and other experts in one list cannot have fewer of one kind there.
+            original = not moe.other_experts(model)
+            tensors = _without_factored(model, layers) if plan.compress else None
+            model.save_pretrained(part, state_dict=tensors, save_original_format=original)
             if plan.compress:
                 save_file(_factors(layers, model.dtype), part / FACTORED)
             if tokenizer is not None:
@@ -230,26 +255,27 @@ def _without_factored(model, layers):
 
 
 def _plain_config(model, plan):
-    """Configuration with which the model's own class has just the tensors that the merged model has, or None.
+    """Configuration with which the model's own class has just the tensors that the merged model has; or None, and why.
 
     Whether a changed configuration says it is tried out, by building the class without memory and comparing shapes.
     """
     counts = {layer.num_groups for layer in plan.layers}
-    mapped = any(layer.router == "map" and layer.labels != list(range(len(layer.labels))) for layer in plan.layers)
-    if mapped or len(counts) > 1:
-        return None
+    if plan.compress:
+        return None, "experts are written as factors"
+    if any(layer.router == "map" and layer.labels != list(range(len(layer.labels))) for layer in plan.layers):
+        return None, "the router keeps rows of experts that are joined"
+    if len(counts) > 1:
+        return None, f"layers differ in their number of experts ({', '.join(map(str, sorted(counts)))})"
     config, experts = copy.deepcopy(model.config), len(plan.layers[0].labels)
-    inner = config.get_text_config()
     kept, width = counts.pop(), plan.layers[0].width
-    for name in dict.fromkeys((*moe.COUNTS, "moe_num_experts")):
-        if getattr(inner, name, None) == experts:
-            setattr(inner, name, kept)
-    for name in (*moe.CHOICES, "moe_k", "moe_topk"):
-        if isinstance(getattr(inner, name, None), int):
-            setattr(inner, name, min(getattr(inner, name), kept))
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    names = ("moe_intermediate_size", "intermediate_size", "expert_dim") if width else ("",)
-    for name in names:
+    for name, holder in counted(config, experts):
+        setattr(holder, name, kept)
+    for holder in _nested(config.get_text_config()):
+        for name in moe.CHOICES:
+            if isinstance(getattr(holder, name, None), int):
+                setattr(holder, name, min(getattr(holder, name), kept))
+    shapes, why = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}, "its configuration has no width"
+    for name in ("moe_intermediate_size", "intermediate_size", "expert_dim") if width else ("",):
         tried = copy.deepcopy(config)
         if name:
             if not isinstance(getattr(tried.get_text_config(), name, None), int):
@@ -258,11 +284,27 @@ def _plain_config(model, plan):
         try:
             with torch.device("meta"):
                 built = type(model)(tried)
-        except (ValueError, RuntimeError, AttributeError, TypeError):  # a configuration that its own class refuses
+        except (ValueError, RuntimeError, AttributeError, TypeError) as error:  # its own class refuses it
+            why = f"{type(config).__name__} does not take {kept} experts ({str(error).splitlines()[0]})"
             continue
-        if {n: tuple(t.shape) for n, t in built.state_dict().items()} == shapes:
-            return tried
-    return None
+        made = {n: tuple(t.shape) for n, t in built.state_dict().items()}
+        if made == shapes:
+            return tried, ""
+        other = next(n for n in {**shapes, **made} if made.get(n) != shapes.get(n))
+        why = f"its configuration counts other tensors along with these experts ({other})"
+    return None, why
+
+
+def counted(config, experts):
+    """Where a configuration's text part, or one in it, gives the number of experts: ``[(name, configuration), …]``."""
+    holders = _nested(config.get_text_config())
+    return [(name, holder) for holder in holders for name in moe.COUNTS if getattr(holder, name, None) == experts]
+
+
+def _nested(config):
+    """A configuration and those in it, such as DBRX's ``ffn_config``."""
+    inner = [value for value in vars(config).values() if isinstance(value, type(config).__mro__[-2])]
+    return [config, *(holder for part in inner for holder in _nested(part))]
 
 
 def _write_record(folder, layers, files):
@@ -308,7 +350,8 @@ def load_merged(folder, *, dtype="auto", device="auto", experts_implementation=N
     Returns
     -------
     transformers.PreTrainedModel
-        Computes what the live merged model computed, to the bit at the same dtype.
+        Computes what the live merged model computed, to the bit at the same dtype (on a CPU, where a file's tensors lie in
+        memory can change the last bit of a matrix product).
 
     Raises
     ------
@@ -317,7 +360,7 @@ def load_merged(folder, *, dtype="auto", device="auto", experts_implementation=N
     ValueError
         If it is not a merged checkpoint, or is damaged or changed.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     folder = Path(folder)
     if not folder.is_dir():
@@ -326,14 +369,11 @@ def load_merged(folder, *, dtype="auto", device="auto", experts_implementation=N
     if record is None:
         raise ValueError(f'{folder} is not a merged checkpoint: its config.json has no "expert_merge". Use load_model.')
     _check_record(folder, record, verify)
-    extra = {} if experts_implementation is None else {"experts_implementation": experts_implementation}
     with _readable(folder):
         config = AutoConfig.from_pretrained(folder)
-        if type(config) not in AutoModelForCausalLM._model_mapping:
-            raise ValueError(f"transformers has no causal language model for its configuration ({type(config).__name__}).")
-        base = AutoModelForCausalLM._model_mapping[type(config)]
+        base = model_class(config)
         loaded, report = _merged_class(base).from_pretrained(
-            folder, config=config, dtype=_dtype(dtype), output_loading_info=True, use_safetensors=True, **extra
+            folder, config=config, dtype=_dtype(dtype), output_loading_info=True, use_safetensors=True
         )
         layers = find_moe_layers(loaded)
         factored = [n for layer in layers for n in (f"{layer.name}.{layer.up_name}", f"{layer.name}.down_proj")]
@@ -342,6 +382,8 @@ def load_merged(folder, *, dtype="auto", device="auto", experts_implementation=N
             with torch.no_grad():
                 put_factors(layers, from_saved(load_file(folder / FACTORED)))
     loaded.__class__ = base
+    if experts_implementation is not None:
+        loaded.set_experts_implementation(experts_implementation)
     return loaded.to(_device(device)).eval()
 
 

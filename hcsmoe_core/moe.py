@@ -404,13 +404,15 @@ def find_moe_layers(model):
     """
     layers, owners = [], {}
     for name, module in model.named_modules():
+        if type(module).__name__ in UNSUPPORTED:
+            raise ValueError(f"{name} ({type(module).__name__}) is not supported: {UNSUPPORTED[type(module).__name__]}.")
         kind = _kind(module)
-        if kind is None or any(part in segment for segment in name.split(".") for part in OTHER_PARTS):
+        if kind is None or _reads_no_text(name):
             continue
         layer = kind.at(model, name, module)
         shared = owners.setdefault(id(next(module.parameters())), name)
         if shared != name:
-            raise ValueError(f"{name} and {shared} are two modules with the same weights; such models are not supported.")
+            raise ValueError(f"{shared} and {name} share their weights; merging them as one is not supported.")
         layers.append(layer)
     if not layers:
         what = getattr(model, "name_or_path", "") or type(model).__name__
@@ -419,6 +421,15 @@ def find_moe_layers(model):
             "stacked tensors of transformers 5."
         )
     return layers
+
+
+def other_experts(model):
+    """Names of the experts modules that text never reaches, which are left as they are."""
+    return [name for name, module in model.named_modules() if _kind(module) is not None and _reads_no_text(name)]
+
+
+def _reads_no_text(name):
+    return any(part in segment for segment in name.split(".") for part in OTHER_PARTS)
 
 
 def moe_layer(model, name):
@@ -455,6 +466,7 @@ class _Dbrx(MoELayer):
     """DBRX: gate, up and down projections of all experts flattened into ``[E·I, D]`` each, in a module below."""
 
     up_name = "gate_proj"
+    transposed = True
     held = {"gate_proj": "w1", "up_proj": "v1", "down_proj": "w2"}  # noqa: RUF012
 
     @property
@@ -481,9 +493,6 @@ class _Dbrx(MoELayer):
     def up_matrix(self, expert):
         held = self.tensors()
         return torch.cat([held["gate_proj"][expert], held["up_proj"][expert]])
-
-    def down_matrix(self, expert):
-        return self.tensors()["down_proj"][expert].T
 
     def _activated(self, hidden):
         gate, up = hidden.chunk(2, dim=-1)
@@ -592,6 +601,12 @@ class _Replaced:
         del self.module.forward
 
 
+UNSUPPORTED = {
+    "DogeCDMoE": "its experts are single neurons, looked up by product keys",
+    "NllbMoeExperts": "transformers one-hot encodes a mask there, so that only experts 0 and 1 are ever run",
+    "SwitchTransformersExperts": "its experts are modules of their own in an encoder and a decoder, and drop tokens that come "
+    "after others in a sequence, so that what an expert does for a token cannot be told from the token",
+}
 ENTRIES = {
     "LongcatFlashExperts": _LongcatFlash,
     "DbrxExperts": _Dbrx,
