@@ -125,6 +125,7 @@ MLA = dict(num_key_value_heads=4)  # latent attention has as many key heads as o
 SPARSE = dict(mlp_layer_types=["dense", "sparse", "sparse"])
 LINEAR = dict(num_hidden_layers=4, layer_types=["linear_attention", "full_attention"] * 2)
 SPARSE_4 = dict(mlp_layer_types=["dense", "sparse", "sparse", "sparse"])
+ENCODER_DECODER = dict(d_model=32, d_ff=40, d_kv=8, encoder_layers=2, decoder_layers=2, encoder_ffn_dim=40, decoder_ffn_dim=40)
 ROPE = dict(rope_type="default", rope_theta=1e4)
 # What else a family's configuration wants; of the part that reads text.
 OVERRIDES = {
@@ -170,6 +171,7 @@ OVERRIDES = {
     "mistral_large4": MLA,
     "muse_spark": SPARSE | dict(moe_hidden_size=20),
     "nemotron_h": dict(num_hidden_layers=4, layer_types=["linear_attention", "moe", "full_attention", "moe"]),
+    "nllb_moe": ENCODER_DECODER,
     "qwen3_5_moe": dict(num_hidden_layers=4),
     "qwen3_next": dict(num_hidden_layers=4),
     "qwen4_exp": dict(
@@ -183,6 +185,7 @@ OVERRIDES = {
         rope_parameters=ROPE | dict(partial_rotary_factor=0.5, mrope_section=[1, 1, 0]),
     ),
     "step3p7": SPARSE,
+    "switch_transformers": ENCODER_DECODER,
     "zaya": dict(num_experts_per_tok=1),
 }
 # What else its other parts want, and the configuration that holds all (under no name).
@@ -282,7 +285,7 @@ def tiny_model(family, dtype=torch.float32, seed=0):
     for parameter in model.parameters():  # buffers keep their dtype, as in a model that was loaded
         parameter.data = parameter.data.to(dtype)
     model.config.dtype = dtype
-    return model
+    return model.eval()
 
 
 def tiny_tokens(sequences=4, length=16, seed=1):
@@ -331,7 +334,7 @@ def probe(family):
         model, input_ids = tiny_model(family), tiny_tokens()
         layers = find_moe_layers(model)
         row["layers"] = re.sub(r"\d+", "*", layers[0].name)
-        row["experts"] = ", ".join(experts_keys(model.config, EXPERTS))
+        row["experts"] = ", ".join(name for name, _ in counted(model.config, EXPERTS))
         stats = capture(model, input_ids, needs=("usage", "outputs", "norms", "sample"), sample=64, progress=False)
         row["router"] = " / ".join(dict.fromkeys(_router_kind(layer, stats.layers[layer.name].sample) for layer in layers))
         row["mapped"] = _mapped_fails(model, stats, input_ids)
@@ -386,11 +389,6 @@ def _router_kind(layer, sample):
     except ValueError:
         parts = ["own rule", *parts]
     return ", ".join(parts + [f"{layer.extra} rows more"] * bool(layer.extra))
-
-
-def experts_keys(config, experts):
-    """Names under which a configuration, or one in it, gives the number of experts."""
-    return [name for name, holder in counted(config, experts)]
 
 
 def committed():

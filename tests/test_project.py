@@ -23,6 +23,7 @@ ROOMS = [  # top to bottom: a room imports none above it
     "study",
     "figures",
     "evaluation",
+    "families",
     "checkpoint",
     "methods",
     "merging",
