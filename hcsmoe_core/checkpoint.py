@@ -17,6 +17,8 @@ from hcsmoe_core.moe import find_moe_layers
 from hcsmoe_core.plan import check_fits
 
 ROUTERS = ("plain", "mapped")
+# Names for layers that predict further tokens (MTP): transformers does not load them, so that they are not written either.
+FURTHER_LAYERS = ("num_nextn_predict_layers", "num_mtp_layers")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 VERSION = 2
 FACTORED = "experts-factored.safetensors"
@@ -221,8 +223,7 @@ def save_merged(model, plan, folder, *, stats=None, router="", tokenizer=None):
             files = sorted(part.glob("*.safetensors"))
             if config is not None:
                 (part / "config.json").write_text(config.to_json_string(), encoding="utf-8")
-            else:
-                _write_record(part, layers, files)
+            _write_config(part, None if config is not None else _record(part, layers, files))
             size = sum(file.stat().st_size for file in files)
         written = {"bytes": size, "parameters": sum(p.numel() for p in model.parameters())}
         written["router"] = "mapped" if config is None else "plain"
@@ -298,7 +299,8 @@ def _plain_config(model, plan):
 def counted(config, experts):
     """Where a configuration's text part, or one in it, gives the number of experts: ``[(name, configuration), …]``."""
     holders = _nested(config.get_text_config())
-    return [(name, holder) for holder in holders for name in moe.COUNTS if getattr(holder, name, None) == experts]
+    named = [(name, holder) for holder in holders for name in moe.COUNTS if name not in type(holder).attribute_map]
+    return [(name, holder) for name, holder in named if getattr(holder, name, None) == experts]
 
 
 def _nested(config):
@@ -307,16 +309,24 @@ def _nested(config):
     return [config, *(holder for part in inner for holder in _nested(part))]
 
 
-def _write_record(folder, layers, files):
+def _write_config(folder, record):
+    """Add the record of a merge to a written ``config.json``, and say there that no layer predicts further tokens."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    config["expert_merge"] = {
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        part.update({name: 0 for name in FURTHER_LAYERS if part.get(name)})
+    if record is not None:
+        config["expert_merge"] = record
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _record(folder, layers, files):
+    return {
         "version": VERSION,
         "router": "mapped",
         "factored": (folder / FACTORED).exists(),
         "layers": {layer.name: _layer_record(layer) for layer in layers},
         "files": {file.name: sha256_file(file) for file in files},
     }
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _layer_record(layer):

@@ -293,7 +293,9 @@ def methods():
 @app.command()
 def families(
     names: Annotated[list[str] | None, typer.Argument(help="Families, as transformers names them; by default all.")] = None,
-    check: Annotated[bool, typer.Option(help="Try it out on tiny models (minutes for all), rather than tell what was found.")] = False,
+    check: Annotated[
+        bool, typer.Option(help="Try it out on tiny models (minutes for all), rather than tell what was found.")
+    ] = False,
     out: Annotated[Path | None, typer.Option(help="File to write the table to (.json).")] = None,
 ):
     """List the MoE families of transformers: what works on each, and why what does not."""

@@ -66,7 +66,6 @@ TINY = dict(
     expert_layer_offset=0,
     decoder_sparse_step=1,
     mlp_only_layers=[],
-    num_mtp_layers=0,
     attn_layer_offset=0,
     attn_layer_period=2,
     q_lora_rank=16,
@@ -191,7 +190,10 @@ OVERRIDES = {
 # What else its other parts want, and the configuration that holds all (under no name).
 SMALL_AUDIO = dict(patch_sizes=[16], hidden_sizes=[32], depths=[1])
 OTHER = {
-    "diffusion_gemma": {"": dict(tie_word_embeddings=True), "vision_config": TINY_OTHER | dict(model_type="gemma4_vision", position_embedding_size=16)},
+    "diffusion_gemma": {
+        "": dict(tie_word_embeddings=True),
+        "vision_config": TINY_OTHER | dict(model_type="gemma4_vision", position_embedding_size=16),
+    },
     "glm5_next": {"vision_config": dict(projector_hidden_size=40)},
     "mistral_large4": {"vision_config": TINY_OTHER | dict(model_type="pixtral")},
     "muse_spark": {"": dict(out_hidden_size=32, projector_hidden_size=32), "audio_config": SMALL_AUDIO},

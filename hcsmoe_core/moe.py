@@ -90,10 +90,19 @@ class MoELayer:
         -------
         list of handles
         """
-        handles = [self.experts.register_forward_pre_hook(take_experts, with_kwargs=True)]
-        if self.router is not None:
-            handles.append(self.router.register_forward_hook(take_router))
-        return handles
+        called = []
+
+        def take(module, inputs, output):
+            if module is self.router:
+                called.append(True)
+            elif called:
+                return
+            take_router(module, inputs, output)
+
+        # Some families read a router's weights without calling the module that has them; then what holds it is listened to.
+        routers = [m for m in self.routing if m is not self.block and any(self.router is inner for inner in m.modules())]
+        handles = [router.register_forward_hook(take) for router in routers]
+        return [*handles, self.experts.register_forward_pre_hook(take_experts, with_kwargs=True)]
 
     def remap(self):
         """Send what the router chooses through the map to the merged experts; returns a handle that undoes it."""
@@ -125,7 +134,9 @@ class MoELayer:
         if self.router is None:
             return []
         below = list(self.router.modules())
-        return below + [m for m in self.block.modules() if m not in below and any(self.router is inner for inner in m.modules())]
+        return below + [
+            m for m in self.block.modules() if m not in below and any(self.router is inner for inner in m.modules())
+        ]
 
     @property
     def top_k(self):
