@@ -5,6 +5,7 @@ import importlib.util
 import re
 import tempfile
 import textwrap
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -196,10 +197,12 @@ OTHER = {
     },
     "glm5_next": {"vision_config": dict(projector_hidden_size=40)},
     "mistral_large4": {"vision_config": TINY_OTHER | dict(model_type="pixtral")},
+    "qwen3_omni_moe": {"": dict(vision_start_token_id=1)},
     "muse_spark": {"": dict(out_hidden_size=32, projector_hidden_size=32), "audio_config": SMALL_AUDIO},
 }
 
 
+@cache
 def installed_families():
     """Names of the MoE families of the installed transformers, found in the source of its models.
 
@@ -213,6 +216,7 @@ def installed_families():
     return sorted(name for name, path in files.items() if CLASSES.search(path.read_text(encoding="utf-8")))
 
 
+@cache
 def model_of(family):
     """Configuration and model class that stand for a family, and the auto class that opens its checkpoints.
 
