@@ -308,7 +308,10 @@ def families(
     for name in names or ():
         check_choice("names", name, installed)
     wanted = names or installed
-    probed = transformers.__version__, [known.probe(name) for name in wanted if check]
+    probed = (
+        transformers.__version__,
+        [known.probe(name, whole=whole) for name, whole in known.installed_models() if check and name in wanted],
+    )
     version, rows = probed if check else known.committed()
     rows = [row for row in rows if row["family"] in wanted]
     print(known.table(rows))

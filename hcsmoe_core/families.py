@@ -1,5 +1,6 @@
 """The MoE families of the installed transformers: which there are, a tiny random model of each, and what works on it."""
 
+import contextlib
 import dataclasses
 import importlib.util
 import re
@@ -169,7 +170,7 @@ OVERRIDES = {
     "longcat_flash": MLA | dict(num_layers=2, num_hidden_layers=4),
     "mistral4": MLA,
     "mistral_large4": MLA,
-    "muse_spark": SPARSE | dict(moe_hidden_size=20),
+    "muse_spark": SPARSE | dict(moe_hidden_size=56),
     "nemotron_h": dict(num_hidden_layers=4, layer_types=["linear_attention", "moe", "full_attention", "moe"]),
     "nllb_moe": ENCODER_DECODER,
     "qwen3_5_moe": dict(num_hidden_layers=4),
@@ -191,10 +192,15 @@ OVERRIDES = {
 # What else its other parts want, and the configuration that holds all (under no name).
 SMALL_AUDIO = dict(patch_sizes=[16], hidden_sizes=[32], depths=[1])
 OTHER = {
+    "aria": {"vision_config": TINY_OTHER | dict(model_type="idefics3_vision")},
     "diffusion_gemma": {
         "": dict(tie_word_embeddings=True),
         "vision_config": TINY_OTHER | dict(model_type="gemma4_vision", position_embedding_size=16),
     },
+    "dots3_note": {
+        "vision_config": dict(per_layer_config={}, adapter_in_dim=32, adapter_out_dim=32, mlp_layer_types=["sparse"])
+    },
+    "inkling2": {"vision_config": dict(text_hidden_size=32)},
     "glm5_next": {"vision_config": dict(projector_hidden_size=40)},
     "mistral_large4": {"vision_config": TINY_OTHER | dict(model_type="pixtral")},
     "qwen3_omni_moe": {"": dict(vision_start_token_id=1)},
@@ -217,35 +223,57 @@ def installed_families():
 
 
 @cache
-def model_of(family):
+def model_of(family, whole=False):
     """Configuration and model class that stand for a family, and the auto class that opens its checkpoints.
 
     A causal language model where the family has one, of its text part where that is a model of its own; else one that
     reads images too, and so on.
+
+    Parameters
+    ----------
+    family : str
+        One of :func:`installed_families`.
+    whole : bool
+        The class that reads images too, where there is another one for the text part.
 
     Returns
     -------
     config : type
     model : type
     auto : type
+
+    Raises
+    ------
+    ValueError
+        If it has no such class.
     """
     import transformers
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES, model_type_to_module_name
 
     types = [t for t in CONFIG_MAPPING_NAMES if model_type_to_module_name(t) == family]
     configs = [transformers.CONFIG_MAPPING[t] for t in sorted(types, key=lambda t: (not t.endswith("_text"), t))]
-    for name in ("CausalLM", "ImageTextToText", "MultimodalLM", "Seq2SeqLM", "TokenClassification"):
-        auto = getattr(transformers, f"AutoModelFor{name}")
+    names = ("CausalLM", "ImageTextToText", "MultimodalLM", "Seq2SeqLM", "TokenClassification")
+    for auto in (getattr(transformers, f"AutoModelFor{name}") for name in (names[1:2] if whole else names)):
         for config in configs:
-            if config in auto._model_mapping:
+            if config in auto._model_mapping and not (whole and auto._model_mapping[config] is model_of(family)[1]):
                 return config, auto._model_mapping[config], auto
-    raise ValueError(f"{family} has no class that reads text.")
+    raise ValueError(f"{family} has no class that reads {'images besides one for its text part' if whole else 'text'}.")
 
 
-def tiny_config(family):
-    """Configuration of a tiny model of a family."""
-    config, _, _ = model_of(family)
-    return _filled(config, family)
+def installed_models():
+    """Families with whether the whole model is meant: ``[(family, whole), …]``; of some there are both.
+
+    Returns
+    -------
+    list of (str, bool)
+    """
+    models = []
+    for family in installed_families():
+        models.append((family, False))
+        with contextlib.suppress(ValueError):
+            model_of(family, whole=True)
+            models.append((family, True))
+    return models
 
 
 def _filled(kind, family, part="text"):
@@ -264,7 +292,7 @@ def _filled(kind, family, part="text"):
     return kind(**given)
 
 
-def tiny_model(family, dtype=torch.float32, seed=0):
+def tiny_model(family, dtype=torch.float32, *, whole=False, seed=0):
     """A tiny random model of a family, in evaluation mode.
 
     Parameters
@@ -272,6 +300,8 @@ def tiny_model(family, dtype=torch.float32, seed=0):
     family : str
         One of :func:`installed_families`.
     dtype : torch.dtype
+    whole : bool
+        As for :func:`model_of`.
     seed : int
 
     Returns
@@ -279,19 +309,23 @@ def tiny_model(family, dtype=torch.float32, seed=0):
     transformers.PreTrainedModel
     """
     check_choice("family", family, installed_families())
-    _, kind, _ = model_of(family)
+    config, kind, _ = model_of(family, whole)
     torch.manual_seed(seed)
-    model = kind(tiny_config(family))
+    model = kind(_filled(config, family))
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
             if tensor.is_floating_point() and not tensor.any():  # biases and the like begin as zeros
                 tensor.normal_(0, 0.1)
             if name.endswith("tid2eid"):
                 tensor.random_(0, EXPERTS)
-    for parameter in model.parameters():  # buffers keep their dtype, as in a model that was loaded
-        parameter.data = parameter.data.to(dtype)
-    model.config.dtype = dtype
-    return model.eval()
+    if dtype in (torch.float32, torch.float64):
+        for parameter in model.parameters():  # buffers keep their dtype, as in a model that was loaded
+            parameter.data = parameter.data.to(dtype)
+        model.config.dtype = dtype
+        return model.eval()
+    with tempfile.TemporaryDirectory() as folder:  # some families keep parts in float32, which loading knows
+        model.save_pretrained(folder)
+        return aligned(kind.from_pretrained(folder, dtype=dtype).eval())
 
 
 def tiny_tokens(sequences=4, length=16, seed=1):
@@ -315,7 +349,7 @@ def outputs(model, input_ids):
     return model(input_ids=input_ids, use_cache=False).logits
 
 
-def probe(family):
+def probe(family, dtype=torch.float32, *, whole=False):
     """What works on a tiny random model of a family.
 
     It is captured, merged and saved with the map, loaded and compared; pruned, saved as a plain checkpoint, loaded by
@@ -325,19 +359,22 @@ def probe(family):
     ----------
     family : str
         One of :func:`installed_families`.
+    dtype : torch.dtype
+    whole : bool
+        As for :func:`model_of`.
 
     Returns
     -------
     dict
-        ``family``; ``model``, the class that was built; ``layers``, where its experts are; ``experts``, the configuration's
+        ``family``, ``whole``; ``model``, the class that was built; ``layers``, where its experts are; ``experts``, the configuration's
         name for their number; ``router``, how it scores; ``mapped`` and ``plain``: empty if that kind of checkpoint works,
         else why not.
     """
-    row = dict(family=family, model="", layers="", experts="", router="", mapped="", plain="")
+    row = dict(family=family, whole=whole, model="", layers="", experts="", router="", mapped="", plain="")
     try:
-        _, kind, auto = model_of(family)
+        _, kind, auto = model_of(family, whole)
         row["model"] = kind.__name__
-        model, input_ids = tiny_model(family), tiny_tokens()
+        model, input_ids = tiny_model(family, dtype, whole=whole), tiny_tokens()
         layers = find_moe_layers(model)
         row["layers"] = re.sub(r"\d+", "*", layers[0].name)
         row["experts"] = ", ".join(name for name, _ in counted(model.config, EXPERTS))

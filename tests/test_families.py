@@ -14,8 +14,8 @@ from hcsmoe_core import capture, families, make_plan, moe, save_merged
 from hcsmoe_core.families import EXPERTS, KEPT, outputs, tiny_model, tiny_tokens
 
 VERSION, ROWS = families.committed()
-SUPPORTED = [row["family"] for row in ROWS if not row["mapped"]]
-PLAIN = [row["family"] for row in ROWS if not row["plain"]]
+SUPPORTED = [row["family"] for row in ROWS if not row["mapped"] and not row["whole"]]
+PLAIN = [row["family"] for row in ROWS if not row["plain"] and not row["whole"]]
 IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
 LABELS = [0, 1, 2, 1, 3, 4, 0, 5, 6, 7]  # 3 joins 1, and 6 joins 0
 FIRST = [0, 1, 2, 4, 5, 7, 8, 9]
@@ -51,15 +51,24 @@ def put(model, labels, rows):
 
 @same_version
 def test_the_table_has_every_family():
-    assert [row["family"] for row in ROWS] == families.installed_families()
+    assert [(row["family"], row["whole"]) for row in ROWS] == families.installed_models()
+    assert [row["family"] for row in ROWS if not row["whole"]] == families.installed_families()
     assert {"mixtral", "gpt_oss", "dbrx", "doge", "qwen3_vl_moe"} <= {row["family"] for row in ROWS}
 
 
 @same_version
 @pytest.mark.slow
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: row["family"])
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row["model"] or row["family"])
 def test_the_table_says_what_is_found(row):
-    assert families.probe(row["family"]) == row
+    assert families.probe(row["family"], whole=row["whole"]) == row
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", SUPPORTED)
+def test_sixteen_bits_work_alike(family):
+    row = next(row for row in ROWS if row["family"] == family and not row["whole"])
+    found = families.probe(family, torch.bfloat16)
+    assert (found["mapped"], found["plain"]) == (row["mapped"], row["plain"])
 
 
 @pytest.mark.slow
