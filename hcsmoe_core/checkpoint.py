@@ -212,7 +212,7 @@ def save_merged(model, plan, folder, *, stats=None, router="", tokenizer=None):
             raise ValueError(f'The "router" argument cannot be "plain" for this plan: {why}. Use "mapped".')
         with new_folder(folder) as part:
             # A family whose files hold text and other experts in one list cannot have fewer of one kind there.
-            original = not moe.other_experts(model)
+            original = config is not None or not moe.other_experts(model)
             tensors = _without_factored(model, layers) if plan.compress else None
             model.save_pretrained(part, state_dict=tensors, save_original_format=original)
             if plan.compress:

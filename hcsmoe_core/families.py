@@ -198,7 +198,8 @@ OTHER = {
         "vision_config": TINY_OTHER | dict(model_type="gemma4_vision", position_embedding_size=16),
     },
     "dots3_note": {
-        "vision_config": dict(per_layer_config={}, adapter_in_dim=32, adapter_out_dim=32, mlp_layer_types=["sparse"])
+        "vision_config": dict(per_layer_config={}, adapter_in_dim=32, adapter_out_dim=32, mlp_layer_types=["sparse"]),
+        "audio_config": dict(adapter_input_size=32, adapter_out_dim=32),
     },
     "inkling2": {"vision_config": dict(text_hidden_size=32)},
     "glm5_next": {"vision_config": dict(projector_hidden_size=40)},
@@ -366,9 +367,9 @@ def probe(family, dtype=torch.float32, *, whole=False):
     Returns
     -------
     dict
-        ``family``, ``whole``; ``model``, the class that was built; ``layers``, where its experts are; ``experts``, the configuration's
-        name for their number; ``router``, how it scores; ``mapped`` and ``plain``: empty if that kind of checkpoint works,
-        else why not.
+        ``family`` and ``whole``; ``model``, the class that was built; ``layers``, where its experts are; ``experts``, the
+        configuration's name for their number; ``router``, how it scores; ``mapped`` and ``plain``: empty if that kind of
+        checkpoint works, else why not.
     """
     row = dict(family=family, whole=whole, model="", layers="", experts="", router="", mapped="", plain="")
     try:
@@ -450,11 +451,15 @@ def table(rows):
     """Rows of :func:`probe` as text."""
     lines = []
     for row in rows:
+        name = row["family"] + " (whole)" * row["whole"]
         what = "no" if row["mapped"] else "mapped" if row["plain"] else "mapped, plain"
-        lines.append(f"{row['family']:24} {what:14} {row['experts'] or '-':40} {row['router'] or '-'}")
-        why = row["mapped"] or row["plain"]
-        if why:
-            lines += textwrap.wrap(why, 120, initial_indent=" " * 25, subsequent_indent=" " * 25)
-    works = [sum(not row[kind] for row in rows) for kind in ("mapped", "plain")]
-    lines.append(f"{len(rows)} families: {works[0]} can be merged, {works[1]} of them written as plain checkpoints when pruned")
+        lines.append(f"{name:24} {what:14} {row['experts'] or '-':38} {row['router'] or '-'}")
+        if why := row["mapped"] or row["plain"]:
+            lines += textwrap.wrap(why, 110, initial_indent=" " * 25, subsequent_indent=" " * 25)
+    parts = [row for row in rows if not row["whole"]]
+    works = [sum(not row[kind] for row in parts) for kind in ("mapped", "plain")]
+    lines.append(
+        f"{len(parts)} families: {works[0]} can be merged (mapped), {works[1]} are written as plain checkpoints when pruned. "
+        '"whole" is a model that reads images too, beside its text part.'
+    )
     return "\n".join(lines)
