@@ -229,7 +229,7 @@ def save_merged(model, plan, folder, *, stats=None, router="", tokenizer=None):
         written["router"] = "mapped" if config is None else "plain"
         if plan.compress:
             written["savings"] = factored_savings(model)
-            dense = sum(layer.tensors()[n].numel() for layer in layers for n in (layer.up_name, "down_proj"))
+            dense = sum(tensor.numel() for layer in layers for tensor in layer.projections.values())
             written["parameters"] += written["savings"]["weights"]["compressed"] - dense
     finally:
         if not applied:
@@ -251,7 +251,7 @@ def _factors(layers, dtype):
 
 def _without_factored(model, layers):
     """The model's tensors but for the projections that are written as factors."""
-    left_out = {f"{layer.name}.{name}" for layer in layers for name in (layer.up_name, "down_proj")}
+    left_out = {name for layer in layers for name in layer.projections}
     return {name: tensor for name, tensor in model.state_dict().items() if name not in left_out}
 
 
@@ -386,7 +386,7 @@ def load_merged(folder, *, dtype="auto", device="auto", experts_implementation=N
             folder, config=config, dtype=_dtype(dtype), output_loading_info=True, use_safetensors=True
         )
         layers = find_moe_layers(loaded)
-        factored = [n for layer in layers for n in (f"{layer.name}.{layer.up_name}", f"{layer.name}.down_proj")]
+        factored = [name for layer in layers for name in layer.projections]
         _check_report(report, folder, expected=factored if record["factored"] else ())
         if record["factored"]:
             with torch.no_grad():

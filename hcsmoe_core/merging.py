@@ -150,8 +150,6 @@ def merge_layer(layer, layer_plan, sample=None):
     merged = {name: _averages(tensor.detach(), layer_plan) for name, tensor in layer.tensors().items()}
     options = layer_plan.combine
     if options["rule"] != "average" or options.get("align", "none") != "none":
-        if layer.only_average and (options["rule"] != "average" or uses_sample(options)):
-            raise ValueError(f'{layer.name} can only be merged by combine "average": {layer.only_average}.')
         merged |= _combined(layer, layer_plan, sample)
     for name, tensor in merged.items():
         for row, members in zip(tensor, layer_plan.groups(), strict=True):

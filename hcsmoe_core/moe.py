@@ -2,8 +2,8 @@
 
 This is the only room that knows how transformers builds MoE blocks, and it goes by the experts module, not by the model
 family: since version 5, a block's experts are stacked in one module whose forward takes the tokens, the experts that
-the router chose for each and their weights. What a router does (softmax, sigmoid, biases, groups of experts, scaling)
-happens before that and is never repeated here.
+the router chose for each and their weights. The few families that do otherwise have an entry. What a router does
+(softmax, sigmoid, biases, groups of experts, scaling) happens before that and is never repeated here.
 """
 
 import copy
@@ -157,9 +157,9 @@ class MoELayer:
         return not getattr(self.experts, "has_post_expert_norm", False)
 
     @property
-    def only_average(self):
-        """Why this layer's experts can be averaged and pruned but not combined in other ways; empty if they can."""
-        return "" if self.affine else "it normalises each expert's output, so that no projection can be solved for"
+    def unsolvable(self):
+        """Why a projection of these experts cannot be solved for from what they put out; empty if it can."""
+        return "" if self.affine else "each expert's output is normalised"
 
     @property
     def up_name(self):
@@ -181,6 +181,12 @@ class MoELayer:
     def stored(self, tensors):
         """What the model stores for :meth:`tensors`, by dotted name from the experts module."""
         return tensors
+
+    @property
+    def projections(self):
+        """Where the model stores the projections, without biases, by name in its state."""
+        held = {n: t for n, t in self.tensors().items() if not n.endswith("_bias")}
+        return {f"{self.name}.{n}": t for n, t in self.stored(held).items()}
 
     def shapes(self, stored, width):
         """Shapes that :meth:`tensors` have with another number of experts and another width, by name."""
@@ -574,7 +580,7 @@ def _repeated(sizes, device):
 class _Llama4(MoELayer):
     """Llama 4: every expert gets every token, multiplied with the router's score (zero where it was not chosen)."""
 
-    only_average = "the router's score multiplies what its experts read, not what they write"
+    unsolvable = "the router's score multiplies what experts read, not what they write"
     transposed = True
 
     def listen(self, take_router, take_experts):
@@ -648,9 +654,8 @@ def _find_router(block, experts, count):
     It is looked for under its usual names first, then by its shape alone among the block's modules.
     """
     named = [m for m in (getattr(block, name, None) for name in ROUTER_NAMES) if isinstance(m, nn.Module)]
-    inside = [m for router in named for m in router.modules()]
-    beside = [m for m in block.modules() if m not in set(experts.modules())]
-    for module in (*inside, *beside):
+    inside, own = [m for router in named for m in router.modules()], set(experts.modules())
+    for module in (*inside, *(m for m in block.modules() if m not in own)):
         if count in _matrix_rows(module):
             return module, 0
     longer = [(m, rows - count) for m in inside for rows in _matrix_rows(m) if rows > count]

@@ -10,7 +10,7 @@ import torch
 import transformers
 from conftest import ROOT
 
-from hcsmoe_core import capture, families, make_plan, moe, save_merged
+from hcsmoe_core import capture, families, make_plan, moe, needs_of, save_merged
 from hcsmoe_core.families import EXPERTS, KEPT, outputs, tiny_model, tiny_tokens
 
 VERSION, ROWS = families.committed()
@@ -226,11 +226,11 @@ def test_a_checkpoint_that_computes_something_else_is_told(monkeypatch):
 
 
 @pytest.mark.parametrize("family", ["llama4", "muse_spark"])
-def test_experts_that_can_only_be_averaged_say_so(family):
+def test_experts_that_nothing_can_be_solved_for_say_so(family):
     model, ids = tiny_model(family), tiny_tokens()
     stats = capture(model, ids, needs=("usage", "outputs", "norms", "grams", "sample"), sample=64, progress=False)
     plan = make_plan(stats, model, experts=KEPT, method="hc-least-squares")
-    with pytest.raises(ValueError, match='can only be merged by combine "average": '):
+    with pytest.raises(ValueError, match='so that combine "least-squares" has nothing to solve'):
         families.apply_plan(model, plan, stats)
 
 
@@ -254,12 +254,13 @@ def test_odd_layouts_are_read_and_written_neuron_by_neuron(family):
     assert {name: list(tensor.shape) for name, tensor in made.items()} == layer.shapes(EXPERTS, 7)
 
 
+@pytest.mark.parametrize("method", ["trimming", "mc-smoe", "hc-least-squares"])
 @pytest.mark.parametrize("family", ["dbrx", "jetmoe", "longcat_flash", "gpt_oss", "nemotron_h"])
-def test_odd_layouts_are_trimmed_and_saved(family, tmp_path):
-    model, ids = tiny_model(family), tiny_tokens()
-    stats = capture(model, ids, needs=("usage", "outputs", "norms", "grams", "sample"), sample=64, progress=False)
-    plan = make_plan(stats, model, experts=EXPERTS // 2, method="trimming")
-    save_merged(model, plan, tmp_path / "trimmed", stats=stats, router="mapped")
+def test_odd_layouts_are_combined_and_saved(family, method, tmp_path):
+    model, ids = tiny_model(family), tiny_tokens(16)
+    stats = capture(model, ids, needs=needs_of(method), progress=False)
+    plan = make_plan(stats, model, experts=EXPERTS // 2, method=method)
+    save_merged(model, plan, tmp_path / "merged", stats=stats, router="mapped")
     families.apply_plan(model, plan, stats)
-    loaded = families.aligned(families.load_merged(tmp_path / "trimmed"))
+    loaded = families.aligned(families.load_merged(tmp_path / "merged"))
     assert torch.equal(outputs(loaded, ids), outputs(model, ids))
