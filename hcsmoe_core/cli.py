@@ -308,12 +308,12 @@ def families(
     for name in names or ():
         check_choice("names", name, installed)
     wanted = names or installed
-    probed = (
-        transformers.__version__,
-        [known.probe(name, whole=whole) for name, whole in known.installed_models() if check and name in wanted],
-    )
-    version, rows = probed if check else known.committed()
-    rows = [row for row in rows if row["family"] in wanted]
+    if check:
+        models = [(name, whole) for name, whole in known.installed_models() if name in wanted]
+        version, rows = transformers.__version__, [known.probe(name, whole=whole) for name, whole in models]
+    else:
+        version, rows = known.committed()
+        rows = [row for row in rows if row["family"] in wanted]
     print(known.table(rows))
     absent = [name for name in wanted if name not in {row["family"] for row in rows}]
     if version != transformers.__version__ or absent:

@@ -459,7 +459,8 @@ def table(rows):
     parts = [row for row in rows if not row["whole"]]
     works = [sum(not row[kind] for row in parts) for kind in ("mapped", "plain")]
     lines.append(
-        f"{len(parts)} families: {works[0]} can be merged (mapped), {works[1]} are written as plain checkpoints when pruned. "
-        '"whole" is a model that reads images too, beside its text part.'
+        f"{len(parts)} of transformers' families: {works[0]} can be merged (mapped), {works[1]} pruned to plain checkpoints"
     )
+    if len(parts) < len(rows):
+        lines.append('"whole" is a model that reads images too; the line above it is its text part alone')
     return "\n".join(lines)
