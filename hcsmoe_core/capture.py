@@ -30,7 +30,7 @@ class _Collector:
     def __init__(self, layer, domains, needs):
         experts = layer.num_experts
         self.layer, self.needs = layer, set(needs)
-        self.device = layer.experts.down_proj.device
+        self.device = layer.device
         self.tokens = torch.zeros(domains, dtype=torch.int64)
         self.usage_count = self._zeros(domains, experts, dtype=torch.int64)
         self.sums = {key: self._zeros(domains, experts) for key in ("routing_mass", "score_mass")}
@@ -39,7 +39,8 @@ class _Collector:
             self.sums |= {key: self._zeros(domains, experts) for key in NEEDS["norms"]}
         if "grams" in self.needs:
             self.sums |= {key: self._zeros(domains, experts, experts) for key in NEEDS["grams"]}
-        self.hidden_sum = None  # [G, E, I], made when the first tokens tell the width
+        # [G, E, I], made when the first tokens tell the width; [G, E, D] of outputs where these are not affine in activations
+        self.hidden_sum = None
         self.batch_domains = self.batch_rows = None
         self.logits = self.scoring = None
         self.sampled = []
@@ -49,15 +50,20 @@ class _Collector:
 
     def take_router(self, module, inputs, output):
         """Forward hook of the router."""
-        self.logits = logits = router_logits(output, self.layer.num_experts).double()
-        for domain, rows in self._by_domain(len(logits), logits.device):
-            self.sums["logit_gram"][domain] += logits[rows].T @ logits[rows]
+        experts = self.layer.num_experts
+        self.logits = router_logits(output, experts, self.layer.extra).double()
+        for domain, rows in self._by_domain(len(self.logits), self.logits.device):
+            logits = self.logits[rows, :experts]
+            self.sums["logit_gram"][domain] += logits.T @ logits
 
     def take_experts(self, module, inputs, keywords):
         """Forward pre-hook of the experts: tokens [T, D], index [T, k] and weight [T, k] as they are applied."""
         tokens, index, weight = [*inputs, *keywords.values()][:3]
         tokens = tokens.reshape(-1, tokens.shape[-1])
         index, weight = index.reshape(len(tokens), -1), weight.reshape(len(tokens), -1).double()
+        # An expert without weights counts as none: its choice becomes one of weight zero.
+        weight = weight.masked_fill(index >= self.layer.num_experts, 0)
+        index = index.clamp(max=self.layer.num_experts - 1)
         for domain, rows in self._by_domain(len(tokens), tokens.device):
             self._add(domain, tokens[rows], index[rows], weight[rows])
             if self.logits is not None:
@@ -86,11 +92,12 @@ class _Collector:
         for expert in range(self.layer.num_experts):
             routed = gates[expert].nonzero()[:, 0] if "norms" in self.needs else None
             hidden = self.layer.expert_hidden(expert, tokens if everywhere else tokens[routed])
+            affine = self.layer.affine
+            output = self.layer.expert_output(expert, hidden) if whole or not affine else None
             if "outputs" in self.needs:
-                self._add_hidden(domain, expert, hidden)
+                self._add_hidden(domain, expert, hidden if affine else output)
             if not whole:
                 continue
-            output = self.layer.expert_output(expert, hidden)
             if "norms" in self.needs and len(routed):
                 self._add_norms(domain, expert, output[routed] if everywhere else output, gates[expert, routed])
             if "grams" in self.needs:
@@ -124,7 +131,7 @@ class _Collector:
         if self.scoring is None:
             self.scoring = scoring_of(logits, index, weight)
         scores = logits.softmax(1) if self.scoring == "softmax" else logits.sigmoid()
-        self.sums["score_mass"][domain] += scores.sum(0)
+        self.sums["score_mass"][domain] += scores.sum(0)[: self.layer.num_experts]
 
     def _keep(self, tokens, index, weight):
         """Rows of the sample in this batch."""
@@ -135,7 +142,8 @@ class _Collector:
             raise ValueError(f"{self.layer.name} does not get every token of a sequence; capture without the sample.")
         rows = rows.to(tokens.device)
         wide = torch.float64 if tokens.dtype == torch.float64 else torch.float32
-        logits = torch.full((len(tokens), self.layer.num_experts), torch.nan) if self.logits is None else self.logits
+        experts = self.layer.num_experts
+        logits = torch.full((len(tokens), experts), torch.nan) if self.logits is None else self.logits[:, :experts]
         parts = (tokens[rows], logits.to(tokens.device)[rows].to(wide), index[rows], weight[rows].to(wide))
         self.sampled.append([part.detach().cpu() for part in parts])
 
@@ -156,9 +164,12 @@ class _Collector:
         layer, sums = self.layer, dict(self.sums)
         if "outputs" in self.needs:
             counts = self.tokens.clamp(min=1).to(self.device)
-            means = self.hidden_sum / counts[:, None, None]
-            projected = torch.stack([layer.down_project(m) for m in means])
-            sums["output_sum"] = projected * self.tokens.to(self.device)[:, None, None]
+            if layer.affine:
+                means = self.hidden_sum / counts[:, None, None]
+                projected = torch.stack([layer.down_project(m) for m in means])
+                sums["output_sum"] = projected * self.tokens.to(self.device)[:, None, None]
+            else:
+                sums["output_sum"] = self.hidden_sum
         if self.logits is None:
             sums["logit_gram"].fill_(torch.nan)
             sums["score_mass"].fill_(torch.nan)
@@ -291,10 +302,7 @@ def _run(model, input_ids, collectors, of_sequence, batch_size, chosen, progress
     was_training = model.training
     try:
         for collector in collectors:
-            experts, router = collector.layer.experts, collector.layer.router
-            handles.append(experts.register_forward_pre_hook(collector.take_experts, with_kwargs=True))
-            if router is not None:
-                handles.append(router.register_forward_hook(collector.take_router))
+            handles += collector.layer.listen(collector.take_router, collector.take_experts)
         model.eval()
         bar = tqdm(total=input_ids.numel(), desc="capture", unit="token", unit_scale=True, disable=None if progress else True)
         with torch.no_grad(), bar:

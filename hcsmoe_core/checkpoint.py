@@ -17,6 +17,8 @@ from hcsmoe_core.moe import find_moe_layers
 from hcsmoe_core.plan import check_fits
 
 ROUTERS = ("plain", "mapped")
+# Names for layers that predict further tokens (MTP): transformers does not load them, so that they are not written either.
+FURTHER_LAYERS = ("num_nextn_predict_layers", "num_mtp_layers")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 VERSION = 2
 FACTORED = "experts-factored.safetensors"
@@ -74,14 +76,14 @@ def load_skeleton(model, *, dtype="auto"):
     transformers.PreTrainedModel
         On the meta device. A merged folder's layers have the number of experts that they had before.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     source = demo.folder(model) if model in demo.NAMES else model
-    dtype = _dtype(dtype)
-    with _readable(model), torch.device("meta"):
+    with _readable(model):
         config = AutoConfig.from_pretrained(source)
-        kind = config.get_text_config().dtype if dtype == "auto" else dtype
-        return AutoModelForCausalLM.from_config(config, dtype=kind or torch.float32)
+        kind = _dtype(config.get_text_config().dtype or "float32" if dtype == "auto" else dtype)
+        with torch.device("meta"):
+            return model_class(config)(config).to(kind)
 
 
 def load_tokenizer(source):
@@ -95,16 +97,42 @@ def load_tokenizer(source):
 
 
 def _load_plain(source, shown, *, dtype, device, experts_implementation):
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
-    extra = {} if experts_implementation is None else {"experts_implementation": experts_implementation}
     with _readable(shown):
-        AutoConfig.from_pretrained(source)
-        loaded, report = AutoModelForCausalLM.from_pretrained(
-            source, dtype=_dtype(dtype), output_loading_info=True, use_safetensors=True, **extra
+        loaded, report = model_class(AutoConfig.from_pretrained(source)).from_pretrained(
+            source, dtype=_dtype(dtype), output_loading_info=True, use_safetensors=True
         )
         _check_report(report, shown)
+    if experts_implementation is not None:  # given while loading, it is refused by models of which some part has no experts
+        loaded.set_experts_implementation(experts_implementation)
     return loaded.to(_device(device)).eval()
+
+
+def model_class(config):
+    """Class of transformers that a checkpoint's configuration is for: the one it names, if an auto class knows that.
+
+    A causal language model where there is one; else one that reads images too, or labels tokens.
+
+    Raises
+    ------
+    ValueError
+        If there is none.
+    """
+    import transformers
+
+    known = []
+    for auto in (
+        transformers.AutoModelForCausalLM,
+        transformers.AutoModelForImageTextToText,
+        transformers.AutoModelForMultimodalLM,
+        transformers.AutoModelForTokenClassification,
+    ):
+        if type(config) in auto._model_mapping:
+            known.append(auto._model_mapping[type(config)])
+    if not known:
+        raise ValueError(f"transformers has no language model for its configuration ({type(config).__name__}).")
+    return next((c for c in known if c.__name__ in (config.architectures or ())), known[0])
 
 
 class _readable:  # noqa: N801 (a context manager, read as a word)
@@ -202,15 +230,14 @@ def save_merged(model, plan, folder, *, stats=None, router="", tokenizer=None):
         check_unmerged(layers)
         apply_plan(model, plan, stats)
     try:
-        config = None if router == "mapped" or plan.compress else _plain_config(model, plan)
+        config, why = (None, "") if router == "mapped" else _plain_config(model, plan)
         if router == "plain" and config is None:
-            raise ValueError(
-                'The "router" argument cannot be "plain" for this plan: the router keeps rows of experts that are joined, '
-                "layers differ in their number of experts or width, or the family's configuration cannot say them. "
-                'Use "mapped".'
-            )
+            raise ValueError(f'The "router" argument cannot be "plain" for this plan: {why}. Use "mapped".')
         with new_folder(folder) as part:
-            model.save_pretrained(part, state_dict=_without_factored(model, layers) if plan.compress else None)
+            # A family whose files hold text and other experts in one list cannot have fewer of one kind there.
+            original = config is not None or not moe.other_experts(model)
+            tensors = _without_factored(model, layers) if plan.compress else None
+            model.save_pretrained(part, state_dict=tensors, save_original_format=original)
             if plan.compress:
                 save_file(_factors(layers, model.dtype), part / FACTORED)
             if tokenizer is not None:
@@ -219,14 +246,13 @@ def save_merged(model, plan, folder, *, stats=None, router="", tokenizer=None):
             files = sorted(part.glob("*.safetensors"))
             if config is not None:
                 (part / "config.json").write_text(config.to_json_string(), encoding="utf-8")
-            else:
-                _write_record(part, layers, files)
+            _write_config(part, None if config is not None else _record(part, layers, files))
             size = sum(file.stat().st_size for file in files)
         written = {"bytes": size, "parameters": sum(p.numel() for p in model.parameters())}
         written["router"] = "mapped" if config is None else "plain"
         if plan.compress:
             written["savings"] = factored_savings(model)
-            dense = sum(layer.tensors()[n].numel() for layer in layers for n in (layer.up_name, "down_proj"))
+            dense = sum(tensor.numel() for layer in layers for tensor in layer.projections.values())
             written["parameters"] += written["savings"]["weights"]["compressed"] - dense
     finally:
         if not applied:
@@ -248,31 +274,32 @@ def _factors(layers, dtype):
 
 def _without_factored(model, layers):
     """The model's tensors but for the projections that are written as factors."""
-    left_out = {f"{layer.name}.{name}" for layer in layers for name in (layer.up_name, "down_proj")}
+    left_out = {name for layer in layers for name in layer.projections}
     return {name: tensor for name, tensor in model.state_dict().items() if name not in left_out}
 
 
 def _plain_config(model, plan):
-    """Configuration with which the model's own class has just the tensors that the merged model has, or None.
+    """Configuration with which the model's own class has just the tensors that the merged model has; or None, and why.
 
     Whether a changed configuration says it is tried out, by building the class without memory and comparing shapes.
     """
     counts = {layer.num_groups for layer in plan.layers}
-    mapped = any(layer.router == "map" and layer.labels != list(range(len(layer.labels))) for layer in plan.layers)
-    if mapped or len(counts) > 1:
-        return None
+    if plan.compress:
+        return None, "experts are written as factors"
+    if any(layer.router == "map" and layer.labels != list(range(len(layer.labels))) for layer in plan.layers):
+        return None, "the router keeps rows of experts that are joined"
+    if len(counts) > 1:
+        return None, f"layers differ in their number of experts ({', '.join(map(str, sorted(counts)))})"
     config, experts = copy.deepcopy(model.config), len(plan.layers[0].labels)
-    inner = config.get_text_config()
     kept, width = counts.pop(), plan.layers[0].width
-    for name in dict.fromkeys((*moe.COUNTS, "moe_num_experts")):
-        if getattr(inner, name, None) == experts:
-            setattr(inner, name, kept)
-    for name in (*moe.CHOICES, "moe_k", "moe_topk"):
-        if isinstance(getattr(inner, name, None), int):
-            setattr(inner, name, min(getattr(inner, name), kept))
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    names = ("moe_intermediate_size", "intermediate_size", "expert_dim") if width else ("",)
-    for name in names:
+    for name, holder in counted(config, experts):
+        setattr(holder, name, kept)
+    for holder in _nested(config.get_text_config()):
+        for name in moe.CHOICES:
+            if isinstance(getattr(holder, name, None), int):
+                setattr(holder, name, min(getattr(holder, name), kept))
+    shapes, why = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}, "its configuration has no width"
+    for name in ("moe_intermediate_size", "intermediate_size", "expert_dim") if width else ("",):
         tried = copy.deepcopy(config)
         if name:
             if not isinstance(getattr(tried.get_text_config(), name, None), int):
@@ -281,23 +308,48 @@ def _plain_config(model, plan):
         try:
             with torch.device("meta"):
                 built = type(model)(tried)
-        except (ValueError, RuntimeError, AttributeError, TypeError):  # a configuration that its own class refuses
+        except (ValueError, RuntimeError, AttributeError, TypeError) as error:  # its own class refuses it
+            why = f"{type(config).__name__} does not take {kept} experts ({str(error).splitlines()[0]})"
             continue
-        if {n: tuple(t.shape) for n, t in built.state_dict().items()} == shapes:
-            return tried
-    return None
+        made = {n: tuple(t.shape) for n, t in built.state_dict().items()}
+        if made == shapes:
+            return tried, ""
+        other = next(n for n in {**shapes, **made} if made.get(n) != shapes.get(n))
+        why = f"its configuration counts other tensors along with these experts ({other})"
+    return None, why
 
 
-def _write_record(folder, layers, files):
+def counted(config, experts):
+    """Where a configuration's text part, or one in it, gives the number of experts: ``[(name, configuration), …]``."""
+    holders = _nested(config.get_text_config())
+    named = [(name, holder) for holder in holders for name in moe.COUNTS if name not in type(holder).attribute_map]
+    return [(name, holder) for name, holder in named if getattr(holder, name, None) == experts]
+
+
+def _nested(config):
+    """A configuration and those in it, such as DBRX's ``ffn_config``."""
+    inner = [value for value in vars(config).values() if isinstance(value, type(config).__mro__[-2])]
+    return [config, *(holder for part in inner for holder in _nested(part))]
+
+
+def _write_config(folder, record):
+    """Add the record of a merge to a written ``config.json``, and say there that no layer predicts further tokens."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    config["expert_merge"] = {
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        part.update({name: 0 for name in FURTHER_LAYERS if part.get(name)})
+    if record is not None:
+        config["expert_merge"] = record
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _record(folder, layers, files):
+    return {
         "version": VERSION,
         "router": "mapped",
         "factored": (folder / FACTORED).exists(),
         "layers": {layer.name: _layer_record(layer) for layer in layers},
         "files": {file.name: sha256_file(file) for file in files},
     }
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _layer_record(layer):
@@ -331,7 +383,8 @@ def load_merged(folder, *, dtype="auto", device="auto", experts_implementation=N
     Returns
     -------
     transformers.PreTrainedModel
-        Computes what the live merged model computed, to the bit at the same dtype.
+        Computes what the live merged model computed, to the bit at the same dtype (on a CPU, where a file's tensors lie in
+        memory can change the last bit of a matrix product).
 
     Raises
     ------
@@ -340,7 +393,7 @@ def load_merged(folder, *, dtype="auto", device="auto", experts_implementation=N
     ValueError
         If it is not a merged checkpoint, or is damaged or changed.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     folder = Path(folder)
     if not folder.is_dir():
@@ -349,22 +402,21 @@ def load_merged(folder, *, dtype="auto", device="auto", experts_implementation=N
     if record is None:
         raise ValueError(f'{folder} is not a merged checkpoint: its config.json has no "expert_merge". Use load_model.')
     _check_record(folder, record, verify)
-    extra = {} if experts_implementation is None else {"experts_implementation": experts_implementation}
     with _readable(folder):
         config = AutoConfig.from_pretrained(folder)
-        if type(config) not in AutoModelForCausalLM._model_mapping:
-            raise ValueError(f"transformers has no causal language model for its configuration ({type(config).__name__}).")
-        base = AutoModelForCausalLM._model_mapping[type(config)]
+        base = model_class(config)
         loaded, report = _merged_class(base).from_pretrained(
-            folder, config=config, dtype=_dtype(dtype), output_loading_info=True, use_safetensors=True, **extra
+            folder, config=config, dtype=_dtype(dtype), output_loading_info=True, use_safetensors=True
         )
         layers = find_moe_layers(loaded)
-        factored = [n for layer in layers for n in (f"{layer.name}.{layer.up_name}", f"{layer.name}.down_proj")]
+        factored = [name for layer in layers for name in layer.projections]
         _check_report(report, folder, expected=factored if record["factored"] else ())
         if record["factored"]:
             with torch.no_grad():
                 put_factors(layers, from_saved(load_file(folder / FACTORED)))
     loaded.__class__ = base
+    if experts_implementation is not None:
+        loaded.set_experts_implementation(experts_implementation)
     return loaded.to(_device(device)).eval()
 
 

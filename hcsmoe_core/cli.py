@@ -291,6 +291,43 @@ def methods():
 
 
 @app.command()
+def families(
+    names: Annotated[list[str] | None, typer.Argument(help="Families, as transformers names them; by default all.")] = None,
+    check: Annotated[
+        bool, typer.Option(help="Try it out on tiny models (minutes for all), rather than tell what was found.")
+    ] = False,
+    out: Annotated[Path | None, typer.Option(help="File to write the table to (.json).")] = None,
+):
+    """List the MoE families of transformers: what works on each, and why what does not."""
+    import transformers
+
+    from hcsmoe_core import families as known
+    from hcsmoe_core.files import check_choice, write_json
+
+    installed = known.installed_families()
+    for name in names or ():
+        check_choice("names", name, installed)
+    wanted = names or installed
+    if check:
+        models = [(name, whole) for name, whole in known.installed_models() if name in wanted]
+        version, rows = transformers.__version__, [known.probe(name, whole=whole) for name, whole in models]
+    else:
+        version, rows = known.committed()
+        rows = [row for row in rows if row["family"] in wanted]
+    print(known.table(rows))
+    absent = [name for name in wanted if name not in {row["family"] for row in rows}]
+    if version != transformers.__version__ or absent:
+        print(
+            f"found with transformers {version}; {transformers.__version__} is installed"
+            + (f", which also has {', '.join(absent)}" if absent else "")
+            + ": --check tries it out"
+        )
+    if out:
+        write_json(out, {"transformers": version, "families": rows})
+        print(out)
+
+
+@app.command()
 def compare(
     model: MODEL,
     methods: Annotated[str, typer.Option(help="Methods, comma-separated; by default all.")] = "",

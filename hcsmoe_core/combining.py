@@ -6,6 +6,7 @@ from scipy.optimize import linear_sum_assignment
 
 from hcsmoe_core.files import check_choice
 from hcsmoe_core.moe import Neurons
+from hcsmoe_core.plan import SAMPLED_RULES
 
 RULES = ("average", "fix-dom", "zipit", "least-squares", "joint-svd", "selection", "trimming")
 ALIGNMENTS = ("none", "weights", "activations")
@@ -119,9 +120,14 @@ def combine(group, options):
     Raises
     ------
     ValueError
-        If the rule is unknown.
+        If the rule is unknown, or solves for a projection where that is not possible.
     """
     check_choice("rule", options["rule"], RULES)
+    if group.layer.unsolvable and options["rule"] in SAMPLED_RULES:
+        raise ValueError(
+            f'{group.layer.name}: {group.layer.unsolvable}, so that combine "{options["rule"]}" has nothing to solve; '
+            'use "average", "fix-dom", "zipit" or "joint-svd".'
+        )
     return _RULES[options["rule"]](group, **{k: v for k, v in options.items() if k != "rule"})
 
 

@@ -60,7 +60,7 @@ def _compress(layers, plan, stats):
     parts = []
     for layer, layer_plan in zip(layers, plan.layers, strict=True):
         sample = stats.layers[layer.name].sample
-        inputs, chosen = sample.inputs.to(layer.experts.down_proj.device), sample.chosen
+        inputs, chosen = sample.inputs.to(layer.device), sample.chosen
         routed = [inputs[chosen[:, members].any(1)] for members in layer_plan.groups()]
         parts.append(([layer.neurons(g) for g in range(layer_plan.num_groups)], routed, layer.activate))
     names, dtype = [layer.name for layer in layers], layers[0].tensors()["down_proj"].dtype

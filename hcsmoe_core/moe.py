@@ -2,13 +2,14 @@
 
 This is the only room that knows how transformers builds MoE blocks, and it goes by the experts module, not by the model
 family: since version 5, a block's experts are stacked in one module whose forward takes the tokens, the experts that
-the router chose for each and their weights. What a router does (softmax, sigmoid, biases, groups of experts, scaling)
-happens before that and is never repeated here.
+the router chose for each and their weights. The few families that do otherwise have an entry. What a router does
+(softmax, sigmoid, biases, groups of experts, scaling) happens before that and is never repeated here.
 """
 
+import copy
 import hashlib
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -18,9 +19,22 @@ UP = ("gate_up_proj", "up_proj")
 DOWN = "down_proj"
 ROUTER_GROUPS = ("num_group", "n_group")
 # What a block, its router or its experts call the number of experts and the experts a token.
-COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
-CHOICES = ("top_k", "num_experts_per_tok")
-WIDTHS = ("intermediate_dim", "intermediate_size", "expert_dim")
+COUNTS = (
+    "num_experts",
+    "num_local_experts",
+    "n_routed_experts",
+    "num_routed_experts",
+    "moe_num_experts",
+    # Experts without weights among them, which some routers also choose from.
+    "total_experts",
+    "n_total_experts",
+    "num_router_classes",
+)
+CHOICES = ("top_k", "num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_top_k", "moe_topk", "moe_k")
+WIDTHS = ("intermediate_dim", "intermediate_size", "expert_dim", "ffn_hidden_size")
+ROUTER_NAMES = ("gate", "router")
+# Parts of a model that text never reaches: their experts are left as they are.
+OTHER_PARTS = ("vision", "visual", "audio", "talker")
 
 
 @dataclass(frozen=True)
@@ -37,12 +51,62 @@ class MoELayer:
         The module beside the experts that scores them; its output has logits ``[T, E]``. None if none was found.
     block : torch.nn.Module or None
         The MoE block that holds both.
+    extra : int
+        Rows that the router has beyond its experts': of experts without weights (which pass a token on as it is, or skip
+        it), or of shared ones. They come last and are never merged.
     """
 
     name: str
     experts: nn.Module
     router: nn.Module | None
     block: nn.Module | None = None
+    extra: int = 0
+
+    @classmethod
+    def at(cls, model, name, experts):
+        """The layer of an experts module that has some name in a model, with the router that is found beside it."""
+        block = cls.block_of(model, name)
+        layer = cls(name, experts, None, block)
+        count = experts._merged.routed if layer.merged else layer.num_stored
+        router, extra = _find_router(block, experts, count)
+        return replace(layer, router=router, extra=extra)
+
+    @staticmethod
+    def block_of(model, name):
+        """The module that holds the experts and their router."""
+        return model.get_submodule(name.rpartition(".")[0])
+
+    def listen(self, take_router, take_experts):
+        """Hooks that tell what the router gives and what the experts get, whenever the layer runs.
+
+        Parameters
+        ----------
+        take_router : callable
+            A forward hook, ``(module, inputs, output)``, of whose output :func:`router_logits` are found.
+        take_experts : callable
+            A forward pre-hook, ``(module, inputs, keywords)``, whose inputs are tokens, index and weight.
+
+        Returns
+        -------
+        list of handles
+        """
+        called = []
+
+        def take(module, inputs, output):
+            if module is self.router:
+                called.append(True)
+            elif called:
+                return
+            take_router(module, inputs, output)
+
+        # Some families read a router's weights without calling the module that has them; then what holds it is listened to.
+        routers = [m for m in self.routing if m is not self.block and any(self.router is inner for inner in m.modules())]
+        handles = [router.register_forward_hook(take) for router in routers]
+        return [*handles, self.experts.register_forward_pre_hook(take_experts, with_kwargs=True)]
+
+    def remap(self):
+        """Send what the router chooses through the map to the merged experts; returns a handle that undoes it."""
+        return self.experts.register_forward_pre_hook(_remap, with_kwargs=True, prepend=True)
 
     @property
     def merged(self):
@@ -60,20 +124,48 @@ class MoELayer:
         return getattr(self.experts, DOWN).shape[0]
 
     @property
+    def device(self):
+        """Where the weights are."""
+        return self.tensors()[DOWN].device
+
+    @cached_property
+    def routing(self):
+        """Modules that route: the router, those in it, and those that hold it, up to the block."""
+        if self.router is None:
+            return []
+        below = list(self.router.modules())
+        return below + [
+            m for m in self.block.modules() if m not in below and any(self.router is inner for inner in m.modules())
+        ]
+
+    @property
     def top_k(self):
-        """k: experts a token goes to, or None where neither the router nor its block says."""
-        holders = (self.router, self.experts, self.block)
-        return next((m.top_k for m in holders if isinstance(getattr(m, "top_k", None), int)), None)
+        """k: experts a token goes to, or None where neither the routing modules nor their configuration say."""
+        holders = [*self.routing, self.experts, self.block]
+        named = [(m, "top_k") for m in holders] + [(getattr(m, "config", None), c) for m in holders for c in CHOICES]
+        return next((k for k in (getattr(owner, name, None) for owner, name in named) if isinstance(k, int)), None)
 
     @property
     def router_groups(self):
         """Groups of neighbouring experts that a group-limited router chooses among first (DeepSeek-V3); else 1."""
-        return next((n for n in (getattr(self.router, a, None) for a in ROUTER_GROUPS) if isinstance(n, int)), 1)
+        found = (getattr(m, a, None) for m in self.routing for a in ROUTER_GROUPS)
+        return next((n for n in found if isinstance(n, int)), 1)
+
+    @property
+    def affine(self):
+        """Whether an expert's output is affine in its activations, so that the mean of one gives that of the other."""
+        return not getattr(self.experts, "has_post_expert_norm", False)
+
+    @property
+    def unsolvable(self):
+        """Why a projection of these experts cannot be solved for from what they put out; empty if it can."""
+        return "" if self.affine else "each expert's output is normalised"
 
     @property
     def up_name(self):
         """Name of the up projection, joined with the gate's where there is one."""
-        return next(name for name in UP if name in self.experts._parameters)
+        held = self.tensors()
+        return next(name for name in UP if name in held)
 
     @property
     def transposed(self):
@@ -85,6 +177,16 @@ class MoELayer:
         held = {**self.experts._parameters, **self.experts._buffers}
         count = self.num_stored
         return {n: t for n, t in held.items() if t is not None and t.ndim >= 1 and t.shape[0] == count}
+
+    def stored(self, tensors):
+        """What the model stores for :meth:`tensors`, by dotted name from the experts module."""
+        return tensors
+
+    @property
+    def projections(self):
+        """Where the model stores the projections, without biases, by name in its state."""
+        held = {n: t for n, t in self.tensors().items() if not n.endswith("_bias")}
+        return {f"{self.name}.{n}": t for n, t in self.stored(held).items()}
 
     def shapes(self, stored, width):
         """Shapes that :meth:`tensors` have with another number of experts and another width, by name."""
@@ -106,12 +208,22 @@ class MoELayer:
     @property
     def width(self):
         """I: neurons of each expert."""
-        return getattr(self.experts, DOWN).shape[1 if self.transposed else 2]
+        return self.tensors()[DOWN].shape[1 if self.transposed else 2]
 
     @property
     def hidden_size(self):
         """D."""
-        return getattr(self.experts, DOWN).shape[2 if self.transposed else 1]
+        return self.tensors()[DOWN].shape[2 if self.transposed else 1]
+
+    def up_matrix(self, expert):
+        """Up projection of one expert, joined with the gate's where there is one: ``[2I, D]`` or ``[I, D]``."""
+        up = self.tensors()[self.up_name][expert]
+        return up.T if self.transposed else up
+
+    def down_matrix(self, expert):
+        """Down projection of one expert, ``[D, I]``."""
+        down = self.tensors()[DOWN][expert]
+        return down.T if self.transposed else down
 
     def expert_hidden(self, expert, tokens):
         """Activations of one expert before its down projection.
@@ -125,8 +237,7 @@ class MoELayer:
         -------
         (T, I) tensor
         """
-        up = getattr(self.experts, self.up_name)[expert]
-        hidden = tokens @ up if self.transposed else nn.functional.linear(tokens, up)
+        hidden = nn.functional.linear(tokens, self.up_matrix(expert))
         bias = getattr(self.experts, f"{self.up_name}_bias", None)
         return self._activated(hidden if bias is None else hidden + bias[expert])
 
@@ -141,22 +252,20 @@ class MoELayer:
 
     def expert_output(self, expert, hidden):
         """Outputs ``[T, D]`` of one expert, from its activations ``[T, I]``."""
-        down = getattr(self.experts, DOWN)[expert]
-        output = hidden @ down if self.transposed else nn.functional.linear(hidden, down)
+        output = nn.functional.linear(hidden, self.down_matrix(expert))
         bias = getattr(self.experts, f"{DOWN}_bias", None)
-        return output if bias is None else output + bias[expert]
+        output = output if bias is None else output + bias[expert]
+        return output if self.affine else self.experts.post_expert_norm(output)
 
     def down_project(self, hidden):
         """Outputs ``[E, D]`` of one activation vector an expert ``[E, I]``, in float64.
 
         The down projection is affine, so that this gives an expert's mean output from its mean activation.
         """
-        down = getattr(self.experts, DOWN)
         bias = getattr(self.experts, f"{DOWN}_bias", None)
         outputs = []
-        for e in range(down.shape[0]):
-            weight = down[e].to(torch.float64)
-            output = hidden[e] @ weight if self.transposed else weight @ hidden[e]
+        for e in range(self.num_stored):
+            output = self.down_matrix(e).to(torch.float64) @ hidden[e]
             outputs.append(output if bias is None else output + bias[e].to(torch.float64))
         return torch.stack(outputs)
 
@@ -174,8 +283,7 @@ class MoELayer:
             If the neurons are laid out in neither of the known ways.
         """
         width = self.width if width is None else width
-        count = self.tensors()[self.up_name].shape[2 if self.transposed else 1]
-        if count == self.width:
+        if len(self.up_matrix(0)) == self.width:
             return torch.arange(width)[:, None]
         rows = torch.arange(2 * width)
         return rows.reshape(-1, 2) if self._interleaved else rows.reshape(2, -1).T
@@ -186,8 +294,8 @@ class MoELayer:
 
         Found once, by shuffling neurons and seeing which layout shuffles the activations alike.
         """
-        up, width = self.tensors()[self.up_name], self.width
-        count = up.shape[2 if self.transposed else 1]
+        up, width = self.up_matrix(0), self.width
+        count = len(up)
         generator = torch.Generator().manual_seed(0)
         probe, order = torch.randn(1, count, generator=generator), torch.randperm(width, generator=generator)
         rows = torch.arange(count)
@@ -217,8 +325,7 @@ class MoELayer:
         Neurons
         """
         held, rows = self.tensors(), self.neuron_rows()
-        up, down = held[self.up_name][expert].detach(), held[DOWN][expert].detach()
-        up, down = (up.T, down.T) if self.transposed else (up, down)
+        up, down = self.up_matrix(expert).detach(), self.down_matrix(expert).detach()
         bias, offset = held.get(f"{self.up_name}_bias"), held.get(f"{DOWN}_bias")
         parts = (
             up[rows],
@@ -312,24 +419,34 @@ def find_moe_layers(model):
     ValueError
         If there is none: the model is dense, or keeps its experts in a way that is not supported.
     """
-    layers = []
+    layers, owners = [], {}
     for name, module in model.named_modules():
-        if _is_experts(module):
-            parent = model.get_submodule(name.rpartition(".")[0])
-            layers.append(MoELayer(name, module, _find_router(parent, module), parent))
+        if type(module).__name__ in UNSUPPORTED:
+            raise ValueError(f"{name} ({type(module).__name__}) is not supported: {UNSUPPORTED[type(module).__name__]}.")
+        kind = _kind(module)
+        if kind is None or _reads_no_text(name):
+            continue
+        layer = kind.at(model, name, module)
+        shared = owners.setdefault(id(next(module.parameters())), name)
+        if shared != name:
+            raise ValueError(f"{shared} and {name} share their weights; merging them as one is not supported.")
+        layers.append(layer)
     if not layers:
         what = getattr(model, "name_or_path", "") or type(model).__name__
         raise ValueError(
             f"No MoE layers found in {what} ({type(model).__name__}): it is dense, or its experts are not kept as the "
             "stacked tensors of transformers 5."
         )
-    for layer in layers:
-        if getattr(layer.experts, "has_post_expert_norm", False):
-            raise ValueError(
-                f"{layer.name} ({type(layer.experts).__name__}) normalises after each expert, so that the mean of its "
-                "outputs does not follow from the mean of its activations; such models are not supported."
-            )
     return layers
+
+
+def other_experts(model):
+    """Names of the experts modules that text never reaches, which are left as they are."""
+    return [name for name, module in model.named_modules() if _kind(module) is not None and _reads_no_text(name)]
+
+
+def _reads_no_text(name):
+    return any(part in segment for segment in name.split(".") for part in OTHER_PARTS)
 
 
 def moe_layer(model, name):
@@ -346,6 +463,175 @@ def moe_layer(model, name):
     return found[name]
 
 
+# --- families whose experts module does not tell enough ---------------------------------------------------------------
+
+
+class _LongcatFlash(MoELayer):
+    """LongCat: the up projection has rows for the identity experts too, which are never read."""
+
+    def tensors(self):
+        up, down = self.experts.gate_up_proj, self.experts.down_proj
+        return {"gate_up_proj": up[: len(down)], "down_proj": down}
+
+    def stored(self, tensors):
+        unread = self.experts.gate_up_proj[self.num_stored :]
+        up = tensors["gate_up_proj"]
+        return tensors | {"gate_up_proj": torch.cat([up, unread.new_zeros(len(unread), *up.shape[1:])])}
+
+
+class _Dbrx(MoELayer):
+    """DBRX: gate, up and down projections of all experts flattened into ``[E·I, D]`` each, in a module below."""
+
+    up_name = "gate_proj"
+    transposed = True
+    held = {"gate_proj": "w1", "up_proj": "v1", "down_proj": "w2"}  # noqa: RUF012
+
+    @property
+    def num_stored(self):
+        return self.experts.num_experts
+
+    @property
+    def width(self):
+        return len(self.experts.mlp.w1) // self.num_stored
+
+    @property
+    def hidden_size(self):
+        return self.experts.mlp.w1.shape[1]
+
+    def tensors(self):
+        return {n: getattr(self.experts.mlp, held).unflatten(0, (self.num_stored, -1)) for n, held in self.held.items()}
+
+    def stored(self, tensors):
+        return {f"mlp.{self.held[n]}": t.flatten(0, 1) for n, t in tensors.items()}
+
+    def shapes(self, stored, width):
+        return {name: [stored, width, self.hidden_size] for name in self.held}
+
+    def up_matrix(self, expert):
+        held = self.tensors()
+        return torch.cat([held["gate_proj"][expert], held["up_proj"][expert]])
+
+    def _activated(self, hidden):
+        gate, up = hidden.chunk(2, dim=-1)
+        return self.experts.mlp.activation_fn(gate) * up
+
+    def stacked(self, experts):
+        held = self.tensors()
+        parts = {
+            "gate_proj": [e.up[:, 0] for e in experts],
+            "up_proj": [e.up[:, 1] for e in experts],
+            "down_proj": [e.down.T for e in experts],
+        }
+        return {n: torch.stack(t).to(held[n].dtype) for n, t in parts.items()}
+
+
+class _JetMoe(MoELayer):
+    """JetMoE: the block itself runs its two projections on tokens that its router has sorted by expert.
+
+    Its attention is a mixture of experts too, which is left as it is.
+    """
+
+    @staticmethod
+    def block_of(model, name):
+        return model.get_submodule(name)
+
+    @property
+    def num_stored(self):
+        return len(self.experts.input_linear.weight)
+
+    def tensors(self):
+        return {"gate_up_proj": self.experts.input_linear.weight, "down_proj": self.experts.output_linear.weight}
+
+    def stored(self, tensors):
+        return {"input_linear.weight": tensors["gate_up_proj"], "output_linear.weight": tensors["down_proj"]}
+
+    def _activated(self, hidden):
+        gate, up = hidden.chunk(2, dim=-1)
+        return self.experts.activation(gate) * up
+
+    def listen(self, take_router, take_experts):
+        def take(module, inputs, output):
+            order, _, gates, sizes, logits = output
+            tokens, sorted_experts = inputs[0], _repeated(sizes, order.device)
+            index, weight = torch.empty_like(order), torch.empty_like(gates)
+            index[order], weight[order] = sorted_experts, gates
+            take_router(module, inputs, logits)
+            take_experts(module, (tokens, index.reshape(len(tokens), -1), weight.reshape(len(tokens), -1)), {})
+
+        return [self.experts.router.register_forward_hook(take)]
+
+    def remap(self):
+        def resort(module, inputs, output):
+            order, batch, gates, sizes, logits = output
+            state = self.experts._merged
+            mapped = state.lookup(order.device)[_repeated(sizes, order.device)]
+            again = mapped.argsort(stable=True)
+            sizes = mapped.bincount(minlength=max(state.labels) + 1).tolist()
+            return order[again], batch[again], gates[again], sizes, logits
+
+        return self.experts.router.register_forward_hook(resort)
+
+
+def _repeated(sizes, device):
+    """Number of each expert as often as it has tokens."""
+    return torch.arange(len(sizes), device=device).repeat_interleave(torch.tensor(sizes, device=device))
+
+
+class _Llama4(MoELayer):
+    """Llama 4: every expert gets every token, multiplied with the router's score (zero where it was not chosen)."""
+
+    unsolvable = "the router's score multiplies what experts read, not what they write"
+    transposed = True
+
+    def listen(self, take_router, take_experts):
+        def take(module, inputs, output):
+            scores, logits = output
+            index = logits.topk(module.top_k, dim=1).indices
+            take_router(module, inputs, logits)
+            take_experts(module, (inputs[0], index, scores.gather(1, index)), {})
+
+        return [self.router.register_forward_hook(take)]
+
+    def remap(self):
+        experts = self.experts
+
+        def forward(hidden_states):
+            labels = experts._merged.labels
+            tokens = hidden_states.view(len(labels), -1, experts.hidden_size)
+            outputs = []
+            for expert, group in enumerate(labels):
+                gate, up = (tokens[expert] @ experts.gate_up_proj[group]).chunk(2, dim=-1)
+                outputs.append((up * experts.act_fn(gate)) @ experts.down_proj[group])
+            return torch.cat(outputs)
+
+        experts.forward = forward
+        return _Replaced(experts)
+
+
+class _Replaced:
+    """Handle of a forward method that was replaced on one module."""
+
+    def __init__(self, module):
+        self.module = module
+
+    def remove(self):
+        del self.module.forward
+
+
+UNSUPPORTED = {
+    "DogeCDMoE": "its experts are single neurons, looked up by product keys",
+    "NllbMoeExperts": "transformers one-hot encodes a mask there, so that only experts 0 and 1 are ever run",
+    "SwitchTransformersExperts": "its experts are modules of their own in an encoder and a decoder, and drop tokens that come "
+    "after others in a sequence, so that what an expert does for a token cannot be told from the token",
+}
+ENTRIES = {
+    "LongcatFlashExperts": _LongcatFlash,
+    "DbrxExperts": _Dbrx,
+    "JetMoeMoE": _JetMoe,
+    "Llama4TextExperts": _Llama4,
+}
+
+
 def _is_experts(module):
     held = module._parameters
     up = next((held[name] for name in UP if held.get(name) is not None), None)
@@ -357,18 +643,31 @@ def _is_experts(module):
     return len(parameters) == 4 or any(p.kind == inspect.Parameter.VAR_POSITIONAL for p in parameters)
 
 
-def _find_router(parent, experts):
-    """The module beside ``experts`` with one row an expert; that of a merged layer, unless pruned, still has its E rows."""
-    count = experts._merged.routed if hasattr(experts, "_merged") else getattr(experts, DOWN).shape[0]
-    inside = set(experts.modules())
-    for module in parent.modules():
-        if module not in inside and any(p.ndim == 2 and p.shape[0] == count for p in module.parameters(recurse=False)):
-            return module
-    return None
+def _kind(module):
+    """The class of MoE layer that an experts module makes, or None if it is none."""
+    return MoELayer if _is_experts(module) else ENTRIES.get(type(module).__name__)
 
 
-def router_logits(output, experts):
-    """Logits ``[T, E]`` among what a router returns.
+def _find_router(block, experts, count):
+    """The innermost module of the block's router that has one row for each of ``count`` experts, and its rows beyond them.
+
+    It is looked for under its usual names first, then by its shape alone among the block's modules.
+    """
+    named = [m for m in (getattr(block, name, None) for name in ROUTER_NAMES) if isinstance(m, nn.Module)]
+    inside, own = [m for router in named for m in router.modules()], set(experts.modules())
+    for module in (*inside, *(m for m in block.modules() if m not in own)):
+        if count in _matrix_rows(module):
+            return module, 0
+    longer = [(m, rows - count) for m in inside for rows in _matrix_rows(m) if rows > count]
+    return longer[-1] if longer else (None, 0)
+
+
+def _matrix_rows(module):
+    return [p.shape[0] for p in module.parameters(recurse=False) if p.ndim == 2]
+
+
+def router_logits(output, experts, extra=0):
+    """Logits ``[T, E]`` among what a router returns, or ``[T, E + extra]`` where it has none of just the experts.
 
     Raises
     ------
@@ -376,9 +675,10 @@ def router_logits(output, experts):
         If nothing in it has one column an expert.
     """
     parts = output if isinstance(output, tuple | list) else (output,)
-    for part in parts:
-        if torch.is_tensor(part) and part.is_floating_point() and part.shape[-1] == experts:
-            return part.reshape(-1, experts)
+    for wanted in dict.fromkeys((experts, experts + extra)):
+        for part in parts:
+            if torch.is_tensor(part) and part.is_floating_point() and part.shape[-1] == wanted:
+                return part.reshape(-1, wanted)
     shapes = [tuple(p.shape) for p in parts if torch.is_tensor(p)]
     raise ValueError(f"A router of {experts} experts returned tensors of shapes {shapes}, none of which are its logits.")
 
@@ -423,19 +723,22 @@ def check_loaded(layer):
 class _Merged:
     """What :func:`put_experts` leaves on an experts module: the map, and what :func:`take_experts` puts back."""
 
-    def __init__(self, labels, routed, keep):
-        self.labels = list(labels)
+    def __init__(self, labels, routed, keep, extra):
+        self.labels, self.extra = list(labels), extra
         self.routed = routed  # experts that the router now chooses from
         self.keep = keep
         self.plan = self.factors = None  # what was applied, for whoever writes the model
         self.undo = []  # (module, name, tensor or value)
+        self.before = {}  # the layer's tensors, where they are kept
         self.handle = None
         # The map is not a buffer: transformers re-allocates non-persistent buffers when it loads a checkpoint.
         self._lookup = {}
 
     def lookup(self, device):
+        """Where each choice of the router goes; experts without weights stay behind those that have some."""
         if device not in self._lookup:
-            self._lookup[device] = torch.tensor(self.labels, device=device)
+            stored = max(self.labels) + 1
+            self._lookup[device] = torch.tensor([*self.labels, *range(stored, stored + self.extra)], device=device)
         return self._lookup[device]
 
     def set(self, module, name, value):
@@ -490,50 +793,72 @@ def put_experts(layer, tensors, labels, *, rows=None, keep=True):
     experts, stored = layer.experts, max(labels) + 1
     if rows is not None:
         _check_rows(layer, rows)
-    state = _Merged(labels, len(labels) if rows is None else stored, keep)
-    for name, tensor in tensors.items():
-        state.set(experts, name, tensor)
-    holders = (experts,) if rows is None else (experts, layer.router, layer.block)
-    for module in dict.fromkeys(holders):
+    state = _Merged(labels, len(labels) if rows is None else stored, keep, layer.extra)
+    state.before = layer.tensors() if keep else {}
+    counts = {len(labels): stored, len(labels) + layer.extra: stored + layer.extra}
+    width, old_width = tensors[DOWN].shape[1 if layer.transposed else 2], layer.width
+    inside = [m for m in experts.modules() if m not in layer.routing]
+    physical = layer.stored(tensors)
+    for module in inside if rows is None else (*inside, *layer.routing):
         for name in COUNTS:
-            if isinstance(getattr(module, name, None), int):
-                state.set(module, name, stored)
-    width = tensors[DOWN].shape[1 if layer.transposed else 2]
-    for name in WIDTHS:
-        if isinstance(getattr(experts, name, None), int):
-            state.set(experts, name, width)
+            if isinstance(value := getattr(module, name, None), int) and value in counts:
+                state.set(module, name, counts[value])
+    for module in inside:
+        for name in WIDTHS:
+            if getattr(module, name, None) == old_width:
+                state.set(module, name, width)
+    for name, tensor in physical.items():
+        owner, _, attribute = name.rpartition(".")
+        state.set(experts.get_submodule(owner), attribute, tensor)
     if rows is not None:
-        _put_rows(layer, rows, state)
+        _put_rows(layer, rows, state, counts)
     experts._merged = state
     if rows is None and state.labels != list(range(len(labels))):
-        state.handle = experts.register_forward_pre_hook(_remap, with_kwargs=True, prepend=True)
+        state.handle = layer.remap()
 
 
-def _put_rows(layer, rows, state):
+def _put_rows(layer, rows, state, counts):
     """Give the router r outputs, and let it choose no more than r."""
-    for module, name, tensor in routing_tensors(layer, rows.shape[1]):
-        made = mixed_rows(tensor.detach().reshape(rows.shape[1], -1), rows)
-        state.set(module, name, made.reshape(1, len(rows)) if tensor.shape[0] == 1 else made.reshape(-1, *tensor.shape[1:]))
-    for module in dict.fromkeys((layer.experts, layer.router, layer.block)):
+    kept, experts = rows.shape
+    whole = torch.block_diag(rows, torch.eye(layer.extra, dtype=rows.dtype, device=rows.device))
+    for module, name, tensor in routing_tensors(layer, experts):
+        here = rows if experts in (tensor.numel(), tensor.shape[0]) else whole
+        made = mixed_rows(tensor.detach().reshape(here.shape[1], -1), here)
+        state.set(module, name, made.reshape(1, len(here)) if tensor.shape[0] == 1 else made.reshape(-1, *tensor.shape[1:]))
+    for module in dict.fromkeys((layer.experts, *layer.routing)):
         for name in CHOICES:
             if isinstance(getattr(module, name, None), int):
-                state.set(module, name, min(getattr(module, name), len(rows)))
+                state.set(module, name, min(getattr(module, name), kept + layer.extra))
+    for module in layer.routing:
+        if hasattr(module, "config") and module is not layer.block:  # some routers look their counts up in there
+            state.set(module, "config", _smaller_config(module.config, counts, kept + layer.extra))
+
+
+def _smaller_config(config, counts, choices):
+    """A copy of a configuration with another number of experts."""
+    config = copy.copy(config)
+    for name in COUNTS:
+        if isinstance(value := getattr(config, name, None), int) and value in counts:
+            setattr(config, name, counts[value])
+    for name in CHOICES:
+        if isinstance(getattr(config, name, None), int):
+            setattr(config, name, min(getattr(config, name), choices))
+    return config
 
 
 def routing_tensors(layer, count):
     """Tensors of a layer's routing that have one row for each of ``count`` experts: ``[(module, name, tensor), …]``.
 
     Everything of that kind in the router and below it (also ``[1, E]``), and the vectors ``[E]`` of the modules that hold
-    the router: some families keep a correction bias in the block.
+    the router: some families keep a correction bias in the block. Rows beyond the experts' count along.
     """
-    found = []
-    below = set(layer.router.modules())
-    around = [m for m in layer.block.modules() if m not in below and any(layer.router is inner for inner in m.modules())]
-    for module in (*layer.router.modules(), *around):
+    found, below = [], set(layer.router.modules())
+    for module in layer.routing:
         for name, tensor in {**module._parameters, **module._buffers}.items():
             shape = () if tensor is None else tuple(tensor.shape)
-            if shape in ((count,), (1, count)) or (module in below and shape[:1] == (count,)):
-                found.append((module, name, tensor))
+            for rows in dict.fromkeys((count, count + layer.extra)):
+                if shape in ((rows,), (1, rows)) or (module in below and shape[:1] == (rows,)):
+                    found.append((module, name, tensor))
     return found
 
 
@@ -552,7 +877,14 @@ def mixed_rows(tensor, rows):
 def _check_rows(layer, rows):
     if layer.router is None:
         raise ValueError(f"{layer.name}: no router was found, so that its rows cannot be dropped; use a method that merges.")
-    if not any(isinstance(getattr(layer.router, name, None), int) for name in ROUTER_GROUPS):
+    for module in layer.routing:
+        for name, table in module._buffers.items():
+            if table is not None and table.ndim == 2 and not table.is_floating_point():
+                raise ValueError(
+                    f"{layer.name}: its router looks experts up in a table ({name}), token by token, so that none of them can "
+                    "be dropped; use a method that merges."
+                )
+    if not any(isinstance(getattr(m, name, None), int) for m in layer.routing for name in ROUTER_GROUPS):
         return
     groups = layer.router_groups
     size = rows.shape[1] // groups
@@ -568,8 +900,9 @@ def _check_rows(layer, rows):
 
 def set_rows(layer, tensors):
     """Replace tensors of a merged layer by others of the same shapes."""
-    for name, tensor in tensors.items():
-        _set_tensor(layer.experts, name, tensor)
+    for name, tensor in layer.stored(tensors).items():
+        owner, _, attribute = name.rpartition(".")
+        _set_tensor(layer.experts.get_submodule(owner), attribute, tensor)
 
 
 def take_experts(layer):
@@ -595,8 +928,7 @@ def take_experts(layer):
 
 def original_tensors(layer):
     """Per-expert tensors as they were before :func:`put_experts`, or those held if it was loaded merged."""
-    originals = layer.experts._merged.originals(layer.experts) if layer.merged else {}
-    return originals or layer.tensors()
+    return (layer.merged and layer.experts._merged.before) or layer.tensors()
 
 
 def original_router(layer):

@@ -11,6 +11,7 @@ from conftest import ROOT, logits, tiny_model
 from safetensors.torch import save_file
 
 import hcsmoe_core as core
+import hcsmoe_core.families
 
 
 def hcsmoe(*arguments, fails=False, **environment):
@@ -141,3 +142,16 @@ def prepare(work):
 def test_help_names_every_verb():
     said = hcsmoe("--help")
     assert all(verb in said for verb in ("capture", "plan", "merge", "evaluate", "demo"))
+
+
+@pytest.mark.slow
+def test_families_are_listed_and_tried_out(tmp_path):
+    said = hcsmoe("families")
+    assert "its experts are single neurons" in " ".join(said.split())
+    assert "mixtral                  mapped, plain" in said
+    tried = hcsmoe("families", "mixtral", "doge", "--check", "--out", tmp_path / "table.json")
+    assert tried.count("\n") < said.count("\n")
+    listed = {row["family"]: row for row in core.families.committed()[1]}
+    content = json.loads((tmp_path / "table.json").read_text())
+    assert content["families"] == [listed["doge"], listed["mixtral"]]
+    assert '"names" argument must be one of "afmoe", ' in hcsmoe("families", "mixtrall", fails=True)
