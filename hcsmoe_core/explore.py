@@ -247,7 +247,7 @@ class CutExplorer(Explorer):
         self._path = widgets.Text(str(path), description="plan", layout=widgets.Layout(width="24em"))
         self._said = widgets.HTML()
         buttons = (("same in every layer", self.spread), ("save plan", self.save), ("apply and score", self.score))
-        self._buttons = {name: widgets.Button(description=name, tooltip=name) for name, _ in buttons}
+        self._buttons = {name: widgets.Button(description=name, layout=widgets.Layout(width="auto")) for name, _ in buttons}
         for name, action in buttons:
             self._buttons[name].on_click(lambda _, action=action: self._tell(action))
         actions = widgets.HBox([*self._buttons.values(), self._path], layout=widgets.Layout(flex_flow="row wrap"))
@@ -293,15 +293,16 @@ class CutExplorer(Explorer):
             return
         self._moving = True
         try:
-            layer, name = self.values["layer"], None if change is None else change["owner"].description
-            tree = self._tree(layer, self.values["linkage"])
-            if name == self._controls["height"].description:
-                self.counts[layer] = _groups_at(tree, self.values["height"] * _top(tree))
-            elif name == self._controls["experts"].description:
-                self.counts[layer] = self.values["experts"]
-            self._controls["experts"].max = len(tree) + 1
-            self._controls["experts"].value = self.counts[layer]
-            self._controls["height"].value = cut_height(tree, self.counts[layer]) / _top(tree)
+            layer, height, experts = self.values["layer"], self._controls["height"], self._controls["experts"]
+            moved, tree = None if change is None else change["owner"], self._tree(layer, self.values["linkage"])
+            if moved is height:
+                self.counts[layer] = _groups_at(tree, height.value * _top(tree))
+            elif moved is experts:
+                self.counts[layer] = experts.value
+            experts.max = len(tree) + 1
+            experts.value = self.counts[layer]
+            if moved is not height:  # which stays where it was put: small steps by keyboard add up
+                height.value = cut_height(tree, self.counts[layer]) / _top(tree)
         finally:
             self._moving = False
         super()._refresh()

@@ -178,6 +178,12 @@ def test_cuts_are_drawn_by_hand_and_saved_as_a_plan(measured, tmp_path, monkeypa
         height = controls["height"].value * tree[-1, 2] * 1.05
         assert wanted == by_first_appearance(hierarchy.fcluster(tree, height, "distance")).tolist()
         assert controls["experts"].value == cutting.counts[1]
+    controls["height"].value = 0.5
+    before = cutting.counts[1]
+    while cutting.counts[1] == before:  # by keyboard, a small step at a time
+        controls["height"].value += controls["height"].step
+        assert controls["height"].value < 1
+    assert cutting.counts[1] < before
     controls["experts"].value = 5
     cutting._buttons["save plan"].click()
     assert "hcsmoe merge MODEL --plan" in cutting._said.value
