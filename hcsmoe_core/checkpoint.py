@@ -16,7 +16,7 @@ from torch import nn
 from hcsmoe_core import moe
 from hcsmoe_core.compression import from_saved, saved_tensors, savings
 from hcsmoe_core.demo import models as demo
-from hcsmoe_core.files import check_absent, check_choice, new_folder, replacing, sha256_file, write_json
+from hcsmoe_core.files import check_absent, check_choice, new_folder, replacing, sha256_file, write_json, writing
 from hcsmoe_core.merging import apply_plan, check_unmerged, put_factors, restore
 from hcsmoe_core.moe import find_moe_layers
 from hcsmoe_core.plan import check_fits
@@ -64,7 +64,7 @@ def load_model(model, *, dtype="auto", device="auto", experts_implementation=Non
     source = folder_of(model)
     folder = Path(source)
     options = dict(dtype=dtype, device=device, experts_implementation=experts_implementation)
-    if folder.is_dir() and _merge_record(folder) is not None:
+    if folder.is_dir() and merge_record(folder) is not None:
         loaded = load_merged(folder, **options)
     else:
         loaded = _load_plain(str(source), model, **options)
@@ -379,7 +379,8 @@ def write_part(model, tensors, folder, place, count):
     """
     part = Path(folder) / f"{place}.part"
     shutil.rmtree(part, ignore_errors=True)
-    model.save_pretrained(part, state_dict=tensors, max_shard_size=1 << 60)
+    with writing(part):
+        model.save_pretrained(part, state_dict=tensors, max_shard_size=1 << 60)
     if place == 0:
         for file in part.iterdir():
             if file.name != WEIGHTS:
@@ -504,7 +505,7 @@ def _write_record(folder, records, files):
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def _merge_record(folder):
+def merge_record(folder):
     """What ``config.json`` says of a merge, or None."""
     path = Path(folder) / "config.json"
     if not path.is_file():
@@ -544,7 +545,7 @@ def load_merged(folder, *, dtype="auto", device="auto", experts_implementation=N
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no folder {folder}.")
-    record = _merge_record(folder)
+    record = merge_record(folder)
     if record is None:
         raise ValueError(f'{folder} is not a merged checkpoint: its config.json has no "expert_merge". Use load_model.')
     _check_record(folder, record, verify)
@@ -618,7 +619,8 @@ def _make_room(layer, record):
     tensors = {name: _room(tensor, shapes[name]) for name, tensor in layer.tensors().items()}
     rows = None
     if record["router_rows"] != len(labels):
-        rows = torch.eye(record["router_rows"], len(labels), device="cpu")  # loading is on no device at all
+        groups = torch.arange(record["router_rows"], device="cpu")  # loading is on no device at all
+        rows = (torch.tensor(labels, device="cpu") == groups[:, None]).double()
     moe.put_experts(layer, tensors, labels, rows=rows, keep=False)
 
 

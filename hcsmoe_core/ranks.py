@@ -19,15 +19,24 @@ def started(device):
     str
         Device of this rank: its own GPU where ``device`` says no number.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
-    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if size() > 1 and device == "cuda" else device
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return device
+    gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if gpu else "gloo")
+    if not gpu:
+        return device
+    own = device if ":" in device else f"cuda:{os.environ['LOCAL_RANK']}"
+    torch.cuda.set_device(own)
+    return own
 
 
 def left():
-    """Leave the other ranks: what follows is done by this process alone."""
+    """Leave the other ranks, as what follows is done by one process alone; the number that this one had."""
+    number = rank()
     if dist.is_initialized():
         dist.destroy_process_group()
+    return number
 
 
 def rank():

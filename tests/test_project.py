@@ -23,6 +23,7 @@ ROOMS = [  # top to bottom: a room imports none above it
     "study",
     "figures",
     "evaluation",
+    "streaming",
     "checkpoint",
     "methods",
     "merging",
@@ -38,6 +39,7 @@ ROOMS = [  # top to bottom: a room imports none above it
     "calibration",
     "moe",
     "demo",
+    "ranks",
     "files",
     "version",
 ]
