@@ -56,7 +56,7 @@ def barrier():
 
 def first(value):
     """What rank 0 gives, a whole number."""
-    return int(total(torch.tensor([value if rank() == 0 else 0])))
+    return int(total(torch.tensor([int(value) if rank() == 0 else 0])))
 
 
 def total(tensor, *, largest=False):
