@@ -8,7 +8,6 @@ a layer are the model's own.
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import re
@@ -641,11 +640,13 @@ def work_folder(out, model):
         yield folder
         return
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"Another process is at work on {out} ({folder}); wait for it, or give another output.") from None
+    with open(folder / "lock", "a") as lock:
+        if not _locked(lock):
+            number = (folder / "lock").read_text()
+            raise ValueError(f"Another process ({number}) is at work on {out}; wait for it, or give another output.")
+        lock.truncate(0)
+        lock.write(str(os.getpid()))  # for whoever wonders which process that is
+        lock.flush()
         ranks.barrier()
         try:
             yield folder
@@ -655,16 +656,40 @@ def work_folder(out, model):
             else:
                 shutil.rmtree(folder, ignore_errors=True)
             raise
-        shutil.rmtree(folder, ignore_errors=True)
+        _remove(folder)
+
+
+def _locked(file):
+    """Lock a file for as long as this process has it open; whether nobody else has."""
+    try:
+        import fcntl
+    except ImportError:  # not on Windows
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def tidied(out):
     """Whether ``out`` is complete and only the work folder of the run that wrote it was left; it is then removed."""
-    folder = work_of(out)
-    left = ranks.first(Path(out).is_dir() and (folder / "run.json").is_file() and not (folder / "model").exists())
+    folder, out = work_of(out), Path(out)
+    written = (folder / "run.json").is_file() and not (folder / "model").exists()
+    left = ranks.first(written and (out / "plan.json").is_file())
     if left and ranks.rank() == 0:
-        shutil.rmtree(folder)
+        _remove(folder)
     return bool(left)
+
+
+def _remove(folder):
+    """Remove a work folder; ``run.json``, which tells what it is, comes last."""
+    for inside in folder.iterdir():
+        if inside.is_dir():
+            shutil.rmtree(inside)
+        elif inside.name != "run.json":
+            inside.unlink()
+    shutil.rmtree(folder)
 
 
 def work_of(out):
