@@ -23,7 +23,7 @@ LOAD = Annotated[
     str,
     typer.Option(help="whole, streamed (decoder layer by decoder layer), or auto: streamed if it does not fit into memory."),
 ]
-MEMORY = Annotated[str, typer.Option(help="Memory that may be used, such as 3GB; by default what is free.")]
+MEMORY = Annotated[str, typer.Option(help="Memory that the process may hold, such as 3GB; by default what is free.")]
 CALIBRATION = Annotated[
     str,
     typer.Option(help="c4, demo, a data set on the hub, or a .txt, .json, .jsonl or .safetensors file. By default what suits."),

@@ -8,6 +8,7 @@ a layer are the model's own.
 """
 
 import contextlib
+import ctypes
 import json
 import os
 import re
@@ -51,8 +52,8 @@ from hcsmoe_core.statistics import DEFAULT_NEEDS, SAMPLE, Statistics, load_stati
 from hcsmoe_core.version import __version__
 
 LOADS = ("auto", "whole", "streamed")
-# A whole model is held with its merged experts beside it, a layer while it is converted beside its parts.
-WHOLE, LAYER = 2.0, 2.5
+# Peaks over what is held, as measured: a whole model beside its shards and then its merged experts, a layer beside its parts.
+WHOLE, LAYER = 2.75, 2.5
 UNITS = {"": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 
@@ -68,7 +69,7 @@ def open_model(model, *, dtype="auto", device="auto", load="auto", memory=""):
         As for :func:`hcsmoe_core.checkpoint.load_model`.
     load : {"auto", "whole", "streamed"}
     memory : str
-        What may be used, such as ``"3GB"`` or ``"500 MiB"``; by default what is free.
+        What this process may hold in all, such as ``"3GB"`` or ``"900 MiB"``; by default what is free.
 
     Returns
     -------
@@ -81,18 +82,18 @@ def open_model(model, *, dtype="auto", device="auto", load="auto", memory=""):
         As :func:`hcsmoe_core.checkpoint.load_model`; ValueError also if not even one decoder layer fits.
     """
     check_choice("load", load, LOADS)
-    limit = _bytes_of(memory)
+    limit = _bytes_of(memory) if memory else _free("cpu") + _held()
     if load == "auto":
         spread = device in DEVICE_MAPS or merge_record(folder_of(model))
         load = "whole" if spread else _fitting(model, dtype, device, limit)
     if load == "whole":
         return load_model(model, dtype=dtype, device=device)
     streamed, tokenizer = stream_model(model, dtype=dtype, device=device)
-    need = LAYER * source_of(streamed).largest()
+    need = _held() + LAYER * source_of(streamed).largest()
     if memory and need > limit:
         raise ValueError(
-            f'The "memory" argument is {memory}, but to read the largest decoder layer of {model} takes about '
-            f"{need / 1e9:.2f} GB; give more."
+            f'The "memory" argument is {memory}, but with the largest decoder layer of {model} about {need / 1e9:.2f} GB are '
+            "held; give more."
         )
     return streamed, tokenizer
 
@@ -106,13 +107,11 @@ def _fitting(model, dtype, device, limit):
             built = base(config)
     kept = getattr(torch, str(config.dtype if dtype == "auto" else dtype).removeprefix("torch."), torch.float32)
     size = WHOLE * sum(p.numel() for p in built.parameters()) * kept.itemsize
-    return "whole" if size <= min(limit, _free(device_of(device))) else "streamed"
+    return "whole" if size + _held() <= limit and size <= _free(device_of(device)) else "streamed"
 
 
 def _bytes_of(memory):
-    """Bytes that a text such as ``"3GB"`` means; of an empty one, what is free on this machine."""
-    if not memory:
-        return _free("cpu")
+    """Bytes that a text such as ``"3GB"`` means."""
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(memory))
     if found is None or found[2].upper() not in UNITS:
         raise ValueError(f'The "memory" argument must be a size such as 3GB, 500MB or 2GiB; not {memory!r}.')
@@ -125,6 +124,13 @@ def _free(device):
     import psutil
 
     return psutil.virtual_memory().available
+
+
+def _held():
+    """Bytes that this process holds: Python and its libraries take some hundred million."""
+    import psutil
+
+    return psutil.Process().memory_info().rss
 
 
 # --- reading a model layer by layer ------------------------------------------------------------------------------------
@@ -260,6 +266,7 @@ class _Source:
         """Let the decoder layer that is in memory go."""
         if self.present is not None:
             self._drop(self.names[self.present + 1])
+            _give_back()
         self.present = None
 
     def free_outside(self):
@@ -377,6 +384,12 @@ class _Source:
 
 class _Through(Exception):  # noqa: N818 (no error)
     """The layer that is looked at has run; those after it need not."""
+
+
+def _give_back():
+    """Return freed memory to the system: glibc keeps tensors' pages for itself, more of them with every layer."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _identity(file):
