@@ -25,6 +25,7 @@ from hcsmoe_core.moe import MoELayer, find_moe_layers
 from hcsmoe_core.plan import LayerPlan, Plan, load_plan
 from hcsmoe_core.similarity import distances
 from hcsmoe_core.statistics import LayerStatistics, Statistics, load_statistics
+from hcsmoe_core.streaming import open_model, stream_capture, stream_merged, stream_model
 from hcsmoe_core.version import __version__
 
 __all__ = [
@@ -51,6 +52,10 @@ __all__ = [
     "make_plan",
     "merge_tree",
     "needs_of",
+    "open_model",
     "restore",
     "save_merged",
+    "stream_capture",
+    "stream_merged",
+    "stream_model",
 ]

@@ -1,10 +1,12 @@
 """One pass over the calibration tokens gives the statistics that every similarity and every plan is made from."""
 
+import contextlib
 import inspect
 
 import torch
 from tqdm.auto import tqdm
 
+from hcsmoe_core import ranks
 from hcsmoe_core.files import check_choice, check_count
 from hcsmoe_core.moe import check_loaded, find_moe_layers, model_hash, router_logits
 from hcsmoe_core.statistics import (
@@ -159,8 +161,17 @@ class _Collector:
             yield domain, (of_token == domain).nonzero()[:, 0]
 
     @torch.no_grad()
-    def finish(self, order):
-        """The sums, with mean activations projected down: ``mean_t W_down h_t = W_down mean_t h_t``."""
+    def finish(self, places, size):
+        """The sums over all ranks, with mean activations projected down: ``mean_t W_down h_t = W_down mean_t h_t``.
+
+        ``places`` are those of the rows that were kept here among the ``size`` tokens of the sample.
+        """
+        if not int(self.tokens.sum()):
+            raise ValueError(
+                f"{self.layer.name} was never called. Kernels that replace the whole MoE block, and models compiled "
+                "before the capture, hide it: load the model with use_kernels=False and do not compile it."
+            )
+        self._add_ranks()
         layer, sums = self.layer, dict(self.sums)
         if "outputs" in self.needs:
             counts = self.tokens.clamp(min=1).to(self.device)
@@ -181,9 +192,21 @@ class _Collector:
             )
         sums = {key: value.cpu() for key, value in sums.items()}
         if "sample" in self.needs:
-            parts = [torch.cat(column)[order] for column in zip(*self.sampled, strict=True)]
-            sums["sample"] = LayerSample(*parts)
+            sums["sample"] = LayerSample(*(_placed(torch.cat(c), places, size) for c in zip(*self.sampled, strict=True)))
         return LayerStatistics(tokens=self.tokens, usage_count=self.usage_count.cpu(), **sums)
+
+    def _add_ranks(self):
+        self.tokens, self.usage_count = ranks.total(self.tokens), ranks.total(self.usage_count)
+        self.sums = {key: ranks.total(value, largest=key == "output_max") for key, value in self.sums.items()}
+        if self.hidden_sum is not None:
+            self.hidden_sum = ranks.total(self.hidden_sum)
+
+
+def _placed(rows, places, size):
+    """Rows of all ranks, each in its place among ``size``; bytes are added, so that every bit stays."""
+    made = torch.zeros(size, *rows.shape[1:], dtype=rows.dtype)
+    made[places] = rows
+    return ranks.total(made.view(torch.uint8)).view(rows.dtype)
 
 
 def scoring_of(logits, index, weight):
@@ -246,28 +269,105 @@ def capture(model, input_ids, *, needs=DEFAULT_NEEDS, sample=SAMPLE, batch_size=
         If the model has no MoE layers, is merged, offloaded or quantised, holds NaN, or if the tokens are not ids of
         its vocabulary.
     """
-    input_ids = check_tokens(input_ids, model)
-    check_count("batch_size", batch_size, 1)
-    check_count("sample", sample, 1)
-    for need in needs:
-        check_choice("needs", need, tuple(NEEDS))
-    names, of_sequence = _domain_index(domains, len(input_ids))
+    tokens = Tokens(model, input_ids, needs=needs, sample=sample, batch_size=batch_size, domains=domains)
     layers = find_moe_layers(model)
     for layer in layers:
         if layer.merged:
             raise ValueError("This model is merged; capture on the original: restore(model), or load it again.")
         check_loaded(layer)
-    collectors = [_Collector(layer, len(names), needs) for layer in layers]
-    about = {"name": model.name_or_path or type(model).__name__, "class": type(model).__name__, "hash": model_hash(model)}
-    about["layers"] = {layer.name: _about(layer) for layer in layers}
-    hashes = sequence_hashes(input_ids)
-    chosen = sample_of(hashes, input_ids.shape[1], sample) if "sample" in needs else torch.empty(0, 2, dtype=torch.int64)
-    _run(model, input_ids, collectors, of_sequence, batch_size, chosen, progress)
-    by_batch = torch.argsort(chosen[:, 0] // batch_size, stable=True)  # the order in which the collectors met them
-    order = torch.argsort(by_batch)
-    sums = {collector.layer.name: collector.finish(order) for collector in collectors}
-    sampled = torch.cat([chosen, torch.tensor(of_sequence)[chosen[:, :1]]], 1) if "sample" in needs else None
-    return Statistics(sums, names, about, hashes, sampled)
+    was_training = model.training
+    try:
+        with tokens.collecting(layers) as collectors, torch.no_grad(), tokens.bar(progress) as bar:
+            for start in tokens.starts:
+                rows = tokens.begin(collectors, start)
+                model.eval()(input_ids=rows.to(model.device), use_cache=False, **forward_options(model))
+                bar.update(rows.numel())
+    finally:
+        model.train(was_training)
+    return tokens.statistics(model, tokens.finished(collectors))
+
+
+class Tokens:
+    """Calibration sequences as a capture goes through them: in batches, some of which are this rank's.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+    input_ids, needs, sample, batch_size, domains
+        As for :func:`capture`, and checked.
+
+    Attributes
+    ----------
+    starts : list of int
+        First sequence of each batch that is this rank's.
+    """
+
+    def __init__(self, model, input_ids, *, needs, sample, batch_size, domains):
+        self.input_ids = check_tokens(input_ids, model)
+        self.batch_size, self.needs = check_count("batch_size", batch_size, 1), tuple(needs)
+        check_count("sample", sample, 1)
+        for need in needs:
+            check_choice("needs", need, tuple(NEEDS))
+        self.domains, self.of_sequence = _domain_index(domains, len(input_ids))
+        self.hashes = sequence_hashes(self.input_ids)
+        self.chosen = torch.empty(0, 2, dtype=torch.int64)
+        if "sample" in needs:
+            self.chosen = sample_of(self.hashes, self.input_ids.shape[1], sample)
+        self.starts = ranks.share(list(range(0, len(self.input_ids), batch_size)))
+
+    @contextlib.contextmanager
+    def collecting(self, layers):
+        """Collectors that listen to some layers while the block lasts."""
+        collectors = [_Collector(layer, len(self.domains), self.needs) for layer in layers]
+        handles = []
+        try:
+            for collector in collectors:
+                handles += collector.layer.listen(collector.take_router, collector.take_experts)
+            yield collectors
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def begin(self, collectors, start):
+        """Ids of the batch that starts at some sequence; the collectors are told which tokens will come."""
+        stop = start + self.batch_size
+        here = self.chosen[(self.chosen[:, 0] >= start) & (self.chosen[:, 0] < stop)]
+        for collector in collectors:
+            collector.batch_domains = self.of_sequence[start:stop]
+            collector.batch_rows = here - torch.tensor([start, 0])
+        return self.input_ids[start:stop]
+
+    def bar(self, progress):
+        """Progress bar of the tokens that this rank has."""
+        count = self.input_ids.shape[1] * sum(min(self.batch_size, len(self.input_ids) - start) for start in self.starts)
+        shown = progress and ranks.rank() == 0
+        return tqdm(total=count, desc="capture", unit="token", unit_scale=True, disable=None if shown else True)
+
+    def finished(self, collectors):
+        """What the collectors found, over all ranks: LayerStatistics by layer name."""
+        batch = self.chosen[:, 0] // self.batch_size
+        by_batch = torch.argsort(batch, stable=True)  # the order in which the collectors met them
+        mine = torch.isin(batch[by_batch], torch.tensor(self.starts) // self.batch_size)
+        return {c.layer.name: c.finish(by_batch[mine], len(self.chosen)) for c in collectors}
+
+    def statistics(self, model, sums):
+        """Statistics of all of a model's layers."""
+        layers = find_moe_layers(model)
+        about = {"name": model.name_or_path or type(model).__name__, "class": type(model).__name__, "hash": model_hash(model)}
+        about["layers"] = {layer.name: _about(layer) for layer in layers}
+        return Statistics({layer.name: sums[layer.name] for layer in layers}, self.domains, about, self.hashes, self.sampled)
+
+    @property
+    def sampled(self):
+        """Of each token of the sample: place of its sequence, position, and place of its domain; None without a sample."""
+        if "sample" not in self.needs:
+            return None
+        return torch.cat([self.chosen, torch.tensor(self.of_sequence)[self.chosen[:, :1]]], 1)
+
+
+def forward_options(model):
+    """Arguments that spare a model the logits, which are not needed: where it can, it makes one row of them."""
+    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
 
 
 def _about(layer):
@@ -292,38 +392,6 @@ def expected_bytes(model, needs=DEFAULT_NEEDS, *, domains, tokens, sample=SAMPLE
         size = layer.tensors()["down_proj"].element_size()
         layers.append((layer.num_experts, layer.hidden_size, layer.top_k or layer.num_experts, size))
     return estimated_bytes(layers, needs, domains=domains, tokens=tokens, sample=sample)
-
-
-def _run(model, input_ids, collectors, of_sequence, batch_size, chosen, progress):
-    """The pass: all sequences once through the model, with every collector listening."""
-    # The language model head's logits are not needed; where the model can, it makes one row of them.
-    extra = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-    handles = []
-    was_training = model.training
-    try:
-        for collector in collectors:
-            handles += collector.layer.listen(collector.take_router, collector.take_experts)
-        model.eval()
-        bar = tqdm(total=input_ids.numel(), desc="capture", unit="token", unit_scale=True, disable=None if progress else True)
-        with torch.no_grad(), bar:
-            for start in range(0, len(input_ids), batch_size):
-                rows = input_ids[start : start + batch_size]
-                here = chosen[(chosen[:, 0] >= start) & (chosen[:, 0] < start + batch_size)]
-                for collector in collectors:
-                    collector.batch_domains = of_sequence[start : start + batch_size]
-                    collector.batch_rows = here - torch.tensor([start, 0])
-                model(input_ids=rows.to(model.device), use_cache=False, **extra)
-                bar.update(rows.numel())
-    finally:
-        for handle in handles:
-            handle.remove()
-        model.train(was_training)
-    for collector in collectors:
-        if not int(collector.tokens.sum()):
-            raise ValueError(
-                f"{collector.layer.name} was never called. Kernels that replace the whole MoE block, and models compiled "
-                "before the capture, hide it: load the model with use_kernels=False and do not compile it."
-            )
 
 
 def check_tokens(input_ids, model):

@@ -2,16 +2,21 @@
 
 import copy
 import json
+import os
+import re
+import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from hcsmoe_core import moe
 from hcsmoe_core.compression import from_saved, saved_tensors, savings
 from hcsmoe_core.demo import models as demo
-from hcsmoe_core.files import check_absent, check_choice, new_folder, sha256_file
+from hcsmoe_core.files import check_absent, check_choice, new_folder, replacing, sha256_file, write_json, writing
 from hcsmoe_core.merging import apply_plan, check_unmerged, put_factors, restore
 from hcsmoe_core.moe import find_moe_layers
 from hcsmoe_core.plan import check_fits
@@ -22,6 +27,11 @@ FURTHER_LAYERS = ("num_nextn_predict_layers", "num_mtp_layers")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 VERSION = 2
 FACTORED = "experts-factored.safetensors"
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+SINGLE = 1 << 28  # bytes up to which a checkpoint is one file rather than one a decoder layer
+DEVICE_MAPS = ("balanced", "balanced_low_0", "sequential")
+# Quantisations that transformers can undo while it loads.
+DEQUANTISED = ("fp8", "mxfp4", "compressed-tensors")
 
 
 def load_model(model, *, dtype="auto", device="auto", experts_implementation=None):
@@ -34,7 +44,8 @@ def load_model(model, *, dtype="auto", device="auto", experts_implementation=Non
     dtype : torch.dtype or {"auto", "float32", "bfloat16", "float16"}
         ``"auto"`` takes the checkpoint's own.
     device : str or torch.device
-        ``"auto"`` takes a GPU where there is one.
+        ``"auto"`` takes a GPU where there is one; ``"balanced"``, ``"balanced_low_0"`` and ``"sequential"`` spread the decoder
+        layers over all GPUs.
     experts_implementation : str, optional
         transformers' experts implementation, such as ``"eager"`` or ``"grouped_mm"``; by default its own choice.
 
@@ -50,12 +61,12 @@ def load_model(model, *, dtype="auto", device="auto", experts_implementation=Non
     FileNotFoundError
         If the model is neither a folder here nor to be had from the hub.
     ValueError
-        If the folder is not a readable checkpoint.
+        If the folder is not a readable checkpoint, or is quantised in a way that transformers cannot undo.
     """
-    source = demo.folder(model) if model in demo.NAMES else model
+    source = folder_of(model)
     folder = Path(source)
     options = dict(dtype=dtype, device=device, experts_implementation=experts_implementation)
-    if folder.is_dir() and _merge_record(folder) is not None:
+    if folder.is_dir() and merge_record(folder) is not None:
         loaded = load_merged(folder, **options)
     else:
         loaded = _load_plain(str(source), model, **options)
@@ -76,14 +87,16 @@ def load_skeleton(model, *, dtype="auto"):
     transformers.PreTrainedModel
         On the meta device. A merged folder's layers have the number of experts that they had before.
     """
-    from transformers import AutoConfig
-
-    source = demo.folder(model) if model in demo.NAMES else model
-    with _readable(model):
-        config = AutoConfig.from_pretrained(source)
+    config = readable_config(folder_of(model), model)
+    with readable(model):
         kind = _dtype(config.get_text_config().dtype or "float32" if dtype == "auto" else dtype)
         with torch.device("meta"):
             return model_class(config)(config).to(kind)
+
+
+def folder_of(model):
+    """Folder of an embedded model; the name or path of any other as it is given."""
+    return demo.folder(model) if model in demo.NAMES else model
 
 
 def load_tokenizer(source):
@@ -97,16 +110,21 @@ def load_tokenizer(source):
 
 
 def _load_plain(source, shown, *, dtype, device, experts_implementation):
-    from transformers import AutoConfig
-
-    with _readable(shown):
-        loaded, report = model_class(AutoConfig.from_pretrained(source)).from_pretrained(
-            source, dtype=_dtype(dtype), output_loading_info=True, use_safetensors=True
+    config = readable_config(source, shown)
+    with readable(shown):
+        loaded, report = model_class(config).from_pretrained(
+            source, config=config, **loading(dtype, device if device in DEVICE_MAPS else None)
         )
-        _check_report(report, shown)
-    if experts_implementation is not None:  # given while loading, it is refused by models of which some part has no experts
-        loaded.set_experts_implementation(experts_implementation)
-    return loaded.to(_device(device)).eval()
+        check_report(report, shown)
+    hub_layout(loaded, config)
+    set_experts(loaded, experts_implementation)
+    return (loaded if device in DEVICE_MAPS else loaded.to(device_of(device))).eval()
+
+
+def set_experts(model, implementation):
+    """Choose transformers' experts implementation; given while loading, models of which a part has no experts refuse it."""
+    if implementation is not None:
+        model.set_experts_implementation(implementation)
 
 
 def model_class(config):
@@ -135,7 +153,48 @@ def model_class(config):
     return next((c for c in known if c.__name__ in (config.architectures or ())), known[0])
 
 
-class _readable:  # noqa: N801 (a context manager, read as a word)
+def readable_config(source, shown):
+    """Configuration of a model folder or hub name, by which quantised weights are turned back into floating-point ones.
+
+    Raises
+    ------
+    ValueError
+        If the checkpoint is quantised in a way that transformers cannot undo.
+    """
+    from transformers import AutoConfig
+
+    with readable(shown):
+        config = AutoConfig.from_pretrained(source)
+    quantised = _quantisation(config)
+    if quantised is not None:
+        method = str(quantised.get("quant_method", "an unnamed method"))
+        if method not in DEQUANTISED:
+            raise ValueError(
+                f"{shown} is quantised with {method}, which transformers does not turn back into 16-bit weights "
+                f"(it does for {', '.join(DEQUANTISED)}); start from the checkpoint that it was made from."
+            )
+        quantised["dequantize"] = True
+    return config
+
+
+def _quantisation(config):
+    """What a configuration says of quantised weights, or None."""
+    return getattr(config, "quantization_config", None) or getattr(config.get_text_config(), "quantization_config", None)
+
+
+def loading(dtype, device_map=None):
+    """Keywords for ``from_pretrained`` that all our loaders share."""
+    shared = dict(dtype=_dtype(dtype), output_loading_info=True, use_safetensors=True)
+    return shared if device_map is None else shared | {"device_map": device_map}
+
+
+def hub_layout(model, config):
+    """Let a model that was dequantised be saved in its family's usual names, rather than as packed blocks it no longer has."""
+    if _quantisation(config) is not None and hasattr(model, "_weight_conversions"):
+        del model._weight_conversions
+
+
+class readable:  # noqa: N801 (a context manager, read as a word)
     """Turns the many ways in which a checkpoint fails to load into one clear error."""
 
     def __init__(self, shown):
@@ -161,7 +220,7 @@ class _readable:  # noqa: N801 (a context manager, read as a word)
         return False
 
 
-def _check_report(report, shown, expected=()):
+def check_report(report, shown, expected=()):
     """Refuse a checkpoint of which some weights were missing, other than those expected, and would be random."""
     missing = sorted(set(report["missing_keys"]) - set(expected))
     mismatched = [m[0] if isinstance(m, tuple) else m for m in report.get("mismatched_keys", ())]
@@ -177,7 +236,8 @@ def _dtype(dtype):
     return dtype if dtype == "auto" else getattr(torch, dtype)
 
 
-def _device(device):
+def device_of(device):
+    """The device that an option names; ``"auto"`` is a GPU where there is one."""
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     return device
@@ -228,28 +288,18 @@ def save_merged(model, plan, folder, *, stats=None, router="", tokenizer=None):
             raise ValueError("Another plan is applied to this model; restore(model) first.")
     else:
         check_unmerged(layers)
+    target = target_of(model, plan, router)
+    if not applied:
         apply_plan(model, plan, stats)
     try:
-        config, why = (None, "") if router == "mapped" else _plain_config(model, plan)
-        if router == "plain" and config is None:
-            raise ValueError(f'The "router" argument cannot be "plain" for this plan: {why}. Use "mapped".')
         with new_folder(folder) as part:
-            # A family whose files hold text and other experts in one list cannot have fewer of one kind there.
-            original = config is not None or not moe.other_experts(model)
-            tensors = _without_factored(model, layers) if plan.compress else None
-            model.save_pretrained(part, state_dict=tensors, save_original_format=original)
+            tensors = _without_factored(model, layers) if plan.compress else model.state_dict()
+            parts = parts_of(model, tensors)
+            for place, names in enumerate(parts):
+                write_part(model, {name: tensors[name] for name in names}, part, place, len(parts), target)
             if plan.compress:
                 save_file(_factors(layers, model.dtype), part / FACTORED)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(part)
-            plan.save(part / "plan.json")
-            files = sorted(part.glob("*.safetensors"))
-            if config is not None:
-                (part / "config.json").write_text(config.to_json_string(), encoding="utf-8")
-            _write_config(part, None if config is not None else _record(part, layers, files))
-            size = sum(file.stat().st_size for file in files)
-        written = {"bytes": size, "parameters": sum(p.numel() for p in model.parameters())}
-        written["router"] = "mapped" if config is None else "plain"
+            written = finish(part, target, plan, tokenizer=tokenizer)
         if plan.compress:
             written["savings"] = factored_savings(model)
             dense = sum(tensor.numel() for layer in layers for tensor in layer.projections.values())
@@ -258,6 +308,188 @@ def save_merged(model, plan, folder, *, stats=None, router="", tokenizer=None):
         if not applied:
             restore(model)
     return written
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a merged checkpoint will be, before any of it is written.
+
+    Attributes
+    ----------
+    config : transformers.PreTrainedConfig or None
+        Of a plain checkpoint; None for a mapped one.
+    records : dict of str to dict
+        What a loader of a mapped checkpoint must know of each layer.
+    parameters : int
+    hub_layout : bool
+        Whether tensors are written in the layout of the hub. A family whose files hold text and other experts in one list
+        cannot have fewer of one kind there.
+    """
+
+    config: object
+    records: dict
+    parameters: int
+    hub_layout: bool
+
+    @property
+    def router(self):
+        """ "plain" or "mapped"."""
+        return "mapped" if self.config is None else "plain"
+
+
+def target_of(model, plan, router=""):
+    """What a plan makes of a model; its weights are not looked at.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        Merged by this plan or not merged.
+    plan : Plan
+    router : {"", "plain", "mapped"}
+        As for :func:`save_merged`.
+
+    Returns
+    -------
+    Target
+
+    Raises
+    ------
+    ValueError
+        If it cannot be written as asked.
+    """
+    records = {layer.name: _record(layer, p) for layer, p in zip(find_moe_layers(model), plan.layers, strict=True)}
+    with torch.device("meta"):
+        merged = type(model)(copy.deepcopy(model.config))
+    for layer in find_moe_layers(merged):
+        _make_room(layer, records[layer.name])
+    config, why = (None, "") if router == "mapped" else _plain_config(model, plan, merged)
+    if router == "plain" and config is None:
+        raise ValueError(f'The "router" argument cannot be "plain" for this plan: {why}. Use "mapped".')
+    in_hub_layout = config is not None or not moe.other_experts(model)
+    return Target(config, records, sum(p.numel() for p in merged.parameters()), in_hub_layout)
+
+
+def _record(layer, layer_plan):
+    """What a loader must know of a merged layer."""
+    rows = len(layer_plan.labels) if layer_plan.router == "map" else layer_plan.num_groups
+    return {"labels": layer_plan.labels, "router_rows": rows, "width": layer_plan.width or layer.width}
+
+
+def decoder_layers(model):
+    """Name of the list of decoder layers, the outermost that the first MoE layer lies in; "" if it lies in none.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+
+    Returns
+    -------
+    str
+    """
+    path = find_moe_layers(model)[0].name.split(".")
+    names = [".".join(path[:i]) for i in range(1, len(path))]
+    return next((name for name in names if isinstance(model.get_submodule(name), nn.ModuleList)), "")
+
+
+def parts_of(model, names):
+    """Names of tensors by the file that they go to: first those outside the decoder layers, then layer by layer.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+    names : iterable of str
+
+    Returns
+    -------
+    list of list of str
+    """
+    prefix = decoder_layers(model)
+    inside = re.compile(rf"{re.escape(prefix)}\.(\d+)\.")
+    parts = [[] for _ in range(1 + (len(model.get_submodule(prefix)) if prefix else 0))]
+    for name in names:
+        found = inside.match(name) if prefix else None
+        parts[1 + int(found[1]) if found else 0].append(name)
+    return parts
+
+
+def shard(place, count):
+    """File name of one part of a checkpoint."""
+    return f"model-{place + 1:05d}-of-{count:05d}.safetensors"
+
+
+def write_part(model, tensors, folder, place, count, target):
+    """Write one part of a model into a folder, in the family's own names and layout; the first with all but the weights.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        Its weights are not looked at.
+    tensors : dict of str to tensor
+        As :func:`parts_of` parts them.
+    folder : path
+    place, count : int
+        Number of this part, from 0, and of all.
+    target : Target
+    """
+    part = Path(folder) / f"{place}.part"
+    shutil.rmtree(part, ignore_errors=True)
+    with writing(part):
+        model.save_pretrained(part, state_dict=tensors, max_shard_size=1 << 60, save_original_format=target.hub_layout)
+    if place == 0:
+        for file in part.iterdir():
+            if file.name != WEIGHTS:
+                os.replace(file, Path(folder) / file.name)
+    os.replace(part / WEIGHTS, Path(folder) / shard(place, count))
+    shutil.rmtree(part)
+
+
+def finish(folder, target, plan, *, tokenizer=None):
+    """Complete a folder of which all parts are written; may be called again where it was interrupted.
+
+    Parameters
+    ----------
+    folder : path
+    target : Target
+    plan : Plan
+    tokenizer : transformers.PreTrainedTokenizerBase, optional
+
+    Returns
+    -------
+    dict
+        As of :func:`save_merged`.
+    """
+    folder = Path(folder)
+    _join(folder, target.parameters)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    plan.save(folder / "plan.json")
+    files = sorted(folder.glob("*.safetensors"))
+    if target.config is not None:
+        (folder / "config.json").write_text(target.config.to_json_string(), encoding="utf-8")
+    _write_config(folder, None if target.config is not None else _merge_of(folder, target.records, files))
+    size = sum(file.stat().st_size for file in files)
+    return {"bytes": size, "parameters": target.parameters, "router": target.router}
+
+
+def _join(folder, parameters):
+    """One weight file of the parts if it is small, else an index of them."""
+    parts = sorted(folder.glob("model-*-of-*.safetensors"))
+    if sum(file.stat().st_size for file in parts) <= SINGLE:
+        if not (folder / WEIGHTS).exists():
+            tensors = {name: tensor for file in parts for name, tensor in load_file(file).items()}
+            with replacing(folder / WEIGHTS) as part:
+                save_file(tensors, part, metadata={"format": "pt"})
+        for file in parts:
+            file.unlink()
+        return
+    of_tensor, size = {}, 0
+    for file in parts:
+        with safe_open(file, "pt") as held:
+            names = list(held.keys())
+        of_tensor |= dict.fromkeys(names, file.name)
+        size += file.stat().st_size - 8 - int.from_bytes(file.open("rb").read(8), "little")
+    about = {"total_parameters": parameters, "total_size": size}
+    write_json(folder / INDEX, {"metadata": about, "weight_map": dict(sorted(of_tensor.items()))})
 
 
 def factored_savings(model):
@@ -278,8 +510,8 @@ def _without_factored(model, layers):
     return {name: tensor for name, tensor in model.state_dict().items() if name not in left_out}
 
 
-def _plain_config(model, plan):
-    """Configuration with which the model's own class has just the tensors that the merged model has; or None, and why.
+def _plain_config(model, plan, merged):
+    """Configuration with which the model's own class has just the tensors that the merged one has; or None, and why.
 
     Whether a changed configuration says it is tried out, by building the class without memory and comparing shapes.
     """
@@ -298,7 +530,7 @@ def _plain_config(model, plan):
         for name in moe.CHOICES:
             if isinstance(getattr(holder, name, None), int):
                 setattr(holder, name, min(getattr(holder, name), kept))
-    shapes, why = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}, "its configuration has no width"
+    shapes, why = {name: tuple(tensor.shape) for name, tensor in merged.state_dict().items()}, "its configuration has no width"
     for name in ("moe_intermediate_size", "intermediate_size", "expert_dim") if width else ("",):
         tried = copy.deepcopy(config)
         if name:
@@ -342,22 +574,18 @@ def _write_config(folder, record):
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def _record(folder, layers, files):
+def _merge_of(folder, records, files):
+    """What ``config.json`` says of a merge."""
     return {
         "version": VERSION,
         "router": "mapped",
         "factored": (folder / FACTORED).exists(),
-        "layers": {layer.name: _layer_record(layer) for layer in layers},
+        "layers": records,
         "files": {file.name: sha256_file(file) for file in files},
     }
 
 
-def _layer_record(layer):
-    """What a loader must know of a merged layer."""
-    return {"labels": layer.experts._merged.labels, "router_rows": layer.experts._merged.routed, "width": layer.width}
-
-
-def _merge_record(folder):
+def merge_record(folder):
     """What ``config.json`` says of a merge, or None."""
     path = Path(folder) / "config.json"
     if not path.is_file():
@@ -398,26 +626,23 @@ def load_merged(folder, *, dtype="auto", device="auto", experts_implementation=N
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no folder {folder}.")
-    record = _merge_record(folder)
+    record = merge_record(folder)
     if record is None:
         raise ValueError(f'{folder} is not a merged checkpoint: its config.json has no "expert_merge". Use load_model.')
     _check_record(folder, record, verify)
-    with _readable(folder):
+    with readable(folder):
         config = AutoConfig.from_pretrained(folder)
         base = model_class(config)
-        loaded, report = _merged_class(base).from_pretrained(
-            folder, config=config, dtype=_dtype(dtype), output_loading_info=True, use_safetensors=True
-        )
+        loaded, report = _merged_class(base).from_pretrained(folder, config=config, **loading(dtype))
         layers = find_moe_layers(loaded)
         factored = [name for layer in layers for name in layer.projections]
-        _check_report(report, folder, expected=factored if record["factored"] else ())
+        check_report(report, folder, expected=factored if record["factored"] else ())
         if record["factored"]:
             with torch.no_grad():
                 put_factors(layers, from_saved(load_file(folder / FACTORED)))
     loaded.__class__ = base
-    if experts_implementation is not None:
-        loaded.set_experts_implementation(experts_implementation)
-    return loaded.to(_device(device)).eval()
+    set_experts(loaded, experts_implementation)
+    return loaded.to(device_of(device)).eval()
 
 
 def _check_record(folder, record, verify):
@@ -430,6 +655,16 @@ def _check_record(folder, record, verify):
             raise ValueError(f"{folder / name} was cut short or changed since it was written; copy it again, or merge again.")
 
 
+def named_alike(made, base):
+    """``made``, a subclass of a model class, under the name of that class.
+
+    transformers finds a family's weight conversion and experts implementations by these names.
+    """
+    made.__name__ = made.__qualname__ = base.__name__
+    made.__module__ = base.__module__
+    return made
+
+
 def _merged_class(base):
     """``base`` with r experts a layer from the start, so that transformers' own loading fills them."""
 
@@ -439,10 +674,7 @@ def _merged_class(base):
             for layer in find_moe_layers(self):
                 _make_room(layer, config.expert_merge["layers"].get(layer.name))
 
-    # transformers finds a family's weight conversion and experts implementations by these names.
-    Merged.__name__ = Merged.__qualname__ = base.__name__
-    Merged.__module__ = base.__module__
-    return Merged
+    return named_alike(Merged, base)
 
 
 def _make_room(layer, record):
@@ -454,7 +686,8 @@ def _make_room(layer, record):
     tensors = {name: _room(tensor, shapes[name]) for name, tensor in layer.tensors().items()}
     rows = None
     if record["router_rows"] != len(labels):
-        rows = torch.eye(record["router_rows"], len(labels), device="cpu")  # loading is on no device at all
+        groups = torch.arange(record["router_rows"], device="cpu")  # loading is on no device at all
+        rows = (torch.tensor(labels, device="cpu") == groups[:, None]).double()
     moe.put_experts(layer, tensors, labels, rows=rows, keep=False)
 
 

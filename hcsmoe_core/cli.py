@@ -16,7 +16,14 @@ app = typer.Typer(
 
 MODEL = Annotated[str, typer.Argument(help="Model folder, name on the Hugging Face hub, demo-mixtral or demo-qwen.")]
 DTYPE = Annotated[str, typer.Option(help="auto (the checkpoint's own), float32, bfloat16 or float16.")]
-DEVICE = Annotated[str, typer.Option(help="auto (a GPU where there is one), cpu, cuda, cuda:1, …")]
+DEVICE = Annotated[
+    str, typer.Option(help="auto (a GPU where there is one), cpu, cuda, cuda:1, …; balanced or sequential for all GPUs.")
+]
+LOAD = Annotated[
+    str,
+    typer.Option(help="whole, streamed (decoder layer by decoder layer), or auto: streamed if it does not fit into memory."),
+]
+MEMORY = Annotated[str, typer.Option(help="Memory that the process may hold, such as 3GB; by default what is free.")]
 CALIBRATION = Annotated[
     str,
     typer.Option(help="c4, demo, a data set on the hub, or a .txt, .json, .jsonl or .safetensors file. By default what suits."),
@@ -89,10 +96,11 @@ def _needs(methods, settings=None):
     return tuple(dict.fromkeys(n for m in names for n in needs_of(m, **(settings or {})))) or DEFAULT_NEEDS
 
 
-def _captured(model, tokenizer, calibration, sequences, length, column, seed, batch_size, needs, sample):
-    """Statistics of a loaded model by the command's options."""
-    from hcsmoe_core import calibration_tokens, capture, domains_of
+def _captured(model, tokenizer, work, calibration, sequences, length, column, seed, batch_size, needs, sample):
+    """Statistics of a loaded model by the command's options; of a streamed one, by way of a work folder."""
+    from hcsmoe_core import calibration_tokens, capture, domains_of, ranks
     from hcsmoe_core.capture import expected_bytes
+    from hcsmoe_core.streaming import stream_capture
     from hcsmoe_core.study import calibration_of
 
     settings = calibration_of(model.name_or_path, calibration, sequences, length)
@@ -100,8 +108,13 @@ def _captured(model, tokenizer, calibration, sequences, length, column, seed, ba
     input_ids = calibration_tokens(source, tokenizer, sequences=sequences, length=settings["length"], seed=seed, column=column)
     domains = domains_of(source, sequences)
     size = dict(domains=len(set(domains)) if domains else 1, tokens=input_ids.numel(), sample=sample)
-    print(f"collecting {', '.join(needs)}: {expected_bytes(model, needs, **size) / 1e6:.1f} MB")
-    return capture(model, input_ids, needs=needs, sample=sample, batch_size=batch_size, domains=domains)
+    if ranks.rank() == 0:
+        way = "" if work is None else ", decoder layer by decoder layer"
+        print(f"collecting {', '.join(needs)}{way}: {expected_bytes(model, needs, **size) / 1e6:.1f} MB")
+    options = dict(needs=needs, sample=sample, batch_size=batch_size, domains=domains)
+    if work is None:
+        return capture(model, input_ids, **options)
+    return stream_capture(model, input_ids, work / "capture", **options)
 
 
 @app.command()
@@ -118,14 +131,20 @@ def capture(
     batch_size: BATCH = 8,
     dtype: DTYPE = "auto",
     device: DEVICE = "auto",
+    load: LOAD = "auto",
+    memory: MEMORY = "",
 ):
-    """One pass over calibration tokens: the statistics that plans are made from."""
-    from hcsmoe_core import load_model
+    """One pass over calibration tokens: the statistics that plans are made from. Under torchrun, ranks share the batches."""
+    from hcsmoe_core import ranks
+    from hcsmoe_core.streaming import open_model, work_folder
 
     needs = _needs(",".join(methods or ()))
-    loaded, tokenizer = load_model(model, dtype=dtype, device=device)
-    stats = _captured(loaded, tokenizer, calibration, sequences, length, column, seed, batch_size, needs, sample)
-    stats.save(out)
+    loaded, tokenizer = open_model(model, dtype=dtype, device=ranks.started(device), load=load, memory=memory)
+    with work_folder(out, loaded) as work:
+        stats = _captured(loaded, tokenizer, work, calibration, sequences, length, column, seed, batch_size, needs, sample)
+        if ranks.left():
+            return
+        stats.save(out)
     print(f"{out}: {stats.num_tokens:,} tokens, {len(stats.layers)} MoE layers, {out.stat().st_size / 1e6:.1f} MB")
 
 
@@ -144,12 +163,13 @@ def plan(
     model: Annotated[str, typer.Option(help="Model to read the weights of, where the method looks at them.")] = "",
 ):
     """Decide which experts of each layer join or go; the model is not run."""
-    from hcsmoe_core import load_model, load_statistics, make_plan
+    from hcsmoe_core import load_statistics, make_plan
+    from hcsmoe_core.streaming import open_model
     from hcsmoe_core.study import cut_table
 
     settings = _settings(similarity, metric, linkage, merge, others)
     stats = load_statistics(statistics)
-    loaded = load_model(model)[0] if model else None
+    loaded = open_model(model)[0] if model else None
     made = make_plan(stats, loaded, experts=experts, method=method, seed=plan_seed, **settings)
     made.save(out)
     print(cut_table(stats, made).round(4).to_string(index=False))
@@ -181,24 +201,36 @@ def merge(
     batch_size: BATCH = 8,
     dtype: DTYPE = "auto",
     device: DEVICE = "auto",
+    load: LOAD = "auto",
+    memory: MEMORY = "",
 ):
-    """Write a smaller checkpoint, by a plan or with a number of experts."""
-    from hcsmoe_core import load_model, load_plan, load_statistics, make_plan, save_merged
+    """Write a smaller checkpoint, by a plan or with a number of experts. Interrupted, it goes on when called again."""
+    from hcsmoe_core import load_plan, load_statistics, make_plan, ranks, save_merged
     from hcsmoe_core.files import check_absent
+    from hcsmoe_core.streaming import open_model, stream_merged, tidied, work_folder
 
     if (plan is None) == (experts == 0):
         raise ValueError("Give either --plan PLAN or --experts R (from 1 to the model's number of experts), and not both.")
+    device = ranks.started(device)
+    if tidied(out):
+        print(f"{out}: complete; what an interrupted run had left beside it is removed")
+        return
     check_absent(out)
     made = load_plan(plan) if plan else None
     stats = load_statistics(statistics) if statistics else None
     settings = _settings(similarity, metric, linkage, merge, others)
     needs = _needs(method, settings)
-    loaded, tokenizer = load_model(model, dtype=dtype, device=device)
-    if made is None:
-        _check_experts(loaded, experts)
-        stats = _captured(loaded, tokenizer, calibration, sequences, length, column, seed, batch_size, needs, sample)
-        made = make_plan(stats, loaded, experts=experts, method=method, **settings)
-    size = save_merged(loaded, made, out, stats=stats, router=router, tokenizer=tokenizer)
+    loaded, tokenizer = open_model(model, dtype=dtype, device=device, load=load, memory=memory)
+    with work_folder(out, loaded) as work:
+        if made is None:
+            _check_experts(loaded, experts)
+            stats = _captured(loaded, tokenizer, work, calibration, sequences, length, column, seed, batch_size, needs, sample)
+        if ranks.left():
+            return
+        if made is None:
+            made = make_plan(stats, loaded, experts=experts, method=method, **settings)
+        options = dict(stats=stats, router=router, tokenizer=tokenizer)
+        size = stream_merged(loaded, made, out, work, **options) if work else save_merged(loaded, made, out, **options)
     before = sum(p.numel() for p in loaded.parameters())
     kept = sorted({layer.num_groups for layer in made.layers})
     print(

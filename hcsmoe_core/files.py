@@ -8,6 +8,8 @@ import secrets
 import shutil
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 
 def check_choice(argument, value, choices):
     """Raise ValueError that lists the choices unless ``value`` is one of them."""
@@ -35,10 +37,20 @@ def replacing(path):
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
-        yield part
+        with writing(path):
+            yield part
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def writing(path):
+    """Tell a disk that is full, or fails, as the OSError that it is, also where safetensors wraps it."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(f"{path} cannot be written ({error}); see that the disk has room.") from None
 
 
 @contextlib.contextmanager

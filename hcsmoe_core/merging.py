@@ -35,23 +35,34 @@ def apply_plan(model, plan, stats=None):
         If the plan does not fit the model, needs statistics that are not given, the model is merged already, or a merged
         weight is not finite. The model is then as it was.
     """
-    layers = check_fits(plan, model)
-    check_unmerged(layers)
-    check_weights(plan, model)
-    check_sample(plan, stats)
+    layers = check_appliable(model, plan, stats)
     try:
         for layer, layer_plan in zip(layers, plan.layers, strict=True):
-            rows = layer_plan.router_rows()
-            sample = stats.layers[layer.name].sample if stats is not None else None
-            tensors = merge_layer(layer, layer_plan, sample)
-            put_experts(layer, tensors, layer_plan.labels, rows=None if rows is None else torch.from_numpy(rows))
-            layer.experts._merged.plan = layer_plan
+            apply_layer(layer, layer_plan, stats)
         if plan.compress:
             _compress(layers, plan, stats)
     except BaseException:
         restore(model)
         raise
     return model
+
+
+def check_appliable(model, plan, stats=None):
+    """MoE layers of a model that a plan can be applied to, in the plan's order; ValueError as of :func:`apply_plan`."""
+    layers = check_fits(plan, model)
+    check_unmerged(layers)
+    check_weights(plan, model)
+    check_sample(plan, stats)
+    return layers
+
+
+def apply_layer(layer, layer_plan, stats=None):
+    """Merge or prune the experts of one layer, in place."""
+    rows = layer_plan.router_rows()
+    sample = stats.layers[layer.name].sample if stats is not None else None
+    tensors = merge_layer(layer, layer_plan, sample)
+    put_experts(layer, tensors, layer_plan.labels, rows=None if rows is None else torch.from_numpy(rows))
+    layer.experts._merged.plan = layer_plan
 
 
 @torch.no_grad()

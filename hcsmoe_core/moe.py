@@ -450,7 +450,7 @@ def _reads_no_text(name):
 
 
 def moe_layer(model, name):
-    """The MoE layer of a model that has some name.
+    """The MoE layer of a model that has some name; a streamed model reads its weights.
 
     Raises
     ------
@@ -460,7 +460,14 @@ def moe_layer(model, name):
     found = {layer.name: layer for layer in find_moe_layers(model)}
     if name not in found:
         raise ValueError(f'The "model" argument has no MoE layer {name}; it is not the model of these statistics.')
+    if source_of(model) is not None:
+        source_of(model).read_layer(name)
     return found[name]
+
+
+def source_of(model):
+    """Where a model that is streamed (:mod:`hcsmoe_core.streaming`) reads its layers from; None if it is in memory."""
+    return getattr(model, "_source", None)
 
 
 # --- families whose experts module does not tell enough ---------------------------------------------------------------
@@ -689,18 +696,24 @@ def model_hash(model):
     Covers names, shapes and up to 4,096 evenly spread values of each tensor, rounded to bfloat16, so that it takes no
     time on a large model. Merged layers count with the experts they had before.
     """
-    digest = hashlib.sha256()
+    digest, source = hashlib.sha256(), source_of(model)
     for layer in find_moe_layers(model):
-        tensors = {f"{layer.name}.{n}": t for n, t in original_tensors(layer).items()}
-        if layer.router is not None:
-            tensors |= {f"{layer.name}:router.{n}": p for n, p in original_router(layer).items()}
-        for name in sorted(tensors):
-            tensor = tensors[name].detach()
-            flat = tensor.reshape(-1)
-            sample = flat[:: max(1, flat.numel() // 4096)].to(torch.bfloat16).cpu().contiguous().view(torch.int16)
-            digest.update(f"{name} {tuple(tensor.shape)}".encode())
-            digest.update(sample.numpy().tobytes())
+        digest.update(fingerprint(layer) if source is None else source.fingerprint(layer.name))
     return digest.hexdigest()
+
+
+def fingerprint(layer):
+    """What :func:`model_hash` looks at of one layer, as bytes."""
+    tensors = {f"{layer.name}.{n}": t for n, t in original_tensors(layer).items()}
+    if layer.router is not None:
+        tensors |= {f"{layer.name}:router.{n}": p for n, p in original_router(layer).items()}
+    parts = []
+    for name in sorted(tensors):
+        tensor = tensors[name].detach()
+        flat = tensor.reshape(-1)
+        sample = flat[:: max(1, flat.numel() // 4096)].to(torch.bfloat16).cpu().contiguous().view(torch.int16)
+        parts += [f"{name} {tuple(tensor.shape)}".encode(), sample.numpy().tobytes()]
+    return b"".join(parts)
 
 
 def check_loaded(layer):

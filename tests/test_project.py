@@ -26,6 +26,7 @@ ROOMS = [  # top to bottom: a room imports none above it
     "figures",
     "evaluation",
     "families",
+    "streaming",
     "checkpoint",
     "methods",
     "merging",
@@ -41,6 +42,7 @@ ROOMS = [  # top to bottom: a room imports none above it
     "calibration",
     "moe",
     "demo",
+    "ranks",
     "files",
     "version",
 ]

@@ -1,0 +1,734 @@
+"""Models that need not fit into memory: capture and merge decoder layer by decoder layer, and go on after an interruption.
+
+A streamed model is transformers' own, built and loaded by ``from_pretrained``, but for the weights of its decoder layers,
+which stay on the meta device until they are asked for. They are read by transformers' own loading, weight conversion and
+dequantisation included, one layer at a time. In the capture, the model's own forward runs once a layer and batch: the layers
+before the present one only give back what the last of them gave, so that masks, rotary tables and whatever else is passed to
+a layer are the model's own.
+"""
+
+import contextlib
+import ctypes
+import json
+import os
+import re
+import shutil
+import sys
+from collections.abc import MutableMapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from hcsmoe_core import ranks
+from hcsmoe_core.capture import Tokens, forward_options
+from hcsmoe_core.checkpoint import (
+    DEVICE_MAPS,
+    WEIGHTS,
+    check_report,
+    decoder_layers,
+    device_of,
+    finish,
+    folder_of,
+    hub_layout,
+    load_model,
+    load_tokenizer,
+    loading,
+    merge_record,
+    model_class,
+    named_alike,
+    parts_of,
+    readable,
+    readable_config,
+    set_experts,
+    shard,
+    target_of,
+    write_part,
+)
+from hcsmoe_core.files import check_absent, check_choice, read_json, replacing, sha256_json, write_json
+from hcsmoe_core.merging import apply_layer, check_appliable
+from hcsmoe_core.moe import check_loaded, find_moe_layers, fingerprint, source_of, take_experts
+from hcsmoe_core.statistics import DEFAULT_NEEDS, SAMPLE, Statistics, load_statistics
+from hcsmoe_core.version import __version__
+
+LOADS = ("auto", "whole", "streamed")
+# Peaks over what is held, as measured: a whole model beside its shards and then its merged experts, a layer beside its parts.
+WHOLE, LAYER = 2.75, 2.5
+UNITS = {"": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+# --- which way a model is loaded ---------------------------------------------------------------------------------------
+
+
+def open_model(model, *, dtype="auto", device="auto", load="auto", memory=""):
+    """Load a model whole if it fits into memory, or to be streamed if it does not.
+
+    Parameters
+    ----------
+    model, dtype, device
+        As for :func:`hcsmoe_core.checkpoint.load_model`.
+    load : {"auto", "whole", "streamed"}
+    memory : str
+        What this process may hold in all, such as ``"3GB"`` or ``"900 MiB"``; by default what is free.
+
+    Returns
+    -------
+    model : transformers.PreTrainedModel
+    tokenizer : transformers.PreTrainedTokenizerBase or None
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        As :func:`hcsmoe_core.checkpoint.load_model`; ValueError also if not even one decoder layer fits.
+    """
+    check_choice("load", load, LOADS)
+    limit = _bytes_of(memory) if memory else _free("cpu") + _held()
+    if load == "auto":
+        spread = device in DEVICE_MAPS or merge_record(folder_of(model))
+        load = "whole" if spread else _fitting(model, dtype, device, limit)
+    if load == "whole":
+        return load_model(model, dtype=dtype, device=device)
+    streamed, tokenizer = stream_model(model, dtype=dtype, device=device)
+    need = _held() + LAYER * source_of(streamed).largest()
+    if memory and need > limit:
+        raise ValueError(
+            f'The "memory" argument is {memory}, but with the largest decoder layer of {model} about {need / 1e9:.2f} GB are '
+            "held; give more."
+        )
+    return streamed, tokenizer
+
+
+def _fitting(model, dtype, device, limit):
+    """ "whole" if a model fits into memory with what merging adds, else "streamed"."""
+    config = readable_config(folder_of(model), model)
+    with readable(model):
+        base = model_class(config)
+        with torch.device("meta"):
+            built = base(config)
+    kept = getattr(torch, str(config.dtype if dtype == "auto" else dtype).removeprefix("torch."), torch.float32)
+    size = WHOLE * sum(p.numel() for p in built.parameters()) * kept.itemsize
+    return "whole" if size + _held() <= limit and size <= _free(device_of(device)) else "streamed"
+
+
+def _bytes_of(memory):
+    """Bytes that a text such as ``"3GB"`` means."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(memory))
+    if found is None or found[2].upper() not in UNITS:
+        raise ValueError(f'The "memory" argument must be a size such as 3GB, 500MB or 2GiB; not {memory!r}.')
+    return int(float(found[1]) * UNITS[found[2].upper()])
+
+
+def _free(device):
+    if str(device).startswith("cuda"):
+        return torch.cuda.mem_get_info(device)[0]
+    import psutil
+
+    return psutil.virtual_memory().available
+
+
+def _held():
+    """Bytes that this process holds: Python and its libraries take some hundred million."""
+    import psutil
+
+    return psutil.Process().memory_info().rss
+
+
+# --- reading a model layer by layer ------------------------------------------------------------------------------------
+
+
+def stream_model(model, *, dtype="auto", device="auto", experts_implementation=None):
+    """Load a model of which the decoder layers stay on disk until they are asked for.
+
+    Parameters
+    ----------
+    model, dtype, device, experts_implementation
+        As for :func:`hcsmoe_core.checkpoint.load_model`; one device.
+
+    Returns
+    -------
+    model : transformers.PreTrainedModel
+        For :func:`stream_capture`, :func:`stream_merged` and :func:`hcsmoe_core.methods.make_plan`.
+    tokenizer : transformers.PreTrainedTokenizerBase or None
+
+    Raises
+    ------
+    FileNotFoundError
+        If the model is neither a folder here nor to be had from the hub.
+    ValueError
+        If the checkpoint is not readable, is merged already, lacks tensors, holds some of a wrong kind, or keeps MoE layers
+        elsewhere than in one list of decoder layers.
+    """
+    folder = folder_of(model)
+    if merge_record(folder):
+        raise ValueError(f"{model} is merged already; start from the original.")
+    if device in DEVICE_MAPS:
+        raise ValueError(
+            f'The "device" argument is {device}, but a streamed model is on one device; to use several GPUs, start a rank for '
+            "each: torchrun --nproc-per-node GPUS -m hcsmoe_core.cli …"
+        )
+    config = readable_config(folder, model)
+    device = str(device_of(device))
+    with readable(model):
+        base = model_class(config)
+        options = loading(dtype, None if device == "cpu" else {"": device})
+        loaded, report = _streamed_class(base).from_pretrained(str(folder), config=config, **options)
+        check_report(report, model)
+    loaded.__class__ = base
+    loaded.name_or_path = str(model)
+    hub_layout(loaded, config)
+    set_experts(loaded, experts_implementation)
+    return loaded.eval(), load_tokenizer(folder)
+
+
+def _streamed_class(base):
+    """``base`` whose loading leaves the decoder layers on the meta device and remembers how to read them."""
+
+    class Streamed(base):
+        @staticmethod
+        def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys=None):
+            model._source = _Source(model, checkpoint_files, load_config)
+            return model._source.read_outside(), None
+
+    return named_alike(Streamed, base)
+
+
+class _Source:
+    """Reads the parts of one model from its shards, through transformers' own conversions."""
+
+    def __init__(self, model, files, config):
+        self.model, self.config = model, config
+        self.prefix = decoder_layers(model)
+        moe = [layer.name for layer in find_moe_layers(model)]
+        if not self.prefix or not all(name.startswith(f"{self.prefix}.") for name in moe):
+            raise ValueError(f"its MoE layers are not all in one list of decoder layers ({moe[0]} to {moe[-1]}): load it whole")
+        self.layers = model.get_submodule(self.prefix)
+        self.device = torch.device(next(iter((config.device_map or {"": "cpu"}).values())))
+        self.shards = {str(file): _identity(file) for file in files}
+        self.present = None  # place of the decoder layer that is in memory
+        self.prints = {}
+        self._find(files)
+
+    def _find(self, files):
+        """What each tensor on disk becomes in the model, and which part that belongs to."""
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+        held = self.model.state_dict()
+        renamings = [m for m in self.config.weight_mapping if isinstance(m, WeightRenaming)]
+        converters = [m for m in self.config.weight_mapping if isinstance(m, WeightConverter)]
+        of_pattern = {pattern: m for m in converters for pattern in m.source_patterns}
+        # Part 0 is what lies outside the decoder layers.
+        self.names = parts_of(self.model, held)
+        of_name = {name: place for place, names in enumerate(self.names) for name in names}
+        self.keys = [{} for _ in self.names]
+        self.found = set()
+        for file in files:
+            with _opened(file) as opened:
+                for key in opened.keys():  # noqa: SIM118 (not a dict)
+                    name, pattern = rename_source_key(key, renamings, converters, self.model.base_model_prefix, held)
+                    if name not in held and key in held:
+                        name, pattern = key, None
+                    if name not in held:
+                        continue
+                    if self.config.hf_quantizer is None:
+                        _check_kind(file, key, opened.get_slice(key).get_dtype(), held[name])
+                    targets = [name] if pattern is None else of_pattern[pattern].target_patterns
+                    self.found |= {name.replace(targets[0], target) for target in targets} if pattern else {name}
+                    self.keys[of_name[name]][key] = str(file)
+
+    def largest(self):
+        """Bytes of the largest decoder layer as it is held."""
+        sizes = (sum(t.numel() * t.element_size() for t in layer.state_dict().values()) for layer in self.layers)
+        return max(sizes)
+
+    def read_outside(self):
+        """Everything but the decoder layers; transformers is told to be missing only what is nowhere on disk."""
+        report = self._read(self.keys[0])
+        report.missing_keys -= self.found
+        return report
+
+    def read_again(self):
+        """Everything but the decoder layers, if :meth:`free_outside` let it go."""
+        if any(tensor.is_meta for tensor in self.state(0).values()):
+            self._read(self.keys[0])
+            self.model.tie_weights(missing_keys=set(self.names[0]) - self.found, recompute_mapping=False)
+
+    def read(self, place):
+        """Bring one decoder layer into memory, and let the one before go."""
+        if self.present != place:
+            self.free()
+            self._read(self.keys[place + 1], place)
+            self.present = place
+
+    def read_layer(self, name):
+        """Bring the decoder layer that an MoE layer lies in into memory."""
+        self.read(int(name[len(self.prefix) + 1 :].split(".")[0]))
+
+    def free(self):
+        """Let the decoder layer that is in memory go."""
+        if self.present is not None:
+            self._drop(self.names[self.present + 1])
+            _give_back()
+        self.present = None
+
+    def free_outside(self):
+        """Let everything outside the decoder layers go, tied tensors with what they are tied to."""
+        self._drop(self.names[0], tied=set(self.model.all_tied_weights_keys))
+
+    def free_head(self):
+        """Let the language model head go, unless it is the embedding too: a capture does not come to it."""
+        head, tied = self.model.get_output_embeddings(), self.model.all_tied_weights_keys
+        if head is not None and not tied:
+            self._drop([f"{name}.weight" for name, module in self.model.named_modules() if module is head])
+
+    def _drop(self, names, tied=frozenset()):
+        for name in (self.found | tied).intersection(names):
+            path, _, own = name.rpartition(".")
+            module = self.model.get_submodule(path)
+            held = module._parameters if own in module._parameters else module._buffers
+            held[own] = torch.empty_like(held[own], device="meta")
+            if held is module._parameters:
+                held[own] = torch.nn.Parameter(held[own], requires_grad=False)
+
+    def _read(self, keys, place=None):
+        from transformers.core_model_loading import convert_and_load_state_dict_in_model
+
+        of_file = {}
+        for key, file in keys.items():
+            of_file.setdefault(file, []).append(key)
+        with contextlib.ExitStack() as opened, _one_by_one(), torch.no_grad():
+            tensors = {}
+            for file in of_file:
+                self._check_unchanged(file)
+            for file, wanted in of_file.items():
+                handle = opened.enter_context(_opened(file))
+                tensors |= {key: handle.get_slice(key) for key in wanted}
+            try:
+                report, _ = convert_and_load_state_dict_in_model(self.model, tensors, self.config)
+            except (SafetensorError, OSError) as error:
+                raise ValueError(f"{' or '.join(of_file)} is not readable ({error}); copy it again.") from None
+            for file in of_file:
+                self._check_unchanged(file)
+        if self.config.hf_quantizer is not None and hasattr(self.model, "_weight_conversions"):
+            del self.model._weight_conversions  # see hub_layout
+        wrong = [*(m[0] for m in report.mismatched_keys), *report.conversion_errors]
+        if place is not None:
+            held = self.layers[place].state_dict(prefix=f"{self.prefix}.{place}.")
+            wrong += [name for name, tensor in held.items() if tensor.is_meta and name not in wrong]
+        if wrong:
+            raise ValueError(
+                f"{self.model.name_or_path} does not hold {wrong[0]} as its configuration says ({len(wrong)} tensors in all): "
+                "parts of it are missing or have other shapes; copy the checkpoint again."
+            )
+        return report
+
+    def _check_unchanged(self, file):
+        if not Path(file).is_file() or _identity(file) != self.shards[file]:
+            raise ValueError(
+                f"{file} was changed or removed since this run began; put it back, or start anew with one that stays."
+            )
+
+    def moe_layers(self, place):
+        """MoE layers of one decoder layer, which must be in memory to be used."""
+        inside = f"{self.prefix}.{place}."
+        return [layer for layer in find_moe_layers(self.model) if layer.name.startswith(inside)]
+
+    def fingerprint(self, name):
+        """What :func:`hcsmoe_core.moe.model_hash` looks at of one MoE layer."""
+        if name not in self.prints:
+            self.read_layer(name)
+            self.prints |= {layer.name: fingerprint(layer) for layer in self.moe_layers(self.present)}
+        return self.prints[name]
+
+    def state(self, place):
+        """Tensors of one part of the model as they are now: 0 for what lies outside the decoder layers, then layer by layer."""
+        if place:
+            return self.layers[place - 1].state_dict(prefix=f"{self.prefix}.{place - 1}.")
+        held = self.model.state_dict()
+        return {name: held[name] for name in self.names[0]}
+
+    def about(self):
+        """What tells this checkpoint from another, or from what it was before it changed."""
+        return {Path(file).name: identity for file, identity in self.shards.items()}
+
+    def push(self, place, outputs, tokens, collectors, bar):
+        """Send every batch of this rank through one decoder layer, and keep what comes out."""
+        model, layer, state = self.model, self.layers[place], {}
+
+        def replay(*_, **__):
+            return state["output"]
+
+        def run(*inputs, **keywords):
+            shared = {name: value for name, value in keywords.items() if isinstance(value, MutableMapping)}
+            for name, value in shared.items():  # what earlier layers left for later ones, such as shared keys and values
+                value.update(state["shared"].get(name, {}))
+            state["output"] = type(layer).forward(layer, *inputs, **keywords)
+            state["shared"] = {name: dict(value) for name, value in shared.items()}
+            raise _Through
+
+        self.read(place)
+        try:
+            for before in self.layers[:place]:
+                before.forward = replay
+            layer.forward = run
+            with torch.no_grad():
+                for start in tokens.starts:
+                    state |= outputs.read(place - 1, start, self.device) if place else {"shared": {}}
+                    rows = tokens.begin(collectors, start)
+                    with contextlib.suppress(_Through):
+                        model(input_ids=rows.to(self.device), use_cache=False, **forward_options(model))
+                    outputs.write(place, start, state)
+                    bar.update(rows.numel())
+        finally:
+            for changed in self.layers[: place + 1]:
+                changed.__dict__.pop("forward", None)
+
+
+class _Through(Exception):  # noqa: N818 (no error)
+    """The layer that is looked at has run; those after it need not."""
+
+
+def _give_back():
+    """Return freed memory to the system: glibc keeps tensors' pages for itself, more of them with every layer."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _identity(file):
+    found = Path(file).stat()
+    return [found.st_size, found.st_mtime_ns]
+
+
+def _opened(file):
+    """A shard, not through a memory map: where it is cut short meanwhile, that would end the process."""
+    try:
+        return safe_open(file, "pt", backend="pread")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file} is not readable ({error}); copy it again.") from None
+
+
+def _check_kind(file, key, kind, tensor):
+    """Refuse whole numbers and 8-bit floats where a configuration that says nothing of quantisation has 16- or 32-bit ones."""
+    if tensor.is_floating_point() and kind not in ("F64", "F32", "F16", "BF16"):
+        raise ValueError(
+            f"{key} in {file} is of type {kind} where 16- or 32-bit floating-point numbers belong, and config.json does not "
+            "say how it is quantised"
+        )
+
+
+@contextlib.contextmanager
+def _one_by_one():
+    """transformers reads a layer's tensors as they are converted, rather than all before, and without a bar for each layer."""
+    from transformers.utils import logging
+
+    name, shown = "HF_DEACTIVATE_ASYNC_LOAD", logging.is_progress_bar_enabled()
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+        os.environ.pop(name)
+        if before is not None:
+            os.environ[name] = before
+
+
+# --- capture ------------------------------------------------------------------------------------------------------------
+
+
+def stream_capture(model, input_ids, folder, *, needs=DEFAULT_NEEDS, sample=SAMPLE, batch_size=8, domains=None, progress=True):
+    """Statistics of every MoE layer of a streamed model: what :func:`hcsmoe_core.capture.capture` finds, layer by layer.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        Of :func:`stream_model`.
+    input_ids, needs, sample, batch_size, domains, progress
+        As for :func:`hcsmoe_core.capture.capture`.
+    folder : path
+        Where what comes out of each layer and its statistics are kept; with the same arguments a capture goes on after the
+        last layer whose statistics are there.
+
+    Returns
+    -------
+    Statistics
+        On every rank, if there are several.
+
+    Raises
+    ------
+    ValueError
+        As :func:`hcsmoe_core.capture.capture`; also if the folder is of another capture, or the checkpoint cannot be read.
+    """
+    source, folder = source_of(model), Path(folder)
+    tokens = Tokens(model, input_ids, needs=needs, sample=sample, batch_size=batch_size, domains=domains)
+    settings = {"needs": list(needs), "sample": sample, "batch_size": batch_size, "dtype": str(model.dtype)}
+    settings |= {"tokens": sha256_json([tokens.hashes, tokens.of_sequence]), "device": source.device.type}
+    if ranks.rank() == 0:
+        _begin(folder, settings | {"checkpoint": source.about()})
+    source.read_again()
+    source.free_head()
+    files, outputs = _layer_files(folder, source), _Outputs(folder / "outputs")
+    begun = ranks.first(next((i for i, file in enumerate(files) if not file.exists()), len(files)))
+    bar = tokens.bar(progress)
+    bar.total *= len(files)
+    with bar:
+        bar.update(begun * bar.total // len(files))
+        for place in range(begun, len(files)):
+            _capture_layer(source, place, files[place], outputs, tokens, bar)
+    source.free()
+    parts = [load_statistics(file) for file in files]
+    for part in parts:
+        source.prints |= {name: bytes.fromhex(text) for name, text in part.model["prints"].items()}
+    return tokens.statistics(model, {name: sums for part in parts for name, sums in part.layers.items()})
+
+
+def _layer_files(folder, source):
+    """Where the statistics of each decoder layer go, up to the last that has MoE layers."""
+    last = max(place for place in range(len(source.layers)) if source.moe_layers(place))
+    return [folder / f"layer-{place:05d}.safetensors" for place in range(last + 1)]
+
+
+def _capture_layer(source, place, file, outputs, tokens, bar):
+    source.read(place)
+    layers = source.moe_layers(place)
+    for layer in layers:
+        check_loaded(layer)
+    with tokens.collecting(layers) as collectors:
+        source.push(place, outputs, tokens, collectors, bar)
+    sums = tokens.finished(collectors)
+    prints = {layer.name: source.fingerprint(layer.name).hex() for layer in layers}
+    ranks.barrier()  # every rank's outputs are there before the layer counts as done
+    if ranks.rank() == 0:
+        Statistics(sums, tokens.domains, {"prints": prints}, tokens.hashes, tokens.sampled if sums else None).save(file)
+    ranks.barrier()
+    for start in tokens.starts:
+        outputs.drop(place - 1, start)
+
+
+class _Outputs:
+    """What came out of each decoder layer, batch by batch, on disk: the page cache is the memory that is to spare."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def _file(self, place, start):
+        return self.folder / f"{place:05d}-{start:08d}.safetensors"
+
+    def write(self, place, start, state):
+        tensors = []
+        layout = {key: _packed(value, tensors) for key, value in state.items()}
+        named = {str(i): tensor.detach().to("cpu", copy=True).contiguous() for i, tensor in enumerate(tensors)}
+        with replacing(self._file(place, start)) as part:
+            save_file(named, part, metadata={"layout": json.dumps(layout)})
+
+    def read(self, place, start, device):
+        file = self._file(place, start)
+        if not file.is_file():
+            raise FileNotFoundError(
+                f"{file} is gone, or not on a disk that all ranks share; remove {self.folder.parent} to start anew."
+            )
+        with safe_open(file, "pt", backend="pread") as opened:
+            layout = json.loads(opened.metadata()["layout"])
+            return {key: _unpacked(value, lambda i: opened.get_tensor(str(i)).to(device)) for key, value in layout.items()}
+
+    def drop(self, place, start):
+        self._file(place, start).unlink(missing_ok=True)
+
+
+def _packed(value, tensors):
+    """A nest of tuples, lists, dictionaries, tensors and plain values as JSON, its tensors put aside in a list."""
+    if torch.is_tensor(value):
+        tensors.append(value)
+        return ["tensor", len(tensors) - 1]
+    if isinstance(value, MutableMapping):
+        return ["dict", [[_packed(k, tensors), _packed(v, tensors)] for k, v in value.items()]]
+    if isinstance(value, tuple | list):
+        return ["tuple" if isinstance(value, tuple) else "list", [_packed(v, tensors) for v in value]]
+    if value is None or isinstance(value, bool | int | float | str):
+        return ["value", value]
+    raise ValueError(f"a decoder layer gives a {type(value).__name__}, which cannot be kept on disk: load the model whole.")
+
+
+def _unpacked(packed, tensor):
+    kind, value = packed
+    if kind == "tensor":
+        return tensor(value)
+    if kind == "dict":
+        return {_unpacked(k, tensor): _unpacked(v, tensor) for k, v in value}
+    if kind in ("tuple", "list"):
+        return {"tuple": tuple, "list": list}[kind](_unpacked(v, tensor) for v in value)
+    return value
+
+
+# --- merging ------------------------------------------------------------------------------------------------------------
+
+
+def stream_merged(model, plan, out, folder, *, stats=None, router="", tokenizer=None):
+    """Write a merged or pruned checkpoint of a streamed model: the files of :func:`hcsmoe_core.checkpoint.save_merged`.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        Of :func:`stream_model`.
+    plan, stats, router, tokenizer
+        As for :func:`hcsmoe_core.checkpoint.save_merged`.
+    out : path
+        Must not exist.
+    folder : path
+        Where it is written, a part at a time, before it is renamed; with the same arguments writing goes on after the last
+        part that is there. On the disk of ``out``.
+
+    Returns
+    -------
+    dict
+        As of :func:`hcsmoe_core.checkpoint.save_merged`.
+
+    Raises
+    ------
+    FileExistsError
+        If ``out`` exists.
+    ValueError
+        As :func:`hcsmoe_core.checkpoint.save_merged`; also if the plan factors experts over all layers at once, the folder
+        is of another merge, or the checkpoint cannot be read.
+    """
+    if plan.compress:
+        raise ValueError(
+            "MC-SMoE's second step chooses what it keeps among the merged experts of all layers at once, so that they must be "
+            'in memory together: load the model whole (--load whole), or take a plan without "share".'
+        )
+    check_absent(out)
+    source, folder = source_of(model), Path(folder)
+    layers = {layer.name: layer for layer in check_appliable(model, plan, stats)}
+    target = target_of(model, plan, router)
+    settings = {"plan": sha256_json([vars(p) for p in plan.layers]), "router": target.router, "dtype": str(model.dtype)}
+    settings |= {"statistics": stats.identity() if plan.needs_sample else None, "checkpoint": source.about()}
+    _begin(folder, settings)
+    part, count = folder / "model", len(source.layers) + 1
+    part.mkdir(exist_ok=True)
+    for place in range(0 if not (part / WEIGHTS).exists() else count, count):
+        if (part / shard(place, count)).exists():
+            continue
+        if place:
+            source.read(place - 1)
+        else:
+            source.read_again()
+        merged = [p for p in plan.layers if place and p.name.startswith(f"{source.prefix}.{place - 1}.")]
+        try:
+            for layer_plan in merged:
+                apply_layer(layers[layer_plan.name], layer_plan, stats)
+            write_part(model, source.state(place), part, place, count, target)
+        finally:
+            for layer_plan in merged:
+                if layers[layer_plan.name].merged:
+                    take_experts(layers[layer_plan.name])
+        if place == 0:
+            source.free_outside()
+    source.free()
+    written = finish(part, target, plan, tokenizer=tokenizer)
+    check_absent(out)
+    os.replace(part, out)
+    return written
+
+
+# --- going on after an interruption -------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def work_folder(out, model):
+    """Folder beside ``out`` for what is not finished: kept if the block fails after a layer was done, else removed.
+
+    Of a model that is in memory it is None, as nothing is kept.
+
+    Raises
+    ------
+    ValueError
+        If another process is at work there.
+    """
+    if source_of(model) is None:
+        yield None
+        return
+    folder = work_of(out)
+    if ranks.rank():
+        ranks.barrier()
+        yield folder
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "a") as lock:
+        if not _locked(lock):
+            number = (folder / "lock").read_text()
+            raise ValueError(f"Another process ({number}) is at work on {out}; wait for it, or give another output.")
+        lock.truncate(0)
+        lock.write(str(os.getpid()))  # for whoever wonders which process that is
+        lock.flush()
+        ranks.barrier()
+        try:
+            yield folder
+        except BaseException:
+            if any(folder.rglob("*.safetensors")):
+                print(f"hcsmoe: what is done is in {folder}; the same command goes on from there.", file=sys.stderr)
+            else:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
+        _remove(folder)
+
+
+def _locked(file):
+    """Lock a file for as long as this process has it open; whether nobody else has."""
+    try:
+        import fcntl
+    except ImportError:  # not on Windows
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def tidied(out):
+    """Whether ``out`` is complete and only the work folder of the run that wrote it was left; it is then removed."""
+    folder, out = work_of(out), Path(out)
+    written = (folder / "run.json").is_file() and not (folder / "model").exists()
+    left = ranks.first(written and (out / "plan.json").is_file())
+    if left and ranks.rank() == 0:
+        _remove(folder)
+    return bool(left)
+
+
+def _remove(folder):
+    """Remove a work folder; ``run.json``, which tells what it is, comes last."""
+    for inside in folder.iterdir():
+        if inside.is_dir():
+            shutil.rmtree(inside)
+        elif inside.name != "run.json":
+            inside.unlink()
+    shutil.rmtree(folder)
+
+
+def work_of(out):
+    """Where a run that writes ``out`` keeps what is not finished."""
+    out = Path(out)
+    return out.with_name(f".{out.name}.work")
+
+
+def _begin(folder, settings):
+    """Make a folder for a run with these settings, or go on in one with the same.
+
+    Raises
+    ------
+    ValueError
+        If an unfinished run with other settings is there.
+    """
+    settings = json.loads(json.dumps(settings | {"version": __version__}))
+    folder.mkdir(parents=True, exist_ok=True)
+    for left in sorted(folder.rglob("*.part"), reverse=True):  # what was being written when a run was killed
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
+    before = read_json(folder / "run.json") if (folder / "run.json").exists() else None
+    if before is None:
+        write_json(folder / "run.json", settings)
+    elif before != settings:
+        other = [name for name in settings if before.get(name) != settings[name]]
+        changed = "the checkpoint was changed meanwhile" if other == ["checkpoint"] else f"it has other {', '.join(other)}"
+        raise ValueError(f"{folder} holds an unfinished run, but {changed}; remove {folder} to start anew.")
