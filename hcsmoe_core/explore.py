@@ -223,6 +223,8 @@ class CutExplorer(Explorer):
         Experts kept in every layer at first.
     path : str or path
         Where the plan is saved, unless another is typed.
+    text : str
+        What the plan is scored on: see :func:`hcsmoe_core.evaluate`.
 
     Attributes
     ----------
@@ -230,9 +232,21 @@ class CutExplorer(Explorer):
         Experts kept in each layer as drawn.
     """
 
-    def __init__(self, stats, model, tokenizer=None, *, layer=0, similarity="expert-output", linkage="average", experts, path):
+    def __init__(
+        self,
+        stats,
+        model,
+        tokenizer=None,
+        *,
+        layer=0,
+        similarity="expert-output",
+        linkage="average",
+        experts,
+        path,
+        text="demo",
+    ):
         self._stats, self._model, self._tokenizer, self._similarity = stats, model, tokenizer, similarity
-        self._uniform, self._known, self._moving = experts, {}, False
+        self._text, self._uniform, self._known, self._moving = text, experts, {}, False
         most = min(sums.num_experts for sums in stats.layers.values())
         check_count("experts kept", experts, 1, most)
         self.counts = [experts] * len(stats.layers)
@@ -271,12 +285,11 @@ class CutExplorer(Explorer):
         return f"Saved; hcsmoe merge MODEL --plan {self._path.value} --out FOLDER"
 
     def score(self):
-        """Apply the plan to the live model, measure the loss on held-out text before and after, and undo it."""
-        text = "demo" if self._model.name_or_path.startswith("demo-") else "c4"
-        before = evaluate(self._model, self._tokenizer, tasks=[], text=text)["mean_loss"]
+        """Apply the plan to the live model, measure the loss on text before and after, and undo it."""
+        before = evaluate(self._model, self._tokenizer, tasks=[], text=self._text)["mean_loss"]
         apply_plan(self._model, self.plan)
         try:
-            after = evaluate(self._model, self._tokenizer, tasks=[], text=text)["mean_loss"]
+            after = evaluate(self._model, self._tokenizer, tasks=[], text=self._text)["mean_loss"]
         finally:
             restore(self._model)
         return f"Loss {before:.4f} before, {after:.4f} with this plan ({sum(self.counts)} experts in all)."

@@ -465,13 +465,15 @@ def curve(frame, *, x, y, hue=None, error=None, reference=None, log=False, xlabe
 
 
 @styled
-def task_bars(scores, *, before=None, chance=0.25, title="", width=COLUMN):
+def task_bars(scores, *, before=None, label="merged", chance=0.25, title="", width=COLUMN):
     """Accuracy on each task with one standard error, beside that of another model.
 
     Parameters
     ----------
     scores, before : dict
         ``tasks`` as :func:`hcsmoe_core.evaluate` gives them, of a model and of the one to compare it with.
+    label : str
+        Of the model.
 
     Returns
     -------
@@ -480,12 +482,12 @@ def task_bars(scores, *, before=None, chance=0.25, title="", width=COLUMN):
     names = list(scores["tasks"])
     figure = Figure(figsize=(width, 0.6 + 0.26 * len(names)))
     axes = figure.add_subplot()
-    shown = [("merged", scores)] if before is None else [("original", before), ("merged", scores)]
-    for i, (label, values) in enumerate(shown):
+    shown = [(label, scores)] if before is None else [("original", before), (label, scores)]
+    for i, (name, values) in enumerate(shown):
         tasks = [values["tasks"][n] for n in names]
         places = np.arange(len(names)) + (i - (len(shown) - 1) / 2) * 0.38
         lengths, errors = [100 * t["acc"] for t in tasks], [100 * t["acc_stderr"] for t in tasks]
-        axes.barh(places, lengths, 0.36, xerr=errors, label=label, error_kw={"elinewidth": 0.8})
+        axes.barh(places, lengths, 0.36, xerr=errors, label=name, error_kw={"elinewidth": 0.8})
     axes.axvline(100 * chance, color="0.4", lw=0.8, ls=":", label="chance")
     axes.set_yticks(range(len(names)), [n.removeprefix("demo_") for n in names])
     axes.invert_yaxis()
