@@ -465,8 +465,10 @@ def finish(folder, target, plan, *, tokenizer=None):
     plan.save(folder / "plan.json")
     files = sorted(folder.glob("*.safetensors"))
     if target.config is not None:
-        (folder / "config.json").write_text(target.config.to_json_string(), encoding="utf-8")
-    _write_config(folder, None if target.config is not None else _merge_of(folder, target.records, files))
+        _write_config(folder, json.loads(target.config.to_json_string()))
+    else:
+        written = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        _write_config(folder, written | {"expert_merge": _merge_of(folder, target.records, files)})
     size = sum(file.stat().st_size for file in files)
     return {"bytes": size, "parameters": target.parameters, "router": target.router}
 
@@ -564,14 +566,11 @@ def _nested(config):
     return [config, *(holder for part in inner for holder in _nested(part))]
 
 
-def _write_config(folder, record):
-    """Add the record of a merge to a written ``config.json``, and say there that no layer predicts further tokens."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+def _write_config(folder, config):
+    """Write ``config.json``, which says that no layer predicts further tokens."""
     for part in (config, *(value for value in config.values() if isinstance(value, dict))):
         part.update({name: 0 for name in FURTHER_LAYERS if part.get(name)})
-    if record is not None:
-        config["expert_merge"] = record
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "config.json", config)
 
 
 def _merge_of(folder, records, files):

@@ -18,7 +18,7 @@ COMPARED = "benchmarks/results/compare-{}.csv"  # what hcsmoe compare measured o
 GALLERY = {
     "heatmap": "demo-qwen/01_heatmap-layer00-expert-output-average",
     "cut": "demo-qwen/02_cut-layer00-expert-output-average-16",
-    "tanglegram": "demo-qwen/03_tanglegram-layer00-expert-output-average-ward",
+    "tanglegram": "demo-qwen/03_tanglegram-layer00-expert-output-average-ward-16",
     "accuracy-qwen": "demo-qwen/06_accuracy",
     "accuracy-mixtral": "demo-mixtral/06_accuracy",
 }

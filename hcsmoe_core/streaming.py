@@ -479,6 +479,7 @@ def stream_capture(model, input_ids, folder, *, needs=DEFAULT_NEEDS, sample=SAMP
             _capture_layer(source, place, files[place], outputs, tokens, bar)
     source.free()
     parts = [load_statistics(file) for file in files]
+    ranks.barrier()  # every rank has read them before one removes them
     for part in parts:
         source.prints |= {name: bytes.fromhex(text) for name, text in part.model["prints"].items()}
     return tokens.statistics(model, {name: sums for part in parts for name, sums in part.layers.items()})

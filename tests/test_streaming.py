@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from hcsmoe_core import (
     capture,
+    families,
     find_moe_layers,
     load_merged,
     load_model,
@@ -77,6 +78,21 @@ def test_streamed_statistics_and_checkpoints_are_those_of_the_whole_model(name, 
     assert torch.equal(
         logits(load_model(tmp_path / "pruned-2")[0], input_ids), logits(load_model(tmp_path / "pruned")[0], input_ids)
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", [row["family"] for row in families.committed()[1] if not row["mapped"] and not row["whole"]])
+def test_every_family_streamed_is_what_it_is_whole(family, tmp_path):
+    families.tiny_model(family, torch.bfloat16).save_pretrained(tmp_path / "model")
+    whole, streamed, ids = load_model(tmp_path / "model")[0], stream_model(tmp_path / "model")[0], families.tiny_tokens()
+    stats = capture(whole, ids, needs=ALL, sample=32)
+    stats.save(tmp_path / "wanted")
+    stream_capture(streamed, ids, tmp_path / "work", needs=ALL, sample=32).save(tmp_path / "found")
+    assert (tmp_path / "wanted").read_bytes() == (tmp_path / "found").read_bytes()
+    plan = make_plan(stats, whole, experts=families.KEPT)
+    save_merged(whole, plan, tmp_path / "merged")
+    stream_merged(streamed, plan, tmp_path / "merged-2", tmp_path / "work-2")
+    same_files(tmp_path / "merged", tmp_path / "merged-2")
 
 
 def test_methods_that_look_at_weights_and_budgets_over_all_layers(stored, input_ids, tmp_path):
