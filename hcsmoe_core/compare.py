@@ -172,7 +172,8 @@ def cells(folder, model):
     Parameters
     ----------
     folder : str or path
-        What :func:`compare` wrote its cells to, or a table of them as ``hcsmoe compare`` writes one (``.csv``).
+        What :func:`compare` wrote its cells to, or a table of them as ``hcsmoe compare`` writes one (``.csv``), with
+        ``{model}`` for the model's name.
     model : str
 
     Returns
@@ -190,9 +191,10 @@ def cells(folder, model):
     import pandas as pd
 
     if str(folder).endswith(".csv"):
-        if not place(folder).is_file():
-            raise FileNotFoundError(f"There is no table {place(folder)}; run: hcsmoe compare {model}")
-        return pd.read_csv(place(folder)).reindex(columns=COLUMNS)
+        path = place(str(folder).replace("{model}", slug(model)))
+        if not path.is_file():
+            raise FileNotFoundError(f"There is no table {path}; run: hcsmoe compare {model}, and give runs/compare.")
+        return pd.read_csv(path).reindex(columns=COLUMNS)
     newest = {}
     for path in sorted((place(folder) / slug(model)).glob("*.json"), key=lambda p: p.stat().st_mtime):
         content = read_json(path)

@@ -13,7 +13,6 @@ BASELINES = ("f-prune", "s-prune", "m-smoe")  # of the paper's main tables, thos
 LOOKS = ("01_similarity", "02_dendrograms", "03_linkage", "04_merge")
 LINKAGES = ("average", "complete", "single", "ward")
 SEEDS = (42, 43, 44)  # calibration samples, the first of which everything is measured on
-COMPARED = "benchmarks/results/compare-{}.csv"  # what hcsmoe compare measured on each embedded model
 # The README's pictures, by the figures that they are copies of.
 GALLERY = {
     "heatmap": "demo-qwen/01_heatmap-layer00-expert-output-average",
@@ -55,7 +54,7 @@ def run(names, out, figures, workers, limit, *, full=False):
     read = []
     for name in names:
         read += [(path(n), {"model": name, "sweep": str(cells)} | shared) for n in ("06_ablation", "07_paper")]
-        read.append((path("08_methods"), {"model": name, "compared": COMPARED.format(name)} | shared))
+        read.append((path("08_methods"), {"model": name} | shared))
     done += sweep.run_cells(read, out, workers=workers, again=True, description="tables")
     report(names, out, cells, figures, len(done))
 

@@ -191,7 +191,7 @@ def collect(folder, notebook="05_accuracy", *, model=None):
         frame = frame[frame["model"] == model].reset_index(drop=True)
     if frame.empty:
         what = f"{notebook} cells of {model}" if model else f"{notebook} cells"
-        raise FileNotFoundError(f"There are no {what} in {folder}; run some first, with hcsmoe demo.")
+        raise FileNotFoundError(f"There are no {what} in {folder}; run some first: ./run does on the embedded models.")
     return frame
 
 

@@ -44,6 +44,15 @@ def test_verdicts_are_paired_over_the_samples():
     assert lines.index("trimming") < lines.index("hc-smoe") < lines.index("reap")
 
 
+def test_a_kept_table_is_read_as_the_cells_are(tmp_path):
+    cells = frame({("original", 0): 1.0, ("hc-smoe", 0): 2.0, ("reap", 0): 2.5}).reindex(columns=comparison.COLUMNS)
+    cells.to_csv(tmp_path / "compare-some.csv", index=False)
+    read = comparison.cells(f"{tmp_path}/compare-{{model}}.csv", "folder/some")
+    assert comparison.table(read) == comparison.table(cells)
+    with pytest.raises(FileNotFoundError, match="no table .*compare-other.csv; run: hcsmoe compare other"):
+        comparison.cells(f"{tmp_path}/compare-{{model}}.csv", "other")
+
+
 def test_dots_are_drawn_for_every_method():
     losses = {(m, s): 2.0 + i + 0.1 * s for i, m in enumerate(("hc-smoe", "reap", "trimming")) for s in (0, 1)}
     table = comparison.summary(frame(losses)).assign(kind="one")

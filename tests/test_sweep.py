@@ -97,13 +97,12 @@ def readers(model, figures, cells):
     """The notebooks that read what others measured."""
     shared = {"model": model, "figures": str(figures)}
     changed = {"where": 'linkage == "average"', "metric": "loss_units", "hue": "merge", "at": 2}
-    compared = f"benchmarks/results/compare-{model}.csv"
     return [
         (sweep.notebook_path("06_ablation"), shared | {"sweep": str(cells)}),
         (sweep.notebook_path("06_ablation"), shared | {"sweep": str(cells)} | changed),
         (sweep.notebook_path("07_paper"), shared | SMALL | {"sweep": str(cells)}),
         (sweep.notebook_path("07_paper"), shared | SMALL | {"sweep": str(cells), "seed": 7}),
-        (sweep.notebook_path("08_methods"), shared | {"compared": compared}),
+        (sweep.notebook_path("08_methods"), shared),
     ]
 
 
