@@ -93,15 +93,12 @@ def cells_of(model, figures, looks, scored):
     return cells + [(sweep.notebook_path("05_accuracy"), shared | {"limit": 10} | extra) for extra in scored]
 
 
-def readers(model, figures, cells):
+def readers(model, figures, cells, where="", seed=42, **changed):
     """The notebooks that read what others measured."""
     shared = {"model": model, "figures": str(figures)}
-    changed = {"where": 'linkage == "average"', "metric": "loss_units", "hue": "merge", "at": 2}
     return [
-        (sweep.notebook_path("06_ablation"), shared | {"sweep": str(cells)}),
-        (sweep.notebook_path("06_ablation"), shared | {"sweep": str(cells)} | changed),
-        (sweep.notebook_path("07_paper"), shared | SMALL | {"sweep": str(cells)}),
-        (sweep.notebook_path("07_paper"), shared | SMALL | {"sweep": str(cells), "seed": 7}),
+        (sweep.notebook_path("06_ablation"), shared | {"sweep": str(cells), "where": where} | changed),
+        (sweep.notebook_path("07_paper"), shared | SMALL | {"sweep": str(cells), "seed": seed}),
         (sweep.notebook_path("08_methods"), shared),
     ]
 
@@ -118,10 +115,11 @@ def test_notebooks_run_with_default_and_with_changed_parameters_and_draw_the_sam
     }
     scored = [{"experts": r, "linkage": linkage} for r, linkage in ((4, "average"), (2, "average"), (4, "single"))]
     scored += [{"experts": 4, "method": "reap"}, {"experts": 4, "linkage": "average", "seed": 43}, {}]
-    out, first, second = (tmp_path / name for name in ("runs", "first", "second"))
+    out, first, second, other = (tmp_path / name for name in ("runs", "first", "second", "other"))
+    reading = {"where": 'linkage == "average"', "seed": 7, "metric": "loss_units", "hue": "merge", "at": 2}
     default = [(name, {}) for name in changed]
     executed = sweep.run_cells(cells_of(model, first, [*default, *changed.items()], scored), out, workers=2)
-    executed += sweep.run_cells(readers(model, first, out), out, workers=2)
+    executed += sweep.run_cells(readers(model, first, out) + readers(model, other, out, **reading), out, workers=2)
     for path in executed:
         content = nbformat.read(path, as_version=4)
         code = [c for c in content.cells if c.cell_type == "code"]
