@@ -160,7 +160,7 @@ def test_notebooks_run_on_any_model_folder(tmp_path):
     folder, text = tmp_path / "some-moe", tmp_path / "text.txt"
     Qwen3MoeForCausalLM(config).save_pretrained(folder)
     load_tokenizer(models.folder("demo-qwen")).save_pretrained(folder)
-    text.write_text("\n".join(f"Line {i} of a text that says {i * 7 % 13} things." for i in range(1000)))
+    text.write_text("\n".join(f"Line {i} of a text that says {i * 7 % 13} things." for i in range(3000)))
     shared = {"model": str(folder), "figures": str(tmp_path / "figures")}
     source = {"calibration": str(text), "sequences": 8, "length": 64}
     names = ("00_tour", "01_similarity", "02_dendrograms", "03_linkage", "04_merge")
