@@ -144,7 +144,7 @@ def neuron_matches(stats, model, layer, members, *, align="activations"):
     return found
 
 
-def expert_tokens(stats, layer, expert, input_ids, tokenizer=None, *, context=8):
+def expert_tokens(stats, layer, expert, input_ids, tokenizer=None, *, context=8, most=None):
     """Calibration tokens of the sample that the router sends to an expert, those with the largest routing weight first.
 
     Parameters
@@ -159,6 +159,8 @@ def expert_tokens(stats, layer, expert, input_ids, tokenizer=None, *, context=8)
         Without one, tokens are shown as their ids.
     context : int
         Tokens shown before and after each.
+    most : int, optional
+        Rows at most; by default all.
 
     Returns
     -------
@@ -174,7 +176,7 @@ def expert_tokens(stats, layer, expert, input_ids, tokenizer=None, *, context=8)
 
     gates = _sampled_gates(stats, layer, expert, input_ids)
     rows = []
-    for place in gates.argsort(descending=True, stable=True)[: int((gates > 0).sum())].tolist():
+    for place in gates.argsort(descending=True, stable=True)[: int((gates > 0).sum())][:most].tolist():
         sequence, position, domain = stats.sampled[place].tolist()
         ids = input_ids[sequence].tolist()
         parts = ids[max(0, position - context) : position], ids[position : position + 1], ids[position + 1 :][:context]

@@ -41,7 +41,7 @@ def styled(function):
 
 @styled
 def png(figure, dpi=110, *, tight=True):
-    """A figure as PNG bytes, the same each time; not ``tight``, its margins stay, which takes half the time to draw."""
+    """A figure as PNG bytes, the same each time; not ``tight``, its own margins stay, which takes half the time to draw."""
     buffer = io.BytesIO()
     with matplotlib.rc_context({"savefig.bbox": "tight" if tight else None}):
         figure.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
