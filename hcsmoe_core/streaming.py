@@ -33,6 +33,7 @@ from hcsmoe_core.checkpoint import (
     folder_of,
     hub_layout,
     load_model,
+    load_skeleton,
     load_tokenizer,
     loading,
     merge_record,
@@ -101,13 +102,8 @@ def open_model(model, *, dtype="auto", device="auto", load="auto", memory=""):
 
 def _fitting(model, dtype, device, limit):
     """ "whole" if a model fits into memory with what merging adds, else "streamed"."""
-    config = readable_config(folder_of(model), model)
-    with readable(model):
-        base = model_class(config)
-        with torch.device("meta"):
-            built = base(config)
-    kept = getattr(torch, str(config.dtype if dtype == "auto" else dtype).removeprefix("torch."), torch.float32)
-    size = WHOLE * sum(p.numel() for p in built.parameters()) * kept.itemsize
+    parameters = load_skeleton(model, dtype=dtype).parameters()
+    size = WHOLE * sum(p.numel() * p.element_size() for p in parameters)
     return "whole" if size + _held() <= limit and size <= _free(device_of(device)) else "streamed"
 
 

@@ -157,16 +157,14 @@ def forecast(model, *, dtype="auto", calibration="", sequences=0, length=0, seed
     """
     skeleton, source = load_skeleton(model, dtype=dtype), calibration_of(model, calibration, sequences, length)
     needs = tuple(dict.fromkeys((*DEFAULT_NEEDS, *needs)))
-    layers, weights = find_moe_layers(skeleton), sum(p.numel() for p in skeleton.parameters())
-    held = sum(p.numel() * p.element_size() for p in skeleton.parameters())
-    tokens, experts = source["sequences"] * source["length"], 0
-    active, pairs = weights, 0
-    for layer in layers:
-        size, count = sum(t.numel() for t in layer.tensors().values()), layer.num_experts
-        experts += size
-        active -= size * (1 - (layer.top_k or count) / count)
+    size, tokens = model_size(skeleton), source["sequences"] * source["length"]
+    weights, held, pairs = size["weights"], size["bytes"], 0
+    active = weights
+    for layer in find_moe_layers(skeleton):
+        count = layer.num_experts
+        active -= sum(t.numel() for t in layer.tensors().values()) * (1 - (layer.top_k or count) / count)
         pairs += 4 * count**2 * layer.hidden_size  # inner products of all pairs of outputs, four ways
-    work = 2 * samples * tokens * (active + experts + pairs)
+    work = 2 * samples * tokens * (active + size["expert_weights"] + pairs)
     where, speed = _speed(skeleton.dtype)
     domains = len(set(domains_of(source["calibration"], source["sequences"]) or ["all"]))
     file = expected_bytes(skeleton, needs, domains=domains, tokens=tokens)
