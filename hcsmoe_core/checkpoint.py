@@ -11,21 +11,20 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 from hcsmoe_core import moe
 from hcsmoe_core.compression import from_saved, saved_tensors, savings
 from hcsmoe_core.demo import models as demo
-from hcsmoe_core.files import check_absent, check_choice, new_folder, replacing, sha256_file, write_json, writing
+from hcsmoe_core.export import MODELING, check_checksums, copy_along, limits, write_card, write_checksums, write_config
+from hcsmoe_core.fidelity import fidelity
+from hcsmoe_core.files import check_absent, check_choice, new_folder, replacing, write_json, writing
 from hcsmoe_core.merging import apply_plan, check_unmerged, put_factors, restore
-from hcsmoe_core.moe import find_moe_layers
-from hcsmoe_core.plan import check_fits
+from hcsmoe_core.modeling_hcsmoe import VERSION, merged_class, room
+from hcsmoe_core.moe import decoder_layers, find_moe_layers
+from hcsmoe_core.plan import JOINED, check_fits, with_router
 
-ROUTERS = ("plain", "mapped")
-# Names for layers that predict further tokens (MTP): transformers does not load them, so that they are not written either.
-FURTHER_LAYERS = ("num_nextn_predict_layers", "num_mtp_layers")
+ROUTERS = ("plain", "mapped", "row-kept", "folded")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-VERSION = 2
 FACTORED = "experts-factored.safetensors"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 SINGLE = 1 << 28  # bytes up to which a checkpoint is one file rather than one a decoder layer
@@ -137,20 +136,24 @@ def model_class(config):
     ValueError
         If there is none.
     """
-    import transformers
-
-    known = []
-    for auto in (
-        transformers.AutoModelForCausalLM,
-        transformers.AutoModelForImageTextToText,
-        transformers.AutoModelForMultimodalLM,
-        transformers.AutoModelForTokenClassification,
-    ):
-        if type(config) in auto._model_mapping:
-            known.append(auto._model_mapping[type(config)])
+    known = [made for _, made in _auto_classes(config)]
     if not known:
         raise ValueError(f"transformers has no language model for its configuration ({type(config).__name__}).")
     return next((c for c in known if c.__name__ in (config.architectures or ())), known[0])
+
+
+def _auto_classes(config):
+    """Auto classes that know a configuration, with the class that each makes of it."""
+    import transformers
+
+    names = ("CausalLM", "ImageTextToText", "MultimodalLM", "TokenClassification")
+    autos = [getattr(transformers, f"AutoModelFor{name}") for name in names]
+    return [(auto, auto._model_mapping[type(config)]) for auto in autos if type(config) in auto._model_mapping]
+
+
+def auto_classes(model):
+    """Names of the auto classes that make a model's class of its configuration."""
+    return [auto.__name__ for auto, made in _auto_classes(model.config) if made is type(model)]
 
 
 def readable_config(source, shown):
@@ -246,7 +249,7 @@ def device_of(device):
 # --- merged checkpoints -----------------------------------------------------------------------------------------------
 
 
-def save_merged(model, plan, folder, *, stats=None, router="", tokenizer=None):
+def save_merged(model, plan, folder, *, stats=None, router="", tokenizer=None, heldout=None, about=None):
     """Write a merged or pruned model to a new folder: r experts a layer on disk, in the family's own tensor names.
 
     Parameters
@@ -255,22 +258,31 @@ def save_merged(model, plan, folder, *, stats=None, router="", tokenizer=None):
         Merged by this plan, or not merged; it is left as it was.
     plan : Plan
     folder : path
-        Must not exist. Holds ``config.json``, ``.safetensors`` files, ``plan.json`` and, where given, the tokenizer.
+        Must not exist. Holds ``config.json``, ``.safetensors`` files with their checksums, ``plan.json``, a model card and,
+        where given, the tokenizer; what else goes along is copied from where the model was loaded.
     stats : Statistics, optional
         As for :func:`hcsmoe_core.merging.apply_plan`; not looked at if the plan is applied already.
-    router : {"", "plain", "mapped"}
+    router : {"", "plain", "mapped", "row-kept", "folded"}
         ``"plain"`` is a checkpoint of the original family, with a smaller number of experts or a smaller expert width in
-        its configuration: stock loaders open it. Pruned, trimmed and router-averaged models can be written so if all
-        layers keep alike many. ``"mapped"`` records under ``expert_merge`` in ``config.json`` what each layer has, and keeps
-        all E rows of a router that is not pruned, with the map from E to r: :func:`load_merged` reads it, stock loaders
-        refuse it. Experts that MC-SMoE's second step has factored are written as factors, in a file of their own, and
-        multiplied out in memory. By default plain where that is the same function, else mapped.
+        its configuration: stock loaders open it. Pruned and trimmed models can be written so, and those whose groups of
+        experts share a router row, if all layers keep alike many. ``"row-kept"`` and ``"folded"`` give a plan that keeps the
+        router such rows instead (:func:`hcsmoe_core.plan.with_router`), and write it so. ``"mapped"`` records under
+        ``expert_merge`` in ``config.json`` what each layer has, and keeps all E rows of a router that is not pruned, with
+        the map from E to r: :func:`load_merged` reads it, and transformers with ``trust_remote_code=True`` by a small file
+        in the folder; without, it is refused. Experts that MC-SMoE's second step has factored are written as factors, in a
+        file of their own, which :func:`load_merged` alone multiplies out. By default plain where that is the same
+        function, else mapped.
     tokenizer : transformers.PreTrainedTokenizerBase, optional
+    heldout : (N, S) int64 tensor, optional
+        Tokens on which :func:`hcsmoe_core.fidelity.fidelity` is measured.
+    about : dict of str to str, optional
+        More lines for the model card, such as where the calibration tokens came from.
 
     Returns
     -------
     dict
-        ``bytes`` of the weight files, ``parameters`` in them, and the ``router`` that was written.
+        ``bytes`` of the weight files, ``parameters`` in them and ``original``, those before, the ``router`` that was written
+        ("plain" or "mapped"), ``limits`` (what to know about engines, lines of text) and ``fidelity``, or None.
 
     Raises
     ------
@@ -279,7 +291,7 @@ def save_merged(model, plan, folder, *, stats=None, router="", tokenizer=None):
     ValueError
         If the plan does not fit the model, another plan is applied to it, or it cannot be written as asked.
     """
-    check_choice("router", router, ("", *ROUTERS))
+    plan, router = exported(plan, router)
     check_absent(folder)
     layers = check_fits(plan, model)
     applied = all(layer.merged for layer in layers)
@@ -299,7 +311,8 @@ def save_merged(model, plan, folder, *, stats=None, router="", tokenizer=None):
                 write_part(model, {name: tensors[name] for name in names}, part, place, len(parts), target)
             if plan.compress:
                 save_file(_factors(layers, model.dtype), part / FACTORED)
-            written = finish(part, target, plan, tokenizer=tokenizer)
+            measured = None if heldout is None else fidelity(model, plan, heldout)
+            written = finish(model, part, target, plan, Path(folder).name, tokenizer=tokenizer, measured=measured, about=about)
         if plan.compress:
             written["savings"] = factored_savings(model)
             dense = sum(tensor.numel() for layer in layers for tensor in layer.projections.values())
@@ -308,6 +321,12 @@ def save_merged(model, plan, folder, *, stats=None, router="", tokenizer=None):
         if not applied:
             restore(model)
     return written
+
+
+def exported(plan, router):
+    """Plan and kind of checkpoint ("", "plain" or "mapped") that the ``router`` argument of :func:`save_merged` means."""
+    check_choice("router", router, ("", *ROUTERS))
+    return (with_router(plan, router), "plain") if router in JOINED else (plan, router)
 
 
 @dataclass(frozen=True)
@@ -320,7 +339,8 @@ class Target:
         Of a plain checkpoint; None for a mapped one.
     records : dict of str to dict
         What a loader of a mapped checkpoint must know of each layer.
-    parameters : int
+    original, parameters : int
+        Weights before and after.
     hub_layout : bool
         Whether tensors are written in the layout of the hub. A family whose files hold text and other experts in one list
         cannot have fewer of one kind there.
@@ -328,6 +348,7 @@ class Target:
 
     config: object
     records: dict
+    original: int
     parameters: int
     hub_layout: bool
 
@@ -357,38 +378,39 @@ def target_of(model, plan, router=""):
     ValueError
         If it cannot be written as asked.
     """
-    records = {layer.name: _record(layer, p) for layer, p in zip(find_moe_layers(model), plan.layers, strict=True)}
     with torch.device("meta"):
         merged = type(model)(copy.deepcopy(model.config))
-    for layer in find_moe_layers(merged):
-        _make_room(layer, records[layer.name])
+    original = sum(p.numel() for p in merged.parameters())
+    names = {module: name for name, module in merged.named_modules()}
+    records = {}
+    for layer, layer_plan in zip(find_moe_layers(merged), plan.layers, strict=True):
+        records[layer.name] = _record(layer, layer_plan, names)
     config, why = (None, "") if router == "mapped" else _plain_config(model, plan, merged)
     if router == "plain" and config is None:
         raise ValueError(f'The "router" argument cannot be "plain" for this plan: {why}. Use "mapped".')
     in_hub_layout = config is not None or not moe.other_experts(model)
-    return Target(config, records, sum(p.numel() for p in merged.parameters()), in_hub_layout)
+    return Target(config, records, original, sum(p.numel() for p in merged.parameters()), in_hub_layout)
 
 
-def _record(layer, layer_plan):
-    """What a loader must know of a merged layer."""
-    rows = len(layer_plan.labels) if layer_plan.router == "map" else layer_plan.num_groups
-    return {"labels": layer_plan.labels, "router_rows": rows, "width": layer_plan.width or layer.width}
-
-
-def decoder_layers(model):
-    """Name of the list of decoder layers, the outermost that the first MoE layer lies in; "" if it lies in none.
-
-    Parameters
-    ----------
-    model : transformers.PreTrainedModel
-
-    Returns
-    -------
-    str
-    """
-    path = find_moe_layers(model)[0].name.split(".")
-    names = [".".join(path[:i]) for i in range(1, len(path))]
-    return next((name for name in names if isinstance(model.get_submodule(name), nn.ModuleList)), "")
+def _record(layer, layer_plan, names):
+    """What :func:`hcsmoe_core.modeling_hcsmoe.make_room` must know of a layer, which is given tensors of the shapes."""
+    rows, before = layer_plan.router_rows(), {m: m.config for m in layer.routing if hasattr(m, "config")}
+    shapes = layer.shapes(layer_plan.num_groups, layer_plan.width or layer.width)
+    tensors = {name: room(tensor, shapes[name]) for name, tensor in layer.tensors().items()}
+    rows = None if rows is None else torch.from_numpy(rows)
+    moe.put_experts(layer, tensors, layer_plan.labels, rows=rows, keep=False)
+    state, shapes, values = layer.experts._merged, {}, {}
+    for module, name in state.changed:
+        value = getattr(module, name)
+        if torch.is_tensor(value):
+            shapes[f"{names[module]}.{name}"] = list(value.shape)
+            continue
+        if name == "config":
+            old = vars(before[module])
+            value = {key: new for key, new in vars(value).items() if key not in old or old[key] is not new}
+        values.setdefault(names[module], {})[name] = value
+    mapped = state.handle is not None
+    return {"labels": state.labels, "extra": state.extra, "mapped": mapped, "tensors": shapes, "values": values}
 
 
 def parts_of(model, names):
@@ -443,15 +465,23 @@ def write_part(model, tensors, folder, place, count, target):
     shutil.rmtree(part)
 
 
-def finish(folder, target, plan, *, tokenizer=None):
+def finish(model, folder, target, plan, name, *, tokenizer=None, measured=None, about=None):
     """Complete a folder of which all parts are written; may be called again where it was interrupted.
 
     Parameters
     ----------
+    model : transformers.PreTrainedModel
+        Its weights are not looked at.
     folder : path
     target : Target
     plan : Plan
+    name : str
+        That the folder will have.
     tokenizer : transformers.PreTrainedTokenizerBase, optional
+    measured : dict, optional
+        Of :func:`hcsmoe_core.fidelity.fidelity`.
+    about : dict, optional
+        As for :func:`save_merged`.
 
     Returns
     -------
@@ -462,15 +492,24 @@ def finish(folder, target, plan, *, tokenizer=None):
     _join(folder, target.parameters)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
+    copy_along(model, folder)
     plan.save(folder / "plan.json")
-    files = sorted(folder.glob("*.safetensors"))
-    if target.config is not None:
-        _write_config(folder, json.loads(target.config.to_json_string()))
-    else:
-        written = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        _write_config(folder, written | {"expert_merge": _merge_of(folder, target.records, files)})
-    size = sum(file.stat().st_size for file in files)
-    return {"bytes": size, "parameters": target.parameters, "router": target.router}
+    write_checksums(folder)
+    factored, autos = (folder / FACTORED).exists(), auto_classes(model)
+    more = {}
+    if target.config is None:
+        more["expert_merge"] = {"version": VERSION, "router": "mapped", "factored": factored, "layers": target.records}
+        if not factored:
+            more["auto_map"] = dict.fromkeys(autos, f"{MODELING.stem}.Merged{type(model).__name__}")
+            shutil.copyfile(MODELING, folder / MODELING.name)
+    write_config(model, folder, target.config or model.config, more)
+    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    sizes = {"before": target.original, "after": target.parameters, "bytes": size}
+    kind = "factored" if factored else target.router
+    opener = (autos or [type(model).__name__])[0]
+    write_card(model, folder, plan, name=name, kind=kind, opener=opener, sizes=sizes, fidelity=measured, about=about)
+    written = {"bytes": size, "original": target.original, "parameters": target.parameters, "router": target.router}
+    return written | {"limits": limits(model, plan, kind), "fidelity": measured}
 
 
 def _join(folder, parameters):
@@ -521,17 +560,21 @@ def _plain_config(model, plan, merged):
     if plan.compress:
         return None, "experts are written as factors"
     if any(layer.router == "map" and layer.labels != list(range(len(layer.labels))) for layer in plan.layers):
-        return None, "the router keeps rows of experts that are joined"
+        return None, 'the router keeps rows of experts that are joined, which "row-kept" and "folded" do not'
     if len(counts) > 1:
         return None, f"layers differ in their number of experts ({', '.join(map(str, sorted(counts)))})"
     config, experts = copy.deepcopy(model.config), len(plan.layers[0].labels)
     kept, width = counts.pop(), plan.layers[0].width
     for name, holder in counted(config, experts):
         setattr(holder, name, kept)
+    ungrouped = any(layer.router in JOINED for layer in plan.layers)
     for holder in _nested(config.get_text_config()):
         for name in moe.CHOICES:
             if isinstance(getattr(holder, name, None), int):
                 setattr(holder, name, min(getattr(holder, name), kept))
+        for name in (*moe.ROUTER_GROUPS, *moe.GROUP_CHOICES) if ungrouped else ():
+            if isinstance(getattr(holder, name, None), int):
+                setattr(holder, name, 1)
     shapes, why = {name: tuple(tensor.shape) for name, tensor in merged.state_dict().items()}, "its configuration has no width"
     for name in ("moe_intermediate_size", "intermediate_size", "expert_dim") if width else ("",):
         tried = copy.deepcopy(config)
@@ -564,24 +607,6 @@ def _nested(config):
     """A configuration and those in it, such as DBRX's ``ffn_config``."""
     inner = [value for value in vars(config).values() if isinstance(value, type(config).__mro__[-2])]
     return [config, *(holder for part in inner for holder in _nested(part))]
-
-
-def _write_config(folder, config):
-    """Write ``config.json``, which says that no layer predicts further tokens."""
-    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
-        part.update({name: 0 for name in FURTHER_LAYERS if part.get(name)})
-    write_json(folder / "config.json", config)
-
-
-def _merge_of(folder, records, files):
-    """What ``config.json`` says of a merge."""
-    return {
-        "version": VERSION,
-        "router": "mapped",
-        "factored": (folder / FACTORED).exists(),
-        "layers": records,
-        "files": {file.name: sha256_file(file) for file in files},
-    }
 
 
 def merge_record(folder):
@@ -620,19 +645,22 @@ def load_merged(folder, *, dtype="auto", device="auto", experts_implementation=N
     ValueError
         If it is not a merged checkpoint, or is damaged or changed.
     """
-    from transformers import AutoConfig
-
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no folder {folder}.")
     record = merge_record(folder)
     if record is None:
         raise ValueError(f'{folder} is not a merged checkpoint: its config.json has no "expert_merge". Use load_model.')
-    _check_record(folder, record, verify)
+    if not isinstance(record, dict) or record.get("version") != VERSION or record.get("router") != "mapped":
+        raise ValueError(f"{folder} was merged by another version of hcsmoe, or its config.json was changed; merge again.")
+    check_checksums(folder, verify)
+    config = readable_config(folder, folder)
+    base = model_class(config)
+    _check_layers(folder, base, config, record)
     with readable(folder):
-        config = AutoConfig.from_pretrained(folder)
-        base = model_class(config)
-        loaded, report = _merged_class(base).from_pretrained(folder, config=config, **loading(dtype))
+        loaded, report = merged_class(base).from_pretrained(folder, config=config, **loading(dtype))
+        for name in record["layers"]:
+            moe.adopt(loaded.get_submodule(name))
         layers = find_moe_layers(loaded)
         factored = [name for layer in layers for name in layer.projections]
         check_report(report, folder, expected=factored if record["factored"] else ())
@@ -644,53 +672,12 @@ def load_merged(folder, *, dtype="auto", device="auto", experts_implementation=N
     return loaded.to(device_of(device)).eval()
 
 
-def _check_record(folder, record, verify):
-    if not isinstance(record, dict) or record.get("version") != VERSION or record.get("router") != "mapped":
-        raise ValueError(f"{folder} was merged by another version of hcsmoe, or its config.json was changed; merge again.")
-    for name, digest in record["files"].items():
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder} lacks {name}; copy it again, or merge again.")
-        if verify and sha256_file(folder / name) != digest:
-            raise ValueError(f"{folder / name} was cut short or changed since it was written; copy it again, or merge again.")
-
-
-def named_alike(made, base):
-    """``made``, a subclass of a model class, under the name of that class.
-
-    transformers finds a family's weight conversion and experts implementations by these names.
-    """
-    made.__name__ = made.__qualname__ = base.__name__
-    made.__module__ = base.__module__
-    return made
-
-
-def _merged_class(base):
-    """``base`` with r experts a layer from the start, so that transformers' own loading fills them."""
-
-    class Merged(base):
-        def __init__(self, config):
-            super().__init__(config)
-            for layer in find_moe_layers(self):
-                _make_room(layer, config.expert_merge["layers"].get(layer.name))
-
-    return named_alike(Merged, base)
-
-
-def _make_room(layer, record):
-    """Give a layer tensors of the recorded shapes, to be filled by loading."""
-    if not isinstance(record, dict) or len(record.get("labels", ())) != layer.num_experts:
-        raise ValueError(f"config.json maps other experts than {layer.name} has; it was changed.")
-    labels, width = record["labels"], record["width"]
-    shapes = layer.shapes(max(labels) + 1, width)
-    tensors = {name: _room(tensor, shapes[name]) for name, tensor in layer.tensors().items()}
-    rows = None
-    if record["router_rows"] != len(labels):
-        groups = torch.arange(record["router_rows"], device="cpu")  # loading is on no device at all
-        rows = (torch.tensor(labels, device="cpu") == groups[:, None]).double()
-    moe.put_experts(layer, tensors, labels, rows=rows, keep=False)
-
-
-def _room(tensor, shape):
-    """Room for a tensor of another shape, of the same kind (parameter or buffer) and on the same device."""
-    room = torch.empty(shape, dtype=tensor.dtype, device=tensor.device)
-    return nn.Parameter(room, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else room
+def _check_layers(folder, base, config, record):
+    """Refuse a record of other layers or other experts than the model has."""
+    with readable(folder), torch.device("meta"):
+        layers = {layer.name: layer.num_experts for layer in find_moe_layers(base(copy.deepcopy(config)))}
+    held = record["layers"] if isinstance(record.get("layers"), dict) else {}
+    for name in dict.fromkeys((*layers, *held)):
+        labels = held[name].get("labels") if isinstance(held.get(name), dict) else None
+        if not isinstance(labels, list) or len(labels) != layers.get(name):
+            raise ValueError(f"{folder}: config.json maps other experts than {name} has; it was changed.")

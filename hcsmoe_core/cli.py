@@ -42,6 +42,7 @@ SET = Annotated[
     list[str] | None, typer.Option("--set", help="Any other step, as name=value: grouping, budget, combine, align, guard, …")
 ]
 SAMPLE_TOKENS = Annotated[int, typer.Option("--sample", help="Tokens of the sample of layer inputs, where it is collected.")]
+HELD_OUT = 512  # tokens of each held-out sequence, at most
 FOR = Annotated[
     list[str] | None,
     typer.Option(
@@ -96,17 +97,30 @@ def _needs(methods, settings=None):
     return tuple(dict.fromkeys(n for m in names for n in needs_of(m, **(settings or {})))) or DEFAULT_NEEDS
 
 
-def _captured(model, tokenizer, work, calibration, sequences, length, column, seed, batch_size, needs, sample):
-    """Statistics of a loaded model by the command's options; of a streamed one, by way of a work folder."""
-    from hcsmoe_core import calibration_tokens, capture, domains_of, ranks
-    from hcsmoe_core.capture import expected_bytes
-    from hcsmoe_core.streaming import stream_capture
+def _calibration(model, tokenizer, calibration, sequences, length, column, seed, heldout=0):
+    """Calibration tokens by the command's options, their domains, as many held-out ones as there are, and a description."""
+    from hcsmoe_core import calibration_tokens, domains_of
     from hcsmoe_core.study import calibration_of
 
     settings = calibration_of(model.name_or_path, calibration, sequences, length)
-    source, sequences = settings["calibration"], settings["sequences"]
-    input_ids = calibration_tokens(source, tokenizer, sequences=sequences, length=settings["length"], seed=seed, column=column)
-    domains = domains_of(source, sequences)
+    source, count, length = settings["calibration"], settings["sequences"], settings["length"]
+    options = dict(length=length, seed=seed, column=column)
+    try:
+        rows = calibration_tokens(source, tokenizer, sequences=count + heldout, **options)
+    except ValueError:
+        if not heldout:
+            raise
+        rows = calibration_tokens(source, tokenizer, sequences=count, **options)  # there is not text enough for both
+    about = f"{count} × {length} tokens of {Path(source).name if Path(source).exists() else source}, seed {seed}"
+    return rows[:count], domains_of(source, count), rows[count:], about
+
+
+def _captured(model, input_ids, domains, work, batch_size, needs, sample):
+    """Statistics of a loaded model; of a streamed one, by way of a work folder."""
+    from hcsmoe_core import capture, ranks
+    from hcsmoe_core.capture import expected_bytes
+    from hcsmoe_core.streaming import stream_capture
+
     size = dict(domains=len(set(domains)) if domains else 1, tokens=input_ids.numel(), sample=sample)
     if ranks.rank() == 0:
         way = "" if work is None else ", decoder layer by decoder layer"
@@ -141,7 +155,8 @@ def capture(
     needs = _needs(",".join(methods or ()))
     loaded, tokenizer = open_model(model, dtype=dtype, device=ranks.started(device), load=load, memory=memory)
     with work_folder(out, loaded) as work:
-        stats = _captured(loaded, tokenizer, work, calibration, sequences, length, column, seed, batch_size, needs, sample)
+        input_ids, domains, *_ = _calibration(loaded, tokenizer, calibration, sequences, length, column, seed)
+        stats = _captured(loaded, input_ids, domains, work, batch_size, needs, sample)
         if ranks.left():
             return
         stats.save(out)
@@ -184,8 +199,15 @@ def merge(
     experts: Annotated[int, typer.Option(help="Experts kept in each layer: capture, plan and merge in one go.")] = 0,
     statistics: Annotated[Path | None, typer.Option(help="Statistics that --plan was made from, where it needs them.")] = None,
     router: Annotated[
-        str, typer.Option(help="plain: a checkpoint that stock engines open; mapped: ours, with the router as it was.")
+        str,
+        typer.Option(
+            help="mapped: exact, with the router as it was; row-kept or folded: one router row a group, a checkpoint that "
+            "stock engines open; plain: such a one, if the method makes it. By default plain if that is exact, else mapped."
+        ),
     ] = "",
+    fidelity: Annotated[
+        int, typer.Option(help="Held-out sequences on which the written model is compared with the original; 0 for none.")
+    ] = 10,
     method: METHOD = "hc-smoe",
     similarity: SIMILARITY = "",
     metric: METRIC = "",
@@ -206,9 +228,14 @@ def merge(
 ):
     """Write a smaller checkpoint, by a plan or with a number of experts. Interrupted, it goes on when called again."""
     from hcsmoe_core import load_plan, load_statistics, make_plan, ranks, save_merged
-    from hcsmoe_core.files import check_absent
+    from hcsmoe_core.checkpoint import ROUTERS
+    from hcsmoe_core.demo import models as demo_models
+    from hcsmoe_core.fidelity import unseen
+    from hcsmoe_core.files import check_absent, check_choice
+    from hcsmoe_core.plan import JOINED
     from hcsmoe_core.streaming import open_model, stream_merged, tidied, work_folder
 
+    check_choice("router", router, ("", *ROUTERS))
     if (plan is None) == (experts == 0):
         raise ValueError("Give either --plan PLAN or --experts R (from 1 to the model's number of experts), and not both.")
     device = ranks.started(device)
@@ -219,32 +246,54 @@ def merge(
     made = load_plan(plan) if plan else None
     stats = load_statistics(statistics) if statistics else None
     settings = _settings(similarity, metric, linkage, merge, others)
+    if router in JOINED and made is None:
+        settings["router"] = router
     needs = _needs(method, settings)
     loaded, tokenizer = open_model(model, dtype=dtype, device=device, load=load, memory=memory)
     with work_folder(out, loaded) as work:
+        heldout, about = None, {}
+        if made is None or (fidelity and (calibration or model in demo_models.NAMES)):
+            how = (calibration, sequences, length, column, seed, fidelity)
+            input_ids, domains, heldout, text = _calibration(loaded, tokenizer, *how)
         if made is None:
             _check_experts(loaded, experts)
-            stats = _captured(loaded, tokenizer, work, calibration, sequences, length, column, seed, batch_size, needs, sample)
+            about["calibration"] = text
+            stats = _captured(loaded, input_ids, domains, work, batch_size, needs, sample)
         if ranks.left():
             return
         if made is None:
             made = make_plan(stats, loaded, experts=experts, method=method, **settings)
-        options = dict(stats=stats, router=router, tokenizer=tokenizer)
-        size = stream_merged(loaded, made, out, work, **options) if work else save_merged(loaded, made, out, **options)
-    before = sum(p.numel() for p in loaded.parameters())
+        heldout = None if heldout is None else unseen(heldout, stats, length=HELD_OUT)
+        options = dict(stats=stats, router=router, tokenizer=tokenizer, heldout=heldout, about=about)
+        written = stream_merged(loaded, made, out, work, **options) if work else save_merged(loaded, made, out, **options)
     kept = sorted({layer.num_groups for layer in made.layers})
     print(
-        f"{out}: {' or '.join(map(str, kept))} experts a layer, {size['parameters']:,} of {before:,} weights, "
-        f"{size['bytes'] / 1e6:.1f} MB, {size['router']}; {LOADING[size['router']]} or hcsmoe evaluate {out}"
+        f"{out}: {' or '.join(map(str, kept))} experts a layer, {written['parameters']:,} of {written['original']:,} weights, "
+        f"{written['bytes'] / 1e6:.1f} MB, {written['router']}; {LOADING[written['router']]} or hcsmoe evaluate {out}"
     )
-    if "savings" in size:
-        _print_savings(size["savings"])
+    if "savings" in written:
+        _print_savings(written["savings"])
+    _print_fidelity(written)
 
 
 LOADING = {
     "plain": "load it with any loader of the original family",
-    "mapped": "load it with hcsmoe_core.load_merged",
+    "mapped": "load it with hcsmoe_core.load_merged, or transformers with trust_remote_code=True",
 }
+
+
+def _print_fidelity(written):
+    """What engines ask, and how far the written model is from the original."""
+    from hcsmoe_core.export import fidelity_text
+
+    for line in written["limits"]:
+        print(f"- {line}")
+    if written["fidelity"] is None:
+        print("Fidelity was not measured, for want of held-out tokens: give more text with --calibration.")
+        return
+    print(fidelity_text(written["fidelity"]))
+    if written["fidelity"]["warning"]:
+        print(f"\nWARNING: {written['fidelity']['warning']}", file=sys.stderr)
 
 
 def _print_savings(savings):

@@ -4,6 +4,7 @@ import torch
 
 from hcsmoe_core.combining import Group, combine
 from hcsmoe_core.compression import compress, densified, from_saved, saved_tensors
+from hcsmoe_core.folding import folded_rows
 from hcsmoe_core.moe import find_moe_layers, put_experts, set_rows, take_experts
 from hcsmoe_core.plan import check_fits, check_weights, uses_sample
 
@@ -58,10 +59,17 @@ def check_appliable(model, plan, stats=None):
 
 def apply_layer(layer, layer_plan, stats=None):
     """Merge or prune the experts of one layer, in place."""
-    rows = layer_plan.router_rows()
     sample = stats.layers[layer.name].sample if stats is not None else None
-    tensors = merge_layer(layer, layer_plan, sample)
-    put_experts(layer, tensors, layer_plan.labels, rows=None if rows is None else torch.from_numpy(rows))
+    put_layer(layer, layer_plan, merge_layer(layer, layer_plan, sample), sample)
+
+
+def put_layer(layer, layer_plan, tensors, sample=None):
+    """Give one layer its merged experts, as :func:`merge_layer` made them, and the router that the plan says."""
+    means = layer_plan.router_rows()
+    rows, scales = (None if means is None else torch.from_numpy(means)), None
+    if layer_plan.router == "folded":
+        rows, scales = torch.from_numpy(folded_rows(layer_plan, sample)), rows
+    put_experts(layer, tensors, layer_plan.labels, rows=rows, scales=scales)
     layer.experts._merged.plan = layer_plan
 
 
@@ -121,7 +129,8 @@ def check_sample(plan, stats):
         return
     if stats is None:
         raise ValueError(
-            "This plan combines experts by what they do on the sample of layer inputs; give the statistics it was made from: "
+            "This plan looks at the sample of layer inputs, by which experts are combined or routers folded; give the "
+            "statistics it was made from: "
             "apply_plan(model, plan, stats), or --statistics FILE on the command line."
         )
     stats.check(("sample",), "This plan")

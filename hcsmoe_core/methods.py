@@ -60,7 +60,7 @@ class Steps:
     combine : str
         How a group becomes one expert, with ``align``, ``features``, ``ridge`` and ``rank``:
         :func:`hcsmoe_core.combining.combine`. Options that a rule does not have are not looked at.
-    router : {"map", "drop", "average"}
+    router : {"map", "drop", "average", "row-kept", "folded"}
         See :class:`hcsmoe_core.plan.LayerPlan`.
     budget : {"uniform", "frequency", "saliency", "merge-cost", "grape", "silhouette"}
         How many experts each layer keeps: the same number in each; those used most of all layers together; those with the
@@ -178,7 +178,7 @@ class Steps:
             needed |= set(pruning.NEEDED[self.saliency])
         if self.guard:
             needed.add("norms")
-        if uses_sample(self.combination()) or self.share:
+        if uses_sample(self.combination()) or self.share or self.router == "folded":
             needed.add("sample")
         return tuple(n for n in ("usage", "outputs", "norms", "grams", "sample") if n in needed)
 
@@ -569,7 +569,8 @@ class _Maker:
             share *= merge_weights(np.zeros_like(labels), sums, self.steps.merge)
             mixture = (share / share.sum(1, keepdims=True)).tolist()
         options, dominant = self.steps.combination(), None
-        if options.get("align", "none") != "none" or options["rule"] == "fix-dom" or options["rule"] == "selection":
+        matched = options.get("align", "none") != "none" or options["rule"] in ("fix-dom", "selection")
+        if matched or self.steps.router == "row-kept":
             usage = sums.usage_count.sum(0).numpy()
             dominant = [int(max(np.flatnonzero(labels == g), key=lambda e: usage[e])) for g in range(count)]
         return LayerPlan(

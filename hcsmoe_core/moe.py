@@ -15,9 +15,13 @@ from functools import cached_property
 import torch
 from torch import nn
 
+from hcsmoe_core.modeling_hcsmoe import ExpertMap, remap, repeated
+
 UP = ("gate_up_proj", "up_proj")
 DOWN = "down_proj"
 ROUTER_GROUPS = ("num_group", "n_group")
+# Groups of experts that such a router chooses first.
+GROUP_CHOICES = ("topk_group",)
 # What a block, its router or its experts call the number of experts and the experts a token.
 COUNTS = (
     "num_experts",
@@ -106,7 +110,7 @@ class MoELayer:
 
     def remap(self):
         """Send what the router chooses through the map to the merged experts; returns a handle that undoes it."""
-        return self.experts.register_forward_pre_hook(_remap, with_kwargs=True, prepend=True)
+        return remap(self.experts)
 
     @property
     def merged(self):
@@ -440,6 +444,22 @@ def find_moe_layers(model):
     return layers
 
 
+def decoder_layers(model):
+    """Name of the list of decoder layers, the outermost that the first MoE layer lies in; "" if it lies in none.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+
+    Returns
+    -------
+    str
+    """
+    path = find_moe_layers(model)[0].name.split(".")
+    names = [".".join(path[:i]) for i in range(1, len(path))]
+    return next((name for name in names if isinstance(model.get_submodule(name), nn.ModuleList)), "")
+
+
 def other_experts(model):
     """Names of the experts modules that text never reaches, which are left as they are."""
     return [name for name, module in model.named_modules() if _kind(module) is not None and _reads_no_text(name)]
@@ -559,29 +579,13 @@ class _JetMoe(MoELayer):
     def listen(self, take_router, take_experts):
         def take(module, inputs, output):
             order, _, gates, sizes, logits = output
-            tokens, sorted_experts = inputs[0], _repeated(sizes, order.device)
+            tokens, sorted_experts = inputs[0], repeated(sizes, order.device)
             index, weight = torch.empty_like(order), torch.empty_like(gates)
             index[order], weight[order] = sorted_experts, gates
             take_router(module, inputs, logits)
             take_experts(module, (tokens, index.reshape(len(tokens), -1), weight.reshape(len(tokens), -1)), {})
 
         return [self.experts.router.register_forward_hook(take)]
-
-    def remap(self):
-        def resort(module, inputs, output):
-            order, batch, gates, sizes, logits = output
-            state = self.experts._merged
-            mapped = state.lookup(order.device)[_repeated(sizes, order.device)]
-            again = mapped.argsort(stable=True)
-            sizes = mapped.bincount(minlength=max(state.labels) + 1).tolist()
-            return order[again], batch[again], gates[again], sizes, logits
-
-        return self.experts.router.register_forward_hook(resort)
-
-
-def _repeated(sizes, device):
-    """Number of each expert as often as it has tokens."""
-    return torch.arange(len(sizes), device=device).repeat_interleave(torch.tensor(sizes, device=device))
 
 
 class _Llama4(MoELayer):
@@ -598,31 +602,6 @@ class _Llama4(MoELayer):
             take_experts(module, (inputs[0], index, scores.gather(1, index)), {})
 
         return [self.router.register_forward_hook(take)]
-
-    def remap(self):
-        experts = self.experts
-
-        def forward(hidden_states):
-            labels = experts._merged.labels
-            tokens = hidden_states.view(len(labels), -1, experts.hidden_size)
-            outputs = []
-            for expert, group in enumerate(labels):
-                gate, up = (tokens[expert] @ experts.gate_up_proj[group]).chunk(2, dim=-1)
-                outputs.append((up * experts.act_fn(gate)) @ experts.down_proj[group])
-            return torch.cat(outputs)
-
-        experts.forward = forward
-        return _Replaced(experts)
-
-
-class _Replaced:
-    """Handle of a forward method that was replaced on one module."""
-
-    def __init__(self, module):
-        self.module = module
-
-    def remove(self):
-        del self.module.forward
 
 
 UNSUPPORTED = {
@@ -733,29 +712,22 @@ def check_loaded(layer):
 # --- replacing the experts of a live model ----------------------------------------------------------------------------
 
 
-class _Merged:
+class _Merged(ExpertMap):
     """What :func:`put_experts` leaves on an experts module: the map, and what :func:`take_experts` puts back."""
 
     def __init__(self, labels, routed, keep, extra):
-        self.labels, self.extra = list(labels), extra
+        super().__init__(labels, extra)
         self.routed = routed  # experts that the router now chooses from
         self.keep = keep
         self.plan = self.factors = None  # what was applied, for whoever writes the model
+        self.changed = []  # (module, name) of every tensor and attribute that was replaced
         self.undo = []  # (module, name, tensor or value)
         self.before = {}  # the layer's tensors, where they are kept
         self.handle = None
-        # The map is not a buffer: transformers re-allocates non-persistent buffers when it loads a checkpoint.
-        self._lookup = {}
-
-    def lookup(self, device):
-        """Where each choice of the router goes; experts without weights stay behind those that have some."""
-        if device not in self._lookup:
-            stored = max(self.labels) + 1
-            self._lookup[device] = torch.tensor([*self.labels, *range(stored, stored + self.extra)], device=device)
-        return self._lookup[device]
 
     def set(self, module, name, value):
         """Replace a tensor or an attribute, and remember what was there."""
+        self.changed.append((module, name))
         if torch.is_tensor(value):
             held = module._parameters if name in module._parameters else module._buffers
             if self.keep:
@@ -770,15 +742,7 @@ class _Merged:
         return {name: value for owner, name, value in self.undo if owner is module and torch.is_tensor(value)}
 
 
-def _remap(module, inputs, keywords):
-    """Forward pre-hook: the router's choice among E experts becomes one among r."""
-    names = list(inspect.signature(type(module).forward).parameters)[1:4]
-    values = [*inputs, *(keywords[n] for n in names if n in keywords)]
-    tokens, index, weight = values
-    return (tokens, module._merged.lookup(index.device)[index], weight), {}
-
-
-def put_experts(layer, tensors, labels, *, rows=None, keep=True):
+def put_experts(layer, tensors, labels, *, rows=None, scales=None, keep=True):
     """Replace a layer's E experts by r.
 
     Without ``rows`` the router keeps its E outputs and what it chooses goes through ``labels``. A token that picks two
@@ -794,18 +758,21 @@ def put_experts(layer, tensors, labels, *, rows=None, keep=True):
     labels : sequence of E int
         Group of each expert, from 0 to r − 1; −1 for one that is dropped.
     rows : (r, E) float tensor, optional
-        Each new row of the router's tensors as a sum of the old ones; a row with a single 1 takes one as it is.
+        Each new row of the router's tensors as a sum of the old ones; a row with a single 1 takes one as it is. Where
+        experts are joined, a router that chooses among groups of experts first chooses among all at once instead.
+    scales : (r, E) float tensor, optional
+        Where ``rows`` were fitted so that the logits alone route as before: how what multiplies each expert's weight is
+        averaged. What is added to the scores for the choice alone becomes zero.
     keep : bool
         Keep the original tensors so that :func:`take_experts` can put them back.
 
     Raises
     ------
     ValueError
-        If the layer's router chooses among groups of experts first and ``rows`` leaves these of different sizes.
+        If no router was found, or experts are dropped and its groups of experts would come to be of different sizes.
     """
     experts, stored = layer.experts, max(labels) + 1
-    if rows is not None:
-        _check_rows(layer, rows)
+    grouped = rows is None or _keeps_groups(layer, labels, rows)
     state = _Merged(labels, len(labels) if rows is None else stored, keep, layer.extra)
     state.before = layer.tensors() if keep else {}
     counts = {len(labels): stored, len(labels) + layer.extra: stored + layer.extra}
@@ -824,27 +791,67 @@ def put_experts(layer, tensors, labels, *, rows=None, keep=True):
         owner, _, attribute = name.rpartition(".")
         state.set(experts.get_submodule(owner), attribute, tensor)
     if rows is not None:
-        _put_rows(layer, rows, state, counts)
+        _put_rows(layer, rows, rows if scales is None else scales, state, counts)
+        _put_tables(layer, state)
+    if not grouped:
+        _ungroup(layer, state)
     experts._merged = state
     if rows is None and state.labels != list(range(len(labels))):
         state.handle = layer.remap()
 
 
-def _put_rows(layer, rows, state, counts):
+def _put_rows(layer, rows, scales, state, counts):
     """Give the router r outputs, and let it choose no more than r."""
     kept, experts = rows.shape
-    whole = torch.block_diag(rows, torch.eye(layer.extra, dtype=rows.dtype, device=rows.device))
     for module, name, tensor in routing_tensors(layer, experts):
-        here = rows if experts in (tensor.numel(), tensor.shape[0]) else whole
+        here = rows if _makes_logits(layer, module, name, tensor) else scales
+        if here is scales and scales is not rows and "scale" not in name:
+            here = torch.zeros_like(rows)
+        if experts not in (tensor.numel(), tensor.shape[0]):
+            here = torch.block_diag(here, torch.eye(layer.extra, dtype=rows.dtype, device=rows.device))
         made = mixed_rows(tensor.detach().reshape(here.shape[1], -1), here)
         state.set(module, name, made.reshape(1, len(here)) if tensor.shape[0] == 1 else made.reshape(-1, *tensor.shape[1:]))
     for module in dict.fromkeys((layer.experts, *layer.routing)):
         for name in CHOICES:
             if isinstance(getattr(module, name, None), int):
                 state.set(module, name, min(getattr(module, name), kept + layer.extra))
+    for module in _configured(layer):
+        state.set(module, "config", _smaller_config(module.config, counts, kept + layer.extra))
+
+
+def _makes_logits(layer, module, name, tensor):
+    """Whether a tensor of the routing is of the projection that makes the logits, rather than used after it."""
+    return (tensor.ndim == 2 and tensor.shape[0] != 1) or (module is layer.router and name == "bias")
+
+
+def _configured(layer):
+    """Modules that look their counts up in a configuration, of which they then get one of their own."""
+    return [module for module in layer.routing if hasattr(module, "config") and module is not layer.block]
+
+
+def _put_tables(layer, state):
+    """Where a router looks experts up token by token (DeepSeek-V4), let it find the merged ones."""
+    for module, name, table in _tables(layer):
+        state.set(module, name, state.lookup(table.device)[table].to(table.dtype))
+
+
+def _tables(layer):
+    held = [(module, name, table) for module in layer.routing for name, table in module._buffers.items()]
+    return [(m, n, t) for m, n, t in held if t is not None and t.ndim == 2 and not t.is_floating_point()]
+
+
+def _ungroup(layer, state):
+    """Let a router that chooses among groups of experts first choose among all at once."""
     for module in layer.routing:
-        if hasattr(module, "config") and module is not layer.block:  # some routers look their counts up in there
-            state.set(module, "config", _smaller_config(module.config, counts, kept + layer.extra))
+        for name in (*ROUTER_GROUPS, *GROUP_CHOICES):
+            if isinstance(getattr(module, name, None), int):
+                state.set(module, name, 1)
+    for module in _configured(layer):
+        config = copy.copy(module.config)
+        for name in (*ROUTER_GROUPS, *GROUP_CHOICES):
+            if isinstance(getattr(config, name, None), int):
+                setattr(config, name, 1)
+        state.set(module, "config", config)
 
 
 def _smaller_config(config, counts, choices):
@@ -883,32 +890,41 @@ def mixed_rows(tensor, rows):
         if len(members) == 1 and row[members[0]] == 1:
             new.copy_(tensor[members[0]])
         else:
-            new.copy_(sum(float(row[e]) * tensor[e].double() for e in members))
+            new.copy_((row[members].double().to(tensor.device) @ tensor[members].double().flatten(1)).view_as(new))
     return made
 
 
-def _check_rows(layer, rows):
+def _keeps_groups(layer, labels, rows):
+    """Whether a router with other rows can still choose among groups of experts first; True where it never did."""
     if layer.router is None:
         raise ValueError(f"{layer.name}: no router was found, so that its rows cannot be dropped; use a method that merges.")
-    for module in layer.routing:
-        for name, table in module._buffers.items():
-            if table is not None and table.ndim == 2 and not table.is_floating_point():
-                raise ValueError(
-                    f"{layer.name}: its router looks experts up in a table ({name}), token by token, so that none of them can "
-                    "be dropped; use a method that merges."
-                )
+    dropped = min(labels) < 0
+    if dropped and (tables := _tables(layer)):
+        raise ValueError(
+            f"{layer.name}: its router looks experts up in a table ({tables[0][1]}), token by token, so that none of them can "
+            "be dropped; use a method that merges."
+        )
     if not any(isinstance(getattr(m, name, None), int) for m in layer.routing for name in ROUTER_GROUPS):
-        return
+        return True
+    if not dropped:
+        return False
     groups = layer.router_groups
     size = rows.shape[1] // groups
     kept = [int((rows[:, g * size : (g + 1) * size].sum(1) > 0).sum()) for g in range(groups)]
     # Such a router adds up the two best scores of each group.
-    if len(set(kept)) > 1 or min(kept) < 2 or int((rows > 0).sum()) > len(rows):
+    if len(set(kept)) > 1 or min(kept) < 2:
         raise ValueError(
             f"{layer.name}: its router chooses among {groups} groups of experts first, which must stay of one size and have "
-            f"two experts at least, but rows of {kept} experts would be kept or joined; drop as many of each, or use a method "
-            "that keeps the router."
+            f"two experts at least, but {kept} of them would be kept; drop as many of each, or use a method that merges."
         )
+    return True
+
+
+def adopt(experts):
+    """Make the map that a model was loaded with one that knows what was merged; the original experts are not to be had."""
+    found = experts._merged
+    routed = len(found.labels) if found.mapped else max(found.labels) + 1
+    experts._merged = _Merged(found.labels, routed, False, found.extra)
 
 
 def set_rows(layer, tensors):
@@ -937,6 +953,27 @@ def take_experts(layer):
         else:
             setattr(module, name, value)
     del layer.experts._merged
+
+
+def lift_experts(layer):
+    """Put the original experts back for a while; what is returned puts the merged ones back, by :func:`lay_experts`."""
+    state = layer.experts._merged
+    values = [(module, name, getattr(module, name)) for module, name in dict.fromkeys(state.changed)]
+    take_experts(layer)
+    return state, values
+
+
+def lay_experts(layer, lifted):
+    """Put back what :func:`lift_experts` took off: the same tensors, without another merge."""
+    state, values = lifted
+    for module, name, value in values:
+        if torch.is_tensor(value):
+            _set_tensor(module, name, value)
+        else:
+            setattr(module, name, value)
+    layer.experts._merged = state
+    if state.handle is not None:
+        state.handle = layer.remap()
 
 
 def original_tensors(layer):

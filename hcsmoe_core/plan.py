@@ -1,7 +1,7 @@
 """The decision as data: which experts of each layer stay or join, how they combine, and what the router does."""
 
 import json
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,9 @@ FORMAT = "hcsmoe-plan"
 VERSION = 2
 READABLE = (1, 2)
 MERGES = ("frequency", "average", "routing-mass")
-ROUTERS = ("map", "drop", "average")
+ROUTERS = ("map", "drop", "average", "row-kept", "folded")
+# Those that give each group of joined experts one row.
+JOINED = ("average", "row-kept", "folded")
 DROPPED = -1
 # Rules of :mod:`hcsmoe_core.combining` that look at the sample of layer inputs.
 SAMPLED_RULES = ("least-squares", "selection", "trimming")
@@ -35,16 +37,19 @@ class LayerPlan:
     combine : dict
         How the members of a group become one expert: ``rule`` and its options; see
         :func:`hcsmoe_core.combining.combine`.
-    router : {"map", "drop", "average"}
-        ``"map"`` keeps all E rows of the router and sends what it chooses through the labels; ``"drop"`` takes away the
-        rows of dropped experts; ``"average"`` gives each group one row, the mean of its members'.
+    router : {"map", "drop", "average", "row-kept", "folded"}
+        ``"map"`` keeps all E rows of the router and sends what it chooses through the labels: exact, but no layer of the
+        original family. The others are: ``"drop"`` takes away the rows of dropped experts; ``"average"`` gives each group
+        one row, the mean of its members'; ``"row-kept"`` that of its dominant expert; ``"folded"`` one that is fitted to
+        what the sample's tokens were routed to in the group (:mod:`hcsmoe_core.folding`).
     width : int or None
         Neurons of each expert that is written, where these are fewer than before.
     mixture : list of r lists of E float, or None
         Soft groups: the weight of every expert in every merged one, each row summing to one; ``labels`` then say where
         the router's choice goes.
     dominant : list of r int, or None
-        The expert of each group that others are matched to, where they are; the first by default.
+        The expert of each group that others are matched to or whose router row is kept; by default the first, or for the
+        row that with the largest weight.
     protected : list of int
         Experts that stay as they are whatever the method says (super experts).
     """
@@ -70,12 +75,19 @@ class LayerPlan:
         return [e for e, label in enumerate(self.labels) if label != DROPPED]
 
     def router_rows(self):
-        """Each row of the new router as a sum of the old ones, ``(r, E)`` float64; None where it stays as it is."""
+        """Each new row of the router as a sum of the old ones, ``(r, E)`` float64; None where it stays as it is.
+
+        Of a folded one, the means by the plan's weights that the fit starts from.
+        """
         if self.router == "map":
             return None
         rows = np.zeros((self.num_groups, len(self.labels)))
         for group, members in enumerate(self.groups()):
-            rows[group, members] = 1 / len(members)
+            if self.router == "row-kept":
+                largest = max(members, key=lambda e: self.weights[e])
+                rows[group, largest if self.dominant is None else self.dominant[group]] = 1
+            else:
+                rows[group, members] = [self.weights[e] for e in members] if self.router == "folded" else 1 / len(members)
         return rows
 
     def groups(self):
@@ -113,13 +125,44 @@ class Plan:
     @property
     def needs_sample(self):
         """Whether applying it needs the statistics' sample of layer inputs."""
-        return self.compress is not None or any(uses_sample(layer.combine) for layer in self.layers)
+        folded = any(layer.router == "folded" for layer in self.layers)
+        return folded or self.compress is not None or any(uses_sample(layer.combine) for layer in self.layers)
 
     def save(self, path):
         """Write as JSON, in full or not at all, with a checksum that tells a damaged file."""
         content = {"format": FORMAT, "version": VERSION, **asdict(self)}
         content["layers"] = [_without_defaults(layer) for layer in self.layers]
         write_json(path, content | {"sha256": sha256_json(content)})
+
+
+def with_router(plan, router):
+    """The same plan with another rule for the router.
+
+    Parameters
+    ----------
+    plan : Plan
+    router : {"map", "average", "row-kept", "folded"}
+
+    Returns
+    -------
+    Plan
+
+    Raises
+    ------
+    ValueError
+        If the plan drops experts, or joins none, so that no other rule is possible.
+    """
+    check_choice("router", router, tuple(r for r in ROUTERS if r != "drop"))
+    if any(layer.router == "drop" for layer in plan.layers):
+        raise ValueError(
+            f'The "router" argument cannot be "{router}" for this plan: it drops experts, and their rows with them.'
+        )
+    if router != "map" and any(layer.width is not None for layer in plan.layers):
+        raise ValueError(
+            f'The "router" argument cannot be "{router}" for this plan: it has no groups of experts that could share a row.'
+        )
+    layers = [replace(layer, router=router) for layer in plan.layers]
+    return replace(plan, layers=layers, settings=plan.settings | {"router": router})
 
 
 def uses_sample(combine):

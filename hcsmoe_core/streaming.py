@@ -27,8 +27,8 @@ from hcsmoe_core.checkpoint import (
     DEVICE_MAPS,
     WEIGHTS,
     check_report,
-    decoder_layers,
     device_of,
+    exported,
     finish,
     folder_of,
     hub_layout,
@@ -38,7 +38,6 @@ from hcsmoe_core.checkpoint import (
     loading,
     merge_record,
     model_class,
-    named_alike,
     parts_of,
     readable,
     readable_config,
@@ -47,9 +46,20 @@ from hcsmoe_core.checkpoint import (
     target_of,
     write_part,
 )
+from hcsmoe_core.fidelity import Differences, comparing_blocks, first_tensor, lift
 from hcsmoe_core.files import check_absent, check_choice, read_json, replacing, sha256_json, write_json
 from hcsmoe_core.merging import apply_layer, check_appliable
-from hcsmoe_core.moe import check_loaded, find_moe_layers, fingerprint, source_of, take_experts
+from hcsmoe_core.modeling_hcsmoe import named_alike
+from hcsmoe_core.moe import (
+    check_loaded,
+    decoder_layers,
+    find_moe_layers,
+    fingerprint,
+    lay_experts,
+    lift_experts,
+    source_of,
+    take_experts,
+)
 from hcsmoe_core.statistics import DEFAULT_NEEDS, SAMPLE, Statistics, load_statistics
 from hcsmoe_core.version import __version__
 
@@ -358,11 +368,16 @@ class _Source:
             shared = {name: value for name, value in keywords.items() if isinstance(value, MutableMapping)}
             for name, value in shared.items():  # what earlier layers left for later ones, such as shared keys and values
                 value.update(state["shared"].get(name, {}))
-            state["output"] = type(layer).forward(layer, *inputs, **keywords)
+            output = type(layer).forward(layer, *inputs, **keywords)
             state["shared"] = {name: dict(value) for name, value in shared.items()}
+            return output
+
+        def stop(layer, inputs, output):
+            state["output"] = output
             raise _Through
 
         self.read(place)
+        handle = layer.register_forward_hook(stop)
         try:
             for before in self.layers[:place]:
                 before.forward = replay
@@ -376,8 +391,20 @@ class _Source:
                     outputs.write(place, start, state)
                     bar.update(rows.numel())
         finally:
+            handle.remove()
             for changed in self.layers[: place + 1]:
                 changed.__dict__.pop("forward", None)
+
+    @torch.no_grad()
+    def logits(self, output, rows):
+        """What the model says of a batch, given what left its last decoder layer."""
+        try:
+            for layer in self.layers:
+                layer.forward = lambda *_, **__: output
+            return self.model(input_ids=rows.to(self.device), use_cache=False).logits
+        finally:
+            for layer in self.layers:
+                del layer.forward
 
 
 class _Through(Exception):  # noqa: N818 (no error)
@@ -562,14 +589,14 @@ def _unpacked(packed, tensor):
 # --- merging ------------------------------------------------------------------------------------------------------------
 
 
-def stream_merged(model, plan, out, folder, *, stats=None, router="", tokenizer=None):
+def stream_merged(model, plan, out, folder, *, stats=None, router="", tokenizer=None, heldout=None, about=None):
     """Write a merged or pruned checkpoint of a streamed model: the files of :func:`hcsmoe_core.checkpoint.save_merged`.
 
     Parameters
     ----------
     model : transformers.PreTrainedModel
         Of :func:`stream_model`.
-    plan, stats, router, tokenizer
+    plan, stats, router, tokenizer, heldout, about
         As for :func:`hcsmoe_core.checkpoint.save_merged`.
     out : path
         Must not exist.
@@ -595,38 +622,110 @@ def stream_merged(model, plan, out, folder, *, stats=None, router="", tokenizer=
             "MC-SMoE's second step chooses what it keeps among the merged experts of all layers at once, so that they must be "
             'in memory together: load the model whole (--load whole), or take a plan without "share".'
         )
+    plan, router = exported(plan, router)
     check_absent(out)
     source, folder = source_of(model), Path(folder)
     layers = {layer.name: layer for layer in check_appliable(model, plan, stats)}
     target = target_of(model, plan, router)
     settings = {"plan": sha256_json([vars(p) for p in plan.layers]), "router": target.router, "dtype": str(model.dtype)}
     settings |= {"statistics": stats.identity() if plan.needs_sample else None, "checkpoint": source.about()}
+    settings["heldout"] = None if heldout is None else sha256_json(heldout.tolist())
     _begin(folder, settings)
+    lanes = None if heldout is None else _Lanes(source, plan, heldout, folder / "fidelity")
     part, count = folder / "model", len(source.layers) + 1
     part.mkdir(exist_ok=True)
     for place in range(0 if not (part / WEIGHTS).exists() else count, count):
-        if (part / shard(place, count)).exists():
+        measured = not place or lanes is None or lanes.done(place - 1)
+        if measured and (part / shard(place, count)).exists():
             continue
+        if not place or not measured:
+            source.read_again()
         if place:
             source.read(place - 1)
-        else:
-            source.read_again()
         merged = [p for p in plan.layers if place and p.name.startswith(f"{source.prefix}.{place - 1}.")]
         try:
             for layer_plan in merged:
                 apply_layer(layers[layer_plan.name], layer_plan, stats)
+            if not measured:
+                lanes.push(place - 1, [layers[layer_plan.name] for layer_plan in merged])
             write_part(model, source.state(place), part, place, count, target)
         finally:
             for layer_plan in merged:
                 if layers[layer_plan.name].merged:
                     take_experts(layers[layer_plan.name])
-        if place == 0:
+        if place == 0 and lanes is None:
             source.free_outside()
+        elif place == 0:
+            source.free_head()
     source.free()
-    written = finish(part, target, plan, tokenizer=tokenizer)
+    found = None if lanes is None else lanes.result()
+    name = Path(out).name
+    written = finish(model, part, target, plan, name, tokenizer=tokenizer, measured=found, about=about)
     check_absent(out)
     os.replace(part, out)
     return written
+
+
+class _Lanes:
+    """Held-out tokens on their way through the original and what it is merged to, side by side, layer by layer."""
+
+    def __init__(self, source, plan, input_ids, folder):
+        self.source, self.plan, self.folder = source, plan, folder
+        folder.mkdir(exist_ok=True)
+        self.tokens = Tokens(source.model, input_ids, needs=(), sample=1, batch_size=1, domains=None)
+        kept = sorted(folder.glob("*.json"))
+        self.found = Differences(source.model, plan, read_json(kept[-1]) if kept else None)
+        self.outputs = {name: _Outputs(folder / name) for name in ("original", *self.found.names)}
+
+    def _file(self, place):
+        return self.folder / f"{place:05d}.json"
+
+    def done(self, place):
+        """Whether a decoder layer was measured."""
+        return self._file(place).exists()
+
+    def push(self, place, layers):
+        """Go through one decoder layer, of which ``layers`` are merged, and compare what leaves it."""
+        lifted = lift(layers, self.plan)
+        own = self.found.names[0]
+        with self.tokens.bar(True) as bar:
+            bar.set_description(f"fidelity, layer {place}")
+            bar.total *= len(self.outputs)
+            with comparing_blocks(layers, lifted, self.found):
+                self.source.push(place, self.outputs["original"], self.tokens, [], bar)
+            for name in reversed(self.found.names):  # the plan's own last: those experts are written next
+                for layer in layers:
+                    lay_experts(layer, lifted[name][layer.name])
+                self.source.push(place, self.outputs[name], self.tokens, [], bar)
+                for layer in layers if name != own else ():
+                    lift_experts(layer)
+        self._compare(place, layers)
+        write_json(self._file(place), self.found.sums)
+        for outputs in self.outputs.values():
+            for start in self.tokens.starts:
+                outputs.drop(place - 1, start)
+
+    def _compare(self, place, layers):
+        for start in self.tokens.starts if layers else ():
+            left = {name: first_tensor(self._left(name, place, start)) for name in self.outputs}
+            for name in self.found.names:
+                for layer in layers:
+                    self.found.add("hidden_error", name, layer.name, left[name], left["original"])
+
+    def _left(self, name, place, start):
+        return self.outputs[name].read(place, start, self.source.device)["output"]
+
+    def result(self):
+        """What :func:`hcsmoe_core.fidelity.fidelity` finds of a model that is in memory."""
+        self.source.read_again()
+        last = len(self.source.layers) - 1
+        for start in self.tokens.starts:
+            rows, logits = self.tokens.begin([], start), {}
+            for name in ("original", *reversed(self.found.names)):
+                made = self.source.logits(self._left(name, last, start), rows)[0]
+                self.found.add_loss(name, rows[0].to(made.device), made, logits)
+                logits[name] = made
+        return self.found.result(self.tokens.input_ids.numel())
 
 
 # --- going on after an interruption -------------------------------------------------------------------------------------
