@@ -15,7 +15,16 @@ from safetensors.torch import load_file, save_file
 from hcsmoe_core import moe
 from hcsmoe_core.compression import from_saved, saved_tensors, savings
 from hcsmoe_core.demo import models as demo
-from hcsmoe_core.export import MODELING, check_checksums, copy_along, limits, write_card, write_checksums, write_config
+from hcsmoe_core.export import (
+    MODELING,
+    check_checksums,
+    copy_along,
+    limits,
+    source_of_files,
+    write_card,
+    write_checksums,
+    write_config,
+)
 from hcsmoe_core.fidelity import fidelity
 from hcsmoe_core.files import check_absent, check_choice, new_folder, replacing, write_json, writing
 from hcsmoe_core.merging import apply_plan, check_unmerged, put_factors, restore
@@ -312,7 +321,7 @@ def save_merged(model, plan, folder, *, stats=None, router="", tokenizer=None, h
             if plan.compress:
                 save_file(_factors(layers, model.dtype), part / FACTORED)
             measured = None if heldout is None else fidelity(model, plan, heldout)
-            written = finish(model, part, target, plan, Path(folder).name, tokenizer=tokenizer, measured=measured, about=about)
+            written = finish(model, part, target, plan, tokenizer=tokenizer, measured=measured, about=about)
         if plan.compress:
             written["savings"] = factored_savings(model)
             dense = sum(tensor.numel() for layer in layers for tensor in layer.projections.values())
@@ -326,7 +335,11 @@ def save_merged(model, plan, folder, *, stats=None, router="", tokenizer=None, h
 def exported(plan, router):
     """Plan and kind of checkpoint ("", "plain" or "mapped") that the ``router`` argument of :func:`save_merged` means."""
     check_choice("router", router, ("", *ROUTERS))
-    return (with_router(plan, router), "plain") if router in JOINED else (plan, router)
+    if router in JOINED:
+        return with_router(plan, router), "plain"
+    if router == "mapped" and any(layer.router in JOINED for layer in plan.layers):
+        return with_router(plan, "map"), router
+    return plan, router
 
 
 @dataclass(frozen=True)
@@ -341,6 +354,8 @@ class Target:
         What a loader of a mapped checkpoint must know of each layer.
     original, parameters : int
         Weights before and after.
+    top_k : int or None
+        Experts that a token went to before.
     hub_layout : bool
         Whether tensors are written in the layout of the hub. A family whose files hold text and other experts in one list
         cannot have fewer of one kind there.
@@ -350,6 +365,7 @@ class Target:
     records: dict
     original: int
     parameters: int
+    top_k: int | None
     hub_layout: bool
 
     @property
@@ -382,14 +398,14 @@ def target_of(model, plan, router=""):
         merged = type(model)(copy.deepcopy(model.config))
     original = sum(p.numel() for p in merged.parameters())
     names = {module: name for name, module in merged.named_modules()}
-    records = {}
+    records, top_k = {}, find_moe_layers(merged)[0].top_k
     for layer, layer_plan in zip(find_moe_layers(merged), plan.layers, strict=True):
         records[layer.name] = _record(layer, layer_plan, names)
     config, why = (None, "") if router == "mapped" else _plain_config(model, plan, merged)
     if router == "plain" and config is None:
         raise ValueError(f'The "router" argument cannot be "plain" for this plan: {why}. Use "mapped".')
     in_hub_layout = config is not None or not moe.other_experts(model)
-    return Target(config, records, original, sum(p.numel() for p in merged.parameters()), in_hub_layout)
+    return Target(config, records, original, sum(p.numel() for p in merged.parameters()), top_k, in_hub_layout)
 
 
 def _record(layer, layer_plan, names):
@@ -465,7 +481,7 @@ def write_part(model, tensors, folder, place, count, target):
     shutil.rmtree(part)
 
 
-def finish(model, folder, target, plan, name, *, tokenizer=None, measured=None, about=None):
+def finish(model, folder, target, plan, *, tokenizer=None, measured=None, about=None):
     """Complete a folder of which all parts are written; may be called again where it was interrupted.
 
     Parameters
@@ -475,8 +491,6 @@ def finish(model, folder, target, plan, name, *, tokenizer=None, measured=None, 
     folder : path
     target : Target
     plan : Plan
-    name : str
-        That the folder will have.
     tokenizer : transformers.PreTrainedTokenizerBase, optional
     measured : dict, optional
         Of :func:`hcsmoe_core.fidelity.fidelity`.
@@ -492,7 +506,8 @@ def finish(model, folder, target, plan, name, *, tokenizer=None, measured=None, 
     _join(folder, target.parameters)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-    copy_along(model, folder)
+    source = source_of_files(model)
+    copy_along(source, folder)
     plan.save(folder / "plan.json")
     write_checksums(folder)
     factored, autos = (folder / FACTORED).exists(), auto_classes(model)
@@ -502,14 +517,15 @@ def finish(model, folder, target, plan, name, *, tokenizer=None, measured=None, 
         if not factored:
             more["auto_map"] = dict.fromkeys(autos, f"{MODELING.stem}.Merged{type(model).__name__}")
             shutil.copyfile(MODELING, folder / MODELING.name)
-    write_config(model, folder, target.config or model.config, more)
+    write_config(model, folder, target.config or model.config, more, source)
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     sizes = {"before": target.original, "after": target.parameters, "bytes": size}
     kind = "factored" if factored else target.router
-    opener = (autos or [type(model).__name__])[0]
-    write_card(model, folder, plan, name=name, kind=kind, opener=opener, sizes=sizes, fidelity=measured, about=about)
+    opener, known = (autos or [type(model).__name__])[0], limits(plan, kind, target.top_k)
+    card = dict(kind=kind, opener=opener, sizes=sizes, limits=known, fidelity=measured, about=about)
+    write_card(model, folder, plan, **card)
     written = {"bytes": size, "original": target.original, "parameters": target.parameters, "router": target.router}
-    return written | {"limits": limits(model, plan, kind), "fidelity": measured}
+    return written | {"limits": known, "fidelity": measured}
 
 
 def _join(folder, parameters):

@@ -9,7 +9,6 @@ from pathlib import Path
 from hcsmoe_core import modeling_hcsmoe
 from hcsmoe_core.demo import models as demo
 from hcsmoe_core.files import replacing, sha256_file, write_json
-from hcsmoe_core.moe import find_moe_layers
 
 MODELING = Path(modeling_hcsmoe.__file__)
 CHECKSUMS = "SHA256SUMS"
@@ -26,40 +25,34 @@ ALONG = (
 FURTHER_LAYERS = ("num_nextn_predict_layers", "num_mtp_layers")
 
 
-def source_file(model, name):
-    """Path of a file in the folder or hub repository that a model was loaded from, or None."""
-    from transformers.utils import cached_file
+def source_of_files(model):
+    """Folder that a model was loaded from, of a model on the hub with what goes along; None if there is none."""
+    from huggingface_hub import snapshot_download
 
-    source = demo.folder(model.name_or_path) if model.name_or_path in demo.NAMES else model.name_or_path
-    if not source:
-        return None
-    missing = dict(
-        _raise_exceptions_for_gated_repo=False,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
+    name = str(model.name_or_path)
+    source = Path(demo.folder(name) if name in demo.NAMES else name)
+    if not name or source.is_dir():
+        return source if name else None
     try:
-        found = cached_file(str(source), name, **missing)
-    except (OSError, ValueError):  # neither a folder nor a name that the hub could have
+        return Path(snapshot_download(name, allow_patterns=["config.json", *ALONG]))
+    except (OSError, ValueError):  # neither a folder nor a name that the hub or its cache has
         return None
-    return None if found is None else Path(found)
 
 
-def copy_along(model, folder):
-    """Copy :data:`ALONG` from where a model was loaded, but for what is there already."""
-    for name in ALONG:
-        found = None if (folder / name).exists() else source_file(model, name)
-        if found is not None:
-            shutil.copyfile(found, folder / name)
+def copy_along(source, folder):
+    """Copy :data:`ALONG` from the original's folder, but for what is there already."""
+    for name in ALONG if source is not None else ():
+        if (source / name).is_file() and not (folder / name).exists():
+            shutil.copyfile(source / name, folder / name)
 
 
 # --- config.json ------------------------------------------------------------------------------------------------------
 
 
-def write_config(model, folder, config, more):
+def write_config(model, folder, config, more, source=None):
     """Write ``config.json``: the original's own with what has to be otherwise, so that engines find their usual keys.
 
-    A model that was not loaded from a folder or the hub gets what transformers writes for it.
+    Without the original's folder it is what transformers writes.
 
     Parameters
     ----------
@@ -69,12 +62,13 @@ def write_config(model, folder, config, more):
         What the checkpoint's is to be.
     more : dict
         Keys beyond it.
+    source : path, optional
+        The original's folder.
     """
     after = json.loads(config.to_json_string(use_diff=False))
     made = json.loads(config.to_json_string())
-    found = source_file(model, "config.json")
-    if found is not None:
-        original = json.loads(found.read_text(encoding="utf-8"))
+    if source is not None and (source / "config.json").is_file():
+        original = json.loads((source / "config.json").read_text(encoding="utf-8"))
         if original.get("model_type") == made.get("model_type"):
             before = json.loads(model.config.to_json_string(use_diff=False))
             made = _carried(original, before, after, config)
@@ -141,25 +135,25 @@ LOADING = {
         It is a plain checkpoint of the original family with other numbers in its configuration; no code of hcsmoe is needed:
 
             from transformers import {auto}
-            model = {auto}.from_pretrained("{name}")
+            model = {auto}.from_pretrained("path/to/this/folder")
         """,
     "mapped": """
         The router keeps its rows for all original experts, and what it chooses is sent to the merged ones: exact, but not
         what engines for the original family expect. With hcsmoe installed:
 
             from hcsmoe_core import load_merged
-            model = load_merged("{name}")
+            model = load_merged("path/to/this/folder")
 
         Without it, by the small file `modeling_hcsmoe.py` in this folder, which needs torch and transformers alone:
 
             from transformers import {auto}
-            model = {auto}.from_pretrained("{name}", trust_remote_code=True)
+            model = {auto}.from_pretrained("path/to/this/folder", trust_remote_code=True)
         """,
     "factored": """
         Experts are written as factors, which only hcsmoe multiplies out:
 
             from hcsmoe_core import load_merged
-            model = load_merged("{name}")
+            model = load_merged("path/to/this/folder")
         """,
 }
 ROUTERS = {
@@ -171,7 +165,7 @@ ROUTERS = {
 }
 
 
-def write_card(model, folder, plan, *, name, kind, opener, sizes, fidelity=None, about=None):
+def write_card(model, folder, plan, *, kind, opener, sizes, limits, fidelity=None, about=None):
     """Write a model card: what was merged, by which plan, the fidelity measured, how to load it.
 
     Parameters
@@ -180,13 +174,13 @@ def write_card(model, folder, plan, *, name, kind, opener, sizes, fidelity=None,
         The original.
     folder : path
     plan : Plan
-    name : str
-        Of the folder, once it is complete.
     kind : {"plain", "mapped", "factored"}
     opener : str
         The auto class of transformers that opens it.
     sizes : dict
         ``before`` and ``after``, in weights, and ``bytes``.
+    limits : list of str
+        Of :func:`limits`.
     fidelity : dict, optional
         Of :func:`hcsmoe_core.fidelity.fidelity`.
     about : dict, optional
@@ -203,9 +197,9 @@ def write_card(model, folder, plan, *, name, kind, opener, sizes, fidelity=None,
         f"Made by hcsmoe of {shown or 'a model in memory'}, without retraining. The licence of the original applies.",
         "\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items())]),
         "## Loading",
-        textwrap.dedent(LOADING[kind]).strip().format(auto=opener, name=name),
+        textwrap.dedent(LOADING[kind]).strip().format(auto=opener),
         "## Limits for engines",
-        "\n".join(f"- {line}" for line in limits(model, plan, kind)),
+        "\n".join(f"- {line}" for line in limits),
         "## Fidelity",
         fidelity_text(fidelity) if fidelity else "Not measured.",
         "## Plan",
@@ -239,7 +233,7 @@ def _summary(model, plan, kind, sizes):
     return rows
 
 
-def limits(model, plan, kind):
+def limits(plan, kind, top_k):
     """What engines ask of a checkpoint's number of experts, and what of it this one meets; lines of text."""
     if kind != "plain":
         return ["vLLM, SGLang and llama.cpp do not open it: they know no map from a router's choice to fewer experts."]
@@ -248,8 +242,7 @@ def limits(model, plan, kind):
     lines = [f"Expert parallelism: {count} experts divide evenly over {', '.join(map(str, sizes))} devices and no others."]
     if count & (count - 1):
         lines.append("llama.cpp's fastest routing on CUDA wants a power of two; with other numbers it takes a slower one.")
-    top_k = find_moe_layers(model)[0].top_k or 0
-    if count < top_k:
+    if top_k is not None and count < top_k:
         lines.append(f"A token goes to all {count} experts, as there are no more, rather than to {top_k} as in the original.")
     return lines
 

@@ -659,8 +659,7 @@ def stream_merged(model, plan, out, folder, *, stats=None, router="", tokenizer=
             source.free_head()
     source.free()
     found = None if lanes is None else lanes.result()
-    name = Path(out).name
-    written = finish(model, part, target, plan, name, tokenizer=tokenizer, measured=found, about=about)
+    written = finish(model, part, target, plan, tokenizer=tokenizer, measured=found, about=about)
     check_absent(out)
     os.replace(part, out)
     return written

@@ -31,6 +31,7 @@ from hcsmoe_core import (
     stream_model,
     streaming,
 )
+from hcsmoe_core.plan import with_router
 
 ALL = ("usage", "outputs", "norms", "grams", "sample")
 OPTIONS = dict(needs=ALL, sample=50, batch_size=4, domains=["a", "b", "a", "c", "b", "a"])
@@ -56,7 +57,7 @@ def same_files(first, second):
 @pytest.mark.parametrize("name", FAMILIES + OTHERS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_streamed_statistics_and_checkpoints_are_those_of_the_whole_model(name, dtype, input_ids, tmp_path):
-    folder = store(tiny_model(name, dtype), tmp_path / "model")
+    folder, heldout = store(tiny_model(name, dtype), tmp_path / "model"), tokens(2, 24, seed=5)
     whole, _ = load_model(folder)
     streamed, _ = stream_model(folder)
     wanted = capture(whole, input_ids, **OPTIONS)
@@ -69,9 +70,11 @@ def test_streamed_statistics_and_checkpoints_are_those_of_the_whole_model(name, 
         "pruned": make_plan(wanted, whole, experts=4, method="reap"),
         "trimmed": make_plan(wanted, whole, experts=4, method="trimming"),
     }
+    plans |= {kind: with_router(plans["mapped"], kind) for kind in ("row-kept", "folded")}
     for kind, plan in plans.items():
-        said = save_merged(whole, plan, tmp_path / kind, stats=wanted)
-        assert stream_merged(streamed, plan, tmp_path / f"{kind}-2", tmp_path / f"work-{kind}", stats=found) == said
+        options = dict(stats=wanted, heldout=heldout)
+        said = save_merged(whole, plan, tmp_path / kind, **options)
+        assert stream_merged(streamed, plan, tmp_path / f"{kind}-2", tmp_path / f"work-{kind}", **options) == said
         same_files(tmp_path / kind, tmp_path / f"{kind}-2")
         if name in FAMILIES:
             assert said["router"] == ("mapped" if kind == "mapped" else "plain")
@@ -447,7 +450,7 @@ def deep(tmp_path_factory):
     model.config.num_hidden_layers = 12
     torch.manual_seed(0)
     type(model)(model.config).save_pretrained(folder / "model", max_shard_size="100KB")
-    save_file({"input_ids": tokens(16, 40)}, folder / "ids.safetensors")
+    save_file({"input_ids": tokens(20, 40)}, folder / "ids.safetensors")
     return folder
 
 
@@ -457,7 +460,7 @@ def options_of(folder):
 
 @pytest.mark.slow
 def test_killed_at_ten_random_moments_and_resumed(deep, tmp_path):
-    merge = ("merge", deep / "model", "--experts", 4, "--method", "functional", *options_of(deep))
+    merge = ("merge", deep / "model", "--experts", 4, "--method", "functional", "--fidelity", 4, *options_of(deep))
     whole = command(*merge, "--out", tmp_path / "whole")
     assert whole.wait() == 0, whole.stderr.read()
     rng, kills, finished = random.Random(0), [], 0
