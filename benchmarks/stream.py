@@ -122,7 +122,7 @@ def main():
     results = {"machine": {"python": platform.python_version(), "torch": torch.__version__, "threads": 1}}
     try:
         ids = work / "ids.safetensors"
-        save_file({"input_ids": torch.randint(0, 32000, (8, 256), generator=torch.Generator().manual_seed(1))}, ids)
+        save_file({"input_ids": torch.randint(0, 32000, (18, 256), generator=torch.Generator().manual_seed(1))}, ids)
         for name, layers in (("small", arguments.small), ("large", arguments.layers)):
             size = generate(work / name, layers)
             results[name] = {"layers": layers, "bytes": size}

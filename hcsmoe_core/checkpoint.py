@@ -36,6 +36,9 @@ ROUTERS = ("plain", "mapped", "row-kept", "folded")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 FACTORED = "experts-factored.safetensors"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+# Under which stock loaders do not find what lies beside factors: they would fill the experts with random numbers.
+VARIANT = "factored"
+HIDDEN = {WEIGHTS: f"model.{VARIANT}.safetensors", INDEX: f"model.safetensors.index.{VARIANT}.json"}
 SINGLE = 1 << 28  # bytes up to which a checkpoint is one file rather than one a decoder layer
 DEVICE_MAPS = ("balanced", "balanced_low_0", "sequential")
 # Quantisations that transformers can undo while it loads.
@@ -509,8 +512,11 @@ def finish(model, folder, target, plan, *, tokenizer=None, measured=None, about=
     source = source_of_files(model)
     copy_along(source, folder)
     plan.save(folder / "plan.json")
-    write_checksums(folder)
     factored, autos = (folder / FACTORED).exists(), auto_classes(model)
+    for usual, hidden in HIDDEN.items() if factored else ():
+        if (folder / usual).exists():
+            os.replace(folder / usual, folder / hidden)
+    write_checksums(folder)
     more = {}
     if target.config is None:
         more["expert_merge"] = {"version": VERSION, "router": "mapped", "factored": factored, "layers": target.records}
@@ -521,7 +527,7 @@ def finish(model, folder, target, plan, *, tokenizer=None, measured=None, about=
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     sizes = {"before": target.original, "after": target.parameters, "bytes": size}
     kind = "factored" if factored else target.router
-    opener, known = (autos or [type(model).__name__])[0], limits(plan, kind, target.top_k)
+    opener, known = (autos or [type(model).__name__])[0], limits(plan, kind, target.top_k, model.dtype)
     card = dict(kind=kind, opener=opener, sizes=sizes, limits=known, fidelity=measured, about=about)
     write_card(model, folder, plan, **card)
     written = {"bytes": size, "original": target.original, "parameters": target.parameters, "router": target.router}
@@ -674,7 +680,8 @@ def load_merged(folder, *, dtype="auto", device="auto", experts_implementation=N
     base = model_class(config)
     _check_layers(folder, base, config, record)
     with readable(folder):
-        loaded, report = merged_class(base).from_pretrained(folder, config=config, **loading(dtype))
+        options = loading(dtype) | ({"variant": VARIANT} if record["factored"] else {})
+        loaded, report = merged_class(base).from_pretrained(folder, config=config, **options)
         for name in record["layers"]:
             moe.adopt(loaded.get_submodule(name))
         layers = find_moe_layers(loaded)

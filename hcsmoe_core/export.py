@@ -8,6 +8,7 @@ from pathlib import Path
 
 from hcsmoe_core import modeling_hcsmoe
 from hcsmoe_core.demo import models as demo
+from hcsmoe_core.fidelity import odd_widths
 from hcsmoe_core.files import replacing, sha256_file, write_json
 
 MODELING = Path(modeling_hcsmoe.__file__)
@@ -233,8 +234,13 @@ def _summary(model, plan, kind, sizes):
     return rows
 
 
-def limits(plan, kind, top_k):
+def limits(plan, kind, top_k, dtype):
     """What engines ask of a checkpoint's number of experts, and what of it this one meets; lines of text."""
+    if (odd := odd_widths(plan, dtype)) and kind == "plain":
+        return [
+            f"Experts of {odd[0]} neurons are not a multiple of 16 bytes wide, which PyTorch's grouped products want: load it "
+            'with experts_implementation="eager", or trim to another width.'
+        ]
     if kind != "plain":
         return ["vLLM, SGLang and llama.cpp do not open it: they know no map from a router's choice to fewer experts."]
     (count,) = {layer.num_groups for layer in plan.layers}

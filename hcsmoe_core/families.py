@@ -23,6 +23,7 @@ TABLE = Path(__file__).with_name("families.json")
 # A family's modelling file defines experts or a MoE block under one of these names.
 CLASSES = re.compile(r"^class (\w*(?:Expert|MoE|Moe)\w*)\(", re.MULTILINE)
 VOCABULARY, EXPERTS, KEPT = 97, 10, 6
+KINDS = {"mapped": "mapped", "joined": "folded", "plain": "pruned"}  # of checkpoints, and what the table calls them
 # Sizes of a tiny model, under every name that some family gives them. E differs from all others, so that nothing is taken
 # for a row an expert by chance.
 TINY = dict(
@@ -353,8 +354,8 @@ def outputs(model, input_ids):
 def probe(family, dtype=torch.float32, *, whole=False):
     """What works on a tiny random model of a family.
 
-    It is captured, merged and saved with the map, loaded and compared; pruned, saved as a plain checkpoint, loaded by
-    transformers' own auto class and compared, each time to the bit.
+    It is captured, merged and saved with the map, loaded and compared; pruned, and merged with one router row a group, saved
+    as a plain checkpoint, loaded by transformers' own auto class and compared, each time to the bit.
 
     Parameters
     ----------
@@ -368,10 +369,10 @@ def probe(family, dtype=torch.float32, *, whole=False):
     -------
     dict
         ``family`` and ``whole``; ``model``, the class that was built; ``layers``, where its experts are; ``experts``, the
-        configuration's name for their number; ``router``, how it scores; ``mapped`` and ``plain``: empty if that kind of
-        checkpoint works, else why not.
+        configuration's name for their number; ``router``, how it scores; ``mapped``, ``joined`` (plain, merged) and
+        ``plain`` (pruned): empty if that kind of checkpoint works, else why not.
     """
-    row = dict(family=family, whole=whole, model="", layers="", experts="", router="", mapped="", plain="")
+    row = dict(family=family, whole=whole, model="", layers="", experts="", router="", mapped="", joined="", plain="")
     try:
         _, kind, auto = model_of(family, whole)
         row["model"] = kind.__name__
@@ -383,9 +384,10 @@ def probe(family, dtype=torch.float32, *, whole=False):
         row["router"] = " / ".join(dict.fromkeys(_router_kind(layer, stats.layers[layer.name].sample) for layer in layers))
         row["mapped"] = _mapped_fails(model, stats, input_ids)
     except Exception as error:  # whatever it is, it is why the family is not supported
-        row["mapped"] = row["plain"] = _said(error)
+        row["mapped"] = row["joined"] = row["plain"] = _said(error)
         return row
-    row["plain"] = _plain_fails(model, stats, input_ids, auto)
+    row["joined"] = _plain_fails(model, stats, input_ids, auto, router="folded")
+    row["plain"] = _plain_fails(model, stats, input_ids, auto, method="reap")
     return row
 
 
@@ -406,14 +408,14 @@ def _mapped_fails(model, stats, input_ids):
     return "" if same else "what is loaded computes something else than what was saved"
 
 
-def _plain_fails(model, stats, input_ids, auto):
+def _plain_fails(model, stats, input_ids, auto, **settings):
     try:
-        plan = make_plan(stats, model, experts=KEPT, method="reap")
+        plan = make_plan(stats, model, experts=KEPT, **settings)
         with tempfile.TemporaryDirectory() as folder:
-            save_merged(model, plan, Path(folder) / "pruned", router="plain")
-            apply_plan(model, plan)
+            save_merged(model, plan, Path(folder) / "plain", stats=stats, router="plain")
+            apply_plan(model, plan, stats)
             live = outputs(model, input_ids)
-            loaded = aligned(auto.from_pretrained(Path(folder) / "pruned").eval())
+            loaded = aligned(auto.from_pretrained(Path(folder) / "plain").eval())
             same = torch.equal(outputs(loaded, input_ids), live)
     except Exception as error:  # as above
         return _said(error)
@@ -452,14 +454,15 @@ def table(rows):
     lines = []
     for row in rows:
         name = row["family"] + " (whole)" * row["whole"]
-        what = "no" if row["mapped"] else "mapped" if row["plain"] else "mapped, plain"
-        lines.append(f"{name:24} {what:14} {row['experts'] or '-':38} {row['router'] or '-'}")
-        if why := row["mapped"] or row["plain"]:
+        what = ", ".join(shown for kind, shown in KINDS.items() if not row[kind]) or "no"
+        lines.append(f"{name:24} {what:22} {row['experts'] or '-':38} {row['router'] or '-'}")
+        for why in dict.fromkeys(row[kind] for kind in KINDS if row[kind]):
             lines += textwrap.wrap(why, 110, initial_indent=" " * 25, subsequent_indent=" " * 25)
     parts = [row for row in rows if not row["whole"]]
-    works = [sum(not row[kind] for row in parts) for kind in ("mapped", "plain")]
+    works = [sum(not row[kind] for row in parts) for kind in KINDS]
     lines.append(
-        f"{len(parts)} of transformers' families: {works[0]} can be merged (mapped), {works[1]} pruned to plain checkpoints"
+        f"{len(parts)} of transformers' families: {works[0]} can be merged with the router as it was (mapped), {works[1]} "
+        f"merged and {works[2]} pruned to checkpoints that stock engines open (folded or row-kept, pruned)"
     )
     if len(parts) < len(rows):
         lines.append('"whole" is a model that reads images too; the line above it is its text part alone')

@@ -15,6 +15,7 @@ from hcsmoe_core.statistics import sequence_hashes
 
 NAMES = {"map": "mapped", "drop": "pruned", "average": "router averaged", "row-kept": "row-kept", "folded": "folded"}
 CLIFF = 2.0  # times the original's perplexity
+ALIGNED = 16  # bytes, of a row in PyTorch's grouped products
 POSITIONS = 256  # whose logits are compared at once
 
 
@@ -59,7 +60,10 @@ def fidelity(model, plan, input_ids, *, stats=None, progress=True):
     found, was_training = Differences(model, plan), model.training
     lifted = lift(layers, plan)
     try:
-        with tqdm(total=input_ids.numel(), desc="fidelity", unit="token", disable=None if progress else True) as bar:
+        with (
+            one_by_one(model, plan),
+            tqdm(total=input_ids.numel(), desc="fidelity", unit="token", disable=None if progress else True) as bar,
+        ):
             for row in input_ids.split(1):
                 _compare(model.eval(), layers, lifted, row, found)
                 bar.update(row.numel())
@@ -69,6 +73,25 @@ def fidelity(model, plan, input_ids, *, stats=None, progress=True):
         if applied:
             _lay(layers, lifted[found.names[0]])
     return found.result(input_ids.numel())
+
+
+@contextlib.contextmanager
+def one_by_one(model, plan):
+    """Run experts one by one while the block lasts, if they are of a width that kernels of grouped products do not take."""
+    implementation = getattr(model.config, "_experts_implementation", None)
+    if implementation in (None, "eager") or not odd_widths(plan, model.dtype):
+        yield
+        return
+    model.set_experts_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_experts_implementation(implementation)
+
+
+def odd_widths(plan, dtype):
+    """Widths of trimmed experts that are not a multiple of 16 bytes."""
+    return sorted({layer.width for layer in plan.layers if layer.width and layer.width * dtype.itemsize % ALIGNED})
 
 
 def unseen(input_ids, stats=None, *, length):

@@ -46,7 +46,7 @@ from hcsmoe_core.checkpoint import (
     target_of,
     write_part,
 )
-from hcsmoe_core.fidelity import Differences, comparing_blocks, first_tensor, lift
+from hcsmoe_core.fidelity import Differences, comparing_blocks, first_tensor, lift, one_by_one
 from hcsmoe_core.files import check_absent, check_choice, read_json, replacing, sha256_json, write_json
 from hcsmoe_core.merging import apply_layer, check_appliable
 from hcsmoe_core.modeling_hcsmoe import named_alike
@@ -687,7 +687,7 @@ class _Lanes:
         """Go through one decoder layer, of which ``layers`` are merged, and compare what leaves it."""
         lifted = lift(layers, self.plan)
         own = self.found.names[0]
-        with self.tokens.bar(True) as bar:
+        with one_by_one(self.source.model, self.plan), self.tokens.bar(True) as bar:
             bar.set_description(f"fidelity, layer {place}")
             bar.total *= len(self.outputs)
             with comparing_blocks(layers, lifted, self.found):

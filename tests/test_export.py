@@ -11,7 +11,18 @@ import torch
 import yaml
 from conftest import ROOT, logits, tiny_model, tokens
 
-from hcsmoe_core import apply_plan, capture, families, find_moe_layers, load_merged, load_model, make_plan, restore, save_merged
+from hcsmoe_core import (
+    apply_plan,
+    capture,
+    families,
+    find_moe_layers,
+    load_merged,
+    load_model,
+    make_plan,
+    needs_of,
+    restore,
+    save_merged,
+)
 from hcsmoe_core.fidelity import fidelity, unseen
 from hcsmoe_core.folding import PENALTY, folded_rows
 from hcsmoe_core.plan import LayerPlan, Plan, load_plan, with_router
@@ -443,6 +454,20 @@ def test_a_mapped_model_that_stock_transformers_saved_again(model, stats, input_
     prompt = input_ids[:2, :6]
     options = dict(attention_mask=torch.ones_like(prompt), max_new_tokens=6, do_sample=False, eos_token_id=None)
     assert torch.equal(opened.generate(prompt, **options), model.generate(prompt, **options))
+
+
+def test_factored_experts_are_not_taken_for_missing_ones(model, input_ids, tmp_path):
+    """Stock transformers fills missing weights with random numbers and only warns."""
+    from transformers import AutoModelForCausalLM
+
+    stats = capture(model, input_ids, needs=needs_of("mc-smoe"))
+    plan = make_plan(stats, model, experts=4, method="mc-smoe")
+    save_merged(model, plan, tmp_path / "m", stats=stats)
+    for options in ({}, {"trust_remote_code": True}):
+        with pytest.raises(OSError, match=r"model\.safetensors"):
+            AutoModelForCausalLM.from_pretrained(tmp_path / "m", **options)
+    live = logits(apply_plan(model, plan, stats), input_ids)
+    torch.testing.assert_close(logits(load_merged(tmp_path / "m"), input_ids), live)
 
 
 def test_records_that_do_not_fit_are_refused_by_the_file_in_the_folder(model, stats, tmp_path):
