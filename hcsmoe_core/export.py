@@ -25,6 +25,9 @@ ALONG = (
 # Names for layers that predict further tokens (MTP): transformers does not load them, so that they are not written either.
 FURTHER_LAYERS = ("num_nextn_predict_layers", "num_mtp_layers")
 
+# Of a configuration: weights are dequantised by now, and remote code is neither run nor copied.
+GONE = ("quantization_config", "compression_config", "auto_map", "torch_dtype")
+
 
 def source_of_files(model):
     """Folder that a model was loaded from, of a model on the hub with what goes along; None if there is none."""
@@ -74,12 +77,11 @@ def write_config(model, folder, config, more, source=None):
             before = json.loads(model.config.to_json_string(use_diff=False))
             made = _carried(original, before, after, config)
     made["architectures"] = [type(model).__name__]
-    for name in ("quantization_config", "auto_map"):  # dequantised by now; remote code is neither run nor copied
-        made.pop(name, None)
-    made.pop("torch_dtype", None)
-    made["dtype"] = str(model.dtype).removeprefix("torch.")
     for part in (made, *(value for value in made.values() if isinstance(value, dict))):
         part.update({name: 0 for name in FURTHER_LAYERS if part.get(name)})
+        for name in GONE:
+            part.pop(name, None)
+    made["dtype"] = str(model.dtype).removeprefix("torch.")
     write_json(folder / "config.json", made | more)
 
 
@@ -139,13 +141,13 @@ LOADING = {
             model = {auto}.from_pretrained("path/to/this/folder")
         """,
     "mapped": """
-        The router keeps its rows for all original experts, and what it chooses is sent to the merged ones: exact, but not
-        what engines for the original family expect. With hcsmoe installed:
+        What each layer has stands in `config.json` under `expert_merge`; where the router keeps its rows for all original
+        experts, with the map to the merged ones: exact, but not what engines for the original family expect. With hcsmoe:
 
             from hcsmoe_core import load_merged
             model = load_merged("path/to/this/folder")
 
-        Without it, by the small file `modeling_hcsmoe.py` in this folder, which needs torch and transformers alone:
+        Without, by the small file `modeling_hcsmoe.py` in this folder, which needs torch and transformers alone:
 
             from transformers import {auto}
             model = {auto}.from_pretrained("path/to/this/folder", trust_remote_code=True)
