@@ -273,7 +273,10 @@ def evaluate(
         Path | None, typer.Option(help="Statistics that the plan was made from, where it needs them.")
     ] = None,
     tasks: Annotated[
-        str, typer.Option(help="lm-evaluation-harness tasks, comma-separated; by default the embedded ones.")
+        str,
+        typer.Option(
+            help="lm-evaluation-harness tasks, comma-separated; paper for the eight of the paper; by default the embedded ones."
+        ),
     ] = "",
     limit: Annotated[int, typer.Option(help="Items of each task; 0 for all.")] = 0,
     batch_size: Annotated[int, typer.Option(help="Requests a forward pass.")] = 64,
@@ -283,16 +286,21 @@ def evaluate(
     sequences: Annotated[int, typer.Option(help="Sequences of that text.")] = 96,
     length: Annotated[int, typer.Option(help="Tokens in each.")] = 256,
     seed: Annotated[int, typer.Option(help="Of that text and of the harness.")] = 0,
+    against: Annotated[
+        Path | None, typer.Option(help="results.json of another model on the same tasks, to tell the difference item by item.")
+    ] = None,
+    answers: Annotated[str, typer.Option(help="Folder where the model's answers are kept, or none.")] = "runs/answers",
     out: Annotated[Path | None, typer.Option(help="results.json to write.")] = None,
     dtype: DTYPE = "auto",
     device: DEVICE = "auto",
 ):
     """Accuracy on tasks, and perplexity."""
     import hcsmoe_core as core
-    from hcsmoe_core.evaluation import score_table
+    from hcsmoe_core.evaluation import PAPER_TASKS, paired_table, score_table
     from hcsmoe_core.files import write_json
-    from hcsmoe_core.study import model_size
+    from hcsmoe_core.study import model_size, place
 
+    other = _scores_of(against) if against else None
     made = core.load_plan(plan) if plan else None
     loaded, tokenizer = core.load_model(model, dtype=dtype, device=device)
     if made is not None:
@@ -300,18 +308,31 @@ def evaluate(
     scores = core.evaluate(
         loaded,
         tokenizer,
-        _listed(tasks) or None,
+        [task for name in _listed(tasks) for task in (PAPER_TASKS if name == "paper" else [name])] or None,
         limit=limit or None,
         batch_size=batch_size,
         text=None if text == "none" else text,
         sequences=sequences,
         length=length,
         seed=seed,
+        answers=None if answers == "none" else place(answers),
     )
     print(score_table(scores))
+    if other:
+        print(f"\nagainst {against}\n{paired_table(core.paired(scores, other))}")
     if out:
         write_json(out, {"model": model, "plan": made and made.settings, "size": model_size(loaded), "scores": scores})
         print(out)
+
+
+def _scores_of(path):
+    """Scores in a results.json."""
+    from hcsmoe_core.files import read_json
+
+    content = read_json(path)
+    if not isinstance(content, dict) or "items" not in content.get("scores", {}):
+        raise ValueError(f"{path} is no results.json with the scores of each item; make it again with hcsmoe evaluate --out.")
+    return content["scores"]
 
 
 @app.command()

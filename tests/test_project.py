@@ -25,6 +25,7 @@ ROOMS = [  # top to bottom: a room imports none above it
     "study",
     "figures",
     "evaluation",
+    "harness",
     "families",
     "streaming",
     "checkpoint",
