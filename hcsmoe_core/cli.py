@@ -26,7 +26,10 @@ LOAD = Annotated[
 MEMORY = Annotated[str, typer.Option(help="Memory that the process may hold, such as 3GB; by default what is free.")]
 CALIBRATION = Annotated[
     str,
-    typer.Option(help="c4, demo, a data set on the hub, or a .txt, .json, .jsonl or .safetensors file. By default what suits."),
+    typer.Option(
+        help="c4, wikitext, math, code, demo, a data set on the hub (name:configuration:split:column), a .txt, .json, .jsonl "
+        "or .safetensors file, or a mixture such as 0.5*c4+0.5*math. By default what suits."
+    ),
 ]
 SEQUENCES = Annotated[int, typer.Option(help="Calibration sequences; 0 for the default of the source.")]
 LENGTH = Annotated[int, typer.Option(help="Tokens in each; 0 for the default of the source.")]

@@ -89,7 +89,8 @@ def evaluate(
         started = time.perf_counter()
         split = "heldout" if text == "demo" else None
         rows = calibration_tokens(text, tokenizer, sequences=sequences, length=length, seed=seed, split=split)
-        scores |= perplexity(model, rows, domains=domains_of(text, sequences), batch_size=max(1, batch_size // 4))
+        how = dict(domains=domains_of(text, sequences), uncounted=corpus.STDLIB if text == "demo" else ())
+        scores |= perplexity(model, rows, batch_size=max(1, batch_size // 4), **how)
         seconds["perplexity"] = round(time.perf_counter() - started, 2)
     scores["settings"] = dict(
         tasks=tasks, limit=limit, batch_size=batch_size, text=text and str(text), sequences=sequences, length=length, seed=seed
@@ -248,7 +249,7 @@ def _mean_score(tasks, metric):
     return {f"mean_{metric}": sum(v for v, _ in values) / len(values), f"mean_{metric}_stderr": error}
 
 
-def perplexity(model, input_ids, *, domains=None, batch_size=16):
+def perplexity(model, input_ids, *, domains=None, batch_size=16, uncounted=corpus.STDLIB):
     """How well a model predicts text: mean loss a token (nats) and its exponential, by domain.
 
     Parameters
@@ -258,13 +259,14 @@ def perplexity(model, input_ids, *, domains=None, batch_size=16):
         Each token but the first of a row is predicted from those before it in the row.
     domains : sequence of N str, optional
     batch_size : int
+    uncounted : sequence of str
+        Domains that are left out of the mean where there are others. Text of the Python library differs between Python
+        versions: of the embedded corpus they are ``code`` and ``prose``.
 
     Returns
     -------
     dict
-        ``loss`` and ``perplexity`` by domain, and ``mean_loss``, the plain mean over the domains. Text of the Python
-        library differs between Python versions: where there are domains, ``code`` and ``prose`` are left out of the
-        mean.
+        ``loss`` and ``perplexity`` by domain, and ``mean_loss``, the plain mean over the domains that count.
     """
     input_ids = check_tokens(input_ids, model)
     domains = list(domains or ["all"] * len(input_ids))
@@ -277,7 +279,7 @@ def perplexity(model, input_ids, *, domains=None, batch_size=16):
             for domain, value in zip(domains[start:], loss.double().mean(1).tolist(), strict=False):
                 losses.setdefault(domain, []).append(value)
     loss = {d: sum(v) / len(v) for d, v in losses.items()}
-    counted = [v for d, v in loss.items() if d not in corpus.STDLIB] or list(loss.values())
+    counted = [v for d, v in loss.items() if d not in uncounted] or list(loss.values())
     return {
         "loss": loss,
         "perplexity": {d: math.exp(v) for d, v in loss.items()},
@@ -314,7 +316,8 @@ def score_table(scores):
     if "loss" in scores:
         lines.append(f"\n{'text':<24}{'loss':>8}{'perplexity':>12}")
         for name, loss in scores["loss"].items():
-            note = "  (depends on the Python version; not in the mean)" if name in corpus.STDLIB else ""
+            apart = name in corpus.STDLIB and scores["settings"]["text"] == "demo"
+            note = "  (depends on the Python version; not in the mean)" if apart else ""
             lines.append(f"{name:<24}{loss:>8.4f}{scores['perplexity'][name]:>12.4f}{note}")
         lines.append(f"{'mean':<24}{scores['mean_loss']:>8.4f}")
     return "\n".join(lines)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 import hcsmoe_core
-from hcsmoe_core.calibration import calibration_tokens, domains_of
+from hcsmoe_core.calibration import calibration_tokens, domains_of, local_files
 from hcsmoe_core.capture import capture, expected_bytes
 from hcsmoe_core.checkpoint import load_skeleton
 from hcsmoe_core.clustering import cut
@@ -118,11 +118,11 @@ def statistics(
     needs = tuple(dict.fromkeys((*DEFAULT_NEEDS, *needs)))
     key = settings | {"seed": seed, "model": model_hash(model), "dtype": str(model.dtype)}
     key["core"] = hcsmoe_core.__version__
-    if settings["calibration"] == "demo":
+    if "demo" in settings["calibration"]:
         key["python"] = platform.python_version()  # whose library is part of the text
-    source = Path(settings["calibration"])
-    if source.is_file():
-        key["file"] = sha256_file(source)
+    files = [sha256_file(path) for path in local_files(settings["calibration"])]
+    if files:
+        key["files"] = files
     kinds = {"sums": DEFAULT_NEEDS, "sample": (*DEFAULT_NEEDS, "sample")}
     paths = {k: place(folder) / f"{slug(model.name_or_path)}-{sha256_json(key)[:12]}-{k}.safetensors" for k in kinds}
     wanted = "sample" if "sample" in needs else "sums"
