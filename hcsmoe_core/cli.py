@@ -427,6 +427,40 @@ def compare(
     print(f"\n{shown(tables)}")
 
 
+@app.command()
+def reproduce(
+    name: Annotated[str, typer.Argument(help="qwen1.5-moe (the paper's Table 2) or mixtral-8x7b (Table 3).")],
+    dry_run: Annotated[
+        bool, typer.Option(help="Only list every step with its costs; needs neither network nor weights.")
+    ] = False,
+    model: Annotated[str, typer.Option(help="Folder of the model, or another one; by default the paper's, from the hub.")] = "",
+    tasks: Annotated[str, typer.Option(help="Tasks, comma-separated; by default the paper's eight.")] = "",
+    limit: Annotated[int, typer.Option(help="Items of each task; 0 for all.")] = 0,
+    batch_size: Annotated[int, typer.Option(help="Requests a forward pass.")] = 16,
+    teraflops: Annotated[float, typer.Option(help="10^12 operations a second that the device sustains.")] = 100.0,
+    bandwidth: Annotated[float, typer.Option(help="GB a second at which weights are read.")] = 2.0,
+    calibration: CALIBRATION = "",
+    sequences: SEQUENCES = 0,
+    length: LENGTH = 0,
+    seed: SEED = 42,
+    dtype: DTYPE = "auto",
+    device: DEVICE = "auto",
+    load: LOAD = "auto",
+    memory: MEMORY = "",
+    out: Annotated[Path, typer.Option(help="Folder of the cells; those that are done are kept.")] = Path("runs/reproduce"),
+):
+    """Make a table of the HC-SMoE paper, all methods at both sizes, and print it beside the published values."""
+    from hcsmoe_core import reproduce as study
+
+    how = dict(model=model, tasks=_listed(tasks) or None, limit=limit, batch_size=batch_size, dtype=dtype)
+    how |= dict(calibration=calibration, sequences=sequences, length=length)
+    print(study.step_table(study.estimate(name, teraflops=teraflops, bandwidth=bandwidth, **how)), flush=True)
+    if dry_run:
+        return
+    cells = study.run(name, seed=seed, device=device, load=load, memory=memory, folder=out, **how)
+    print(f"\n{study.report(name, cells, model)}\n\n{cells}")
+
+
 def _number(option, text):
     try:
         return int(text)
