@@ -7,6 +7,7 @@ import time
 from tqdm.auto import tqdm
 
 from hcsmoe_core import paper, sweep
+from hcsmoe_core.calibration import domains_of
 from hcsmoe_core.capture import expected_bytes
 from hcsmoe_core.checkpoint import device_of, load_model, load_skeleton, skeleton_of
 from hcsmoe_core.demo import tasks as demo_tasks
@@ -17,7 +18,7 @@ from hcsmoe_core.methods import make_plan, needs_of, steps_of
 from hcsmoe_core.moe import find_moe_layers, model_hash, source_of
 from hcsmoe_core.pruning import ENUMERATED, TOKENS
 from hcsmoe_core.statistics import DEFAULT_NEEDS, SAMPLE
-from hcsmoe_core.streaming import LAYER, free_memory, open_model, stream_merged, work_folder
+from hcsmoe_core.streaming import LAYER, WHOLE, free_memory, open_model, stream_merged, work_folder
 from hcsmoe_core.study import (
     amount,
     calibration_of,
@@ -50,6 +51,7 @@ LONGEST = 1024  # tokens that the longest prompts of the tasks have, for what th
 # ones and about five times as long for twice as many; comparing subsets makes 10¹⁰ operations a second.
 MATCHED, MATCHING, GROWTH = 5632, 10.0, 2.3
 COMPARING = 1e10
+WIDTHS = {"items": 8, "requests": 10, "tokens": 9, "operations": 12, "bytes": 8}  # of the table's columns
 
 
 def estimate(name, *, model="", tasks=None, limit=0, batch_size=16, dtype="auto", teraflops=100.0, bandwidth=2.0, **source):
@@ -86,52 +88,53 @@ def estimate(name, *, model="", tasks=None, limit=0, batch_size=16, dtype="auto"
     Raises
     ------
     ValueError
-        If there is no such study, or the number of items of a task is not known.
+        If there is no such study, or a speed is not positive.
     """
     table = _table(name)
-    tasks = list(tasks or table["tasks"])
-    unknown = [task for task in tasks if task not in TASKS]
-    if unknown:
-        raise ValueError(f"How many items {', '.join(unknown)} has is not known beforehand; it is of {', '.join(TASKS)}.")
-    skeleton = _skeleton(table, model, dtype)
-    size, source = model_size(skeleton), calibration_of(model or _hub(table), **source)
-    forward, captured = work_of_a_token(skeleton)
+    for option, value in (("teraflops", teraflops), ("bandwidth", bandwidth)):
+        if not 0 < value < math.inf:
+            raise ValueError(f'The "{option}" argument must be a positive number; not {value!r}.')
+    tasks, known = list(tasks or table["tasks"]), model or _hub(table)
+    skeleton, source = _skeleton(table, model, dtype), calibration_of(known, **source)
+    size, forward = model_size(skeleton), work_of_a_token(skeleton)[0]
     cells = paper.wanted(size["num_experts"], [STUDIES[name]])
-    tokens, needs = source["sequences"] * source["length"], _needs(cells)
-    expert_bytes = size["bytes"] * size["expert_weights"] // size["weights"]
-    kept = {cell["experts"]: size["bytes"] - expert_bytes + expert_bytes * _share(cell, size) for cell in cells}
-
-    steps = [dict(step="read", what=f"{amount(size['weights'])} weights, {slug(model or _hub(table))}", bytes=size["bytes"])]
-    file = expected_bytes(skeleton, needs, domains=1, tokens=tokens)
-    shape = f"{source['sequences']} × {source['length']:,} tokens of {source['calibration']}: {', '.join(needs)}"
-    steps.append(dict(step="capture", what=shape, tokens=tokens, operations=int(tokens * captured), bytes=file))
-    scoring = _scoring(tasks, limit, forward)
+    steps = [dict(step="read", what=f"{amount(size['weights'])} weights, {slug(known)}", bytes=size["bytes"])]
+    steps.append(_capturing(skeleton, source, _needs(cells)))
+    scoring = _scoring([task for task in tasks if task in TASKS], limit, forward)
     for cell in cells:
         what = _what(cell, size)
         if cell["experts"]:
             steps.append(dict(step="plan", what=what) | _planning(cell, skeleton))
-            moved = int(expert_bytes * (1 + _share(cell, size)))
-            steps.append(dict(step="merge", what=what, bytes=moved, processor=_matching(cell, skeleton)))
+            steps.append(dict(step="merge", what=what) | _merging(cell, skeleton))
         steps.append(dict(step="evaluate", what=what) | scoring)
     for step in steps:
         at_work = step.get("operations", 0) / (1e12 * teraflops) + step.get("bytes", 0) / (1e9 * bandwidth)
         step["seconds"] = at_work + step.get("processor", 0)
-    logits = batch_size * LONGEST * skeleton.get_input_embeddings().num_embeddings * (4 + _element(skeleton))
+    settings = dict(teraflops=teraflops, bandwidth=bandwidth, limit=limit, batch_size=batch_size, tasks=tasks) | source
+    settings["uncounted"] = [task for task in tasks if task not in TASKS]
+    found = {"steps": steps, "seconds": sum(step["seconds"] for step in steps), "settings": settings}
+    found |= {"weights": size["weights"], "active": forward / 2}
+    return found | _room(skeleton, cells, steps, batch_size)
+
+
+def _room(skeleton, cells, steps, batch_size):
+    """Bytes on disk and in memory."""
+    size, capture = model_size(skeleton), steps[1]
+    merged = size["bytes"] - min(_expert_bytes(skeleton) * (1 - _share(cell, size)) for cell in cells if cell["experts"])
+    element = next(skeleton.parameters()).element_size()
+    logits = batch_size * LONGEST * skeleton.get_input_embeddings().num_embeddings * (4 + element)
     layer = max(sum(t.numel() * t.element_size() for t in m.tensors().values()) for m in find_moe_layers(skeleton))
-    merged = max(held for experts, held in kept.items() if experts)
-    passed_on = 2 * tokens * find_moe_layers(skeleton)[0].hidden_size * _element(skeleton)
+    passed_on = 2 * capture["tokens"] * find_moe_layers(skeleton)[0].hidden_size * element  # from layer to layer
     return {
-        "steps": steps,
-        "seconds": sum(step["seconds"] for step in steps),
-        "disk": {"whole": size["bytes"] + file, "streamed": int(size["bytes"] + file + merged + passed_on)},
+        "disk": {
+            "whole": size["bytes"] + capture["bytes"],
+            "streamed": int(size["bytes"] + capture["bytes"] + merged + passed_on),
+        },
         "memory": {
-            "whole": int(merged + expert_bytes + logits),
+            "whole": int(WHOLE * size["bytes"] + logits),
             "streamed": int(max(merged + logits, LAYER * layer)),
             "unmerged": int(size["bytes"] + logits),
         },
-        "weights": size["weights"],
-        "active": forward / 2,
-        "settings": dict(teraflops=teraflops, bandwidth=bandwidth, tasks=tasks, limit=limit, batch_size=batch_size) | source,
     }
 
 
@@ -171,8 +174,17 @@ def _share(cell, size):
     return (cell["experts"] or size["num_experts"]) / size["num_experts"]
 
 
-def _element(model):
-    return next(model.parameters()).element_size()
+def _expert_bytes(model):
+    return sum(t.numel() * t.element_size() for layer in find_moe_layers(model) for t in layer.tensors().values())
+
+
+def _capturing(model, source, needs):
+    """The pass over the calibration tokens."""
+    tokens = source["sequences"] * source["length"]
+    domains = len(set(domains_of(source["calibration"], source["sequences"]) or ["all"]))
+    what = f"{source['sequences']} × {source['length']:,} tokens of {source['calibration']}: {', '.join(needs)}"
+    found = dict(step="capture", what=what, tokens=tokens, operations=int(tokens * work_of_a_token(model)[1]))
+    return found | {"bytes": expected_bytes(model, needs, domains=domains, tokens=tokens)}
 
 
 def _scoring(tasks, limit, forward):
@@ -203,12 +215,12 @@ def _planning(cell, model):
     return {"operations": operations, "processor": compared / COMPARING}
 
 
-def _matching(cell, model):
-    """Seconds that matching neurons takes on one CPU thread."""
-    if steps_of(cell["method"], **_steps(cell)).align == "none":
-        return 0
-    layers = find_moe_layers(model)
-    return sum((layer.num_experts - cell["experts"]) * MATCHING * (layer.width / MATCHED) ** GROWTH for layer in layers)
+def _merging(cell, model):
+    """What a merge takes: the experts are read, and those that are kept written; where neurons are matched, that is most."""
+    matching, aligned = 0.0, steps_of(cell["method"], **_steps(cell)).align != "none"
+    for layer in find_moe_layers(model) if aligned else ():
+        matching += (layer.num_experts - cell["experts"]) * MATCHING * (layer.width / MATCHED) ** GROWTH
+    return {"bytes": int(_expert_bytes(model) * (1 + _share(cell, model_size(model)))), "processor": matching}
 
 
 def step_table(found):
@@ -218,6 +230,8 @@ def step_table(found):
         numbers = "".join(f"{amount(step[name]) if step.get(name) else '':>{width}}" for name, width in WIDTHS.items())
         lines.append(f"{step['step']:<10}{step['what']:<64}{numbers}{duration(step['seconds']):>9}")
     settings, memory, disk = found["settings"], found["memory"], found["disk"]
+    if settings["uncounted"]:
+        lines.append(f"\nnot counted: {', '.join(settings['uncounted'])}, of which the number of items is not known here")
     lines += [
         f"\ntime    {duration(found['seconds'])} at {settings['teraflops']:g} · 10¹² operations a second and "
         f"{settings['bandwidth']:g} GB/s on one device, and one CPU thread; how long prompts are is a guess",
@@ -227,9 +241,6 @@ def step_table(found):
         f"({amount(memory['unmerged'])}B for the unmerged model's scores), with batches of {settings['batch_size']}",
     ]
     return "\n".join(lines)
-
-
-WIDTHS = {"items": 8, "requests": 10, "tokens": 9, "operations": 12, "bytes": 8}
 
 
 def run(

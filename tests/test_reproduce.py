@@ -83,8 +83,9 @@ def test_other_settings_cost_what_they_should():
     assert {s["what"].split(", ")[-1] for s in found["steps"][3:]} == {"24 of 32 experts", "16 of 32 experts"}
     subjects = reproduce.estimate("mixtral-8x7b", tasks=["mmlu"], limit=10)["steps"][2]
     assert subjects["items"] == 570
-    with pytest.raises(ValueError, match="How many items gsm8k has is not known beforehand"):
-        reproduce.estimate("mixtral-8x7b", tasks=["gsm8k"])
+    more = reproduce.estimate("mixtral-8x7b", tasks=["mmlu", "gsm8k"], limit=10)
+    assert more["steps"][2] == subjects
+    assert "not counted: gsm8k" in reproduce.step_table(more)
     with pytest.raises(ValueError, match='"name" argument must be one of "qwen1.5-moe", "mixtral-8x7b"; not \'mixtral\''):
         reproduce.estimate("mixtral")
 
