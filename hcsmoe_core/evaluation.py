@@ -203,7 +203,7 @@ def paired(scores, against, *, metrics=("acc", "acc_norm")):
 
 def _paired_task(task, metric, scores, against):
     """One row of :func:`paired`, or None if the task has no such metric."""
-    group = scores["groups"].get(task, {"tasks": [task], "by_size": True})
+    group = scores.get("groups", {}).get(task, {"tasks": [task], "by_size": True})
     parts = []
     for name in group["tasks"]:
         one, other = (found.get("items", {}).get(name, {}) for found in (scores, against))
@@ -216,17 +216,23 @@ def _paired_task(task, metric, scores, against):
             )
         parts.append((np.array(one[metric], float), np.array(other[metric], float)))
     sizes = [len(one) for one, _ in parts]
-    weights = np.array(sizes) / sum(sizes) if group["by_size"] else np.full(len(parts), 1 / len(parts))
-    errors = np.array([np.std(one - other, ddof=1) / math.sqrt(len(one)) for one, other in parts])
-    if group["by_size"]:  # as the harness does: the variance within subtasks, pooled
-        variances = sum((n - 1) * n * e**2 for n, e in zip(sizes, errors, strict=True)) / (sum(sizes) - len(sizes))
-        error = math.sqrt(variances / sum(sizes))
-    else:
-        error = math.sqrt(sum(errors**2)) / len(parts)
-    means = [float(sum(w * pair[i].mean() for w, pair in zip(weights, parts, strict=True))) for i in (0, 1)]
-    changes = np.concatenate([one - other for one, other in parts])
-    row = {"task": task, "score": means[0], "against": means[1], "difference": means[0] - means[1], "error": error}
-    return row | {"won": int((changes > 0).sum()), "lost": int((changes < 0).sum()), "items": len(changes)}
+    weights = sizes if group["by_size"] else None
+    means = [float(np.average([pair[i].mean() for pair in parts], weights=weights)) for i in (0, 1)]
+    changes = [one - other for one, other in parts]
+    row = {"task": task, "score": means[0], "against": means[1], "difference": means[0] - means[1]}
+    won, lost = (int(sum((sign * change > 0).sum() for change in changes)) for sign in (1, -1))
+    return row | {"error": _error(changes, group["by_size"]), "won": won, "lost": lost, "items": sum(sizes)}
+
+
+def _error(changes, by_size):
+    """Standard error of a mean change: within subtasks, pooled as the harness pools it, or of the plain mean of their means."""
+    squares, sizes = [((c - c.mean()) ** 2).sum() for c in changes], [len(c) for c in changes]
+    if by_size:
+        free = sum(sizes) - len(sizes)
+        return math.sqrt(sum(squares) / free / sum(sizes)) if free else math.nan
+    if min(sizes) == 1:
+        return math.nan
+    return math.sqrt(sum(square / (n - 1) / n for square, n in zip(squares, sizes, strict=True))) / len(sizes)
 
 
 def paired_table(frame):
