@@ -18,7 +18,7 @@ from hcsmoe_core.calibration import calibration_tokens, domains_of
 from hcsmoe_core.capture import capture
 from hcsmoe_core.checkpoint import load_merged, load_model, save_merged
 from hcsmoe_core.clustering import cut, linkage
-from hcsmoe_core.evaluation import evaluate
+from hcsmoe_core.evaluation import evaluate, paired
 from hcsmoe_core.merging import apply_plan, restore
 from hcsmoe_core.methods import METHODS, make_plan, merge_tree, needs_of
 from hcsmoe_core.moe import MoELayer, find_moe_layers
@@ -53,6 +53,7 @@ __all__ = [
     "merge_tree",
     "needs_of",
     "open_model",
+    "paired",
     "restore",
     "save_merged",
     "stream_capture",

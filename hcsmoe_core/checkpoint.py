@@ -100,9 +100,14 @@ def load_skeleton(model, *, dtype="auto"):
     """
     config = readable_config(folder_of(model), model)
     with readable(model):
-        kind = _dtype(config.get_text_config().dtype or "float32" if dtype == "auto" else dtype)
-        with torch.device("meta"):
-            return model_class(config)(config).to(kind)
+        return skeleton_of(config, dtype=dtype)
+
+
+def skeleton_of(config, *, dtype="auto"):
+    """:func:`load_skeleton` of a configuration of transformers."""
+    kind = _dtype(config.get_text_config().dtype or "float32" if dtype == "auto" else dtype)
+    with torch.device("meta"):
+        return model_class(config)(config).to(kind)
 
 
 def folder_of(model):

@@ -26,7 +26,10 @@ LOAD = Annotated[
 MEMORY = Annotated[str, typer.Option(help="Memory that the process may hold, such as 3GB; by default what is free.")]
 CALIBRATION = Annotated[
     str,
-    typer.Option(help="c4, demo, a data set on the hub, or a .txt, .json, .jsonl or .safetensors file. By default what suits."),
+    typer.Option(
+        help="c4, wikitext, math, code, demo, a data set on the hub (name:configuration:split:column), a .txt, .json, .jsonl "
+        "or .safetensors file, or a mixture such as 0.5*c4+0.5*math. By default what suits."
+    ),
 ]
 SEQUENCES = Annotated[int, typer.Option(help="Calibration sequences; 0 for the default of the source.")]
 LENGTH = Annotated[int, typer.Option(help="Tokens in each; 0 for the default of the source.")]
@@ -322,7 +325,10 @@ def evaluate(
         Path | None, typer.Option(help="Statistics that the plan was made from, where it needs them.")
     ] = None,
     tasks: Annotated[
-        str, typer.Option(help="lm-evaluation-harness tasks, comma-separated; by default the embedded ones.")
+        str,
+        typer.Option(
+            help="lm-evaluation-harness tasks, comma-separated; paper for the eight of the paper; by default the embedded ones."
+        ),
     ] = "",
     limit: Annotated[int, typer.Option(help="Items of each task; 0 for all.")] = 0,
     batch_size: Annotated[int, typer.Option(help="Requests a forward pass.")] = 64,
@@ -332,16 +338,21 @@ def evaluate(
     sequences: Annotated[int, typer.Option(help="Sequences of that text.")] = 96,
     length: Annotated[int, typer.Option(help="Tokens in each.")] = 256,
     seed: Annotated[int, typer.Option(help="Of that text and of the harness.")] = 0,
+    against: Annotated[
+        Path | None, typer.Option(help="results.json of another model on the same tasks, to tell the difference item by item.")
+    ] = None,
+    answers: Annotated[str, typer.Option(help="Folder where the model's answers are kept, or none.")] = "runs/answers",
     out: Annotated[Path | None, typer.Option(help="results.json to write.")] = None,
     dtype: DTYPE = "auto",
     device: DEVICE = "auto",
 ):
     """Accuracy on tasks, and perplexity."""
     import hcsmoe_core as core
-    from hcsmoe_core.evaluation import score_table
+    from hcsmoe_core.evaluation import PAPER_TASKS, paired_table, score_table
     from hcsmoe_core.files import write_json
-    from hcsmoe_core.study import model_size
+    from hcsmoe_core.study import model_size, place
 
+    other = _scores_of(against) if against else None
     made = core.load_plan(plan) if plan else None
     loaded, tokenizer = core.load_model(model, dtype=dtype, device=device)
     if made is not None:
@@ -349,18 +360,31 @@ def evaluate(
     scores = core.evaluate(
         loaded,
         tokenizer,
-        _listed(tasks) or None,
+        [task for name in _listed(tasks) for task in (PAPER_TASKS if name == "paper" else [name])] or None,
         limit=limit or None,
         batch_size=batch_size,
         text=None if text == "none" else text,
         sequences=sequences,
         length=length,
         seed=seed,
+        answers=None if answers == "none" else place(answers),
     )
     print(score_table(scores))
+    if other:
+        print(f"\nagainst {against}\n{paired_table(core.paired(scores, other))}")
     if out:
         write_json(out, {"model": model, "plan": made and made.settings, "size": model_size(loaded), "scores": scores})
         print(out)
+
+
+def _scores_of(path):
+    """Scores in a results.json."""
+    from hcsmoe_core.files import read_json
+
+    content = read_json(path)
+    if not isinstance(content, dict) or "items" not in content.get("scores", {}):
+        raise ValueError(f"{path} is no results.json with the scores of each item; make it again with hcsmoe evaluate --out.")
+    return content["scores"]
 
 
 @app.command()
@@ -450,6 +474,40 @@ def compare(
     tables = place(out) / f"{slug(model)}.csv"
     frame.to_csv(tables, index=False)
     print(f"\n{shown(tables)}")
+
+
+@app.command()
+def reproduce(
+    name: Annotated[str, typer.Argument(help="qwen1.5-moe (the paper's Table 2) or mixtral-8x7b (Table 3).")],
+    dry_run: Annotated[
+        bool, typer.Option(help="Only list every step with its costs; needs neither network nor weights.")
+    ] = False,
+    model: Annotated[str, typer.Option(help="Folder of the model, or another one; by default the paper's, from the hub.")] = "",
+    tasks: Annotated[str, typer.Option(help="Tasks, comma-separated; by default the paper's eight.")] = "",
+    limit: Annotated[int, typer.Option(help="Items of each task; 0 for all.")] = 0,
+    batch_size: Annotated[int, typer.Option(help="Requests a forward pass.")] = 16,
+    teraflops: Annotated[float, typer.Option(help="10^12 operations a second that the device sustains.")] = 100.0,
+    bandwidth: Annotated[float, typer.Option(help="GB a second at which weights are read.")] = 2.0,
+    calibration: CALIBRATION = "",
+    sequences: SEQUENCES = 0,
+    length: LENGTH = 0,
+    seed: SEED = 42,
+    dtype: DTYPE = "auto",
+    device: DEVICE = "auto",
+    load: LOAD = "auto",
+    memory: MEMORY = "",
+    out: Annotated[Path, typer.Option(help="Folder of the cells; those that are done are kept.")] = Path("runs/reproduce"),
+):
+    """Make a table of the HC-SMoE paper, all methods at both sizes, and print it beside the published values."""
+    from hcsmoe_core import reproduce as study
+
+    how = dict(model=model, tasks=_listed(tasks) or None, limit=limit, batch_size=batch_size, dtype=dtype)
+    how |= dict(calibration=calibration, sequences=sequences, length=length)
+    print(study.step_table(study.estimate(name, teraflops=teraflops, bandwidth=bandwidth, **how)), flush=True)
+    if dry_run:
+        return
+    cells = study.run(name, seed=seed, device=device, load=load, memory=memory, folder=out, **how)
+    print(f"\n{study.report(name, cells, model)}\n\n{cells}")
 
 
 def _number(option, text):

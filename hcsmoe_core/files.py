@@ -92,10 +92,10 @@ def sha256_json(value):
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def write_json(path, value):
-    """Write ``value`` as indented JSON, beside its place and renamed."""
+def write_json(path, value, *, indent=1):
+    """Write ``value`` as JSON, indented so that a person can read it or on one line, beside its place and renamed."""
     with replacing(path) as part:
-        part.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+        part.write_text(json.dumps(value, indent=indent) + "\n", encoding="utf-8")
 
 
 def read_json(path):

@@ -206,13 +206,15 @@ def efficiency(cells):
     return pd.DataFrame(rows).astype(dict.fromkeys(("params_b", "gb", "share", "seconds", "published_peak_gb"), float))
 
 
-def wanted(num_experts):
+def wanted(num_experts, tables=None):
     """Every cell of ``05_accuracy`` that the tables need, as its parameters.
 
     Parameters
     ----------
     num_experts : int
         E of the model.
+    tables : sequence of str, optional
+        Of which tables; by default of all.
 
     Returns
     -------
@@ -220,7 +222,7 @@ def wanted(num_experts):
         ``experts`` (0: unmerged), ``method`` and steps that are not the method's own.
     """
     found = {(0, ""): {"experts": 0}}
-    for table in published()["tables"].values():
+    for table in map(table_of, tables or published()["tables"]):
         of = published()["models"][table["model"]]["experts"]
         for line in table["rows"]:
             setting, experts = OURS[line["method"]][0], round(Fraction(line["experts"], of) * num_experts)

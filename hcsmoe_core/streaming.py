@@ -94,7 +94,7 @@ def open_model(model, *, dtype="auto", device="auto", load="auto", memory=""):
         As :func:`hcsmoe_core.checkpoint.load_model`; ValueError also if not even one decoder layer fits.
     """
     check_choice("load", load, LOADS)
-    limit = _bytes_of(memory) if memory else _free("cpu") + _held()
+    limit = _bytes_of(memory) if memory else free_memory("cpu") + _held()
     if load == "auto":
         spread = device in DEVICE_MAPS or merge_record(folder_of(model))
         load = "whole" if spread else _fitting(model, dtype, device, limit)
@@ -114,7 +114,7 @@ def _fitting(model, dtype, device, limit):
     """ "whole" if a model fits into memory with what merging adds, else "streamed"."""
     parameters = load_skeleton(model, dtype=dtype).parameters()
     size = WHOLE * sum(p.numel() * p.element_size() for p in parameters)
-    return "whole" if size + _held() <= limit and size <= _free(device_of(device)) else "streamed"
+    return "whole" if size + _held() <= limit and size <= free_memory(device_of(device)) else "streamed"
 
 
 def _bytes_of(memory):
@@ -125,7 +125,8 @@ def _bytes_of(memory):
     return int(float(found[1]) * UNITS[found[2].upper()])
 
 
-def _free(device):
+def free_memory(device):
+    """Bytes of memory that are free, of the system or of a GPU."""
     if str(device).startswith("cuda"):
         return torch.cuda.mem_get_info(device)[0]
     import psutil

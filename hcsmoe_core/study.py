@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 import hcsmoe_core
-from hcsmoe_core.calibration import calibration_tokens, domains_of
+from hcsmoe_core.calibration import calibration_tokens, domains_of, local_files
 from hcsmoe_core.capture import capture, expected_bytes
 from hcsmoe_core.checkpoint import load_skeleton
 from hcsmoe_core.clustering import cut
@@ -23,6 +23,7 @@ from hcsmoe_core.moe import find_moe_layers, model_hash
 from hcsmoe_core.plan import summarise
 from hcsmoe_core.similarity import allowed_linkages
 from hcsmoe_core.statistics import DEFAULT_NEEDS, load_statistics
+from hcsmoe_core.streaming import stream_capture, work_folder
 
 NOTEBOOKS = (
     "00_tour",
@@ -100,6 +101,7 @@ def statistics(
     Parameters
     ----------
     model : transformers.PreTrainedModel
+        In memory or streamed.
     tokenizer : transformers.PreTrainedTokenizerBase or None
     calibration, sequences, length
         As for :func:`calibration_of`.
@@ -118,11 +120,11 @@ def statistics(
     needs = tuple(dict.fromkeys((*DEFAULT_NEEDS, *needs)))
     key = settings | {"seed": seed, "model": model_hash(model), "dtype": str(model.dtype)}
     key["core"] = hcsmoe_core.__version__
-    if settings["calibration"] == "demo":
+    if "demo" in settings["calibration"]:
         key["python"] = platform.python_version()  # whose library is part of the text
-    source = Path(settings["calibration"])
-    if source.is_file():
-        key["file"] = sha256_file(source)
+    files = [sha256_file(path) for path in local_files(settings["calibration"])]
+    if files:
+        key["files"] = files
     kinds = {"sums": DEFAULT_NEEDS, "sample": (*DEFAULT_NEEDS, "sample")}
     paths = {k: place(folder) / f"{slug(model.name_or_path)}-{sha256_json(key)[:12]}-{k}.safetensors" for k in kinds}
     wanted = "sample" if "sample" in needs else "sums"
@@ -132,8 +134,10 @@ def statistics(
     size = {"sequences": settings["sequences"], "length": settings["length"]}
     input_ids = calibration_tokens(settings["calibration"], tokenizer, seed=seed, **size)
     domains = domains_of(settings["calibration"], settings["sequences"])
-    stats = capture(model, input_ids, needs=kinds[wanted], batch_size=batch_size, domains=domains)
-    stats.save(paths[wanted])
+    how = dict(needs=kinds[wanted], batch_size=batch_size, domains=domains)
+    with work_folder(paths[wanted], model) as work:
+        stats = capture(model, input_ids, **how) if work is None else stream_capture(model, input_ids, work / "capture", **how)
+        stats.save(paths[wanted])
     return stats
 
 
@@ -158,27 +162,37 @@ def forecast(model, *, dtype="auto", calibration="", sequences=0, length=0, seed
     skeleton, source = load_skeleton(model, dtype=dtype), calibration_of(model, calibration, sequences, length)
     needs = tuple(dict.fromkeys((*DEFAULT_NEEDS, *needs)))
     size, tokens = model_size(skeleton), source["sequences"] * source["length"]
-    weights, held, pairs = size["weights"], size["bytes"], 0
-    active = weights
-    for layer in find_moe_layers(skeleton):
-        count = layer.num_experts
-        active -= sum(t.numel() for t in layer.tensors().values()) * (1 - (layer.top_k or count) / count)
-        pairs += 4 * count**2 * layer.hidden_size  # inner products of all pairs of outputs, four ways
-    work = 2 * samples * tokens * (active + size["expert_weights"] + pairs)
+    weights, held = size["weights"], size["bytes"]
+    active, captured = work_of_a_token(skeleton)
+    work = samples * tokens * captured
     where, speed = _speed(skeleton.dtype)
     domains = len(set(domains_of(source["calibration"], source["sequences"]) or ["all"]))
     file = expected_bytes(skeleton, needs, domains=domains, tokens=tokens)
     shape = f"{source['sequences']} × {source['length']:,} = {tokens:,} tokens of {source['calibration']}"
     rows = {
-        "model": f"{_amount(weights)} weights, {_amount(held)}B in memory; {active / weights:.0%} of them active for a token",
+        "model": f"{amount(weights)} weights, {amount(held)}B in memory; {active / 2 / weights:.0%} of them active for a token",
         "calibration": shape if samples == 1 else f"{samples} samples of {shape}",
-        "capture": f"{_amount(work)} operations: {_duration(work / speed)} or more on this {where}",
-        "statistics": f"{_amount(samples * file)}B under runs/statistics, kept for the next time",
+        "capture": f"{amount(work)} operations: {duration(work / speed)} or more on this {where}",
+        "statistics": f"{amount(samples * file)}B under runs/statistics, kept for the next time",
     }
     return "\n".join(f"{name:<13}{text}" for name, text in rows.items())
 
 
-def _amount(number):
+def work_of_a_token(model):
+    """Operations that the matrix products of one token take: in the model's forward pass, and in a capture.
+
+    A capture also runs every expert on every token, and makes inner products of all pairs of their outputs, four ways.
+    """
+    size = model_size(model)
+    active, pairs = size["weights"], 0
+    for layer in find_moe_layers(model):
+        count = layer.num_experts
+        active -= sum(t.numel() for t in layer.tensors().values()) * (1 - (layer.top_k or count) / count)
+        pairs += 4 * count**2 * layer.hidden_size
+    return 2 * active, 2 * (active + size["expert_weights"] + pairs)
+
+
+def amount(number):
     """A number with a prefix of a thousand, such as 46.7 G."""
     power = min(int(np.log10(max(number, 1)) / 3), 6)
     return f"{number / 1000**power:.3g} {' kMGTPE'[power]}".strip()
@@ -194,7 +208,8 @@ def _speed(dtype, size=1024, seconds=0.1):
     return device.type.upper().replace("CUDA", "GPU"), 2 * size**3 * count / (time.perf_counter() - started)
 
 
-def _duration(seconds):
+def duration(seconds):
+    """A time in seconds, minutes or hours."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -74,18 +74,23 @@ def merged(tensor, labels, weights):
 
 def multiple_choice(model, tokenizer, items):
     """Share of items whose right choice has the largest log-likelihood, and the largest per byte; one choice at a time."""
-    hits, normed = [], []
+    return tuple(np.mean(found) for found in hits(model, tokenizer, items))
+
+
+def hits(model, tokenizer, items, delimiter=""):
+    """Which items are right by the largest log-likelihood, and by the largest per letter; a prompt may differ by choice."""
+    found, normed = [], []
     for item in items:
-        scores = []
-        for choice in item["choices"]:
-            prompt, whole = tokenizer(item["prompt"])["input_ids"], tokenizer(item["prompt"] + choice)["input_ids"]
+        scores, choices = [], item["choices"]
+        prompts = item["prompt"] if isinstance(item["prompt"], list) else [item["prompt"]] * len(choices)
+        for before, choice in zip(prompts, choices, strict=True):
+            prompt, whole = tokenizer(before)["input_ids"], tokenizer(before + delimiter + choice)["input_ids"]
             with torch.no_grad():
                 logprobs = model(torch.tensor([whole])).logits[0].double().log_softmax(-1)
             scores.append(sum(logprobs[i - 1, whole[i]].item() for i in range(len(prompt), len(whole))))
-        hits.append(int(np.argmax(scores)) == item["answer"])
-        lengths = [len(c) for c in item["choices"]]
-        normed.append(int(np.argmax(np.array(scores) / lengths)) == item["answer"])
-    return np.mean(hits), np.mean(normed)
+        found.append(int(np.argmax(scores) == item["answer"]))
+        normed.append(int(np.argmax(np.array(scores) / [len(c) for c in choices]) == item["answer"]))
+    return found, normed
 
 
 def gates(index, weight, experts):

@@ -1,3 +1,4 @@
+import itertools
 import json
 
 import numpy as np
@@ -7,6 +8,7 @@ from conftest import tiny_model  # noqa: F401 (shared fixtures)
 from safetensors.torch import save_file
 
 from hcsmoe_core import calibration_tokens, domains_of
+from hcsmoe_core.calibration import local_files
 from hcsmoe_core.demo import corpus, models
 
 
@@ -102,6 +104,109 @@ def test_the_embedded_corpus_takes_domains_in_turn(tokenizer):
         assert corpus.split_of(f"sorting {question.removeprefix('sort ')}") == "calibration"
 
 
+def test_the_papers_recipe_step_by_step(tokenizer, monkeypatch):
+    """Against datasets' own batched map: 16 documents a block, batches of 1,000, of each the whole blocks."""
+    import datasets
+
+    shard = datasets.Dataset.from_dict({"text": [f"{i} is a number. " * (1 + i % 7) for i in range(2500)], "url": ["u"] * 2500})
+    monkeypatch.setattr(datasets, "load_dataset", lambda **_: shard)
+    blocks, length = 70, 96  # 1,120 documents, of which the last 120 are a batch of their own
+    chosen = shard.select(np.random.default_rng(42).permutation(2500)[: 16 * blocks])
+    encoded = chosen.map(lambda row: {"ids": tokenizer(row["text"])["input_ids"]})
+
+    def cut(batch):
+        joined = list(itertools.chain.from_iterable(batch["ids"]))
+        return {"block": [joined[i : i + length] for i in range(0, len(joined) // length * length, length)]}
+
+    wanted = encoded.map(cut, batched=True, batch_size=1000, remove_columns=encoded.column_names)["block"]
+    got = calibration_tokens("c4", tokenizer, sequences=blocks, length=length)
+    assert len(wanted) > blocks
+    assert got.tolist() == wanted[:blocks]
+
+
+ROWS = {
+    "EleutherAI/wikitext_document_level": {"page": ["An article."]},
+    "allenai/tulu-3-sft-personas-math": {
+        "prompt": ["Two and two?"],
+        "messages": [[{"role": "user", "content": "Two and two?"}, {"role": "assistant", "content": "Four."}]],
+    },
+    "theblackcat102/evol-codealpaca-v1": {"instruction": ["Add."], "output": ["a + b"]},
+    "some/data": {"question": ["Why?"], "answer": ["So."], "year": [1999]},
+}
+
+
+@pytest.mark.parametrize(
+    ("source", "options", "document"),
+    [
+        ("wikitext", {"name": "wikitext-2-raw-v1", "split": "train"}, "An article."),
+        ("math", {"split": "train"}, "Two and two?\nFour."),
+        ("code", {"split": "train"}, "Add.\na + b"),
+        ("some/data:::answer", {"name": None, "split": "train"}, "So."),
+        ("some/data:main:test:question,answer", {"name": "main", "split": "test"}, "Why?\nSo."),
+    ],
+)
+def test_named_sets_and_columns(tokenizer, monkeypatch, source, options, document):
+    import datasets
+
+    asked = {}
+
+    def load(path, **given):
+        asked.update(given, path=path)
+        return datasets.Dataset.from_dict({name: values * 50 for name, values in ROWS[path].items()})
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    got = calibration_tokens(source, tokenizer, sequences=1, length=40)
+    assert got[0].tolist() == (tokenizer(document)["input_ids"] * 50)[:40]
+    assert {k: v for k, v in asked.items() if k != "path"} == options
+    for column, message in (
+        ("text", 'no column "text" but question, answer, year'),
+        ("year", "neither text nor messages, but int"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            calibration_tokens("some/data", tokenizer, sequences=1, length=40, column=column)
+
+
+def test_a_mixture_takes_each_parts_share_and_keeps_its_statistics_apart(tokenizer, tmp_path):
+    import hcsmoe_core as core
+
+    numbers, words = tmp_path / "numbers.txt", tmp_path / "words.txt"
+    numbers.write_text("1 2 3 4 5 6 7 8 9 " * 400)
+    words.write_text("the table of the house is the place of the people " * 400)
+    source = f"0.7*{numbers}+0.3*{words}"
+    got = calibration_tokens(source, tokenizer, sequences=10, length=32)
+    apart = [calibration_tokens(path, tokenizer, sequences=n, length=32) for path, n in ((numbers, 7), (words, 3))]
+    assert torch.equal(got, torch.cat(apart))
+    assert domains_of(source, 10) == ["numbers"] * 7 + ["words"] * 3
+    assert local_files(source) == [numbers, words]
+    model, _ = core.load_model("demo-mixtral")
+    stats = core.capture(model, got, domains=domains_of(source, 10))
+    assert stats.domains == ["numbers", "words"]
+    for i, part in enumerate(apart):
+        alone = core.capture(model, part)
+        for name, sums in alone.layers.items():
+            assert torch.equal(stats.layers[name].usage_count[i], sums.usage_count[0])
+    assert domains_of("demo+wikitext", 14) == [*corpus.DOMAINS][:7] + ["wikitext"] * 7
+    for weights, sequences, counts in (((1, 1, 1), 4, (2, 1, 1)), ((98, 1, 1), 10, (8, 1, 1)), ((2, 1), 6, (4, 2))):
+        parts = "+".join(f"{w}*{name}" for w, name in zip(weights, ("c4", "math", "code"), strict=False))
+        assert [domains_of(parts, sequences).count(name) for name in ("c4", "math", "code")[: len(weights)]] == list(counts)
+
+
+@pytest.mark.parametrize(
+    ("source", "sequences", "message"),
+    [
+        ("half*c4+math", 8, "'half\\*c4' is no part: write weight\\*name"),
+        ("0*c4+math", 8, "'0\\*c4' is no part"),
+        ("c4+", 8, "'' is no part"),
+        ("c4+math+c4", 8, "two domains are called 'c4'"),
+        ("demo+code", 24, "two domains are called 'code'"),
+        ("c4+math+code", 2, "2 sequences are too few for the 3 parts"),
+    ],
+)
+def test_what_is_no_mixture_is_refused(tokenizer, source, sequences, message):
+    with pytest.raises(ValueError, match=message):
+        calibration_tokens(source, tokenizer, sequences=sequences, length=8)
+
+
 def test_bad_input_is_refused(tokenizer, tmp_path, monkeypatch):
     path = written(tmp_path, TEXTS[:2])
     with pytest.raises(ValueError, match=r"gives \d+ blocks of 64 tokens from 2 documents, but 32 were asked for"):
@@ -117,5 +222,6 @@ def test_bad_input_is_refused(tokenizer, tmp_path, monkeypatch):
         with pytest.raises(ValueError, match="must be a whole number"):
             calibration_tokens("demo", tokenizer, **bad)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(FileNotFoundError, match="Cannot load calibration data 'nobody/no-such-data'"):
-        calibration_tokens("nobody/no-such-data", tokenizer, sequences=1, length=8)
+    for name, shown in (("nobody/no-such-data", "nobody/no-such-data"), ("math", "allenai/tulu-3-sft-personas-math")):
+        with pytest.raises(FileNotFoundError, match=f"Cannot load calibration data '{name}'.* did not give {shown}"):
+            calibration_tokens(name, tokenizer, sequences=1, length=8)

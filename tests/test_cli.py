@@ -70,6 +70,7 @@ def test_evaluate_an_embedded_model_with_a_plan(tmp_path):
     hcsmoe("capture", "demo-mixtral", *size, "--out", tmp_path / "s.safetensors")
     hcsmoe("plan", tmp_path / "s.safetensors", "--experts", 4, "--out", tmp_path / "p.json")
     options = ("--tasks", "demo_units,demo_largest", "--limit", 12, "--sequences", 12, "--length", 64, "--dtype", "float32")
+    options += ("--answers", "none")
     said = [
         hcsmoe("evaluate", "demo-mixtral", "--plan", tmp_path / "p.json", *options, "--out", tmp_path / "r.json") for _ in "ab"
     ]

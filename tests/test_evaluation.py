@@ -1,3 +1,4 @@
+import json
 import math
 
 import naive
@@ -8,7 +9,7 @@ from conftest import tiny_model, tokens
 
 import hcsmoe_core as core
 from hcsmoe_core.demo import tasks
-from hcsmoe_core.evaluation import perplexity, score_table
+from hcsmoe_core.evaluation import paired_table, perplexity, score_table
 
 
 @pytest.fixture(scope="module")
@@ -63,11 +64,95 @@ def test_merged_models_are_scored_alike_live_and_loaded(embedded, tmp_path):
     assert "demo_largest" in score_table(live)
 
 
+def made_up(items, *, groups=None, of="1"):
+    """Scores as evaluate gives them, of made-up items."""
+    scores = {"items": {task: {"of": of, "acc": list(values)} for task, values in items.items()}, "groups": groups or {}}
+    inside = {task for group in scores["groups"].values() for task in group["tasks"]}
+    return scores | {"tasks": {task: {} for task in (*scores["groups"], *items) if task not in inside}}
+
+
+def test_paired_differences_equal_naive_ones():
+    rng = np.random.default_rng(0)
+    sizes = {"a": 50, "b": 7, "g1": 30, "g2": 12, "h1": 5, "h2": 40}
+    one, other = ({task: rng.integers(0, 2, n).tolist() for task, n in sizes.items()} for _ in range(2))
+    one["a"] = [x if rng.random() < 0.9 else 1 - x for x in other["a"]]  # mostly the same items right
+    groups = {"g": {"tasks": ["g1", "g2"], "by_size": True}, "h": {"tasks": ["h1", "h2"], "by_size": False}}
+    table = core.paired(made_up(one, groups=groups), made_up(other, groups=groups)).set_index("task")
+    change = {task: np.array(one[task]) - np.array(other[task]) for task in sizes}
+    error = {task: np.std(c, ddof=1) / np.sqrt(len(c)) for task, c in change.items()}
+    for task in "ab":
+        assert table.loc[task, "difference"] == pytest.approx(np.mean(one[task]) - np.mean(other[task]))
+        assert table.loc[task, "error"] == pytest.approx(error[task])
+        assert [table.loc[task, k] for k in ("won", "lost")] == [(change[task] == 1).sum(), (change[task] == -1).sum()]
+    unpaired = np.hypot(*(np.std(found["a"], ddof=1) / np.sqrt(50) for found in (one, other)))
+    assert table.loc["a", "error"] < 0.6 * unpaired
+    assert table.loc["g", "difference"] == pytest.approx(np.mean(np.concatenate([change["g1"], change["g2"]])))
+    within = sum(((change[t] - change[t].mean()) ** 2).sum() for t in ("g1", "g2")) / (42 - 2)
+    assert table.loc["g", "error"] == pytest.approx(np.sqrt(within / 42))
+    assert table.loc["h", "difference"] == pytest.approx((change["h1"].mean() + change["h2"].mean()) / 2)
+    assert table.loc["h", "error"] == pytest.approx(np.hypot(error["h1"], error["h2"]) / 2)
+    four = table.loc[["a", "b", "g", "h"]]
+    assert table.loc["mean", "difference"] == pytest.approx(four["difference"].mean())
+    assert table.loc["mean", "error"] == pytest.approx(np.sqrt((four["error"] ** 2).sum()) / 4)
+
+
+def test_only_the_same_items_are_paired():
+    scores = made_up({"a": [0, 1, 1], "b": [1, 0]})
+    with pytest.raises(ValueError, match="a was scored on 3 items here and on 4, or on others, there"):
+        core.paired(scores, made_up({"a": [0, 1, 1, 1]}, of="2"))
+    with pytest.raises(ValueError, match="one has tasks a, b, the other c"):
+        core.paired(scores, made_up({"c": [0, 1]}))
+
+
+def test_a_model_is_asked_once_and_answers_are_kept_by_what_they_depend_on(embedded, tmp_path, monkeypatch):
+    from lm_eval.models.huggingface import HFLM
+
+    model, tokenizer = embedded
+    names, folder = ["demo_largest", "demo_units"], tmp_path / "answers"
+    how = dict(limit=10, text=None, answers=folder)
+    plain = core.evaluate(model, tokenizer, names, limit=10, text=None)
+    first = core.evaluate(model, tokenizer, names, **how)
+    assert (first["tasks"], first["items"]) == (plain["tasks"], plain["items"])
+    files = sorted(folder.rglob("*.json"))
+    assert [p.parent.name for p in files] == names
+    kept = json.loads(files[0].read_text())
+    answer, greedy = kept["answers"][0]  # of the first choice of the first item
+    item, ids = tasks.load_items("demo_largest")[0], lambda text: tokenizer(text)["input_ids"]
+    whole, start = ids(item["prompt"] + item["choices"][0]), len(ids(item["prompt"]))
+    with torch.no_grad():
+        logprobs = model(torch.tensor([whole])).logits[0].double().log_softmax(-1)
+    assert answer == pytest.approx(sum(logprobs[i - 1, whole[i]].item() for i in range(start, len(whole))), rel=1e-5)
+    assert greedy == all(logprobs[i - 1].argmax() == whole[i] for i in range(start, len(whole)))
+    assert len(kept["answers"]) == 40
+
+    stats = core.capture(model, core.calibration_tokens("demo", tokenizer, sequences=12, length=64))
+    plan = core.make_plan(stats, model, experts=4)
+    core.save_merged(model, plan, tmp_path / "m", tokenizer=tokenizer)
+    core.apply_plan(model, plan)
+    merged = core.evaluate(model, tokenizer, names, **how)
+    core.restore(model)
+    assert len(list(folder.rglob("*.json"))) == 4
+    assert "±" in paired_table(core.paired(merged, first))
+
+    monkeypatch.setattr(HFLM, "_loglikelihood_tokens", lambda *_, **__: pytest.fail("asked again"))
+    assert core.evaluate(model, tokenizer, names, **how)["items"] == first["items"]
+    loaded, own = core.load_model(tmp_path / "m")  # the merged folder is the merged model, to the bit
+    assert core.evaluate(loaded, own, names, **how)["tasks"] == merged["tasks"]
+    for changed in (dict(limit=11), dict(batch_size=8), dict(seed=1)):
+        with pytest.raises(pytest.fail.Exception):
+            core.evaluate(model, tokenizer, names, **how | changed)
+    with torch.no_grad():
+        loaded.model.layers[1].self_attn.q_proj.weight[0, 0] += 1e-3  # one weight of another kind
+    with pytest.raises(pytest.fail.Exception):
+        core.evaluate(loaded, own, names, **how)
+
+
 def test_bad_input_is_refused(embedded):
     model, tokenizer = embedded
     with pytest.raises(ValueError, match="demo_spelling, which the harness does not know"):
         core.evaluate(model, tokenizer, ["demo_spelling"])
     with pytest.raises(ValueError, match="needs the model's tokenizer"):
         core.evaluate(model, None)
-    with pytest.raises(ValueError, match='"batch_size" argument'):
-        core.evaluate(model, tokenizer, batch_size=0)
+    for bad in (dict(batch_size=0), dict(limit=0)):
+        with pytest.raises(ValueError, match=f'"{next(iter(bad))}" argument'):
+            core.evaluate(model, tokenizer, **bad)

@@ -16,6 +16,7 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 ROOMS = [  # top to bottom: a room imports none above it
     "cli",
     "showcase",
+    "reproduce",
     "paper",
     "sweep",
     "compare",
@@ -25,6 +26,7 @@ ROOMS = [  # top to bottom: a room imports none above it
     "study",
     "figures",
     "evaluation",
+    "harness",
     "families",
     "streaming",
     "checkpoint",
