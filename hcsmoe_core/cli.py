@@ -1,5 +1,6 @@
 """The ``hcsmoe`` command: the library's verbs, one each."""
 
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -101,21 +102,19 @@ def _needs(methods, settings=None):
 
 
 def _calibration(model, tokenizer, calibration, sequences, length, column, seed, heldout=0):
-    """Calibration tokens by the command's options, their domains, as many held-out ones as there are, and a description."""
+    """Calibration tokens by the command's options, their domains, a description, and more tokens of the same source."""
     from hcsmoe_core import calibration_tokens, domains_of
     from hcsmoe_core.study import calibration_of
 
     settings = calibration_of(model.name_or_path, calibration, sequences, length)
     source, count, length = settings["calibration"], settings["sequences"], settings["length"]
     options = dict(length=length, seed=seed, column=column)
-    try:
-        rows = calibration_tokens(source, tokenizer, sequences=count + heldout, **options)
-    except ValueError:
-        if not heldout:
-            raise
-        rows = calibration_tokens(source, tokenizer, sequences=count, **options)  # there is not text enough for both
+    rows = more = calibration_tokens(source, tokenizer, sequences=count, **options)
+    if heldout:
+        with contextlib.suppress(ValueError):  # there is not text enough for both
+            more = calibration_tokens(source, tokenizer, sequences=count + heldout, **options)
     about = f"{count} × {length} tokens of {Path(source).name if Path(source).exists() else source}, seed {seed}"
-    return rows[:count], domains_of(source, count), rows[count:], about
+    return rows, domains_of(source, count), about, more
 
 
 def _captured(model, input_ids, domains, work, batch_size, needs, sample):
@@ -236,6 +235,7 @@ def merge(
     from hcsmoe_core.fidelity import unseen
     from hcsmoe_core.files import check_absent, check_choice
     from hcsmoe_core.plan import JOINED
+    from hcsmoe_core.statistics import sequence_hashes
     from hcsmoe_core.streaming import open_model, stream_merged, tidied, work_folder
 
     check_choice("router", router, ("", *ROUTERS))
@@ -255,18 +255,20 @@ def merge(
     loaded, tokenizer = open_model(model, dtype=dtype, device=device, load=load, memory=memory)
     with work_folder(out, loaded) as work:
         heldout, about = None, {}
-        if made is None or (fidelity and (calibration or model in demo_models.NAMES)):
-            how = (calibration, sequences, length, column, seed, fidelity)
-            input_ids, domains, heldout, text = _calibration(loaded, tokenizer, *how)
         if made is None:
             _check_experts(loaded, experts)
+        if made is None or (fidelity and (calibration or model in demo_models.NAMES)):
+            how = (calibration, sequences, length, column, seed, fidelity)
+            input_ids, domains, text, more = _calibration(loaded, tokenizer, *how)
+            seen = sequence_hashes(input_ids) + (stats.sequences if stats else [])
+            heldout = unseen(more, seen, length=HELD_OUT)
+        if made is None:
             about["calibration"] = text
             stats = _captured(loaded, input_ids, domains, work, batch_size, needs, sample)
         if ranks.left():
             return
         if made is None:
             made = make_plan(stats, loaded, experts=experts, method=method, **settings)
-        heldout = None if heldout is None else unseen(heldout, stats, length=HELD_OUT)
         options = dict(stats=stats, router=router, tokenizer=tokenizer, heldout=heldout, about=about)
         written = stream_merged(loaded, made, out, work, **options) if work else save_merged(loaded, made, out, **options)
     kept = sorted({layer.num_groups for layer in made.layers})

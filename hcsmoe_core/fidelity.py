@@ -94,14 +94,14 @@ def odd_widths(plan, dtype):
     return sorted({layer.width for layer in plan.layers if layer.width and layer.width * dtype.itemsize % ALIGNED})
 
 
-def unseen(input_ids, stats=None, *, length):
-    """Sequences, of some that may serve as held out, that statistics were not captured on; None if there are none.
+def unseen(input_ids, seen, *, length):
+    """Sequences that were not calibrated on, to be held out; None if there are none.
 
     Parameters
     ----------
     input_ids : (N, S) int64 tensor
-    stats : Statistics, optional
-        Without them nothing is known, and all are taken.
+    seen : collection of str
+        Hashes of those that were (:func:`hcsmoe_core.statistics.sequence_hashes`).
     length : int
         Tokens of each that are given back, at most.
 
@@ -109,11 +109,8 @@ def unseen(input_ids, stats=None, *, length):
     -------
     (M, S) int64 tensor or None
     """
-    if stats is not None:
-        seen = set(stats.sequences)
-        fresh = [h not in seen for h in sequence_hashes(input_ids)]
-        input_ids = input_ids[torch.tensor(fresh, dtype=torch.bool)]
-    return input_ids[:, :length] if len(input_ids) else None
+    fresh = [place for place, digest in enumerate(sequence_hashes(input_ids)) if digest not in set(seen)]
+    return input_ids[fresh, :length] if fresh else None
 
 
 def names_of(plan):

@@ -68,7 +68,9 @@ def identity(model, tokenizer):
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     for layer in find_moe_layers(model):  # the map from E to r is no tensor of the model
         digest.update(str(layer.experts._merged.labels if layer.merged else None).encode())
-    config = {k: v for k, v in model.config.to_diff_dict().items() if k not in ("transformers_version", "expert_merge")}
+    config = {
+        k: v for k, v in model.config.to_diff_dict().items() if k not in ("transformers_version", "expert_merge", "auto_map")
+    }
     digest.update(str(sorted(config.items())).encode())
     fast = getattr(tokenizer, "backend_tokenizer", None)
     digest.update((fast.to_str() if fast is not None else sha256_json(tokenizer.get_vocab())).encode())

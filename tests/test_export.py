@@ -159,7 +159,7 @@ def test_folding_is_nearer_to_the_exact_merge_than_keeping_rows(tmp_path):
     found = {}
     for router in ("row-kept", "average", "folded"):
         plan = make_plan(stats, model, experts=16, router=router)
-        found[router] = fidelity(model, plan, unseen(rows, stats, length=128), stats=stats, progress=False)
+        found[router] = fidelity(model, plan, unseen(rows, stats.sequences, length=128), stats=stats, progress=False)
     own = [
         found[r]["models"][n]["kl_from_mapped"] for r, n in zip(found, ("row-kept", "router averaged", "folded"), strict=True)
     ]
@@ -284,11 +284,11 @@ def test_the_layer_that_ruins_a_model_is_named(model, input_ids, tmp_path, capsy
 
 
 def test_only_tokens_that_were_not_captured_are_held_out(model, input_ids):
-    stats = capture(model, input_ids)
+    seen = capture(model, input_ids).sequences
     both = torch.cat([input_ids[:2], tokens(3, input_ids.shape[1], seed=77)])
-    assert torch.equal(unseen(both, stats, length=5), both[2:, :5])
-    assert unseen(input_ids, stats, length=5) is None
-    assert torch.equal(unseen(both, length=99), both)
+    assert torch.equal(unseen(both, seen, length=5), both[2:, :5])
+    assert unseen(input_ids, seen, length=5) is None
+    assert torch.equal(unseen(both, [], length=99), both)
 
 
 # --- the folder --------------------------------------------------------------------------------------------------------
