@@ -188,9 +188,9 @@ def named_alike(made, base):
 
 def __getattr__(name):
     """``Merged`` and the name of a class of transformers, such as ``MergedMixtralForCausalLM``: that class, merged."""
-    import transformers
+    if name.startswith("Merged"):
+        import transformers
 
-    base = getattr(transformers, name.removeprefix("Merged"), None) if name.startswith("Merged") else None
-    if base is None:
-        raise AttributeError(f"module {__name__} has no attribute {name}")
-    return merged_class(base)
+        if hasattr(transformers, name.removeprefix("Merged")):
+            return merged_class(getattr(transformers, name.removeprefix("Merged")))
+    raise AttributeError(f"module {__name__} has no attribute {name}")
