@@ -149,7 +149,7 @@ def test_help_names_every_verb():
 def test_families_are_listed_and_tried_out(tmp_path):
     said = hcsmoe("families")
     assert "its experts are single neurons" in " ".join(said.split())
-    assert "mixtral                  mapped, plain" in said
+    assert "mixtral                  mapped, folded, pruned" in said
     tried = hcsmoe("families", "mixtral", "doge", "--check", "--out", tmp_path / "table.json")
     assert tried.count("\n") < said.count("\n")
     listed = {row["family"]: row for row in core.families.committed()[1]}
