@@ -1,5 +1,7 @@
 """How the experts of a group become one: averaged, matched neuron by neuron, refitted to what they did, or chosen from."""
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
@@ -11,6 +13,8 @@ from hcsmoe_core.plan import SAMPLED_RULES
 RULES = ("average", "fix-dom", "zipit", "least-squares", "joint-svd", "selection", "trimming")
 ALIGNMENTS = ("none", "weights", "activations")
 NEURON_FEATURES = ("activations", "weights", "activations+weights")
+POOLS = ("members", "averages")
+STEPS = 256  # in which neurons are chosen, at most about: of wide experts several at once
 # Usual options of each rule; a plan says what it was made with.
 OPTIONS = {
     "average": {"align": "none"},
@@ -18,7 +22,7 @@ OPTIONS = {
     "zipit": {"features": "activations"},
     "least-squares": {"align": "none", "ridge": 0.05},
     "joint-svd": {"align": "none", "rank": 0.5},
-    "selection": {"ridge": 0.02},
+    "selection": {"ridge": 0.02, "pool": "members"},
     "trimming": {"ridge": 0.02},
 }
 
@@ -47,6 +51,13 @@ class Group:
         self.weights = torch.tensor([weights[e] for e in members], dtype=torch.float64)
         self.dominant = self.members.index(dominant)
         self.experts = [layer.neurons(e, self.dtype) for e in members]
+        self._found = {}
+
+    def once(self, key, make):
+        """What ``make`` gives, worked out the first time only: options are tried one after another on the same group."""
+        if key not in self._found:
+            self._found[key] = make()
+        return self._found[key]
 
     def tokens(self, members=None):
         """Sampled tokens that were routed to any of some members (all by default), and the members' gates.
@@ -67,6 +78,11 @@ class Group:
         rows = (gates != 0).any(1)
         tokens = self.sample.inputs[rows].to(self.device, self.dtype)
         return tokens, gates[rows].to(self.device, self.dtype)
+
+    def outputs(self, offset=None):
+        """What the members give together on :meth:`tokens`, ``Σ_e g_e f_e(x)``, less what an offset gives, ``(T, D)``."""
+        total = self.once("outputs", lambda: _gated_outputs(self))
+        return total if offset is None else total - self.tokens()[1].sum(1, keepdim=True) * offset
 
     def average(self):
         """Weighted average of the members as they are, ``Σ_e w_e W_e``."""
@@ -110,7 +126,8 @@ def combine(group, options):
         - ``"joint-svd"``: ``[W_1 … W_n] = U Σ [V_1 … V_n]`` with one U, the V averaged, and the largest singular values
           kept, a share ``rank`` of them all: with 1 it is the weighted average (Sub-MoE, arXiv 2506.23266).
         - ``"selection"``: of the members' n·I neurons the I are chosen, one after another, that lower the residual of that
-          same regression most, and their down projections solved for.
+          same regression most, and their down projections solved for. With ``pool`` ``"averages"`` the neurons of the
+          members' weighted average can be chosen as well, which near-copies need one of in place of several.
         - ``"trimming"``: the same for one expert alone, of whose neurons ``width`` are kept.
 
     Returns
@@ -202,11 +219,12 @@ def _neuron_correlation(group, features):
     return total
 
 
-def _pooled(group):
-    """All members' neurons as one wide expert; its offset is the members' average."""
-    experts = group.experts
+def _pooled(group, pool="members"):
+    """All members' neurons as one wide expert, with those of their average if asked; its offset is the members' average."""
+    average = group.average()
+    experts = [*group.experts, average] if pool == "averages" and len(group.members) > 1 else group.experts
     bias = None if experts[0].bias is None else torch.cat([e.bias for e in experts])
-    return Neurons(torch.cat([e.up for e in experts]), torch.cat([e.down for e in experts], 1), bias, group.average().offset)
+    return Neurons(torch.cat([e.up for e in experts]), torch.cat([e.down for e in experts], 1), bias, average.offset)
 
 
 def _clustered(group, place, width):
@@ -266,35 +284,43 @@ def _zip_places(correlation, width):
 
 def least_squares(group, *, align="none", ridge=0.05):
     """See :func:`combine`."""
-    merged = averaged(group, align=align)
-    tokens, gates = group.tokens()
-    if not len(tokens):
+    merged = group.once(("averaged", align), lambda: averaged(group, align=align))
+    if not len(group.outputs()):
         return merged
-    pool = group.layer.activate(merged, tokens) * gates.sum(1, keepdim=True)
-    down = _solved(pool, _target(group, tokens, gates, merged.offset), ridge, merged.down.T)
-    return Neurons(merged.up, down.T, merged.bias, merged.offset)
+    gram, moved = group.once(("normal", "averaged", align), lambda: normal_equations(group, merged))
+    return replace(merged, down=_solved(gram, moved, ridge, merged.down.T).T)
 
 
-def _target(group, tokens, gates, offset):
-    """What the members give together, ``Σ_e g_e f_e(x)``, less the part that the merged expert's offset gives, ``(T, D)``."""
+def normal_equations(group, neurons):
+    """Of the regression of what the group gave on what some neurons would give in its place, times its summed gates.
+
+    Returns
+    -------
+    gram : (N, N) float64 tensor
+    moved : (N, D) float64 tensor
+    """
+    tokens, gates = group.tokens()
+    values = (group.layer.activate(neurons, tokens) * gates.sum(1, keepdim=True)).double()
+    return values.T @ values, values.T @ group.outputs(neurons.offset).double()
+
+
+def _gated_outputs(group):
+    tokens, gates = group.tokens()
     total = torch.zeros(len(tokens), group.experts[0].down.shape[0], dtype=group.dtype, device=group.device)
     for place, expert in enumerate(group.experts):
         rows = gates[:, place].nonzero()[:, 0]
         output = group.layer.activate(expert, tokens[rows]) @ expert.down.T
-        shift = 0 if offset is None else expert.offset - offset
-        total[rows] += gates[rows, place, None] * (output + shift)
+        total[rows] += gates[rows, place, None] * (output if expert.offset is None else output + expert.offset)
     return total
 
 
-def _solved(pool, target, ridge, prior):
-    """``argmin_W ‖pool W − target‖² + λ ‖W − prior‖²`` with λ relative to the mean squared column of the pool, ``(N, D)``."""
-    pool, target, wide = pool.double(), target.double(), prior.double()
-    gram = pool.T @ pool
+def _solved(gram, moved, ridge, prior):
+    """``argmin_W ‖V W − Y‖² + λ ‖W − prior‖²`` from VᵀV and VᵀY, λ relative to the mean squared column of V, ``(N, D)``."""
+    wide = prior.double()
     penalty = max(float(gram.diagonal().mean()) * ridge, torch.finfo(torch.float64).tiny)
     # Solved for the change, so that a prior that fits already is returned as it is.
-    change = pool.T @ (target - pool @ wide)
-    gram.diagonal().add_(penalty)
-    return (wide + _symmetric_solve(gram, change)).to(prior.dtype)
+    change = _symmetric_solve(gram + penalty * torch.eye(len(gram), dtype=gram.dtype, device=gram.device), moved - gram @ wide)
+    return (wide + change).to(prior.dtype)
 
 
 def _symmetric_solve(gram, right):
@@ -324,37 +350,37 @@ def joint_svd(group, *, align="none", rank=0.5):
     return Neurons(up, shared([e.down for e in experts]), plain.bias, plain.offset)
 
 
-def selected(group, *, width=None, ridge=0.02):
+def selected(group, *, width=None, ridge=0.02, pool="members"):
     """See :func:`combine`."""
-    pool = _pooled(group)
+    check_choice("pool", pool, POOLS)
     width = width or len(group.experts[0].up)
-    tokens, gates = group.tokens()
-    if not len(tokens):
-        return pool.take(_completed([], width, group, pool))
-    values = group.layer.activate(pool, tokens) * gates.sum(1, keepdim=True)
-    target = _target(group, tokens, gates, pool.offset)
-    kept = _completed(forward_selection(values, target, width), width, group, pool)
+    neurons = group.once(("neurons", pool), lambda: _pooled(group, pool))
+    if not len(group.outputs()):
+        return neurons.take(_completed([], width, group, neurons))
+    gram, moved = group.once(("normal", pool), lambda: normal_equations(group, neurons))
+    chosen = group.once(("chosen", pool, width), lambda: chosen_columns(gram, moved, width))
+    kept = _completed(chosen, width, group, neurons)
+    gram, moved, made = gram[kept][:, kept], moved[kept], neurons.take(kept)
     # The prior is what the neurons write anyway, at the scale that fits best.
-    prior = pool.down[:, kept].T
-    guess = values[:, kept] @ prior
-    fits = float((guess * guess).sum())
-    prior = prior * (float((guess * target).sum()) / fits if fits > 0 else 1.0)
-    down = _solved(values[:, kept], target, ridge, prior)
-    return Neurons(pool.up[kept], down.T, None if pool.bias is None else pool.bias[kept], pool.offset)
+    prior = made.down.T.double()
+    fits = float((prior * (gram @ prior)).sum())
+    prior = prior * (float((prior * moved).sum()) / fits if fits > 0 else 1.0)
+    return replace(made, down=_solved(gram, moved, ridge, prior).T.to(made.down.dtype))
 
 
 def _completed(chosen, width, group, pool):
     """``width`` neurons of the pool, in order: those chosen, and where the sample tells no more, others.
 
-    The dominant expert's come first, then those that read and write most; near-copies of neurons that are taken already
-    come last, so that of equal experts each neuron is taken once.
+    Those of the members' average come first where it is in the pool, else the dominant expert's, then those that read and
+    write most; near-copies of neurons that are taken already come last, so that of equal experts each neuron is taken once.
     """
     if len(chosen) < width:
         vectors = _described(pool)
         length = vectors.norm(dim=1)
         size = length / length.max().clamp(min=torch.finfo(length.dtype).tiny)
         each = len(group.experts[0].up)
-        size[group.dominant * each : (group.dominant + 1) * each] += 2
+        first = len(group.members) if len(pool.up) > each * len(group.members) else group.dominant
+        size[first * each : (first + 1) * each] += 2
         unit = vectors / length.clamp(min=torch.finfo(length.dtype).tiny)[:, None]
         taken, copies = list(chosen), []
         for place in torch.argsort(size, descending=True, stable=True).tolist():
@@ -368,7 +394,7 @@ def _completed(chosen, width, group, pool):
     return torch.tensor(sorted(chosen), device=pool.up.device)
 
 
-def forward_selection(pool, target, width):
+def forward_selection(pool, target, width, *, block=None):
     """Columns of a regression chosen one after another, each the one that lowers the residual most.
 
     Parameters
@@ -377,30 +403,59 @@ def forward_selection(pool, target, width):
     target : (T, D) tensor
     width : int
         Columns to choose.
+    block : int, optional
+        As for :func:`chosen_columns`.
 
     Returns
     -------
     list of int
         In the order chosen; fewer than ``width`` where no other column lowers the residual.
     """
-    pool, residual = pool.double(), target.double()
-    gram, moved = pool.T @ pool, pool.T @ residual  # [N, N], [N, D]
+    pool = pool.double()
+    return chosen_columns(pool.T @ pool, pool.T @ target.double(), width, block=block)
+
+
+def chosen_columns(gram, moved, width, *, block=None):
+    """:func:`forward_selection` from the normal equations (orthogonal least squares; Chen, Billings and Luo, 1989).
+
+    Parameters
+    ----------
+    gram : (N, N) float64 tensor
+    moved : (N, D) float64 tensor
+    width : int
+    block : int, optional
+        Columns chosen at once, each for what the others of the block leave, among the four times as many that lower the
+        residual most by themselves; then all others are projected off them in one matrix product. By default 1, the greedy
+        choice itself, up to a width of 511, and for larger ones so many that there are about 256 blocks.
+
+    Returns
+    -------
+    list of int
+    """
+    block = max(1, width // STEPS) if block is None else block
     first = gram.diagonal().clone()
     left = first.clone()  # squared length of each column once the chosen ones are projected out
     floor = 1e-9 * first + 1e-30 * max(float(first.max()), 1e-300)
     basis = torch.zeros(len(gram), width, dtype=gram.dtype, device=gram.device)
     chosen = []
-    for step in range(width):
+    while len(chosen) < width:
+        done, size = len(chosen), min(block, width - len(chosen))
         gain = torch.where(left > floor, (moved**2).sum(1) / left.clamp(min=torch.finfo(gram.dtype).tiny), -1.0)
-        best = int(gain.argmax())
-        if float(gain[best]) <= 0:
+        found = [int(gain.argmax())]
+        if float(gain[found[0]]) <= 0:
             break
-        chosen.append(best)
-        column = (gram[:, best] - basis[:, :step] @ basis[best, :step]) / left[best].sqrt()
-        moved = moved - column[:, None] * (moved[best] / left[best].sqrt())
-        basis[:, step] = column
-        left = left - column**2
-        left[best] = 0
+        if size > 1:
+            near = gain.topk(min(4 * size, int((gain > 0).sum()))).indices
+            rest = gram[near][:, near] - basis[near, :done] @ basis[near, :done].T
+            found = near[chosen_columns(rest, moved[near], size, block=1)].tolist()
+        columns = gram[:, found] - basis[:, :done] @ basis[found, :done].T
+        factor = torch.linalg.cholesky(columns[found])
+        columns = torch.linalg.solve_triangular(factor, columns.T, upper=False).T
+        moved = moved - columns @ torch.linalg.solve_triangular(factor, moved[found], upper=False)
+        basis[:, done : done + len(found)] = columns
+        left = left - (columns**2).sum(1)
+        left[found] = 0
+        chosen += found
     return chosen
 
 

@@ -196,7 +196,7 @@ def write_card(model, folder, plan, *, kind, opener, sizes, limits, fidelity=Non
     rows = _summary(model, plan, kind, sizes) | (about or {})
     blocks = [
         "\n".join([*head, "---"]),
-        f"# {shown or type(model).__name__}, {'trimmed' if plan.layers[0].width else _counts(plan) + ' experts a layer'}",
+        f"# {shown or type(model).__name__}, {_counts(plan) + ' experts a layer' if _fewer(plan) else 'trimmed'}",
         f"Made by hcsmoe of {shown or 'a model in memory'}, without retraining. The licence of the original applies.",
         "\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items())]),
         "## Loading",
@@ -211,6 +211,11 @@ def write_card(model, folder, plan, *, kind, opener, sizes, limits, fidelity=Non
     ]
     with replacing(folder / CARD) as part:
         part.write_text("\n\n".join(blocks) + "\n", encoding="utf-8")
+
+
+def _fewer(plan):
+    """Whether any layer has fewer experts than before, or else the same of another width."""
+    return any(layer.num_groups < len(layer.labels) for layer in plan.layers)
 
 
 def _counts(plan):

@@ -116,7 +116,7 @@ def unseen(input_ids, seen, *, length):
 def names_of(plan):
     """Names of the merged models that a plan is measured as: its own, and the exact merge if that is another."""
     router = next((layer.router for layer in plan.layers if layer.router != "map"), "map")
-    name = "trimmed" if any(layer.width for layer in plan.layers) else NAMES[router]
+    name = "trimmed" if any(layer.width and not layer.joins for layer in plan.layers) else NAMES[router]
     return [name, "mapped"] if router in JOINED else [name]
 
 

@@ -6,7 +6,7 @@ from hcsmoe_core.combining import Group, combine
 from hcsmoe_core.compression import compress, densified, from_saved, saved_tensors
 from hcsmoe_core.folding import folded_rows
 from hcsmoe_core.moe import find_moe_layers, put_experts, set_rows, take_experts
-from hcsmoe_core.plan import check_fits, check_weights, uses_sample
+from hcsmoe_core.plan import check_fits, check_weights
 
 
 def apply_plan(model, plan, stats=None):
@@ -165,11 +165,12 @@ def merge_layer(layer, layer_plan, sample=None):
     ValueError
         If a merged weight is not finite, or the rule needs a sample that is not given.
     """
-    if sample is None and uses_sample(layer_plan.combine):
-        raise ValueError(f'{layer.name}: rule {layer_plan.combine["rule"]!r} needs the "sample" argument.')
+    if sample is None and layer_plan.uses_sample:
+        rules = sorted({layer_plan.rule_of(group)["rule"] for group in range(layer_plan.num_groups)})
+        raise ValueError(f'{layer.name}: rule {" and ".join(map(repr, rules))} needs the "sample" argument.')
     merged = {name: _averages(tensor.detach(), layer_plan) for name, tensor in layer.tensors().items()}
     options = layer_plan.combine
-    if options["rule"] != "average" or options.get("align", "none") != "none":
+    if layer_plan.rules or options["rule"] != "average" or options.get("align", "none") != "none":
         merged |= _combined(layer, layer_plan, sample)
     for name, tensor in merged.items():
         for row, members in zip(tensor, layer_plan.groups(), strict=True):
@@ -192,18 +193,16 @@ def _averages(tensor, layer_plan):
 
 @torch.no_grad()
 def _combined(layer, layer_plan, sample):
-    """Projections and biases by the plan's rule."""
-    options = dict(layer_plan.combine)
-    if layer_plan.width is not None:
-        options["width"] = layer_plan.width
+    """Projections and biases by the plan's rules."""
+    width = {} if layer_plan.width is None else {"width": layer_plan.width}
     made = []
     for place, members in enumerate(layer_plan.groups()):
-        if len(members) == 1 and options.get("width", layer.width) == layer.width:
+        if len(members) == 1 and layer_plan.width in (None, layer.width):
             made.append(layer.neurons(members[0]))
             continue
         dominant = members[0] if layer_plan.dominant is None else layer_plan.dominant[place]
         group = Group(layer, members, layer_plan.weights, dominant, sample)
-        made.append(combine(group, options))
+        made.append(combine(group, layer_plan.rule_of(place) | width))
     return layer.stacked(made)
 
 

@@ -9,9 +9,10 @@ from dataclasses import dataclass, field, fields, replace
 import numpy as np
 import torch
 from scipy.spatial.distance import squareform
+from tqdm.auto import tqdm
 
 from hcsmoe_core import budget as budgets
-from hcsmoe_core import clustering, pruning, similarity
+from hcsmoe_core import clustering, pruning, residual, similarity
 from hcsmoe_core.combining import ALIGNMENTS, NEURON_FEATURES, OPTIONS, RULES
 from hcsmoe_core.files import check_choice, check_count
 from hcsmoe_core.moe import moe_layer
@@ -26,7 +27,7 @@ from hcsmoe_core.plan import (
     uses_sample,
 )
 
-GROUPINGS = ("hierarchical", "k-means", "single-shot", "random", "fuzzy", "prune", "none")
+GROUPINGS = ("hierarchical", "k-means", "single-shot", "random", "fuzzy", "prune", "none", "residual")
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,10 @@ class Steps:
     ----------
     similarity, metric : str
         What experts are compared by: :func:`hcsmoe_core.similarity.distances`.
-    grouping : {"hierarchical", "k-means", "single-shot", "random", "fuzzy", "prune", "none"}
-        ``"prune"`` drops experts, by ``saliency``; ``"none"`` keeps all of them, to be trimmed.
+    grouping : {"hierarchical", "k-means", "single-shot", "random", "fuzzy", "prune", "none", "residual"}
+        ``"prune"`` drops experts, by ``saliency``; ``"none"`` keeps all of them, to be trimmed; ``"residual"`` takes the
+        number of experts and their width, the groups, and how each of them becomes one, that leave the smallest residual on
+        tokens held out, ``combine`` included: :mod:`hcsmoe_core.residual`.
     linkage : {"average", "complete", "single", "ward"}
         Of hierarchical grouping.
     largest : int
@@ -62,6 +65,11 @@ class Steps:
         :func:`hcsmoe_core.combining.combine`. Options that a rule does not have are not looked at.
     router : {"map", "drop", "average", "row-kept", "folded"}
         See :class:`hcsmoe_core.plan.LayerPlan`.
+    shape : {"uniform", "by-layer"}
+        Of grouping by residual: one number of experts and one width in all layers, which plain checkpoints need, or each
+        layer's own.
+    holdout : {"sequences", "domains"}
+        Of grouping by residual: what decides; see :func:`hcsmoe_core.residual.held_out`.
     budget : {"uniform", "frequency", "saliency", "merge-cost", "grape", "silhouette"}
         How many experts each layer keeps: the same number in each; those used most of all layers together; those with the
         largest saliency of all layers together, each layer's summing to one; by the cost of joins in the layers' trees; by
@@ -93,6 +101,8 @@ class Steps:
     ridge: float | None = None
     rank: float = 0.5
     router: str = "map"
+    shape: str = "uniform"
+    holdout: str = "sequences"
     budget: str = "uniform"
     gamma: float = 0.1
     guard: bool = False
@@ -105,10 +115,12 @@ class Steps:
             "grouping": GROUPINGS,
             "linkage": clustering.LINKAGES,
             "merge": MERGES,
-            "combine": RULES,
+            "combine": (*RULES, "residual"),
             "align": ALIGNMENTS,
             "features": NEURON_FEATURES,
             "router": ROUTERS,
+            "shape": residual.SHAPES,
+            "holdout": residual.HOLDOUTS,
             "budget": budgets.BUDGETS,
             "saliency": pruning.SALIENCIES,
             "loss": pruning.LOSSES,
@@ -132,6 +144,13 @@ class Steps:
             raise ValueError(
                 'combine "trimming" keeps the router and every expert at one width: router must be "map", budget "uniform" '
                 "and guard off."
+            )
+        if (self.grouping == "residual") != (self.combine == "residual"):
+            raise ValueError('combine "residual" goes with grouping "residual" and with no other, and it with no other rule.')
+        if self.grouping == "residual" and (self.guard or self.budget != "uniform" or self.share):
+            raise ValueError(
+                'grouping "residual" gives each layer as many bytes and chooses what to do with every expert: budget must be '
+                '"uniform", guard off and share 0.'
             )
         if (self.grouping == "prune") != (self.router == "drop"):
             raise ValueError('router "drop" goes with grouping "prune" and with no other, and it with no other router.')
@@ -163,7 +182,7 @@ class Steps:
     def combination(self):
         """``combine`` of the plan's layers: the rule with its options."""
         made = {"rule": self.combine}
-        for option, usual in OPTIONS[self.combine].items():
+        for option, usual in OPTIONS.get(self.combine, {}).items():
             value = getattr(self, option)
             made[option] = usual if value is None else value
         return made
@@ -178,6 +197,8 @@ class Steps:
             needed |= set(pruning.NEEDED[self.saliency])
         if self.guard:
             needed.add("norms")
+        if self.grouping == "residual":
+            needed |= {"grams", "sample"}
         if uses_sample(self.combination()) or self.share or self.router == "folded":
             needed.add("sample")
         return tuple(n for n in ("usage", "outputs", "norms", "grams", "sample") if n in needed)
@@ -185,8 +206,10 @@ class Steps:
     def needs_model(self):
         """Whether the experts' weights are looked at to make a plan (merging always does)."""
         compared = [name for name, _ in similarity.parts_of(self.similarity)] if self.compares else []
-        return any(name in similarity.FROM_MODEL for name in compared) or (
-            self.grouping == "prune" and self.saliency == "o-prune"
+        return (
+            self.grouping == "residual"
+            or any(name in similarity.FROM_MODEL for name in compared)
+            or (self.grouping == "prune" and self.saliency == "o-prune")
         )
 
 
@@ -285,6 +308,12 @@ METHODS = {
         Steps(grouping="none", combine="trimming"),
         "greedy choice among I neurons an expert, on the sample",
     ),
+    "least-residual": Method(
+        "for each layer and group what leaves the smallest residual on held-out tokens",
+        "this project",
+        Steps(grouping="residual", combine="residual"),
+        "some solves of I×I and a greedy choice among (n+1)·I neurons for each group that is tried, on the sample",
+    ),
     "f-prune": Method(
         "the experts used least are dropped, over all layers", HC_SMOE + " (baseline)", _prune("frequency", budget="frequency")
     ),
@@ -308,14 +337,23 @@ METHODS = {
 }
 
 
+RECOMMENDED = "recommended"
+POINTS_TO = "least-residual"
+
+
+def named(method):
+    """A method's own name: ``"recommended"`` points to one."""
+    return POINTS_TO if method == RECOMMENDED else method
+
+
 def kind_of(method):
     """What a method does to experts: "prunes", "trims", "averages" them, or "refits" what it joins to what they did."""
-    steps = METHODS[method].steps
+    steps = METHODS[named(method)].steps
     if steps.grouping == "prune":
         return "prunes"
     if steps.grouping == "none":
         return "trims"
-    return "refits" if steps.combine in ("least-squares", "selection") else "averages"
+    return "refits" if steps.combine in ("least-squares", "selection", "residual") else "averages"
 
 
 def steps_of(method, **settings):
@@ -324,7 +362,7 @@ def steps_of(method, **settings):
     Parameters
     ----------
     method : str
-        Of :data:`METHODS`.
+        Of :data:`METHODS`, or :data:`RECOMMENDED`.
     **settings
         Fields of :class:`Steps`.
 
@@ -337,11 +375,11 @@ def steps_of(method, **settings):
     ValueError
         If the method or a setting is unknown, or steps do not go together.
     """
-    check_choice("method", method, tuple(METHODS))
+    check_choice("method", method, (*METHODS, RECOMMENDED))
     known = {f.name for f in fields(Steps)}
     for name in settings:
         check_choice("setting", name, tuple(sorted(known)))
-    steps = replace(METHODS[method].steps, **settings)
+    steps = replace(METHODS[named(method)].steps, **settings)
     steps.check()
     return steps
 
@@ -363,13 +401,16 @@ def method_table():
             made.insert(0, f"{steps.similarity} ({steps.used_metric})")
         if steps.grouping == "prune":
             made = [f"prune by {steps.saliency}"]
+        elif steps.grouping == "residual":
+            made = [f"{steps.shape} shape, groups and rules by residual"]
         else:
             aligned = f", aligned by {steps.align}" if steps.align != "none" else ""
             weighted = f" by {steps.merge}" if steps.combine not in ("trimming", "selection") else ""
             made.append(steps.combine + weighted + aligned)
         made += [f"router {steps.router}", f"budget {steps.budget}"]
         made += [f"low rank plus rows, {steps.share:.0%} kept"] if steps.share else []
-        lines += [f"{name}: {method.title}", f"    steps  {' > '.join(made)}", f"    needs  {', '.join(steps.needs())}"]
+        also = f" ({RECOMMENDED})" if name == POINTS_TO else ""
+        lines += [f"{name}{also}: {method.title}", f"    steps  {' > '.join(made)}", f"    needs  {', '.join(steps.needs())}"]
         lines += [f"    cost   {method.cost}", f"    paper  {method.paper}"]
     return "\n".join(lines)
 
@@ -388,7 +429,7 @@ def make_plan(stats, model=None, *, experts, method="hc-smoe", seed=0, progress=
         trimmed model keeps all experts, each at r / E of its width. A list gives each layer's number itself, and takes the
         place of a budget.
     method : str
-        Of :data:`METHODS`.
+        Of :data:`METHODS`, or ``"recommended"``: the one that was found to lose least.
     seed : int
         Of k-means, fuzzy c-means, random groups and searches.
     progress : bool
@@ -421,12 +462,14 @@ def make_plan(stats, model=None, *, experts, method="hc-smoe", seed=0, progress=
     protected = pruning.super_experts(stats) if steps.guard else {name: [] for name in stats.layers}
     if steps.grouping == "none":
         layers = [_trimmed(name, sums, stats, steps, experts) for name, sums in stats.layers.items()]
+    elif steps.grouping == "residual":
+        layers = maker.judged(experts)
     else:
         counts = experts if isinstance(experts, list) else maker.counts(experts, protected)
         layers = [maker.layer(n, c, protected[n]) for n, c in zip(stats.layers, counts, strict=True)]
     used = _settings_of(steps)
     compress = {"share": steps.share, "rank": steps.compress_rank or None} if steps.share else None
-    about = {"method": method, "experts": experts, "seed": seed} | used
+    about = {"method": named(method), "experts": experts, "seed": seed} | used
     return Plan(layers, about, dict(stats.model), stats.identity(), compress)
 
 
@@ -436,8 +479,11 @@ def _check_counts_given(counts, sizes, steps):
         raise ValueError(f'The "experts" argument lists {len(counts)} numbers for {len(sizes)} MoE layers; give one for each.')
     for count, size in zip(counts, sizes, strict=True):
         check_count("experts", count, 1, size)
-    if steps.budget != "uniform" or steps.grouping == "none":
-        raise ValueError('The "experts" argument may be a list only where budget is "uniform", and not for trimming.')
+    if steps.budget != "uniform" or steps.grouping in ("none", "residual"):
+        raise ValueError(
+            'The "experts" argument may be a list only where budget is "uniform", and not where widths change (grouping "none" '
+            'and "residual").'
+        )
 
 
 def _settings_of(steps):
@@ -450,6 +496,8 @@ def _settings_of(steps):
             skipped |= set(names)
     if steps.budget != "grape":
         skipped.add("gamma")
+    if steps.grouping != "residual":
+        skipped |= {"shape", "holdout"}
     if steps.grouping in ("prune", "none"):
         skipped.add("merge")
     if steps.saliency != "o-prune":
@@ -547,6 +595,29 @@ class _Maker:
         distance = squareform(self.distances(name))
         largest = max(float(self.distances(n).max(initial=0)) for n in self.stats.layers)
         return 1 - distance / largest if largest > 0 else np.ones_like(distance)
+
+    def judged(self, experts):
+        """Plans of all layers by what each way of making them smaller leaves on held-out tokens."""
+        decides, found = residual.held_out(self.stats.sampled, self.steps.holdout), []
+        for name in tqdm(self.stats.layers, desc="plan", unit="layer", disable=None if self.progress else True):
+            judge = residual.Judge(moe_layer(self.model, name), self.stats.layers[name], decides, self.steps.merge)
+            found.append(judge.ways(self.stats, self.model, experts))
+        ways = residual.chosen_ways(found, self.steps.shape)
+        return [self._of_way(name, way) for name, way in zip(self.stats.layers, ways, strict=True)]
+
+    def _of_way(self, name, way):
+        usage = self.stats.layers[name].usage_count.sum(0).numpy()
+        groups = [np.flatnonzero(way.labels == g) for g in range(way.labels.max() + 1)]
+        joined = len(groups) < len(way.labels)
+        return LayerPlan(
+            name,
+            way.labels.tolist(),
+            way.weights.tolist(),
+            router=self.steps.router if joined else "map",
+            width=way.width if way.width < self.stats.model["layers"][name]["width"] else None,
+            dominant=[int(max(members, key=lambda e: usage[e])) for members in groups] if joined else None,
+            rules=way.rules,
+        )
 
     def layer(self, name, count, protected):
         """Plan of one layer that keeps ``count`` experts, the protected among them as they are."""

@@ -11,8 +11,8 @@ from hcsmoe_core.files import check_choice, sha256_json, write_json
 from hcsmoe_core.moe import find_moe_layers, model_hash
 
 FORMAT = "hcsmoe-plan"
-VERSION = 2
-READABLE = (1, 2)
+VERSION = 3
+READABLE = (1, 2, 3)
 MERGES = ("frequency", "average", "routing-mass")
 ROUTERS = ("map", "drop", "average", "row-kept", "folded")
 # Those that give each group of joined experts one row.
@@ -37,6 +37,8 @@ class LayerPlan:
     combine : dict
         How the members of a group become one expert: ``rule`` and its options; see
         :func:`hcsmoe_core.combining.combine`.
+    rules : list of r dict, or None
+        The same of each group, where groups differ.
     router : {"map", "drop", "average", "row-kept", "folded"}
         ``"map"`` keeps all E rows of the router and sends what it chooses through the labels: exact, but no layer of the
         original family. The others are: ``"drop"`` takes away the rows of dropped experts; ``"average"`` gives each group
@@ -63,6 +65,21 @@ class LayerPlan:
     mixture: list | None = None
     dominant: list | None = None
     protected: list = field(default_factory=list)
+    rules: list | None = None
+
+    def rule_of(self, group):
+        """``combine`` of one group."""
+        return self.combine if self.rules is None else self.rules[group]
+
+    @property
+    def joins(self):
+        """Whether any experts become one."""
+        return self.num_groups < len(self.kept)
+
+    @property
+    def uses_sample(self):
+        """Whether its groups become experts by what the sample of layer inputs says."""
+        return any(uses_sample(self.rule_of(group)) for group in range(self.num_groups))
 
     @property
     def num_groups(self):
@@ -126,7 +143,7 @@ class Plan:
     def needs_sample(self):
         """Whether applying it needs the statistics' sample of layer inputs."""
         folded = any(layer.router == "folded" for layer in self.layers)
-        return folded or self.compress is not None or any(uses_sample(layer.combine) for layer in self.layers)
+        return folded or self.compress is not None or any(layer.uses_sample for layer in self.layers)
 
     def save(self, path):
         """Write as JSON, in full or not at all, with a checksum that tells a damaged file."""
@@ -136,7 +153,7 @@ class Plan:
 
 
 def with_router(plan, router):
-    """The same plan with another rule for the router.
+    """The same plan with another rule for the router, where experts are joined: rows of others stay as they are.
 
     Parameters
     ----------
@@ -150,23 +167,19 @@ def with_router(plan, router):
     Raises
     ------
     ValueError
-        If the plan drops experts, or joins none, so that no other rule is possible.
+        If the plan drops experts, so that no other rule is possible.
     """
     check_choice("router", router, tuple(r for r in ROUTERS if r != "drop"))
     if any(layer.router == "drop" for layer in plan.layers):
         raise ValueError(
             f'The "router" argument cannot be "{router}" for this plan: it drops experts, and their rows with them.'
         )
-    if router != "map" and any(layer.width is not None for layer in plan.layers):
-        raise ValueError(
-            f'The "router" argument cannot be "{router}" for this plan: it has no groups of experts that could share a row.'
-        )
-    layers = [replace(layer, router=router) for layer in plan.layers]
+    layers = [replace(layer, router=router if layer.joins else "map") for layer in plan.layers]
     return replace(plan, layers=layers, settings=plan.settings | {"router": router})
 
 
 def uses_sample(combine):
-    """Whether a layer's ``combine`` looks at the sample of layer inputs."""
+    """Whether a way of combining looks at the sample of layer inputs."""
     activations = "activations" in (combine.get("align"), *combine.get("features", "").split("+"))
     return combine["rule"] in SAMPLED_RULES or activations
 
@@ -234,6 +247,10 @@ def _checked_layer(name, labels, weights, **rest):
     check_choice(f"{name}: router", layer.router, ROUTERS)
     if not isinstance(layer.combine, dict) or "rule" not in layer.combine:
         raise ValueError(f'{name}: "combine" must be an object with a "rule"; not {layer.combine!r}.')
+    if layer.rules is not None and (
+        len(layer.rules) != layer.num_groups or not all(isinstance(rule, dict) and "rule" in rule for rule in layer.rules)
+    ):
+        raise ValueError(f'{name}: "rules" must be one object with a "rule" for each of the {layer.num_groups} groups.')
     if len(kept) < len(labels) and layer.router != "drop":
         raise ValueError(f'{name}: experts are dropped, so that the router must be "drop"; not {layer.router!r}.')
     if layer.dominant is not None and [labels[e] for e in layer.dominant] != list(range(layer.num_groups)):

@@ -11,6 +11,7 @@ import json
 import warnings
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -54,7 +55,7 @@ class LayerSample:
     index: torch.Tensor
     weight: torch.Tensor
 
-    @property
+    @cached_property
     def gates(self):
         """Applied routing weights ``(R, E)`` float64: zero where an expert was not chosen."""
         dense = torch.zeros(self.logits.shape, dtype=torch.float64)
