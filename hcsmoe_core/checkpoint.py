@@ -411,7 +411,8 @@ def target_of(model, plan, router=""):
         records[layer.name] = _record(layer, layer_plan, names)
     config, why = (None, "") if router == "mapped" else _plain_config(model, plan, merged)
     if router == "plain" and config is None:
-        raise ValueError(f'The "router" argument cannot be "plain" for this plan: {why}. Use "mapped".')
+        other = ', or make the plan with shape "whole"' if any(layer.width and layer.joins for layer in plan.layers) else ""
+        raise ValueError(f'The "router" argument cannot be "plain" for this plan: {why}. Use "mapped"{other}.')
     in_hub_layout = config is not None or not moe.other_experts(model)
     return Target(config, records, original, sum(p.numel() for p in merged.parameters()), top_k, in_hub_layout)
 

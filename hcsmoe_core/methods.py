@@ -65,9 +65,9 @@ class Steps:
         :func:`hcsmoe_core.combining.combine`. Options that a rule does not have are not looked at.
     router : {"map", "drop", "average", "row-kept", "folded"}
         See :class:`hcsmoe_core.plan.LayerPlan`.
-    shape : {"uniform", "by-layer"}
-        Of grouping by residual: one number of experts and one width in all layers, which plain checkpoints need, or each
-        layer's own.
+    shape : {"uniform", "by-layer", "whole"}
+        Of grouping by residual: one number of experts and one width in all layers, which plain checkpoints need; each
+        layer's own; or r experts of the width they had.
     holdout : {"sequences", "domains"}
         Of grouping by residual: what decides; see :func:`hcsmoe_core.residual.held_out`.
     budget : {"uniform", "frequency", "saliency", "merge-cost", "grape", "silhouette"}

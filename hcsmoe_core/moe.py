@@ -315,6 +315,15 @@ class MoELayer:
             'neurons cannot be matched or chosen; use combine "average".'
         )
 
+    @property
+    def neurons_known(self):
+        """Whether it can be told which rows of the up projection make which neuron."""
+        try:
+            self.neuron_rows()
+        except ValueError:
+            return False
+        return True
+
     def neurons(self, expert, dtype=None):
         """One expert neuron by neuron, whatever way the family stores it.
 
