@@ -362,7 +362,7 @@ def _rules(model, tokenizer, start):
         ends |= set(_ids(tokenizer.eos_token_id))
         special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
         known = tokenizer.get_vocab().values()
-        before = _leading(tokenizer("a")["input_ids"], special)
+        before = _leading(tokenizer)
         chat = _chat(tokenizer, special) if start in ("", "chat") else ()
     if start == "chat" and not chat:
         raise ValueError(
@@ -383,10 +383,11 @@ def _ids(value):
     return [] if value is None else [int(i) for i in value] if isinstance(value, (list, tuple)) else [int(value)]
 
 
-def _leading(ids, special):
-    """The special tokens before a text."""
-    length = next((i for i, token in enumerate(ids) if token not in special), 0)
-    return [int(i) for i in ids[:length]]
+def _leading(tokenizer):
+    """The tokens that a tokenizer puts before a text."""
+    whole, text = (tokenizer("a", add_special_tokens=added)["input_ids"] for added in (True, False))
+    places = [i for i in range(len(whole)) if whole[i : i + len(text)] == text]
+    return [int(i) for i in whole[: places[0]]] if places else []
 
 
 def _chat(tokenizer, special):
