@@ -115,12 +115,14 @@ def own_text(
     start : {"", "token", "bos", "chat"}
         What a document begins with:
 
-        - ``"token"``: the tokens that the tokenizer puts before a text, and a token of the vocabulary drawn evenly, none
-          of the special or added ones;
-        - ``"bos"``: the tokens before a text alone, or end of text where there are none;
+        - ``"bos"``: the tokens that the tokenizer puts before a text, or end of text where there are none: the model chooses
+          what it writes about as often as it was taught to;
+        - ``"token"``: the tokens before a text, if any, and a token of the vocabulary drawn evenly, none of the special or
+          added ones;
         - ``"chat"``: the chat template up to the user's turn; the model writes that, and when it ends it, the template
           goes on and the model answers (as Magpie does, arXiv 2406.08464);
-        - ``""``: ``"token"``, and where there is a chat template every second sequence ``"chat"``.
+        - ``""``: ``"bos"``, or ``"token"`` for a model that has no such token; and where there is a chat template every
+          second sequence ``"chat"``.
     batch : int
         Sequences that are written side by side.
     folder : str or path, optional
@@ -370,11 +372,13 @@ def _rules(model, tokenizer, start):
             'special token; use "token" or "bos".'
         )
     ends = frozenset(i for i in ends if i < size)
-    if start == "bos":
-        before = before or sorted(ends)[:1]
-        if not before:
-            raise ValueError(f'The "start" argument is "bos", but {model.name_or_path} has no token that begins a text.')
-    first = [] if start == "bos" else sorted(i for i in set(known) - special if i < size)
+    opening = before or sorted(ends)[:1]
+    if start == "bos" and not opening:
+        raise ValueError(f'The "start" argument is "bos", but {model.name_or_path} has no token that begins a text.')
+    if start == "bos" or (start != "token" and opening):
+        before, first = opening, []
+    else:
+        first = sorted(i for i in set(known) - special if i < size)
     return _Rules(before, np.array(first, dtype=np.int64), chat, start == "", ends)
 
 
