@@ -194,7 +194,7 @@ def _blocks(source, tokenizer, *, sequences, length, seed, column, split):
         return _from_ids(path, sequences, length)
     if tokenizer is None:
         raise ValueError(
-            f"Source {str(source)!r} is text, and the model has no tokenizer; give one, or a .safetensors file of input_ids, or "
+            f"Source {str(source)!r} is text, and the model has no tokenizer; give one, a .safetensors file of input_ids, or "
             f"let the model write ids itself (--calibration {NAME})."
         )
     if source == "demo":
