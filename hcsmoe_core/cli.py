@@ -104,7 +104,7 @@ def _needs(methods, settings=None):
 
 def _calibration(model, tokenizer, calibration, sequences, length, column, seed, heldout=0):
     """Calibration tokens by the command's options, their domains, a description, and more tokens of the same source."""
-    from hcsmoe_core import calibration_tokens, domains_of
+    from hcsmoe_core import calibration_tokens, domains_of, ranks
     from hcsmoe_core.calibration import own_sequences
     from hcsmoe_core.moe import source_of
     from hcsmoe_core.owntext import GRAM, NAME, repetition
@@ -126,7 +126,8 @@ def _calibration(model, tokenizer, calibration, sequences, length, column, seed,
     about = f"{count} × {size} tokens of {Path(source).name if Path(source).exists() else source}, seed {seed}"
     if own_sequences(source, count):
         about += f", {repetition(rows):.1%} of {GRAM}-grams repeated"
-        print(f"calibrating on {about}")
+        if ranks.rank() == 0:
+            print(f"calibrating on {about}")
     return rows, domains_of(source, count), about, more
 
 

@@ -137,6 +137,8 @@ def own_text(
     ------
     ValueError
         If the model is streamed, merged or cannot generate, gives NaN, or a start is asked for that it cannot have.
+    FileNotFoundError
+        If ranks that share the work share no disk.
 
     Warns
     -----
@@ -231,6 +233,8 @@ def _written(model, rules, how, absent, *, length, seed, kept):
     if shared:
         ranks.barrier()
         found = {first: _read(kept, first, (how.batch, length)) for first in absent}
+        if any(ids is None for ids in found.values()):
+            raise FileNotFoundError(f"{kept} lacks what another rank wrote; it is not on a disk that all ranks share.")
     return found
 
 

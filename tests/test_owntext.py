@@ -1,5 +1,7 @@
 """Text that a model writes itself, against a naive sampler that reads the whole prefix again for every token."""
 
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,7 @@ from naive import written
 from safetensors.torch import load_file, save_file
 from scipy.stats import chisquare
 
-from hcsmoe_core import apply_plan, calibration_tokens, capture, domains_of, make_plan, study
+from hcsmoe_core import apply_plan, calibration_tokens, capture, domains_of, make_plan, owntext, study
 from hcsmoe_core.owntext import LOOP, PERIOD, own_text, repetition, writing_of
 from hcsmoe_core.streaming import stream_model
 
@@ -171,6 +173,39 @@ def test_what_is_written_is_kept_and_an_interrupted_run_goes_on(tmp_path, monkey
     for other in (dict(seed=1), dict(temperature=0.9), dict(length=15), dict(start="token")):
         own_text(model, folder=tmp_path, **how | other)
     assert len(list(tmp_path.iterdir())) == 5
+
+
+def test_ranks_share_the_batches_and_all_have_the_text(tmp_path, monkeypatch):
+    here, barrier, found = threading.local(), threading.Barrier(2, timeout=60), {}
+    monkeypatch.setattr(owntext.ranks, "rank", lambda: here.rank)
+    monkeypatch.setattr(owntext.ranks, "size", lambda: 2)
+    monkeypatch.setattr(owntext.ranks, "barrier", barrier.wait)
+    how = dict(sequences=11, length=12, batch=4)
+
+    def run(rank, model, folder):
+        here.rank = rank
+        usual, calls = model.generate, []
+        model.generate = lambda *inputs, **options: (calls.append(1), usual(*inputs, **options))[1]
+        try:
+            found[rank] = own_text(model, folder=folder, **how), len(calls)
+        except FileNotFoundError as error:
+            found[rank] = error
+
+    def both(folders):
+        models = [writer() for _ in folders]
+        threads = [threading.Thread(target=run, args=each) for each in zip((0, 1), models, folders, strict=True)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    both([tmp_path / "shared"] * 2)
+    here.rank = 0
+    alone = own_text(writer(), folder=None, **how)
+    assert [calls for _, calls in (found[0], found[1])] == [2, 1]
+    assert all(torch.equal(found[rank][0], alone) for rank in (0, 1))
+    both([tmp_path / "a", tmp_path / "b"])
+    assert all("not on a disk that all ranks share" in str(found[rank]) for rank in (0, 1))
 
 
 def test_a_streamed_model_has_what_it_wrote_when_it_was_whole(tmp_path):
