@@ -115,8 +115,8 @@ def own_text(
     start : {"", "token", "bos", "chat"}
         What a document begins with:
 
-        - ``"bos"``: the tokens that the tokenizer puts before a text, or end of text where there are none: the model chooses
-          what it writes about as often as it was taught to;
+        - ``"bos"``: the tokens that the tokenizer puts before a text; where there are none, the configuration's beginning of
+          text, or its end: the model writes about each thing as often as it was taught to;
         - ``"token"``: the tokens before a text, if any, and a token of the vocabulary drawn evenly, none of the special or
           added ones;
         - ``"chat"``: the chat template up to the user's turn; the model writes that, and when it ends it, the template
@@ -357,15 +357,14 @@ class _Rules:
 
 def _rules(model, tokenizer, start):
     """Rules of a model and its tokenizer for a start."""
-    size = model.get_input_embeddings().num_embeddings
-    config = model.config.get_text_config()
-    named = {n: getattr(config, f"{n}_token_id", None) for n in ("bos", "eos", "pad")}
-    ends = {*_ids(named["eos"]), *_ids(getattr(getattr(model, "generation_config", None), "eos_token_id", None))}
+    size, config = model.get_input_embeddings().num_embeddings, model.config.get_text_config()
+    named = {n: _ids(getattr(config, f"{n}_token_id", None), size) for n in ("bos", "eos", "pad")}
+    ends = {*named["eos"], *_ids(getattr(getattr(model, "generation_config", None), "eos_token_id", None), size)}
     if tokenizer is None:
-        before, chat = _ids(named["bos"]), ()
-        special, known = {i for value in named.values() for i in _ids(value)}, range(size)
+        before, chat = named["bos"], ()
+        special, known = {i for ids in named.values() for i in ids}, range(size)
     else:
-        ends |= set(_ids(tokenizer.eos_token_id))
+        ends |= {*_ids(tokenizer.eos_token_id, size)}
         special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
         known = tokenizer.get_vocab().values()
         before = _leading(tokenizer)
@@ -375,20 +374,19 @@ def _rules(model, tokenizer, start):
             f'The "start" argument is "chat", but {model.name_or_path} has no chat template whose user\'s turn ends with a '
             'special token; use "token" or "bos".'
         )
-    ends = frozenset(i for i in ends if i < size)
-    opening = before or sorted(ends)[:1]
+    opening = before or named["bos"] or sorted(ends)[:1]
     if start == "bos" and not opening:
         raise ValueError(f'The "start" argument is "bos", but {model.name_or_path} has no token that begins a text.')
-    if start == "bos" or (start != "token" and opening):
-        before, first = opening, []
-    else:
-        first = sorted(i for i in set(known) - special if i < size)
-    return _Rules(before, np.array(first, dtype=np.int64), chat, start == "", ends)
+    first = []
+    if start == "token" or not opening:
+        opening, first = before, sorted(i for i in set(known) - special if i < size)
+    return _Rules(opening, np.array(first, dtype=np.int64), chat, start == "", frozenset(ends))
 
 
-def _ids(value):
-    """Token ids of a configuration's entry: none, one or a list."""
-    return [] if value is None else [int(i) for i in value] if isinstance(value, (list, tuple)) else [int(value)]
+def _ids(value, size):
+    """Token ids of a configuration's entry, which may be none, one or a list; ids beyond the vocabulary are left out."""
+    listed = [] if value is None else value if isinstance(value, (list, tuple)) else [value]
+    return [int(i) for i in listed if i < size]
 
 
 def _leading(tokenizer):

@@ -83,6 +83,15 @@ def test_a_chat_model_writes_both_turns(tokenizer):
     assert any(ids[i : i + 3] == turn for ids in rows["chat"] for i in range(2, 50))
 
 
+def test_end_of_text_begins_a_text_where_nothing_else_does():
+    model = writer(ends=(7, 5))
+    how = dict(sequences=3, length=9, batch=3, folder=None)
+    model.config.bos_token_id = None
+    assert set(own_text(model, **how)[:, 0].tolist()) == {5}
+    model.generation_config.eos_token_id = 123456  # not of this vocabulary
+    assert torch.equal(own_text(model, **how), own_text(model, start="token", **how))
+
+
 def test_documents_begin_with_tokens_of_the_vocabulary_drawn_evenly(tokenizer):
     model = writer()
     got = own_text(model, tokenizer, sequences=1720, length=2, batch=1720, start="token", folder=None)
