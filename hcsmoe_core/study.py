@@ -20,7 +20,6 @@ from hcsmoe_core.figures import save
 from hcsmoe_core.files import place, root, sha256_file, sha256_json, write_json
 from hcsmoe_core.methods import merge_tree
 from hcsmoe_core.moe import find_moe_layers, model_hash
-from hcsmoe_core.owntext import is_own
 from hcsmoe_core.plan import summarise
 from hcsmoe_core.similarity import allowed_linkages
 from hcsmoe_core.statistics import DEFAULT_NEEDS, load_statistics
@@ -62,8 +61,8 @@ def slug(model):
 def calibration_of(model, calibration="", sequences=0, length=0):
     """Calibration settings with those that were left out filled in.
 
-    Embedded models are calibrated on the embedded corpus, 96 × 256 tokens; others as in the paper, on 32 × 2,048 of C4. Of its
-    own text an embedded model writes 288 × 256 tokens, as it was trained on 256 at a time.
+    Embedded models are calibrated on the embedded corpus, 96 × 256 tokens; others as in the paper, on 32 × 2,048 of C4. Where an
+    embedded model writes text itself there are 288 × 256, as it was trained on 256 at a time.
 
     Returns
     -------
@@ -72,7 +71,7 @@ def calibration_of(model, calibration="", sequences=0, length=0):
     """
     calibration = str(calibration or ("demo" if str(model) in demo.NAMES else "c4"))
     default = (96, 256) if calibration == "demo" else (32, 2048)
-    if is_own(calibration) and str(model) in demo.NAMES:
+    if str(model) in demo.NAMES and own_sequences(calibration, 288):
         default = (288, 256)
     return {"calibration": calibration, "sequences": sequences or default[0], "length": length or default[1]}
 

@@ -256,6 +256,7 @@ def test_notebooks_take_it(tmp_path, monkeypatch):
     told = study.forecast(str(tmp_path / "m"), **source).splitlines()
     assert told[2].startswith("own text     160 tokens, one after another: ")  # whole batches
     assert study.calibration_of("demo-qwen", "self") == {"calibration": "self", "sequences": 288, "length": 256}
+    assert study.calibration_of("demo-qwen", "self+notes.txt")["length"] == 256
     assert study.calibration_of("demo-qwen") == {"calibration": "demo", "sequences": 96, "length": 256}
     assert study.calibration_of("x", "self") == {"calibration": "self", "sequences": 32, "length": 2048}
 
