@@ -1,5 +1,7 @@
 """What calibrating on the model's own text costs beside text of the domains that it is scored on: embedded models, E/2.
 
+Loss is measured on held-out text, and on text of the training split ("trained"), by which settings may be chosen.
+
 python benchmarks/selfcal.py --out benchmarks/results/selfcal.json        # goes on where it was interrupted
 python benchmarks/selfcal.py --cases "in distribution;bos, 288" --seeds 0,1,2
 """
@@ -35,9 +37,12 @@ CASES = {  # source, sequences, length, tokens of the sample of layer inputs
     "bos, 288, sample 25k": ("self:start=bos", 288, 256, 24576),
     "bos, short": ("self:start=bos", 384, 64, 4096),
     "bos, long": ("self:start=bos", 24, 1024, 4096),
+    "bos, temperature 0.5": ("self:start=bos:temperature=0.5", 96, 256, 4096),
     "bos, temperature 0.7": ("self:start=bos:temperature=0.7", 96, 256, 4096),
     "bos, temperature 0.85": ("self:start=bos:temperature=0.85", 96, 256, 4096),
     "bos, temperature 1.2": ("self:start=bos:temperature=1.2", 96, 256, 4096),
+    "bos, 288, temperature 0.7": ("self:start=bos:temperature=0.7", 288, 256, 4096),
+    "bos, 288, temperature 0.5": ("self:start=bos:temperature=0.5", 288, 256, 4096),
     "bos and two": ("two+self:start=bos", 192, 256, 4096),
     "token and two": ("two+self:start=token", 192, 256, 4096),
 }
@@ -74,17 +79,19 @@ def measured(name, model, tokenizer, case, seed, loss):
     about |= {"repeated": repetition(ids)}
     for method in METHODS:
         apply_plan(model, make_plan(stats, model, experts=experts, method=method, progress=False), stats)
-        yield about | {"method": method, "loss": loss()}
+        yield about | {"method": method} | loss()
         restore(model)
 
 
 def table(rows):
     """Loss that each method adds: mean over the seeds, a row for each model and case."""
     frame = pd.DataFrame(rows)
-    frame["added"] = frame["loss"] - frame["original"]
-    wide = frame.pivot_table(index=["model", "case"], columns="method", values="added", sort=False)
-    others = frame.groupby(["model", "case"], sort=False).agg(seeds=("seed", "nunique"), repeated=("repeated", "mean"))
-    return wide[list(METHODS)].join(others).round(3).to_string()
+    for key in ("loss", "trained"):
+        frame[key] -= frame[f"original_{key}"]
+    wide = frame.pivot_table(index=["model", "case"], columns="method", values=["loss", "trained"], sort=False)
+    wide["seeds"] = frame.groupby(["model", "case"], sort=False)["seed"].nunique()
+    wide["repeated"] = frame.groupby(["model", "case"], sort=False)["repeated"].mean()
+    return wide.round(3).to_string()
 
 
 def main():
@@ -100,15 +107,19 @@ def main():
     done = {(row["model"], row["case"], row["seed"]) for row in rows}
     for name in options.models.split(","):
         model, tokenizer = load_model(name, dtype="float32")
-        text = calibration_tokens("demo", tokenizer, sequences=96, length=256, seed=0, split="heldout")
+        texts = {"loss": ("heldout", 96), "trained": ("train", 48)}
+        texts = {
+            key: calibration_tokens("demo", tokenizer, sequences=count, length=256, seed=0, split=split)
+            for key, (split, count) in texts.items()
+        }
 
-        def loss(model=model, text=text):
-            return perplexity(model, text, domains=domains_of("demo", len(text)))["mean_loss"]
+        def loss(model=model, texts=texts):
+            return {k: perplexity(model, ids, domains=domains_of("demo", len(ids)))["mean_loss"] for k, ids in texts.items()}
 
-        whole = loss()
+        whole = {f"original_{key}": value for key, value in loss().items()}
         todo = [(case, int(seed)) for seed in options.seeds.split(",") for case in cases]
         for case, seed in tqdm([pair for pair in todo if (name, *pair) not in done], desc=name, unit="case"):
-            rows += [row | {"original": whole} for row in measured(name, model, tokenizer, case, seed, loss)]
+            rows += [row | whole for row in measured(name, model, tokenizer, case, seed, loss)]
             write_json(options.out, {"rows": rows, "versions": versions()})
     print(table(rows))
 

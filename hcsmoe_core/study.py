@@ -61,8 +61,8 @@ def slug(model):
 def calibration_of(model, calibration="", sequences=0, length=0):
     """Calibration settings with those that were left out filled in.
 
-    Embedded models are calibrated on the embedded corpus, 96 × 256 tokens; others as in the paper, on 32 × 2,048 of C4. Where an
-    embedded model writes text itself there are 288 × 256, as it was trained on 256 at a time.
+    Embedded models are calibrated on the embedded corpus, 96 × 256 tokens; others as in the paper, on 32 × 2,048 of C4. Where
+    an embedded model writes text itself there are 288 × 256, as it was trained on 256 at a time.
 
     Returns
     -------
