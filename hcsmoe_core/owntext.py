@@ -103,7 +103,7 @@ def own_text(
     Parameters
     ----------
     model : transformers.PreTrainedModel
-        In memory and not merged; one that is streamed is only asked for what was written before.
+        In memory and not merged; of one that is streamed or merged, there is only what the original wrote before.
     tokenizer : transformers.PreTrainedTokenizerBase, optional
         Tells special tokens and the chat template; without it the configuration's beginning and end of text are known.
     sequences, length : int

@@ -10,7 +10,8 @@ from naive import written
 from safetensors.torch import load_file, save_file
 from scipy.stats import chisquare
 
-from hcsmoe_core import apply_plan, calibration_tokens, capture, domains_of, make_plan, owntext, study
+from hcsmoe_core import apply_plan, calibration_tokens, capture, domains_of, evaluate, make_plan, owntext, study
+from hcsmoe_core.evaluation import perplexity
 from hcsmoe_core.owntext import LOOP, PERIOD, own_text, repetition, writing_of
 from hcsmoe_core.streaming import stream_model
 
@@ -351,3 +352,14 @@ def test_who_cannot_write_is_refused(mixtral, tmp_path):
     with pytest.raises(ValueError, match="The model gives NaN"):
         own_text(damaged, sequences=1, length=4, folder=tmp_path)
     assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_a_merged_model_is_scored_on_what_the_original_wrote(tmp_path, monkeypatch, tokenizer):
+    monkeypatch.setattr("hcsmoe_core.owntext.place", lambda path: tmp_path / path)
+    model = tiny_model("mixtral")
+    how = dict(tasks=[], text="self:batch=4", sequences=4, length=12)
+    before = evaluate(model, tokenizer, **how)
+    ids = own_text(model, tokenizer, sequences=4, length=12, seed=0, batch=4, folder=None)
+    apply_plan(model, make_plan(capture(model, ids, progress=False), experts=2))
+    after = evaluate(model, tokenizer, **how)
+    assert before["mean_loss"] != after["mean_loss"] == perplexity(model, ids)["mean_loss"]
