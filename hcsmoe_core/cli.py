@@ -29,7 +29,8 @@ CALIBRATION = Annotated[
     str,
     typer.Option(
         help="c4, wikitext, math, code, demo, a data set on the hub (name:configuration:split:column), a .txt, .json, .jsonl "
-        "or .safetensors file, or a mixture such as 0.5*c4+0.5*math. By default what suits."
+        "or .safetensors file; self, text that the model writes itself (self:temperature=0.8:start=chat); or a mixture such as "
+        "0.5*c4+0.5*self. By default what suits: demo for the embedded models, else c4, or self where that is not to be had."
     ),
 ]
 SEQUENCES = Annotated[int, typer.Option(help="Calibration sequences; 0 for the default of the source.")]
@@ -103,17 +104,30 @@ def _needs(methods, settings=None):
 
 def _calibration(model, tokenizer, calibration, sequences, length, column, seed, heldout=0):
     """Calibration tokens by the command's options, their domains, a description, and more tokens of the same source."""
-    from hcsmoe_core import calibration_tokens, domains_of
+    from hcsmoe_core import calibration_tokens, domains_of, ranks
+    from hcsmoe_core.calibration import own_sequences
+    from hcsmoe_core.moe import source_of
+    from hcsmoe_core.owntext import GRAM, NAME, repetition
     from hcsmoe_core.study import calibration_of
 
     settings = calibration_of(model.name_or_path, calibration, sequences, length)
-    source, count, length = settings["calibration"], settings["sequences"], settings["length"]
-    options = dict(length=length, seed=seed, column=column)
-    rows = more = calibration_tokens(source, tokenizer, sequences=count, **options)
+    source, count, size = settings["calibration"], settings["sequences"], settings["length"]
+    options = dict(model=model, length=size, seed=seed, column=column)
+    try:
+        rows = more = calibration_tokens(source, tokenizer, sequences=count, **options)
+    except FileNotFoundError as error:
+        if calibration or source_of(model) is not None:  # what was asked for is never replaced
+            raise
+        print(f"hcsmoe: {error}\nNo --calibration was given: going on with text that the model writes itself.", file=sys.stderr)
+        return _calibration(model, tokenizer, NAME, sequences, length, column, seed, heldout)
     if heldout:
         with contextlib.suppress(ValueError):  # there is not text enough for both
             more = calibration_tokens(source, tokenizer, sequences=count + heldout, **options)
-    about = f"{count} × {length} tokens of {Path(source).name if Path(source).exists() else source}, seed {seed}"
+    about = f"{count} × {size} tokens of {Path(source).name if Path(source).exists() else source}, seed {seed}"
+    if own_sequences(source, count):
+        about += f", {repetition(rows):.1%} of {GRAM}-grams repeated"
+        if ranks.rank() == 0:
+            print(f"calibrating on {about}")
     return rows, domains_of(source, count), about, more
 
 
