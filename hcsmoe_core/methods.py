@@ -707,7 +707,8 @@ class _Maker:
         layer = moe_layer(self.model, name)
         sample, experts = sums.sample, sums.num_experts
         rule = pruning.routing_rule(sample, layer)
-        grams, sequences = pruning.output_grams(layer, sample.inputs), self.stats.sampled[:, 0]
+        tokens = min(len(sample.inputs), pruning.LOSS_TOKENS)
+        grams, sequences = pruning.output_grams(layer, sample.inputs[:tokens]), self.stats.sampled[:, 0]
         many = experts > pruning.ENUMERATED
 
         def loss_on(tokens):
@@ -717,7 +718,7 @@ class _Maker:
 
         how = dict(protected=protected, subsets=steps.subsets, seed=[self.seed, self.places[name]], progress=self.progress)
         rough = loss_on(pruning.TOKENS) if many else None
-        return pruning.best_kept(loss_on(len(sample.inputs)), experts, count, rough=rough, **how)
+        return pruning.best_kept(loss_on(tokens), experts, count, rough=rough, **how)
 
 
 def _best_of_groups(worth, count, groups, name):
