@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from hcsmoe_core import budget as budgets
 from hcsmoe_core import clustering, pruning, residual, similarity
-from hcsmoe_core.combining import ALIGNMENTS, NEURON_FEATURES, OPTIONS, RULES
+from hcsmoe_core.combining import ALIGNMENTS, NEURON_FEATURES, OPTIONS, POOLS, RULES
 from hcsmoe_core.files import check_choice, check_count
 from hcsmoe_core.moe import moe_layer
 from hcsmoe_core.plan import (
@@ -61,7 +61,7 @@ class Steps:
     merge : {"frequency", "average", "routing-mass"}
         Weights of a group's members.
     combine : str
-        How a group becomes one expert, with ``align``, ``features``, ``ridge`` and ``rank``:
+        How a group becomes one expert, with ``align``, ``features``, ``ridge``, ``rank`` and ``pool``:
         :func:`hcsmoe_core.combining.combine`. Options that a rule does not have are not looked at.
     router : {"map", "drop", "average", "row-kept", "folded"}
         See :class:`hcsmoe_core.plan.LayerPlan`.
@@ -100,6 +100,7 @@ class Steps:
     features: str = "activations"
     ridge: float | None = None
     rank: float = 0.5
+    pool: str = "members"
     router: str = "map"
     shape: str = "uniform"
     holdout: str = "sequences"
@@ -118,6 +119,7 @@ class Steps:
             "combine": (*RULES, "residual"),
             "align": ALIGNMENTS,
             "features": NEURON_FEATURES,
+            "pool": POOLS,
             "router": ROUTERS,
             "shape": residual.SHAPES,
             "holdout": residual.HOLDOUTS,
@@ -488,7 +490,7 @@ def _check_counts_given(counts, sizes, steps):
 
 def _settings_of(steps):
     """The steps that matter, for the plan's settings."""
-    skipped = {"share", "compress_rank", "combine", "align", "features", "ridge", "rank"}
+    skipped = {"share", "compress_rank", "combine", "align", "features", "ridge", "rank", "pool"}
     if not steps.compares:
         skipped |= {"similarity", "metric"}
     for grouping, names in _ONLY.items():
