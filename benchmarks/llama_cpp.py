@@ -74,7 +74,7 @@ def compared(folder, ids, llama_cpp, python, work):
 
 
 def fitted(name, folder):
-    """An embedded model as llama.cpp takes it: of Qwen2-MoE only with an output matrix of its own and weights not normalised."""
+    """An embedded model as llama.cpp takes it: Qwen2-MoE with an output matrix of its own, and weights not normalised."""
     model, tokenizer = load_model(name)
     model.config.tie_word_embeddings = False
     if hasattr(model.config, "norm_topk_prob"):

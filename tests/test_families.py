@@ -18,13 +18,17 @@ FIRST = [0, 1, 2, 4, 5, 7, 8, 9]
 same_version = pytest.mark.skipif(transformers.__version__ != VERSION, reason=f"the table is of transformers {VERSION}")
 
 
+def switchable(model):
+    """Whether transformers can run its experts in several ways."""
+    return all(hasattr(layer.experts, "is_concatenated") for layer in moe.find_moe_layers(model))
+
+
 def built(family, dtype=torch.float32, implementation="eager"):
     """A tiny model, or a skip where its experts have one implementation alone."""
     model = tiny_model(family, dtype)
-    switchable = all(hasattr(layer.experts, "is_concatenated") for layer in moe.find_moe_layers(model))
-    if not switchable and implementation != "eager":
+    if not switchable(model) and implementation != "eager":
         pytest.skip("its experts have one implementation alone")
-    if switchable:
+    if switchable(model):
         model.set_experts_implementation(implementation)
         assert {layer.experts.config._experts_implementation for layer in moe.find_moe_layers(model)} == {implementation}
     return model
@@ -151,21 +155,24 @@ def alone(experts, expert, tokens):
 @pytest.mark.parametrize("family", SUPPORTED)
 def test_mean_outputs_are_those_of_a_dense_pass(family):
     model, ids = built(family), tiny_tokens()
-    trace = Trace(model, ids)
-    stats = capture(model, ids, needs=("usage", "outputs"), progress=False, batch_size=len(ids))
-    assert list(stats.layers) == list(trace.tokens)
-    for layer in moe.find_moe_layers(model):
-        sums, tokens = stats.layers[layer.name], trace.tokens[layer.name].double()
-        wide = copy.deepcopy(layer.experts).double()
-        dense = torch.stack([alone(wide, expert, tokens).mean(0) for expert in range(EXPERTS)])
-        assert (sums.mean_output - dense).abs().max() <= 1e-5 * dense.abs().max()
-        assert layer.router is not None
-        assert int(sums.tokens.sum()) == ids.numel() == len(tokens)
-        if type(layer.experts).__name__ != "JetMoeMoE":
-            chosen = trace.chosen[layer.name].flatten()
-            count = torch.bincount(chosen[chosen < EXPERTS], minlength=EXPERTS)
-            assert sums.usage_count.sum(0).tolist() == count.tolist()
-        assert torch.isfinite(sums.logit_gram).all()
+    wide = {layer.name: copy.deepcopy(layer.experts).double() for layer in moe.find_moe_layers(model)}
+    for implementation in IMPLEMENTATIONS if switchable(model) else ("eager",):
+        if implementation != "eager":
+            model.set_experts_implementation(implementation)
+        trace = Trace(model, ids)
+        stats = capture(model, ids, needs=("usage", "outputs"), progress=False, batch_size=len(ids))
+        assert list(stats.layers) == list(trace.tokens)
+        for layer in moe.find_moe_layers(model):
+            sums, tokens = stats.layers[layer.name], trace.tokens[layer.name].double()
+            dense = torch.stack([alone(wide[layer.name], expert, tokens).mean(0) for expert in range(EXPERTS)])
+            assert (sums.mean_output - dense).abs().max() <= 1e-5 * dense.abs().max()
+            assert layer.router is not None
+            assert int(sums.tokens.sum()) == ids.numel() == len(tokens)
+            if type(layer.experts).__name__ != "JetMoeMoE":
+                chosen = trace.chosen[layer.name].flatten()
+                count = torch.bincount(chosen[chosen < EXPERTS], minlength=EXPERTS)
+                assert sums.usage_count.sum(0).tolist() == count.tolist()
+            assert torch.isfinite(sums.logit_gram).all()
 
 
 def test_layers_that_predict_further_tokens_are_not_promised(tmp_path):
