@@ -285,14 +285,7 @@ def merge(
             made = make_plan(stats, loaded, experts=experts, method=method, **settings)
         options = dict(stats=stats, router=router, tokenizer=tokenizer, heldout=heldout, about=about)
         written = stream_merged(loaded, made, out, work, **options) if work else save_merged(loaded, made, out, **options)
-    kept = sorted({layer.num_groups for layer in made.layers})
-    print(
-        f"{out}: {' or '.join(map(str, kept))} experts a layer, {written['parameters']:,} of {written['original']:,} weights, "
-        f"{written['bytes'] / 1e6:.1f} MB, {written['router']}; {LOADING[written['router']]} or hcsmoe evaluate {out}"
-    )
-    if "savings" in written:
-        _print_savings(written["savings"])
-    _print_fidelity(written)
+    _print_written(out, made, written)
 
 
 LOADING = {
@@ -301,18 +294,27 @@ LOADING = {
 }
 
 
-def _print_fidelity(written):
-    """What engines ask, and how far the written model is from the original."""
-    from hcsmoe_core.export import fidelity_text
+def _print_written(out, plan, written):
+    """What was written, what it was calibrated on, what engines ask, and how far it is from the original."""
+    from hcsmoe_core.export import calibrated, counts, fidelity_text
 
+    print(
+        f"{out}: {counts(plan)} experts a layer, {written['parameters']:,} of {written['original']:,} weights, "
+        f"{written['bytes'] / 1e6:.1f} MB, {written['router']}; {LOADING[written['router']]} or hcsmoe evaluate {out}"
+    )
+    if plan.statistics:
+        print(f"calibrated on {calibrated(plan)}; text of other kinds may lose more")
+    if "savings" in written:
+        _print_savings(written["savings"])
     for line in written["limits"]:
         print(f"- {line}")
-    if written["fidelity"] is None:
-        print("Fidelity was not measured, for want of held-out tokens: give more text with --calibration.")
+    measured = written["fidelity"]
+    if measured is None:
+        print("Fidelity was not measured, as no tokens were held out: see --fidelity and --calibration.")
         return
-    print(fidelity_text(written["fidelity"]))
-    if written["fidelity"]["warning"]:
-        print(f"\nWARNING: {written['fidelity']['warning']}", file=sys.stderr)
+    print(fidelity_text(measured | {"warning": ""}))
+    if measured["warning"]:
+        print(f"\nWARNING: {measured['warning']}", file=sys.stderr)
 
 
 def _print_savings(savings):
