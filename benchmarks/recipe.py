@@ -1,6 +1,6 @@
 """The recommended method beside the others at the same bytes, calibrated in distribution, on two domains, and on own text.
 
-    python benchmarks/recipe.py --out benchmarks/results/recipe.csv            # some two hours on one core, resumable
+    python benchmarks/recipe.py --out benchmarks/results/recipe.csv            # some hours on one core, resumable
     python benchmarks/recipe.py --models demo-qwen --calibrated self --seeds 3
 
 Loss is nats a token on held-out text of the ten domains that are made by rule. "two" is calibrated on the other two, code and
@@ -20,8 +20,7 @@ from hcsmoe_core.compare import compare
 from hcsmoe_core.study import place
 
 MODELS = {"demo-qwen": (16, 8), "demo-mixtral": (4, 2)}
-METHODS = ("hc-smoe", "k-means", "mergemoe", "trimming", "selection", "hc-least-squares", "least-residual")
-SHIFTED = ("hc-smoe", "trimming", "least-residual")  # that are calibrated otherwise, too
+METHODS = ("hc-smoe", "mergemoe", "trimming", "least-residual")  # the paper's, and the best two of the table of all methods
 TWO, LENGTH = ("code", "prose"), 256
 CALIBRATED = {
     "in distribution": ("demo", 96),
@@ -49,7 +48,6 @@ def measured(arguments):
     for model in arguments.models:
         for name in arguments.calibrated:
             source, sequences = CALIBRATED[name]
-            methods = METHODS if name == "in distribution" else SHIFTED
             for seed in range(arguments.seeds):
                 two = two_domains(model, seed, f"{arguments.folder}/two") if "{two}" in source else ""
                 how = dict(calibration=source.format(two=two), sequences=sequences, length=LENGTH, limit=arguments.limit)
