@@ -53,7 +53,7 @@ def measured(arguments):
                 how = dict(calibration=source.format(two=two), sequences=sequences, length=LENGTH, limit=arguments.limit)
                 frame = compare(
                     model,
-                    methods=methods,
+                    methods=METHODS,
                     experts=MODELS[model],
                     seeds=(seed,),
                     dtype="float32",
