@@ -22,6 +22,7 @@ from hcsmoe_core.study import place
 MODELS = {"demo-qwen": (16, 8), "demo-mixtral": (4, 2)}
 METHODS = ("hc-smoe", "mergemoe", "trimming", "least-residual")  # the paper's, and the best two of the table of all methods
 TWO, LENGTH = ("code", "prose"), 256
+SHIFTED = ("hc-smoe", "least-residual")  # that are calibrated otherwise, too
 CALIBRATED = {
     "in distribution": ("demo", 96),
     "self": ("self", 288),
@@ -53,7 +54,7 @@ def measured(arguments):
                 how = dict(calibration=source.format(two=two), sequences=sequences, length=LENGTH, limit=arguments.limit)
                 frame = compare(
                     model,
-                    methods=METHODS,
+                    methods=METHODS if name == "in distribution" else SHIFTED,
                     experts=MODELS[model],
                     seeds=(seed,),
                     dtype="float32",

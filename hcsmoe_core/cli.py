@@ -213,7 +213,10 @@ def merge(
     out: Annotated[Path, typer.Option(help="Model folder to write; must not exist.")],
     plan: Annotated[Path | None, typer.Option(help="Plan from hcsmoe plan; or give --experts.")] = None,
     experts: Annotated[int, typer.Option(help="Experts kept in each layer: capture, plan and merge in one go.")] = 0,
-    statistics: Annotated[Path | None, typer.Option(help="Statistics that --plan was made from, where it needs them.")] = None,
+    statistics: Annotated[
+        Path | None,
+        typer.Option(help="Statistics that --plan was made from, where it needs them; or to make a plan from with --experts."),
+    ] = None,
     router: Annotated[
         str,
         typer.Option(
@@ -224,7 +227,13 @@ def merge(
     fidelity: Annotated[
         int, typer.Option(help="Held-out sequences on which the written model is compared with the original; 0 for none.")
     ] = 10,
-    method: METHOD = "hc-smoe",
+    method: Annotated[
+        str,
+        typer.Option(
+            help='What hcsmoe methods lists. By default "recommended"; "hc-smoe", the paper\'s, where --similarity, --metric '
+            "or --linkage are given."
+        ),
+    ] = "",
     similarity: SIMILARITY = "",
     metric: METRIC = "",
     linkage: LINKAGE = "",
@@ -243,11 +252,12 @@ def merge(
     memory: MEMORY = "",
 ):
     """Write a smaller checkpoint, by a plan or with a number of experts. Interrupted, it goes on when called again."""
-    from hcsmoe_core import load_plan, load_statistics, make_plan, ranks, save_merged
+    from hcsmoe_core import load_plan, load_statistics, ranks, save_merged
     from hcsmoe_core.checkpoint import ROUTERS
     from hcsmoe_core.demo import models as demo_models
     from hcsmoe_core.fidelity import unseen
     from hcsmoe_core.files import check_absent, check_choice
+    from hcsmoe_core.methods import RECOMMENDED
     from hcsmoe_core.plan import JOINED
     from hcsmoe_core.statistics import sequence_hashes
     from hcsmoe_core.streaming import open_model, stream_merged, tidied, work_folder
@@ -265,27 +275,45 @@ def merge(
     settings = _settings(similarity, metric, linkage, merge, others)
     if router in JOINED and made is None:
         settings["router"] = router
+    method = method or ("hc-smoe" if similarity or metric or linkage else RECOMMENDED)
     needs = _needs(method, settings)
     loaded, tokenizer = open_model(model, dtype=dtype, device=device, load=load, memory=memory)
     with work_folder(out, loaded) as work:
         heldout, about = None, {}
         if made is None:
             _check_experts(loaded, experts)
-        if made is None or (fidelity and (calibration or model in demo_models.NAMES)):
+        if (made is None and stats is None) or (fidelity and (calibration or model in demo_models.NAMES)):
             how = (calibration, sequences, length, column, seed, fidelity)
             input_ids, domains, text, more = _calibration(loaded, tokenizer, *how)
             seen = sequence_hashes(input_ids) + (stats.sequences if stats else [])
             heldout = unseen(more, seen, length=HELD_OUT)
-        if made is None:
+        if made is None and stats is None:
             about["calibration"] = text
             stats = _captured(loaded, input_ids, domains, work, batch_size, needs, sample)
         if ranks.left():
             return
         if made is None:
-            made = make_plan(stats, loaded, experts=experts, method=method, **settings)
+            made = _planned(work, stats, loaded, experts=experts, method=method, **settings)
         options = dict(stats=stats, router=router, tokenizer=tokenizer, heldout=heldout, about=about)
         written = stream_merged(loaded, made, out, work, **options) if work else save_merged(loaded, made, out, **options)
     _print_written(out, made, written)
+
+
+def _planned(work, stats, model, **how):
+    """The plan of a merge; of a streamed one it is kept in the work folder, as making it may take long."""
+    from hcsmoe_core import load_plan, make_plan
+    from hcsmoe_core.files import sha256_json
+    from hcsmoe_core.methods import POINTS_TO, RECOMMENDED
+
+    path = work and work / f"plan-{sha256_json([stats.identity(), how])[:12]}.json"
+    if path and path.exists():
+        return load_plan(path)
+    if how["method"] == RECOMMENDED:
+        print(f'method: "{POINTS_TO}", which is recommended; the paper\'s is --method hc-smoe')
+    made = make_plan(stats, model, **how)
+    if path:
+        made.save(path)
+    return made
 
 
 LOADING = {
