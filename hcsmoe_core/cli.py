@@ -257,7 +257,7 @@ def merge(
     from hcsmoe_core.demo import models as demo_models
     from hcsmoe_core.fidelity import unseen
     from hcsmoe_core.files import check_absent, check_choice
-    from hcsmoe_core.methods import RECOMMENDED
+    from hcsmoe_core.methods import RECOMMENDED, steps_of
     from hcsmoe_core.plan import JOINED
     from hcsmoe_core.statistics import sequence_hashes
     from hcsmoe_core.streaming import open_model, stream_merged, tidied, work_folder
@@ -276,6 +276,11 @@ def merge(
     if router in JOINED and made is None:
         settings["router"] = router
     method = method or ("hc-smoe" if similarity or metric or linkage else RECOMMENDED)
+    if made is None and (similarity or metric or linkage) and steps_of(method, **settings).grouping == "residual":
+        raise ValueError(
+            f'--similarity, --metric and --linkage have no part in method "{method}", which finds groups by what they leave; '
+            "leave them out, or say --method hc-smoe."
+        )
     needs = _needs(method, settings)
     loaded, tokenizer = open_model(model, dtype=dtype, device=device, load=load, memory=memory)
     with work_folder(out, loaded) as work:

@@ -339,7 +339,6 @@ METHODS = {
 }
 
 
-RESIDUAL = ("shape", "holdout", "merge", "router")  # steps that grouping "residual" looks at
 RECOMMENDED = "recommended"
 POINTS_TO = "least-residual"
 
@@ -383,13 +382,6 @@ def steps_of(method, **settings):
     for name in settings:
         check_choice("setting", name, tuple(sorted(known)))
     steps = replace(METHODS[named(method)].steps, **settings)
-    if steps.grouping == "residual":
-        unused = [name for name in settings if name not in (*RESIDUAL, "grouping", "combine")]
-        if unused:
-            raise ValueError(
-                f'The "{unused[0]}" setting has no part in method {method!r}, which finds groups and rules by their residual; '
-                f'it takes {", ".join(RESIDUAL)}. The paper\'s method is "hc-smoe".'
-            )
     steps.check()
     return steps
 

@@ -505,7 +505,9 @@ def test_the_command_writes_every_kind(tmp_path):
         )
         return out.returncode, out.stdout, out.stderr
 
-    code, said, warned = run("--experts", "4", "--router", "folded", "--out", tmp_path / "folded", "--fidelity", "2")
+    code, said, warned = run(
+        "--experts", "4", "--method", "hc-smoe", "--router", "folded", "--out", tmp_path / "folded", "--fidelity", "2"
+    )
     assert code == 0
     assert "plain; load it with any loader of the original family" in said
     assert "| folded |" in said
@@ -516,6 +518,10 @@ def test_the_command_writes_every_kind(tmp_path):
     code, said, _ = run("--plan", tmp_path / "folded" / "plan.json", "--out", tmp_path / "again", "--router", "mapped")
     assert code == 0
     assert "| mapped |" in said
+    code, said, _ = run("--experts", "4", "--out", tmp_path / "best", "--fidelity", "0")
+    assert code == 0
+    assert 'method: "least-residual", which is recommended; the paper\'s is --method hc-smoe' in said
+    assert json.loads((tmp_path / "best/plan.json").read_text())["settings"]["method"] == "least-residual"
     code, _, said = run("--experts", "4", "--router", "guessed", "--out", tmp_path / "no")
     assert code == 2
     assert 'The "router" argument must be one of' in said

@@ -286,9 +286,9 @@ def test_what_cannot_be_solved_for_is_averaged():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"budget": "frequency"}, "The \"budget\" setting has no part in method 'recommended'"),
-        ({"guard": True}, "it takes shape, holdout, merge, router"),
-        ({"linkage": "ward"}, 'paper\'s method is "hc-smoe"'),
+        ({"budget": "frequency"}, 'budget must be "uniform"'),
+        ({"guard": True}, "guard off"),
+        ({"combine": "average"}, 'goes with grouping "residual"'),
         ({"shape": "square"}, '"shape" argument must be one of "uniform", "by-layer"'),
         ({"holdout": "tokens"}, '"holdout" argument must be one of "sequences", "domains"'),
     ],
