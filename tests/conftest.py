@@ -21,11 +21,9 @@ GOLDENS = Path(os.environ.get("HCSMOE_GOLDENS", ROOT.parent / "shared" / "refere
 TOGETHER = {"test_lab", "test_converters"}
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    for item in items:
-        if item.path.stem in TOGETHER:
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+def pytest_itemcollected(item):
+    if item.path.stem in TOGETHER:
+        item.add_marker(pytest.mark.xdist_group(item.path.stem))
 
 
 def pytest_report_header(config):
