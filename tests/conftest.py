@@ -17,17 +17,6 @@ ROOT = Path(__file__).resolve().parents[1]
 GOLDENS = Path(os.environ.get("HCSMOE_GOLDENS", ROOT.parent / "shared" / "reference" / "goldens"))
 
 
-# Files whose tests share what takes long to make, or would get in each other's way: one process each.
-TOGETHER = {"test_lab", "test_converters"}
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    for item in items:
-        if item.path.stem in TOGETHER:
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
-
-
 def pytest_report_header(config):
     return f"goldens: {'found' if GOLDENS.is_dir() else 'NOT FOUND, tests against them are skipped'}"
 
