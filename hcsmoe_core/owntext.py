@@ -113,7 +113,8 @@ def own_text(
         ``batch`` and threads change what is written only as far as they change how logits are rounded.
     temperature : float
         What logits are divided by: 1 is the model's own distribution, errors included; below, text is cleaner and covers less.
-        On both embedded models 0.7 was better to calibrate on than 0.5, 0.85 and 1 (``benchmarks/selfcal.py``).
+        To calibrate on, 0.7 was better than 1 on the embedded models, half the loss where experts are unrelated; 0.5 and 0.85
+        differ from it less than seeds do (``benchmarks/selfcal.py``).
     start : {"", "token", "bos", "chat"}
         What a document begins with:
 
