@@ -52,7 +52,7 @@ def calibration_tokens(
           (``theblackcat102/evol-codealpaca-v1``), the last two as REAP (arXiv 2510.13999) calibrates on them;
         - ``"demo"``: the embedded corpus, one domain a sequence, all in turn; see :func:`domains_of`;
         - ``"self"``: text that ``model`` writes itself; no data and no tokenizer are needed. Settings of
-          :func:`hcsmoe_core.owntext.own_text` follow after colons, as in ``"self:temperature=0.8:start=chat"``;
+          :func:`hcsmoe_core.owntext.own_text` follow after colons, as in ``"self:temperature=1:start=chat"``;
         - a ``.txt`` file (one document), ``.jsonl`` or ``.json`` file (one document an object, under ``column``), or a
           folder of such files;
         - a ``.safetensors`` file with the ids themselves under ``input_ids [N, S]``; no tokenizer is needed;

@@ -29,7 +29,7 @@ CALIBRATION = Annotated[
     str,
     typer.Option(
         help="c4, wikitext, math, code, demo, a data set on the hub (name:configuration:split:column), a .txt, .json, .jsonl "
-        "or .safetensors file; self, text that the model writes itself (self:temperature=0.8:start=chat); or a mixture such as "
+        "or .safetensors file; self, text that the model writes itself (self:temperature=1:start=chat); or a mixture such as "
         "0.5*c4+0.5*self. By default what suits: demo for the embedded models, else c4, or self where that is not to be had."
     ),
 ]

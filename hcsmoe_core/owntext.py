@@ -26,19 +26,19 @@ USER = "hcsmoe-writes-here"  # stands for the user's turn while a chat template 
 
 @dataclass(frozen=True)
 class Writing:
-    """How a model writes: what a source such as ``"self:temperature=0.8:start=chat"`` says.
+    """How a model writes: what a source such as ``"self:temperature=1:start=chat"`` says.
 
     Attributes
     ----------
     temperature : float
-        What logits are divided by; 1 is the model's own distribution, of which nothing is cut off.
+        What logits are divided by; 1 is the model's own distribution. Nothing is cut off.
     start : {"", "token", "bos", "chat"}
         How a document begins; see :func:`own_text`.
     batch : int
         Sequences that are written side by side.
     """
 
-    temperature: float = 1.0
+    temperature: float = 0.7
     start: str = ""
     batch: int = 32
 
@@ -55,7 +55,7 @@ def is_own(source):
 
 
 def writing_of(source):
-    """How a model writes by a source such as ``"self:temperature=0.8:start=chat"``.
+    """How a model writes by a source such as ``"self:temperature=1:start=chat"``.
 
     Returns
     -------
@@ -88,9 +88,9 @@ def own_text(
     sequences=32,
     length=2048,
     seed=42,
-    temperature=1.0,
-    start="",
-    batch=32,
+    temperature=Writing.temperature,
+    start=Writing.start,
+    batch=Writing.batch,
     folder="runs/own-text",
 ):
     """Blocks of token ids that the model writes itself.
@@ -112,6 +112,9 @@ def own_text(
         Each sequence has random numbers of its own, by ``seed`` and its place, so that asking for more only adds.
         ``batch`` and threads change what is written only as far as they change how logits are rounded.
     temperature : float
+        What logits are divided by: 1 is the model's own distribution, errors included; below, text is cleaner and covers less.
+        To calibrate on, 0.7 was better than 1 on the embedded models, half the loss where experts are unrelated; 0.5 and 0.85
+        differ from it less than seeds do (``benchmarks/selfcal.py``).
     start : {"", "token", "bos", "chat"}
         What a document begins with:
 
@@ -165,7 +168,7 @@ def own_text(
     if share > REPEATED:
         warnings.warn(
             f"{share:.0%} of the {GRAM}-grams that {model.name_or_path} wrote are repetitions: its own text covers little. "
-            "Write at a higher temperature (self:temperature=1.2), or calibrate on data.",
+            "Write at a higher temperature (self:temperature=1), or calibrate on data.",
             stacklevel=2,
         )
     return blocks
