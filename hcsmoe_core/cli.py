@@ -57,34 +57,10 @@ FOR = Annotated[
 
 def _settings(similarity="", metric="", linkage="", merge="", others=None):
     """Steps that the options set otherwise than the method does."""
-    from dataclasses import fields
-
-    from hcsmoe_core.methods import Steps
+    from hcsmoe_core.methods import settings_from
 
     given = dict(similarity=similarity, metric=metric, linkage=linkage, merge=merge)
-    found = {name: value for name, value in given.items() if value}
-    usual = {f.name: f.default for f in fields(Steps)}
-    for item in others or ():
-        name, equals, value = item.partition("=")
-        if not equals or name not in usual:
-            raise ValueError(f"--set takes name=value with a name of {', '.join(usual)}; not {item!r}.")
-        found[name] = _value(name, value, usual[name])
-    return found
-
-
-def _value(name, text, usual):
-    """A step's value of the kind that it has."""
-    if name == "centres" and text[:1].isdigit():
-        return [int(c) for c in text.split(",")]
-    if isinstance(usual, bool):
-        if text not in ("on", "off", "true", "false"):
-            raise ValueError(f"--set {name} takes on or off; not {text!r}.")
-        return text in ("on", "true")
-    kind = float if name == "ridge" else type(usual)
-    try:
-        return kind(text)
-    except ValueError:
-        raise ValueError(f"--set {name} takes a number; not {text!r}.") from None
+    return {name: value for name, value in given.items() if value} | settings_from(others or (), option="--set")
 
 
 def _listed(text):
