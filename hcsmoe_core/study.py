@@ -19,7 +19,7 @@ from hcsmoe_core.clustering import cut
 from hcsmoe_core.demo import models as demo
 from hcsmoe_core.evaluation import versions
 from hcsmoe_core.figures import save
-from hcsmoe_core.files import held, sha256_file, sha256_json, write_json
+from hcsmoe_core.files import check_choice, held, replacing, sha256_file, sha256_json, write_json
 from hcsmoe_core.methods import merge_tree
 from hcsmoe_core.moe import find_moe_layers, model_hash
 from hcsmoe_core.plan import summarise
@@ -423,6 +423,25 @@ def rows(table):
     return table.astype(object).where(table.notna(), None).to_dict("records")
 
 
+def write_table(frame, path):
+    """Write a table: ``.csv`` with all columns, or ``.tex`` with those that differ among the rows.
+
+    Returns
+    -------
+    Path
+    """
+    path = Path(path)
+    check_choice("path", path.suffix, (".csv", ".tex"))
+    with replacing(path) as part:
+        if path.suffix == ".csv":
+            frame.to_csv(part, index=False)
+        else:
+            told = [name for name in frame if frame[name].astype(str).nunique() > 1 or len(frame) == 1]
+            text = frame[told].to_latex(index=False, escape=True, float_format="%.4f", na_rep="")
+            part.write_text(text, encoding="utf-8")
+    return path
+
+
 def stacked(tables, name):
     """Several data frames below each other, with a column that says which each row is of.
 
@@ -467,6 +486,12 @@ class Record:
         """Save a figure as PNG and PDF under the notebook's number, and return it."""
         self.written += save(figure, self.figures / f"{self.notebook[:2]}_{name}")
         return figure
+
+    def table(self, frame, name):
+        """Save a table as CSV and LaTeX under the notebook's number, and return it."""
+        for kind in (".csv", ".tex"):
+            self.written.append(write_table(frame, self.figures / f"{self.notebook[:2]}_{name}{kind}"))
+        return frame
 
     def close(self, **values):
         """Write ``results.json`` and say where everything is and what comes next."""

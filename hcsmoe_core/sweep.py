@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import contextlib
+import functools
 import hashlib
 import itertools
 import json
@@ -17,7 +18,7 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from hcsmoe_core import engines
-from hcsmoe_core.files import check_choice, held, is_held, replacing, sha256_json, write_json
+from hcsmoe_core.files import held, is_held, sha256_json, write_json
 from hcsmoe_core.methods import METHODS, Steps, settings_from, settings_text, steps_of
 from hcsmoe_core.study import calibration_of, core_hash, data_hash, root, shown, slug
 
@@ -60,11 +61,17 @@ def parameters_of(notebook):
     -------
     dict
     """
+    path = Path(notebook)
+    return dict(_parameters_of(path, path.stat().st_mtime_ns))
+
+
+@functools.lru_cache(maxsize=64)
+def _parameters_of(path, written):
     import ast
 
     import papermill
 
-    return {name: ast.literal_eval(about["default"]) for name, about in papermill.inspect_notebook(str(notebook)).items()}
+    return {name: ast.literal_eval(about["default"]) for name, about in papermill.inspect_notebook(str(path)).items()}
 
 
 def chosen_steps(parameters):
@@ -100,7 +107,7 @@ def canonical(parameters, defaults):
         made["steps"] = settings_text(settings)
         made["plan_seed"] = full["plan_seed"] if steps.uses_chance else defaults["plan_seed"]
         made |= _unusual(full)
-    return {name: value for name, value in made.items() if value != defaults[name]}
+    return {name: value for name, value in made.items() if name == "model" or value != defaults[name]}
 
 
 def _shortest(steps):
@@ -422,6 +429,35 @@ def status(folder, names="", model=None):
     return pd.DataFrame(rows)
 
 
+def status_text(folder, names="", models=(None,)):
+    """:func:`status` and :func:`failures` of some models, in lines."""
+    import pandas as pd
+
+    tables, lines = [], []
+    for model in models:
+        try:
+            tables.append(status(folder, names, model))
+            lines += failures(folder, names, model)
+        except FileNotFoundError as error:
+            lines.append(str(error))
+    return "\n".join([*(pd.concat(tables).to_string(index=False) for _ in tables[:1]), *lines])
+
+
+def table_of(folder, names="", models=(None,)):
+    """Cells of each grid that are done, as :func:`collect` has them, with a column ``grid``: those that grids share, in each.
+
+    Returns
+    -------
+    pandas.DataFrame
+    """
+    import pandas as pd
+
+    found = [(about["grid"], about["model"]) for model in models for about in grids_of(folder, names, model)]
+    frames = [collect(folder, model=model, grid=grid).assign(grid=grid) for grid, model in found]
+    frame = pd.concat(frames, ignore_index=True)
+    return frame[["grid", *(name for name in frame if name != "grid")]]
+
+
 def failures(folder, names="", model=None):
     """Cells of grids that failed: a line each, with the file of the traceback and its last line."""
     lines = []
@@ -568,19 +604,6 @@ def missing_of(folder, names, model=None):
 
     rows = [{"state": state_of(done)} | given for done, given in cells_of(folder, names, model).items()]
     return pd.DataFrame([row for row in rows if row["state"] != "done"]).drop(columns="model", errors="ignore").fillna("")
-
-
-def write_table(frame, path):
-    """Write a table: ``.csv`` with all columns, or ``.tex`` with those that differ among the rows."""
-    path = Path(path)
-    check_choice("path", path.suffix, (".csv", ".tex"))
-    with replacing(path) as part:
-        if path.suffix == ".csv":
-            frame.to_csv(part, index=False)
-            return
-        told = [name for name in frame if frame[name].astype(str).nunique() > 1 or len(frame) == 1]
-        text = frame[told].to_latex(index=False, escape=True, float_format="%.4f", na_rep="")
-        part.write_text(text, encoding="utf-8")
 
 
 def notebook_path(name):
