@@ -507,15 +507,13 @@ EMBEDDED = "demo-qwen,demo-mixtral"
 def sweep(
     grid: Annotated[
         list[str] | None,
-        typer.Argument(help="Grids by name, .yml files, or all; without any, those that there are are listed."),
+        typer.Argument(help="Grids by name, .yml files, or all; without any they are listed."),
     ] = None,
     model: Annotated[list[str] | None, typer.Option(help="Model; may be repeated.")] = None,
     limit: Annotated[int, typer.Option(help="Items of each task; 0 for all.")] = 0,
     parameter: Annotated[
         list[str] | None,
-        typer.Option(
-            "--parameter", "-p", help="Any other parameter of 05_accuracy for all cells, as name=value; may be repeated."
-        ),
+        typer.Option("--parameter", "-p", help="Another parameter of all cells, as name=value; may be repeated."),
     ] = None,
     workers: WORKERS = 0,
     scheduler: Annotated[str, typer.Option(help="Address of a Dask scheduler whose workers run the cells: tcp://…")] = "",

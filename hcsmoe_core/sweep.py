@@ -312,7 +312,8 @@ class _Run:
         with tqdm(total=len(self.cells), initial=len(kept), desc=description, unit="cell") as bar:
             while ready or running:
                 while ready and len(running) < (self.engine.window or len(self.cells)):
-                    running[self._submit(ready[0])] = ready.pop(0)
+                    place = ready.pop(0)
+                    running[self._submit(place)] = place
                 for future in concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED).done:
                     place = running.pop(future)
                     if self._wants_again(place, future):
@@ -525,6 +526,7 @@ def _row(content, declared=None):
         steps = steps_of(row.get("method", "hc-smoe"), **chosen_steps(row))
         row |= {f.name: getattr(steps, f.name) for f in fields(Steps)} | {"centres": settings_text({"": steps.centres})[1:]}
         row |= calibration_of(row["model"], *(row.get(name) for name in SOURCE))
+    row["mean_loss"] = float("nan")  # where no text was scored
     row |= {k: scores[k] for k in ("mean_acc", "mean_acc_stderr", "mean_acc_norm", "mean_loss") if k in scores}
     row |= content["size"]
     row |= {f"acc_{t}": v["acc"] for t, v in scores["tasks"].items() if "acc" in v}
