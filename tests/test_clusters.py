@@ -1,5 +1,6 @@
 """Sweeps on Dask workers and in SLURM jobs of which some are killed: all cells done, none twice, and what they say is right."""
 
+import getpass
 import json
 import os
 import shutil
@@ -7,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -16,7 +18,7 @@ import pytest
 from conftest import ROOT
 
 import hcsmoe_core as core
-from hcsmoe_core import engines, grids, study, sweep
+from hcsmoe_core import grids, study, sweep
 
 pytestmark = pytest.mark.slow
 MODEL = "demo-mixtral"
@@ -190,3 +192,98 @@ def test_workers_nannies_and_drivers_may_be_killed(tmp_path, dask):
     shown = hcsmoe(tmp_path, "--status")
     assert shown.wait(120) == 0
     assert "some demo-mixtral     24    24       0" in said(tmp_path)
+
+
+SLURM = """ClusterName=test
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={ports[0]}
+SlurmdPort={ports[1]}
+SlurmUser={user}
+SlurmdUser={user}
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd.pid
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge.sock
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+MpiDefault=none
+ReturnToService=2
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
+SchedulerParameters=sched_interval=2
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+NodeName={host} NodeAddr=127.0.0.1 CPUs={cpus} RealMemory=4000 State=UNKNOWN
+PartitionName=debug Nodes={host} Default=YES MaxTime=INFINITE State=UP
+"""
+
+
+def command_line(name):
+    """A program of SLURM or munge; their daemons are where a user's path may not lead."""
+    return shutil.which(name, path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
+
+
+@pytest.fixture
+def slurm(monkeypatch):
+    """SLURM on this one node, by Debian's slurm-wlm and munge; its folder."""
+    absent = [name for name in ("munged", "slurmctld", "slurmd", "sbatch", "scancel", "squeue") if not command_line(name)]
+    if absent:
+        message = f"no {', '.join(absent)}: apt-get install slurm-wlm munge"
+        (pytest.fail if os.environ.get("HCSMOE_REQUIRE_SLURM") else pytest.skip)(message)
+    folder, free = Path(tempfile.mkdtemp(prefix="hcsmoe-")), [socket.socket() for _ in range(2)]
+    for port in free:
+        port.bind(("127.0.0.1", 0))
+    known = dict(host=socket.gethostname().partition(".")[0], user=getpass.getuser(), cpus=os.cpu_count(), folder=folder)
+    (folder / "slurm.conf").write_text(SLURM.format(ports=[port.getsockname()[1] for port in free], **known))
+    for port in free:
+        port.close()
+    for name in ("state", "spool"):
+        (folder / name).mkdir()
+    (folder / "munge.key").write_bytes(os.urandom(1024))
+    (folder / "munge.key").chmod(0o400)
+    monkeypatch.setenv("SLURM_CONF", str(folder / "slurm.conf"))
+    munge = {"socket": "sock", "key-file": "key", "pid-file": "pid", "log-file": "log", "seed-file": "seed"}
+    options = [f"--{option}={folder / 'munge'}.{kind}" for option, kind in munge.items()]
+    daemons = [started(folder, command_line("munged"), "--foreground", "--force", *options)]
+    try:
+        until((folder / "munge.sock").exists, "munged", 30)
+        daemons += [started(folder, command_line(name), "-D") for name in ("slurmctld", "slurmd")]
+        until(lambda: "idle" in asked("sinfo", "-h", "-o", "%T"), f"SLURM to be up; {said(folder)}", 60)
+        yield folder
+    finally:
+        for job in asked("squeue", "-h", "-o", "%A").split():
+            asked("scancel", job)
+        for daemon in daemons[::-1]:
+            daemon.terminate()
+            daemon.wait(60)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def asked(*command):
+    return subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
+
+
+def job_of(pid):
+    variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    return next(v for v in variables if v.startswith(b"SLURM_JOB_ID=")).partition(b"=")[2].decode()
+
+
+def test_slurm_jobs_may_be_cancelled(tmp_path, slurm):
+    path = study_of(tmp_path, {"experts": ["1/2", "1/4"], "linkage": ["average", "single"]})
+    cells = grids.cells_of(grids.load(path), MODEL, {"figures": str(tmp_path / "figures")})
+    given = ("queue=debug", "memory=1GB", "walltime=00:30:00", "interface=lo", f"directory={tmp_path / 'scratch'}")
+    driver = hcsmoe(tmp_path, "--slurm", "--jobs", "2", *(o for option in given for o in ("--slurm-options", option)))
+    try:
+        job = job_of(next_started(tmp_path, 1))
+        assert job in asked("squeue", "-h", "-o", "%A").split()
+        asked("scancel", job)
+        assert driver.wait(900) == 0, said(tmp_path)
+    finally:
+        driver.kill()
+    check_each_ran_once(tmp_path, 5)
+    assert len(log(tmp_path, "start")) == 6
+    assert measured_there(tmp_path) == measured_here(cells)
+    until(lambda: not asked("squeue", "-h"), "all jobs gone", 60)
+    assert len(list((tmp_path / "out/logs").glob("*.out"))) >= 3  # the cancelled job was replaced
