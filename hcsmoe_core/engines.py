@@ -206,10 +206,10 @@ def _seconds(walltime):
 
 def _of_client(client, gpu=False):
     """The engine of a Dask client."""
-    workers = client.scheduler_info(n_workers=-1)["workers"].values()
-    gpu = gpu or any("GPU" in worker["resources"] for worker in workers)
+    about = client.scheduler_info(n_workers=-1)
+    gpu = gpu or any("GPU" in worker["resources"] for worker in about["workers"].values())
     executor = client.get_executor(pure=False, **({"resources": {"GPU": 1}} if gpu else {}))
-    return Engine(executor, dashboard=client.dashboard_link or "")
+    return Engine(executor, dashboard=client.dashboard_link if "dashboard" in about["services"] else "")
 
 
 def _import(name):

@@ -230,8 +230,8 @@ def slurm(monkeypatch):
     """SLURM on this one node, by Debian's slurm-wlm and munge; its folder."""
     absent = [name for name in ("munged", "slurmctld", "slurmd", "sbatch", "scancel", "squeue") if not command_line(name)]
     if absent:
-        message = f"no {', '.join(absent)}: apt-get install slurm-wlm munge"
-        (pytest.fail if os.environ.get("HCSMOE_REQUIRE_SLURM") else pytest.skip)(message)
+        say = pytest.fail if os.environ.get("HCSMOE_REQUIRE_SLURM") == "1" else pytest.skip
+        say(f"SLURM NOT TESTED: there is no {', '.join(absent)} on this machine (apt-get install slurm-wlm munge)")
     folder, free = Path(tempfile.mkdtemp(prefix="hcsmoe-")), [socket.socket() for _ in range(2)]
     for port in free:
         port.bind(("127.0.0.1", 0))
