@@ -549,23 +549,26 @@ def sweep(
         return
     folder, names = place(out), [name for given in grid or () for name in (grids.names() if given == "all" else [given])]
     read, models = ",".join(Path(name).stem for name in names), model or [None]
-    try:
-        if not status:
-            if not model:
-                raise ValueError("Give the models with --model; --status needs none.")
-            overrides = ({"limit": limit} if limit else {}) | grids.overrides_from(parameter or ())
-            grids.plans(names, model, overrides)  # what is wrong with them is told before a cluster is asked for anything
-            with _engine(workers, scheduler, slurm, jobs, slurm_options or (), folder) as engine:
-                if engine.dashboard:
-                    print(f"dashboard {engine.dashboard}", flush=True)
-                grids.run(names, model, folder, overrides=overrides, engine=engine, retries=retries)
-    finally:
-        if folder.exists():
-            print(cells.status_text(folder, read, models))
+    if status:
+        print(cells.status_text(folder, read, models))
+    else:
+        if not model:
+            raise ValueError("Give the models with --model; --status needs none.")
+        overrides = ({"limit": limit} if limit else {}) | grids.overrides_from(parameter or ())
+        planned = grids.plans(names, model, overrides)  # what is wrong is told before a cluster is asked for anything
+        with _engine(workers, scheduler, slurm, jobs, slurm_options or (), folder) as engine:
+            if engine.dashboard:
+                print(f"dashboard {engine.dashboard}", flush=True)
+            try:
+                grids.run(planned, folder, engine=engine, retries=retries)
+            finally:
+                print(cells.status_text(folder, read, models))
     for path in table or ():
         print(shown(write_table(cells.table_of(folder, read, models), path)))
     if figures:
-        draw(names or [g["grid"] for g in cells.grids_of(folder)], model, folder, figures, _side_by_side(workers))
+        swept = [about for of in models for about in cells.grids_of(folder, read, of)]
+        chosen = names or dict.fromkeys(about["grid"] for about in swept)
+        draw(list(chosen), list(dict.fromkeys(about["model"] for about in swept)), folder, figures, _side_by_side(workers))
         print(f"figures {shown(place(figures))}")
 
 

@@ -92,8 +92,9 @@ def processes(workers):
 def scheduler(address, *, timeout=30):
     """The workers of a Dask scheduler that runs already.
 
-    Workers must see this folder, and run this version; one thread each, because a cell takes a whole process. Where workers
-    have a resource ``GPU`` (``CUDA_VISIBLE_DEVICES=0 dask worker tcp://… --nthreads 1 --resources GPU=1``), every cell asks
+    Workers must see this folder, and run this version; one thread each, because a cell takes a whole process. How long a
+    silent worker is waited for, and how many may die under a cell, is up to the scheduler (Dask's own: 5 minutes, and 3).
+    Where workers have a resource ``GPU`` (``CUDA_VISIBLE_DEVICES=0 dask worker tcp://… --nthreads 1 --resources GPU=1``), every cell asks
     for one.
 
     Parameters
@@ -120,6 +121,8 @@ def scheduler(address, *, timeout=30):
     except (OSError, ValueError) as error:
         raise OSError(f"No Dask scheduler answers at {address} ({error}); start one with: dask scheduler") from None
     with client:
+        if not client.scheduler_info(n_workers=-1)["workers"]:
+            print(f"{address} has no workers yet; start some with: dask worker {address} --nthreads 1", flush=True)
         yield _of_client(client)
 
 

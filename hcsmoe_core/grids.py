@@ -430,13 +430,13 @@ def plans(chosen, models, overrides=None):
     return [(study, model, cells_of(study, model, overrides)) for model in models for study in studies]
 
 
-def run(chosen, models, folder, *, overrides=None, workers=1, engine=None, retries=0):
+def run(planned, folder, *, workers=1, engine=None, retries=0):
     """Measure every cell of studies that is not done; what they share is measured once.
 
     Parameters
     ----------
-    chosen, models, overrides
-        As for :func:`plans`.
+    planned : list of (Study, str, list of Cell)
+        Of :func:`plans`.
     folder : path
         Of the cells of all studies.
     workers, engine, retries
@@ -449,13 +449,11 @@ def run(chosen, models, folder, *, overrides=None, workers=1, engine=None, retri
 
     Raises
     ------
-    ValueError
-        Before anything runs, if a study is not as it should be.
     RuntimeError
         When all others are done, if some cells failed; it names them.
     """
     folder, unique = place(folder), {}
-    for study, model, cells in plans(chosen, models, overrides):
+    for study, model, cells in planned:
         listed = {cell.id: {"id": cell.id, "parameters": cell.given} for cell in reversed(cells)}  # the first of its kind
         about = dict(title=study.title, notebook=study.notebook, cells=list(reversed(listed.values())))
         sweep.write_grid(folder, study.name, model, **about)

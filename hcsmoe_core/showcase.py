@@ -46,7 +46,7 @@ def run(names, out, figures, workers, limit, *, full=False):
     done += sweep.run_cells(looks, out, description="looks", **how)
     cells = out / (f"{limit}-items" if limit else "all-items")  # scores on other items are another study
     chosen = grids.names() if full else list(BRIEF)
-    done += grids.run(chosen, names, cells, overrides={"limit": limit} | shared, workers=workers)
+    done += grids.run(grids.plans(chosen, names, {"limit": limit} | shared), cells, workers=workers)
     if full:
         done += draw(chosen, names, cells, figures, workers)
     read = []

@@ -140,9 +140,13 @@ def test_notebooks_run_with_default_and_with_changed_parameters_and_draw_the_sam
     scored = [{"experts": r, "linkage": linkage} for r, linkage in ((4, "average"), (2, "average"), (4, "single"))]
     scored += [{"experts": 4, "method": "reap"}, {"experts": 4, "linkage": "average", "seed": 43}, {}]
     out, first, second, other = (tmp_path / name for name in ("runs", "first", "second", "other"))
-    reading = {"where": 'linkage == "average"', "seed": 7, "metric": "loss_units", "hue": "merge", "at": 2}
+    reading = {"where": 'linkage == "average"', "seed": 7, "metric": "loss_units", "hue": "merge", "at": 2, "grid": "some"}
     default = [(name, {}) for name in changed]
     executed = sweep.run_cells(cells_of(model, first, [*default, *changed.items()], scored), out, workers=2)
+    made = [(path, given) for path, given in cells_of(model, first, [], scored)]
+    named = [{"id": sweep.cell_id(path, given), "parameters": given} for path, given in made]
+    absent = {"id": "0" * 12, "parameters": {"model": model, "experts": 3, "method": "reap"}}
+    sweep.write_grid(out, "some", model, title="Some", notebook=made[0][0], cells=[*named, absent])
     executed += sweep.run_cells(readers(model, first, out) + readers(model, other, out, **reading), out, workers=2)
     for path in executed:
         content = nbformat.read(path, as_version=4)
@@ -154,6 +158,10 @@ def test_notebooks_run_with_default_and_with_changed_parameters_and_draw_the_sam
     assert means["hc-smoe"]["samples"] == 2
     missing = results_of(out, "06_ablation", where="")["missing"]
     assert missing == [{"experts": 2, "setting": "hc-smoe, linkage single"}, {"experts": 2, "setting": "reap"}]
+    grid = results_of(out, "06_ablation", grid="some")
+    assert [(row["state"], row["experts"], row["method"]) for row in grid["missing"]] == [("missing", 3, "reap")]
+    assert len(grid["cells"]) == len(scored)
+    assert {p.name for p in (other / model).glob("06_*table*")} == {"06_some-table.csv", "06_some-table.tex"}
     sweep.run_cells(cells_of(model, second, default, [scored[0], scored[-1]]), tmp_path / "again", workers=2)
     sweep.run_cells(readers(model, second, out), tmp_path / "again", workers=2)
     drawn = {path.name: path for path in (second / model).iterdir()}
