@@ -94,8 +94,8 @@ def scheduler(address, *, timeout=30):
 
     Workers must see this folder, and run this version; one thread each, because a cell takes a whole process. How long a
     silent worker is waited for, and how many may die under a cell, is up to the scheduler (Dask's own: 5 minutes, and 3).
-    Where workers have a resource ``GPU`` (``CUDA_VISIBLE_DEVICES=0 dask worker tcp://… --nthreads 1 --resources GPU=1``), every cell asks
-    for one.
+    Where workers have a resource ``GPU``, every cell asks for one:
+    ``CUDA_VISIBLE_DEVICES=0 dask worker tcp://… --nthreads 1 --resources GPU=1``.
 
     Parameters
     ----------
