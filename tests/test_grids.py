@@ -295,3 +295,22 @@ def test_options_of_slurm_jobs(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             job_options([option])
+
+
+@pytest.mark.parametrize("resources", [{}, {"GPU": 1}])
+def test_cells_ask_for_a_gpu_where_workers_offer_one(resources):
+    from distributed import Client, LocalCluster
+
+    from hcsmoe_core.engines import scheduler
+
+    how = dict(n_workers=1, processes=False, threads_per_worker=1, dashboard_address=":0", resources=resources)
+    with LocalCluster(**how) as cluster, Client(cluster) as client, scheduler(client.scheduler.address) as engine:
+        assert engine.dashboard.startswith("http")
+        assert engine.executor.submit(resources_of_this_task).result(timeout=60) == resources
+
+
+def resources_of_this_task():
+    from distributed import get_worker
+
+    worker = get_worker()
+    return dict(worker.state.tasks[worker.get_current_task()].resource_restrictions or {})
