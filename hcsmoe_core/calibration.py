@@ -50,7 +50,8 @@ def calibration_tokens(
           (``EleutherAI/wikitext_document_level``); ``"math"``: problems with solutions
           (``allenai/tulu-3-sft-personas-math``); ``"code"``: instructions with programs
           (``theblackcat102/evol-codealpaca-v1``), the last two as REAP (arXiv 2510.13999) calibrates on them;
-        - ``"demo"``: the embedded corpus, one domain a sequence, all in turn; see :func:`domains_of`;
+        - ``"demo"``: the embedded corpus, one domain a sequence, all in turn; see :func:`domains_of`; or of some of its
+          domains only, ``"demo:code,prose"``;
         - ``"self"``: text that ``model`` writes itself; no data and no tokenizer are needed. Settings of
           :func:`hcsmoe_core.owntext.own_text` follow after colons, as in ``"self:temperature=1:start=chat"``;
         - a ``.txt`` file (one document), ``.jsonl`` or ``.json`` file (one document an object, under ``column``), or a
@@ -117,7 +118,7 @@ def domains_of(source, sequences):
     of a file's or a data set's name.
     """
     parts = _parts(source, sequences)
-    if len(parts) == 1 and parts[0][0] != "demo":
+    if len(parts) == 1 and not is_demo(parts[0][0]):
         return None
     return [domain for name, count in parts for domain in _domains_of_part(name, count)]
 
@@ -138,9 +139,23 @@ def own_sequences(source, sequences):
 
 
 def _domains_of_part(name, count):
-    if name == "demo":
-        return [corpus.DOMAINS[i % len(corpus.DOMAINS)] for i in range(count)]
+    if is_demo(name):
+        chosen = _corpus_domains(name)
+        return [chosen[i % len(chosen)] for i in range(count)]
     return [_label(name)] * count
+
+
+def is_demo(source):
+    """Whether a source is the embedded corpus, or some of its domains."""
+    return str(source).partition(":")[0] == "demo"
+
+
+def _corpus_domains(source):
+    """Domains of the embedded corpus that a source asks for."""
+    names = [name.strip() for name in source.partition(":")[2].split(",") if name.strip()]
+    for name in names:
+        check_choice("source", name, corpus.DOMAINS)
+    return tuple(names) or corpus.DOMAINS
 
 
 def _label(name):
@@ -165,7 +180,7 @@ def _weights(source):
                 "positive weight, as in 0.5*c4+0.5*math."
             )
         found.append((name.strip(), value))
-    labels = [label for name, _ in found for label in (corpus.DOMAINS if name == "demo" else [_label(name)])]
+    labels = [label for name, _ in found for label in (_corpus_domains(name) if is_demo(name) else [_label(name)])]
     twice = [label for label in labels if labels.count(label) > 1]
     if twice:
         raise ValueError(f'The "source" argument is the mixture {source!r}, of which two domains are called {twice[0]!r}.')
@@ -197,8 +212,8 @@ def _blocks(source, tokenizer, *, sequences, length, seed, column, split):
             f"Source {str(source)!r} is text, and the model has no tokenizer; give one, a .safetensors file of input_ids, or "
             f"let the model write ids itself (--calibration {NAME})."
         )
-    if source == "demo":
-        return _from_corpus(tokenizer, sequences, length, seed, split or "calibration")
+    if is_demo(source):
+        return _from_corpus(source, tokenizer, sequences, length, seed, split or "calibration")
     documents = _local_documents(path, column) if path.exists() else _dataset_documents(source, column, split or "train")
     order = np.random.default_rng(seed).permutation(len(documents))
     if source == "c4":
@@ -231,10 +246,10 @@ def _pack(documents, tokenizer, sequences, length):
     return blocks
 
 
-def _from_corpus(tokenizer, sequences, length, seed, split):
+def _from_corpus(source, tokenizer, sequences, length, seed, split):
     check_choice("split", split, SPLITS)
     rows = []
-    for i, domain in enumerate(domains_of("demo", sequences)):
+    for i, domain in enumerate(_domains_of_part(source, sequences)):
         rng = random.Random(f"{split} {seed} {i}")
         characters, ids = 4 * length, []
         while len(ids) < length:

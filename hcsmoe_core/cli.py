@@ -58,34 +58,10 @@ FOR = Annotated[
 
 def _settings(similarity="", metric="", linkage="", merge="", others=None):
     """Steps that the options set otherwise than the method does."""
-    from dataclasses import fields
-
-    from hcsmoe_core.methods import Steps
+    from hcsmoe_core.methods import settings_from
 
     given = dict(similarity=similarity, metric=metric, linkage=linkage, merge=merge)
-    found = {name: value for name, value in given.items() if value}
-    usual = {f.name: f.default for f in fields(Steps)}
-    for item in others or ():
-        name, equals, value = item.partition("=")
-        if not equals or name not in usual:
-            raise ValueError(f"--set takes name=value with a name of {', '.join(usual)}; not {item!r}.")
-        found[name] = _value(name, value, usual[name])
-    return found
-
-
-def _value(name, text, usual):
-    """A step's value of the kind that it has."""
-    if name == "centres" and text[:1].isdigit():
-        return [int(c) for c in text.split(",")]
-    if isinstance(usual, bool):
-        if text not in ("on", "off", "true", "false"):
-            raise ValueError(f"--set {name} takes on or off; not {text!r}.")
-        return text in ("on", "true")
-    kind = float if name == "ridge" else type(usual)
-    try:
-        return kind(text)
-    except ValueError:
-        raise ValueError(f"--set {name} takes a number; not {text!r}.") from None
+    return {name: value for name, value in given.items() if value} | settings_from(others or (), option="--set")
 
 
 def _listed(text):
@@ -577,6 +553,92 @@ EMBEDDED = "demo-qwen,demo-mixtral"
 
 
 @app.command()
+def sweep(
+    grid: Annotated[
+        list[str] | None,
+        typer.Argument(help="Grids by name, .yml files, or all; without any they are listed."),
+    ] = None,
+    model: Annotated[list[str] | None, typer.Option(help="Model; may be repeated.")] = None,
+    limit: Annotated[int, typer.Option(help="Items of each task; 0 for all.")] = 0,
+    parameter: Annotated[
+        list[str] | None,
+        typer.Option("--parameter", "-p", help="Another parameter of all cells, as name=value; may be repeated."),
+    ] = None,
+    workers: WORKERS = 0,
+    scheduler: Annotated[str, typer.Option(help="Address of a Dask scheduler whose workers run the cells: tcp://…")] = "",
+    slurm: Annotated[bool, typer.Option("--slurm", help="Run the cells in SLURM jobs.")] = False,
+    jobs: Annotated[int, typer.Option(help="SLURM jobs side by side, each of which runs a cell at a time.")] = 2,
+    slurm_options: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Of a SLURM job, as name=value; may be repeated: queue, account, walltime, memory, cores, gpus, directives, "
+            "prologue, directory, interface, python."
+        ),
+    ] = None,
+    retries: Annotated[int, typer.Option(help="How often a cell that fails is tried again.")] = 0,
+    status: Annotated[
+        bool, typer.Option("--status", help="Run nothing; say how far grids are, and which cells failed.")
+    ] = False,
+    table: Annotated[
+        list[Path] | None, typer.Option(help="File to write all cells that are done to, .csv or .tex; may be repeated.")
+    ] = None,
+    figures: Annotated[
+        Path | None, typer.Option(help="Folder to draw each grid into, by 06_ablation; by default nothing is drawn.")
+    ] = None,
+    out: CELLS = Path("runs/sweep"),
+):
+    """Measure every cell of a study, on this machine or a cluster; what is done is kept, and the same command goes on."""
+    from hcsmoe_core import grids
+    from hcsmoe_core import sweep as cells
+    from hcsmoe_core.showcase import draw
+    from hcsmoe_core.study import place, shown, write_table
+
+    if not grid and not status:
+        print(grids.table(grids.names()))
+        return
+    folder, names = place(out), [name for given in grid or () for name in (grids.names() if given == "all" else [given])]
+    read, models = ",".join(Path(name).stem for name in names), model or [None]
+    if status:
+        print(cells.status_text(folder, read, models))
+    else:
+        if not model:
+            raise ValueError("Give the models with --model; --status needs none.")
+        overrides = ({"limit": limit} if limit else {}) | grids.overrides_from(parameter or ())
+        planned = grids.plans(names, model, overrides)  # what is wrong is told before a cluster is asked for anything
+        with _engine(workers, scheduler, slurm, jobs, slurm_options or (), folder) as engine:
+            if engine.dashboard:
+                print(f"dashboard {engine.dashboard}", flush=True)
+            try:
+                grids.run(planned, folder, engine=engine, retries=retries)
+            finally:
+                print(cells.status_text(folder, read, models))
+    for path in table or ():
+        print(shown(write_table(cells.table_of(folder, read, models), path)))
+    if figures:
+        swept = [about for of in models for about in cells.grids_of(folder, read, of)]
+        chosen = names or dict.fromkeys(about["grid"] for about in swept)
+        draw(list(chosen), list(dict.fromkeys(about["model"] for about in swept)), folder, figures, _side_by_side(workers))
+        print(f"figures {shown(place(figures))}")
+
+
+def _side_by_side(workers):
+    return workers or min(2, os.cpu_count() or 1)
+
+
+def _engine(workers, scheduler, slurm, jobs, options, folder):
+    """Where cells run, by the options of the command."""
+    from hcsmoe_core import engines
+
+    if sum((bool(workers), bool(scheduler), slurm)) > 1:
+        raise ValueError("Give one of --workers, --scheduler and --slurm.")
+    if options and not slurm:
+        raise ValueError("--slurm-options goes with --slurm.")
+    if scheduler:
+        return engines.scheduler(scheduler)
+    return engines.slurm(jobs, options, logs=folder / "logs") if slurm else engines.processes(_side_by_side(workers))
+
+
+@app.command()
 def demo(
     out: CELLS = Path("runs/demo"),
     figures: FIGURES = Path("figures"),
@@ -587,7 +649,7 @@ def demo(
     """Run the notebooks on the embedded models over a small grid: figures, tables and executed notebooks."""
     from hcsmoe_core.showcase import run
 
-    run(_listed(models), out, figures, workers or min(2, os.cpu_count() or 1), limit)
+    run(_listed(models), out, figures, _side_by_side(workers), limit)
 
 
 @app.command()
@@ -598,11 +660,11 @@ def figures(
     workers: WORKERS = 0,
     limit: LIMIT = 100,
 ):
-    """Draw every figure again, with all that the paper's tables compare; scores that are there are kept."""
+    """Measure every grid, write its table and draw every figure again; scores that are there are kept."""
     from hcsmoe_core.showcase import gallery, run
 
     names = _listed(models)
-    run(names, out, figures, workers or min(2, os.cpu_count() or 1), limit, full=True)
+    run(names, out, figures, _side_by_side(workers), limit, full=True)
     gallery(figures, names)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from hcsmoe_core.calibration import calibration_tokens, domains_of
+from hcsmoe_core.calibration import calibration_tokens, domains_of, is_demo
 from hcsmoe_core.capture import check_tokens
 from hcsmoe_core.demo import corpus
 from hcsmoe_core.demo import tasks as demo_tasks
@@ -87,10 +87,10 @@ def evaluate(
     seconds = {"tasks": round(time.perf_counter() - started, 2)}
     if text is not None:
         started = time.perf_counter()
-        split = "heldout" if text == "demo" else None
+        split = "heldout" if is_demo(text) else None
         size = dict(sequences=sequences, length=length)
         rows = calibration_tokens(text, tokenizer, model=model, seed=seed, split=split, **size)
-        how = dict(domains=domains_of(text, sequences), uncounted=corpus.STDLIB if text == "demo" else ())
+        how = dict(domains=domains_of(text, sequences), uncounted=corpus.STDLIB if is_demo(text) else ())
         scores |= perplexity(model, rows, batch_size=max(1, batch_size // 4), **how)
         seconds["perplexity"] = round(time.perf_counter() - started, 2)
     scores["settings"] = dict(
@@ -323,7 +323,7 @@ def score_table(scores):
     if "loss" in scores:
         lines.append(f"\n{'text':<24}{'loss':>8}{'perplexity':>12}")
         for name, loss in scores["loss"].items():
-            apart = name in corpus.STDLIB and scores["settings"]["text"] == "demo"
+            apart = name in corpus.STDLIB and is_demo(scores["settings"]["text"])
             note = "  (depends on the Python version; not in the mean)" if apart else ""
             lines.append(f"{name:<24}{loss:>8.4f}{scores['perplexity'][name]:>12.4f}{note}")
         lines.append(f"{'mean':<24}{scores['mean_loss']:>8.4f}")

@@ -86,6 +86,53 @@ def new_folder(path):
         shutil.rmtree(part, ignore_errors=True)
 
 
+def lock_file(file, *, wait=False):
+    """Lock an open file for as long as this process has it open, however it ends; whether nobody else has it."""
+    try:
+        import fcntl
+    except ImportError:  # not on Windows
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks: work may then be done twice, at worst
+        return True
+    return True
+
+
+@contextlib.contextmanager
+def held(path):
+    """Hold the lock of ``path`` during the block, after waiting for whoever holds it; it goes with the process that dies."""
+    lock = _lock_of(path)
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        file = open(lock, "a")  # noqa: SIM115
+        lock_file(file, wait=True)
+        if lock.exists() and os.path.samestat(lock.stat(), os.fstat(file.fileno())):
+            break
+        file.close()  # whoever held it has removed it in the meantime
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            lock.unlink()
+        file.close()
+
+
+def is_held(path):
+    """Whether a living process holds the lock of ``path``; False also where one died with it."""
+    try:
+        with open(_lock_of(path)) as file:
+            return not lock_file(file)
+    except FileNotFoundError:
+        return False
+
+
+def _lock_of(path):
+    return Path(path).with_name(f".{Path(path).name}.lock")
+
+
 def check_absent(path):
     """Raise FileExistsError if ``path`` is there."""
     if Path(path).exists():

@@ -205,6 +205,24 @@ class Steps:
             needed.add("sample")
         return tuple(n for n in ("usage", "outputs", "norms", "grams", "sample") if n in needed)
 
+    @property
+    def uses_chance(self):
+        """Whether the plan depends on its seed."""
+        if self.grouping == "prune":
+            return self.saliency in ("random", "o-prune")
+        return self.grouping in ("random", "fuzzy") or (self.grouping == "k-means" and self.centres == "k-means++")
+
+    def plain(self):
+        """The same steps, with those that make no difference as they are by default: equal ones make the same plan."""
+        used = _settings_of(self) | self.combination()
+        used |= {"share": self.share, "compress_rank": self.compress_rank} if self.share else {}
+        usual = {f.name: f.default for f in fields(Steps)}
+        used["combine"] = self.combine
+        if self.budget in ("merge-cost", "grape", "silhouette"):
+            used["linkage"] = self.linkage
+        used["centres"] = _text_of(self.centres) if "centres" in used else usual["centres"]
+        return Steps(**{name: used.get(name, default) for name, default in usual.items()})
+
     def needs_model(self):
         """Whether the experts' weights are looked at to make a plan (merging always does)."""
         compared = [name for name, _ in similarity.parts_of(self.similarity)] if self.compares else []
@@ -384,6 +402,60 @@ def steps_of(method, **settings):
     steps = replace(METHODS[named(method)].steps, **settings)
     steps.check()
     return steps
+
+
+def settings_from(items, *, option="steps"):
+    """Steps written as ``name=value``, such as ``["budget=merge-cost", "guard=on", "centres=0,3"]``.
+
+    Parameters
+    ----------
+    items : sequence of str
+    option : str
+        What errors call them.
+
+    Returns
+    -------
+    dict
+        For :func:`steps_of` and :func:`make_plan`.
+
+    Raises
+    ------
+    ValueError
+        If there is no such step, or the value is not of its kind.
+    """
+    usual, found = {f.name: f.default for f in fields(Steps)}, {}
+    for item in items:
+        name, equals, value = item.partition("=")
+        if not equals or name not in usual:
+            raise ValueError(f"{option} takes name=value with a name of {', '.join(usual)}; not {item!r}.")
+        found[name] = _value_of(option, name, value, usual[name])
+    return found
+
+
+def _value_of(option, name, text, usual):
+    """A step's value of the kind that it has."""
+    if name == "centres" and text[:1].isdigit():
+        return [int(c) for c in text.split(",")]
+    if isinstance(usual, bool):
+        if text not in ("on", "off", "true", "false"):
+            raise ValueError(f"{option} {name} takes on or off; not {text!r}.")
+        return text in ("on", "true")
+    kind = float if name == "ridge" else type(usual)
+    try:
+        return kind(text)
+    except ValueError:
+        raise ValueError(f"{option} {name} takes a number; not {text!r}.") from None
+
+
+def settings_text(settings):
+    """Steps as :func:`settings_from` reads them, separated by spaces."""
+    return " ".join(f"{name}={_text_of(value)}" for name, value in sorted(settings.items()))
+
+
+def _text_of(value):
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def needs_of(method, **settings):

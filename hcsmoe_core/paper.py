@@ -86,6 +86,25 @@ def title(name, model):
     return "\n".join(lines)
 
 
+def of_source(cells, calibration="", sequences=0, length=0):
+    """Cells that were calibrated on one source, and the unmerged model's.
+
+    Parameters
+    ----------
+    cells : pandas.DataFrame
+        Of :func:`hcsmoe_core.sweep.collect`, for one model.
+    calibration, sequences, length
+        As for :func:`hcsmoe_core.study.calibration_of`.
+
+    Returns
+    -------
+    pandas.DataFrame
+    """
+    wanted = calibration_of(cells["model"].iloc[0], calibration, sequences, length)
+    same = [not row["experts"] or all(row[name] == wanted[name] for name in _CALIBRATED) for row in cells.to_dict("records")]
+    return cells[same]
+
+
 def line_up(cells, name):
     """One published table of mean accuracies beside our own runs of one model, a row for each of its rows.
 
@@ -249,7 +268,7 @@ _SCORED, _CALIBRATED = ("dtype", "tasks", "limit"), ("calibration", "sequences",
 
 
 def _runs(cells):
-    """The model, its number of experts, and its cells by experts kept and steps (None: unmerged), one a seed."""
+    """The model, its number of experts, and its cells by experts kept and steps (None: unmerged), one a sample."""
     models = cells["model"].unique()
     if len(models) != 1:
         raise ValueError(f'The "cells" argument holds cells of {", ".join(models)}; give those of one model.')
@@ -257,7 +276,8 @@ def _runs(cells):
     for row in rows:
         row |= calibration_of(models[0], *(row[name] for name in _CALIBRATED))
         key = (row["experts"], _steps(row)) if row["experts"] else None
-        runs.setdefault(key, {})[row["seed"]] = row  # a setting spelt out and the same left to the method are one run
+        sample = row["seed"], row.get("plan_seed", 0)
+        runs.setdefault(key, {})[sample] = row  # a setting spelt out and the same left to the method are one run
     for name in (*_SCORED, *_CALIBRATED):
         values = {repr(row[name]) for row in rows if row["experts"] or name in _SCORED}
         if len(values) > 1:

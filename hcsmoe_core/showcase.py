@@ -2,17 +2,13 @@
 
 import shutil
 
-from hcsmoe_core import paper, sweep
+from hcsmoe_core import grids, sweep
 from hcsmoe_core.demo import models
 from hcsmoe_core.files import check_choice
 from hcsmoe_core.study import place, root, shown
 
-EXPERTS = {"demo-mixtral": 8, "demo-qwen": 32}
-QUARTERS = (3, 2, 1)  # of the experts are kept
-BASELINES = ("f-prune", "s-prune", "m-smoe")  # of the paper's main tables, those that search for nothing
+BRIEF = ("methods", "samples", "sizes")  # grids that the brief study is made of
 LOOKS = ("01_similarity", "02_dendrograms", "03_linkage", "04_merge")
-LINKAGES = ("average", "complete", "single", "ward")
-SEEDS = (42, 43, 44)  # calibration samples, the first of which everything is measured on
 # The README's pictures, by the figures that they are copies of.
 GALLERY = {
     "heatmap": "demo-qwen/01_heatmap-layer00-expert-output-average",
@@ -37,7 +33,7 @@ def run(names, out, figures, workers, limit, *, full=False):
     limit : int
         Items of each task; 0 for all.
     full : bool
-        Measure all that the paper's tables compare, and draw every figure again even if its notebook is done.
+        Measure every grid of :mod:`hcsmoe_core.grids` and draw each, and draw every figure again even if its notebook is done.
     """
     for name in names:
         check_choice("models", name, models.NAMES)
@@ -49,36 +45,43 @@ def run(names, out, figures, workers, limit, *, full=False):
     looks = [(path(n), {"model": m} | shared) for m in names for n in LOOKS]
     done += sweep.run_cells(looks, out, description="looks", **how)
     cells = out / (f"{limit}-items" if limit else "all-items")  # scores on other items are another study
-    scored = [(path("05_accuracy"), p | shared) for name in names for p in settings(name, limit, full=full)]
-    done += sweep.run_cells(scored, cells, workers=workers, description="accuracy")
+    chosen = grids.names() if full else list(BRIEF)
+    done += grids.run(grids.plans(chosen, names, {"limit": limit} | shared), cells, workers=workers)
+    if full:
+        done += draw(chosen, names, cells, figures, workers)
     read = []
     for name in names:
-        read += [(path(n), {"model": name, "sweep": str(cells)} | shared) for n in ("06_ablation", "07_paper")]
+        about = {"model": name, "sweep": str(cells)} | shared
+        read += [(path("06_ablation"), about | {"grid": ",".join(BRIEF)}), (path("07_paper"), about)]
         read.append((path("08_methods"), {"model": name} | shared))
     done += sweep.run_cells(read, out, workers=workers, again=True, description="tables")
     report(names, out, cells, figures, len(done))
 
 
-def settings(name, limit, *, full=False):
-    """Parameters of the cells of ``05_accuracy`` that are scored for an embedded model.
+def draw(chosen, names, cells, figures, workers):
+    """Table and figures of each study and model by ``06_ablation``, from cells that are measured.
 
-    Experts kept × linkage on one calibration sample, average linkage on all, and the methods of the paper's main tables; of
-    the ``full`` study, all that its tables compare.
+    Parameters
+    ----------
+    chosen, names : list of str
+        Grids and models.
+    cells : path
+        Folder of the cells; the executed notebooks go there, too.
+    figures : str or path
+    workers : int
+        Notebooks side by side.
 
     Returns
     -------
-    list of dict
+    list of Path
+        Executed notebooks.
     """
-    base, kept = {"model": name, "limit": limit}, [EXPERTS[name] * part // 4 for part in QUARTERS]
-    found = [base | {"experts": 0}]
-    found += sweep.grid(base, experts=kept, linkage=LINKAGES)
-    found += sweep.grid(base, experts=kept, linkage=LINKAGES[:1], seed=SEEDS[1:])
-    measured = {(cell["experts"], sweep.setting_name(cell)) for cell in found}
-    for cell in paper.wanted(EXPERTS[name]):
-        known = (cell["experts"], sweep.setting_name(cell)) in measured
-        if not known and (full or cell["method"] in BASELINES):
-            found.append(base | cell)
-    return found
+    read = []
+    for study in map(grids.load, chosen):
+        for name in names:
+            about = {"model": name, "sweep": str(cells), "grid": study.name, "figures": str(figures)}
+            read.append((sweep.notebook_path("06_ablation"), about | study.read))
+    return sweep.run_cells(read, cells, workers=workers, again=True, description="studies")
 
 
 def gallery(figures, names):
@@ -91,10 +94,9 @@ def gallery(figures, names):
 
 def report(names, out, cells, figures, executed):
     """Print the table of scores, and where everything lies."""
-    frame = sweep.collect(cells)
     for name in names:
-        rows = sweep.over_samples(frame[frame["model"] == name])
-        size = frame.loc[frame["model"] == name, "num_experts"].iloc[0]
+        frame = sweep.collect(cells, model=name, grid=",".join(BRIEF))
+        rows, size = sweep.over_samples(frame), frame["num_experts"].iloc[0]
         rows["experts"] = rows["experts"].where(rows["experts"] > 0, size)
         rows = rows.sort_values(["experts", "setting"], ascending=[False, True])
         rows["accuracy"] = [

@@ -51,7 +51,7 @@ from hcsmoe_core.checkpoint import (
     write_part,
 )
 from hcsmoe_core.fidelity import Differences, comparing_blocks, first_tensor, lift, one_by_one
-from hcsmoe_core.files import check_absent, check_choice, read_json, replacing, sha256_json, write_json
+from hcsmoe_core.files import check_absent, check_choice, lock_file, read_json, replacing, sha256_json, write_json
 from hcsmoe_core.merging import apply_layer, check_appliable
 from hcsmoe_core.modeling_hcsmoe import named_alike
 from hcsmoe_core.moe import (
@@ -723,7 +723,7 @@ def work_folder(out, model):
         return
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "a") as lock:
-        if not _locked(lock):
+        if not lock_file(lock):
             number = (folder / "lock").read_text()
             raise ValueError(f"Another process ({number}) is at work on {out}; wait for it, or give another output.")
         lock.truncate(0)
@@ -739,19 +739,6 @@ def work_folder(out, model):
                 shutil.rmtree(folder, ignore_errors=True)
             raise
         _remove(folder)
-
-
-def _locked(file):
-    """Lock a file for as long as this process has it open; whether nobody else has."""
-    try:
-        import fcntl
-    except ImportError:  # not on Windows
-        return True
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def tidied(out):

@@ -1,8 +1,10 @@
 """What the notebooks and the command share: where things go, statistics that are captured once, and the record of a run."""
 
+import functools
 import hashlib
 import json
 import platform
+import re
 import time
 from pathlib import Path
 
@@ -10,19 +12,19 @@ import numpy as np
 import torch
 
 import hcsmoe_core
-from hcsmoe_core.calibration import calibration_tokens, domains_of, local_files, own_sequences
+from hcsmoe_core.calibration import calibration_tokens, domains_of, is_demo, local_files, own_sequences
 from hcsmoe_core.capture import capture, expected_bytes
 from hcsmoe_core.checkpoint import load_skeleton
 from hcsmoe_core.clustering import cut
 from hcsmoe_core.demo import models as demo
 from hcsmoe_core.evaluation import versions
 from hcsmoe_core.figures import save
-from hcsmoe_core.files import place, root, sha256_file, sha256_json, write_json
+from hcsmoe_core.files import check_choice, held, place, replacing, root, sha256_file, sha256_json, write_json
 from hcsmoe_core.methods import merge_tree
 from hcsmoe_core.moe import find_moe_layers, model_hash
 from hcsmoe_core.plan import summarise
 from hcsmoe_core.similarity import allowed_linkages
-from hcsmoe_core.statistics import DEFAULT_NEEDS, load_statistics
+from hcsmoe_core.statistics import DEFAULT_NEEDS, SAMPLE, load_statistics
 from hcsmoe_core.streaming import stream_capture, work_folder
 
 NOTEBOOKS = (
@@ -53,9 +55,50 @@ def core_hash():
     return digest.hexdigest()
 
 
+def data_hash(parameters):
+    """Hash of what the cells of a notebook read beside their parameters: files of calibration text, tasks, weights.
+
+    The embedded corpus goes by the version of Python, whose library is part of it, and the core's source; the embedded
+    models and tasks, and all files of a model's folder up to 64 MiB, by their content; larger files by size and time of
+    writing; a model or data set on the hub by its name alone.
+
+    Parameters
+    ----------
+    parameters : dict
+        Of which ``model``, ``calibration``, ``text`` and ``tasks`` are looked at.
+
+    Returns
+    -------
+    str
+    """
+    model, texts = str(parameters.get("model", "")), [parameters.get(name, "") for name in ("calibration", "text")]
+    folder = Path(demo.folder(model) if model in demo.NAMES else model)
+    files = [path for text in texts if text for path in local_files(text)]
+    files += sorted(path for path in folder.iterdir() if path.is_file()) if model and folder.is_dir() else []
+    if not parameters.get("tasks"):
+        files += sorted((Path(hcsmoe_core.__file__).parent / "demo/tasks").glob("*.jsonl"))
+    return sha256_json([platform.python_version(), *([path.name, _content(path)] for path in files)])
+
+
+def _content(path):
+    about = path.stat()
+    return _content_of(path, about.st_size, about.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=4096)
+def _content_of(path, size, written):
+    """What tells a file from one that it was before."""
+    return sha256_file(path) if size <= 2**26 else [size, written]
+
+
 def slug(model):
     """Short name of a model, for folders."""
     return Path(str(model)).name
+
+
+def file_name(*parts):
+    """Parts that are not empty, joined to what a file may be called."""
+    return "-".join(re.sub(r"[^\w.=,-]+", "_", str(part)) for part in parts if part)
 
 
 def calibration_of(model, calibration="", sequences=0, length=0):
@@ -70,7 +113,7 @@ def calibration_of(model, calibration="", sequences=0, length=0):
         ``calibration``, ``sequences`` and ``length``.
     """
     calibration = str(calibration or ("demo" if str(model) in demo.NAMES else "c4"))
-    default = (96, 256) if calibration == "demo" else (32, 2048)
+    default = (96, 256) if is_demo(calibration) else (32, 2048)
     if str(model) in demo.NAMES and own_sequences(calibration, 288):
         default = (288, 256)
     return {"calibration": calibration, "sequences": sequences or default[0], "length": length or default[1]}
@@ -89,6 +132,8 @@ def statistics(
     folder="runs/statistics",
 ):
     """Statistics of a model, captured once and read back whenever model and calibration are the same.
+
+    Of several processes that ask for the same at the same time one captures, and the others wait for it.
 
     Parameters
     ----------
@@ -111,7 +156,7 @@ def statistics(
     settings = calibration_of(model.name_or_path, calibration, sequences, length)
     needs = tuple(dict.fromkeys((*DEFAULT_NEEDS, *needs)))
     key = settings | {"seed": seed, "model": model_hash(model), "dtype": str(model.dtype)}
-    key["core"] = hcsmoe_core.__version__
+    key |= {"core": hcsmoe_core.__version__, "sample": SAMPLE}
     if "demo" in settings["calibration"]:
         key["python"] = platform.python_version()  # whose library is part of the text
     files = [sha256_file(path) for path in local_files(settings["calibration"])]
@@ -120,16 +165,22 @@ def statistics(
     kinds = {"sums": DEFAULT_NEEDS, "sample": (*DEFAULT_NEEDS, "sample")}
     paths = {k: place(folder) / f"{slug(model.name_or_path)}-{sha256_json(key)[:12]}-{k}.safetensors" for k in kinds}
     wanted = "sample" if "sample" in needs else "sums"
-    for path in (paths[wanted], paths["sample"]):
-        if path.exists():
-            return load_statistics(path)
+    with held(paths[wanted]):
+        for path in (paths[wanted], paths["sample"]):
+            if path.exists():
+                return load_statistics(path)
+        return _captured(model, tokenizer, settings, paths[wanted], seed=seed, needs=kinds[wanted], batch_size=batch_size)
+
+
+def _captured(model, tokenizer, settings, path, *, seed, needs, batch_size):
+    """Statistics captured and written to a file."""
     size = {"sequences": settings["sequences"], "length": settings["length"]}
     input_ids = calibration_tokens(settings["calibration"], tokenizer, model=model, seed=seed, **size)
     domains = domains_of(settings["calibration"], settings["sequences"])
-    how = dict(needs=kinds[wanted], batch_size=batch_size, domains=domains)
-    with work_folder(paths[wanted], model) as work:
+    how = dict(needs=needs, batch_size=batch_size, domains=domains)
+    with work_folder(path, model) as work:
         stats = capture(model, input_ids, **how) if work is None else stream_capture(model, input_ids, work / "capture", **how)
-        stats.save(paths[wanted])
+        stats.save(path)
     return stats
 
 
@@ -368,6 +419,25 @@ def rows(table):
     return table.astype(object).where(table.notna(), None).to_dict("records")
 
 
+def write_table(frame, path):
+    """Write a table: ``.csv`` with all columns, or ``.tex`` with those that differ among the rows.
+
+    Returns
+    -------
+    Path
+    """
+    path = Path(path)
+    check_choice("path", path.suffix, (".csv", ".tex"))
+    with replacing(path) as part:
+        if path.suffix == ".csv":
+            frame.to_csv(part, index=False)
+        else:
+            told = [name for name in frame if frame[name].astype(str).nunique() > 1 or len(frame) == 1]
+            text = frame[told].to_latex(index=False, escape=True, float_format="%.4f", na_rep="")
+            part.write_text(text, encoding="utf-8")
+    return path
+
+
 def stacked(tables, name):
     """Several data frames below each other, with a column that says which each row is of.
 
@@ -412,6 +482,12 @@ class Record:
         """Save a figure as PNG and PDF under the notebook's number, and return it."""
         self.written += save(figure, self.figures / f"{self.notebook[:2]}_{name}")
         return figure
+
+    def table(self, frame, name):
+        """Save a table as CSV and LaTeX under the notebook's number, and return it."""
+        for kind in (".csv", ".tex"):
+            self.written.append(write_table(frame, self.figures / f"{self.notebook[:2]}_{name}{kind}"))
+        return frame
 
     def close(self, **values):
         """Write ``results.json`` and say where everything is and what comes next."""

@@ -104,6 +104,18 @@ def test_the_embedded_corpus_takes_domains_in_turn(tokenizer):
         assert corpus.split_of(f"sorting {question.removeprefix('sort ')}") == "calibration"
 
 
+def test_some_domains_of_the_embedded_corpus(tokenizer):
+    how = dict(length=32, seed=3)
+    whole = calibration_tokens("demo", tokenizer, sequences=12, **how)
+    assert domains_of("demo:units,code", 3) == ["units", "code", "units"]
+    some = calibration_tokens("demo:code,prose", tokenizer, sequences=4, **how)
+    assert torch.equal(some[:2], whole[:2])  # the first two of all domains
+    mixed = domains_of("0.5*demo:units+0.5*demo:code,dates", 6)
+    assert mixed == ["units"] * 3 + ["code", "dates", "code"]
+    with pytest.raises(ValueError, match='"source" argument must be one of "code", "prose", .*\'cod\''):
+        calibration_tokens("demo:cod", tokenizer, sequences=1, **how)
+
+
 def test_the_papers_recipe_step_by_step(tokenizer, monkeypatch):
     """Against datasets' own batched map: 16 documents a block, batches of 1,000, of each the whole blocks."""
     import datasets

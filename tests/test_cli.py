@@ -111,6 +111,9 @@ def test_evaluate_an_embedded_model_with_a_plan(tmp_path):
         (("evaluate", "{model}"), "needs the model's tokenizer"),
         (("evaluate", "{broken}"), "the checkpoint is damaged"),
         (("demo", "--models", "demo-gpt"), '"models" argument must be one of'),
+        (("sweep", "linkge", "--model", "demo-qwen", "--out", "{new}"), "no grid linkge; give a .yml file, all, or one of"),
+        (("sweep", "linkage", "--model", "demo-qwen", "-p", "lmit=3", "--out", "{new}"), "'lmit' is unknown; allowed are"),
+        (("sweep", "linkage", "--model", "demo-qwen", "--slurm", "--workers", 2), "Give one of --workers, --scheduler and"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(work, arguments, message, tmp_path):

@@ -236,11 +236,11 @@ def test_figures_are_not_blank_and_the_same_bytes_each_time(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["demo-qwen", "demo-mixtral"])
 def test_the_notebook_shows_every_table_of_a_sweep_that_has_some_rows(model, tmp_path):
-    half = SIZE[model] // 2
-    cells = [cell(model, 0, 0.8), cell(model, half, 0.6), cell(model, half, 0.5, method="m-smoe")]
+    half, source = SIZE[model] // 2, {"calibration": "demo", "sequences": 12, "length": 64}
+    cells = [cell(model, 0, 0.8), cell(model, half, 0.6, **source), cell(model, half, 0.5, method="m-smoe", **source)]
+    cells.append(cell(model, half, 0.1, method="m-smoe"))  # calibrated on another source, which is not looked at
     collected(tmp_path / "cells", cells)
-    parameters = {"model": model, "sweep": str(tmp_path / "cells"), "figures": str(tmp_path / "figures")}
-    parameters |= {"calibration": "demo", "sequences": 12, "length": 64}
+    parameters = {"model": model, "sweep": str(tmp_path / "cells"), "figures": str(tmp_path / "figures")} | source
     path = sweep.run_cell(sweep.notebook_path("07_paper"), parameters, tmp_path / "runs")
     outputs = {c.id: c.outputs for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code"}
     assert not [o for found in outputs.values() for o in found if o.output_type == "error"]

@@ -17,8 +17,10 @@ ROOMS = [  # top to bottom: a room imports none above it
     "cli",
     "showcase",
     "reproduce",
+    "grids",
     "paper",
     "sweep",
+    "engines",
     "compare",
     "explore",
     "anatomy",
@@ -74,6 +76,7 @@ def test_constraints_pin_every_direct_dependency():
         *project()["dependencies"],
         *project()["optional-dependencies"]["test"],
         *project()["optional-dependencies"]["eval"],
+        *project()["optional-dependencies"]["cluster"],
     ]
     names = {re.match(r"[\w-]+", w)[0] for w in wanted} - {"hcsmoe"}
     assert names <= set(pinned), names - set(pinned)

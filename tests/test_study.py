@@ -1,6 +1,8 @@
 """What notebooks and command share: costs told beforehand, statistics captured once."""
 
 import re
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -64,3 +66,37 @@ def test_statistics_with_the_sample_serve_those_who_need_none(tmp_path, monkeypa
     assert again.sequences == whole.sequences
     with pytest.raises(TypeError):  # another seed is another pass
         study.statistics(model, tokenizer, seed=1, **how)
+
+
+def test_of_several_that_ask_at_once_one_captures(tmp_path, monkeypatch):
+    calls, real = [], study.capture
+
+    def slow(*arguments, **options):
+        calls.append(options["needs"])
+        time.sleep(0.5)
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(study, "capture", slow)
+    loaded, tokenizer = load_model("demo-mixtral", dtype="float32")
+    how = dict(calibration="demo", sequences=12, length=32, folder=tmp_path)
+    with ThreadPoolExecutor(3) as executor:
+        found = [f.result() for f in [executor.submit(study.statistics, loaded, tokenizer, **how) for _ in range(3)]]
+    assert len(calls) == 1
+    assert [path.suffix for path in tmp_path.iterdir()] == [".safetensors"]  # and no lock
+    for layer in found[0].layers:
+        assert all(torch.equal(found[0].layer(layer).mean_output, other.layer(layer).mean_output) for other in found[1:])
+
+
+def test_data_are_told_apart_by_content(tmp_path):
+    text, model = tmp_path / "notes.txt", tmp_path / "model"
+    text.write_text("one")
+    model.mkdir()
+    (model / "model.safetensors").write_bytes(b"weights")
+    cells = [{"model": "demo-qwen", "calibration": f"0.5*demo+0.5*{text}"}, {"model": str(model)}, {"text": str(text)}]
+    before = [study.data_hash(cell) for cell in cells]
+    assert len(set(before)) == 3
+    text.write_text("two")
+    assert [study.data_hash(cell) == known for cell, known in zip(cells, before, strict=True)] == [False, True, False]
+    (model / "model.safetensors").write_bytes(b"others!")
+    assert study.data_hash(cells[1]) != before[1]
+    assert study.data_hash({"model": "demo-qwen"}) != study.data_hash({"model": "demo-qwen", "tasks": "arc_easy"})

@@ -5,14 +5,13 @@ import shutil
 import matplotlib.image
 import nbformat
 import pandas as pd
-import papermill
 import pytest
 import torch
 from conftest import ROOT
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from hcsmoe_core import find_moe_layers, paper, showcase, sweep
-from hcsmoe_core.checkpoint import load_skeleton, load_tokenizer
+from hcsmoe_core import engines, sweep
+from hcsmoe_core.checkpoint import load_tokenizer
 from hcsmoe_core.demo import models
 
 SMALL = {"calibration": "demo", "sequences": 12, "length": 64}
@@ -69,21 +68,46 @@ def test_done_cells_are_kept_and_failed_ones_run_again(tmp_path):
     path, out = notebook(tmp_path, SCORE), tmp_path / "out"
     cells = [(path, {"model": "m", "experts": r}) for r in (1, 2, 3)]
     with pytest.raises(RuntimeError, match=r"1 of 3 cells failed; run again to retry them.\n.*'experts': 3.*three"):
-        sweep.run_cells(cells, out, workers=2)
+        sweep.run_cells(cells, out, workers=2, retries=1)
     assert len(list(out.glob("*.failed.ipynb"))) == 1
+    assert "AssertionError: three" in next(out.glob("*.failed.txt")).read_text()
     assert sorted(sweep.collect(out)["experts"]) == [1, 2]
     (out / "go").touch()
     done = sweep.run_cells(cells, out, workers=2)
     assert [p.exists() for p in done] == [True] * 3
     assert not list(out.glob(".*part*"))
+    assert not list(out.glob("*.failed.*"))
     runs = [len(p.read_text()) for p in out.glob("*.runs")]
-    assert sorted(runs) == [1, 1, 2]  # nothing measured twice but what failed
+    assert sorted(runs) == [1, 1, 3]  # nothing measured twice but what failed
     frame = sweep.collect(out, model="m")
     assert sorted(frame["mean_acc"]) == [0.1, 0.2, 0.3]
     missing = sweep.missing_cells(frame[frame["experts"] != 2].assign(linkage=["a", "b"]), "experts", "linkage")
     assert missing.to_records(index=False).tolist() == [(1, "b"), (3, "a")]
     with pytest.raises(FileNotFoundError, match="no 05_accuracy cells of other in"):
         sweep.collect(out, model="other")
+
+
+DIE = """
+import os, pathlib, signal
+if experts == 2 and len(pathlib.Path(results + ".runs").read_text()) <= pathlib.Path(results).parent.name.count("x"):
+    os.kill(os.getppid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("deaths", [1, engines.DEATHS + 1])
+def test_a_process_that_is_killed_is_replaced(deaths, tmp_path):
+    path, out = notebook(tmp_path, SCORE + DIE), tmp_path / ("x" * deaths)
+    cells = [(path, {"model": "m", "experts": r}) for r in (1, 2)]
+    if deaths > engines.DEATHS:
+        with pytest.raises(RuntimeError, match=r"1 of 2 cells failed.*\n.*'experts': 2.*: .*terminated abruptly"):
+            sweep.run_cells(cells, out)
+        assert "BrokenProcessPool" in next(out.glob("*.failed.txt")).read_text()
+        assert sweep.state_of(next(out.glob("*.failed.txt")).with_suffix("").with_suffix(".ipynb")) == "failed"
+        return
+    assert all(path.exists() for path in sweep.run_cells(cells, out))
+    assert sorted(len(p.read_text()) for p in out.glob("*.runs")) == [1, 2]
+    assert not list(out.glob(".*"))
 
 
 def cells_of(model, figures, looks, scored):
@@ -116,9 +140,13 @@ def test_notebooks_run_with_default_and_with_changed_parameters_and_draw_the_sam
     scored = [{"experts": r, "linkage": linkage} for r, linkage in ((4, "average"), (2, "average"), (4, "single"))]
     scored += [{"experts": 4, "method": "reap"}, {"experts": 4, "linkage": "average", "seed": 43}, {}]
     out, first, second, other = (tmp_path / name for name in ("runs", "first", "second", "other"))
-    reading = {"where": 'linkage == "average"', "seed": 7, "metric": "loss_units", "hue": "merge", "at": 2}
+    reading = {"where": 'linkage == "average"', "seed": 7, "metric": "loss_units", "hue": "merge", "at": 2, "grid": "some"}
     default = [(name, {}) for name in changed]
     executed = sweep.run_cells(cells_of(model, first, [*default, *changed.items()], scored), out, workers=2)
+    made = [(path, given) for path, given in cells_of(model, first, [], scored)]
+    named = [{"id": sweep.cell_id(path, given), "parameters": given} for path, given in made]
+    absent = {"id": "0" * 12, "parameters": {"model": model, "experts": 3, "method": "reap"}}
+    sweep.write_grid(out, "some", model, title="Some", notebook=made[0][0], cells=[*named, absent])
     executed += sweep.run_cells(readers(model, first, out) + readers(model, other, out, **reading)[:2], out, workers=2)
     for path in executed:
         content = nbformat.read(path, as_version=4)
@@ -130,6 +158,10 @@ def test_notebooks_run_with_default_and_with_changed_parameters_and_draw_the_sam
     assert means["hc-smoe"]["samples"] == 2
     missing = results_of(out, "06_ablation", where="")["missing"]
     assert missing == [{"experts": 2, "setting": "hc-smoe, linkage single"}, {"experts": 2, "setting": "reap"}]
+    grid = results_of(out, "06_ablation", grid="some")
+    assert [(row["state"], row["experts"], row["method"]) for row in grid["missing"]] == [("missing", 3, "reap")]
+    assert len(grid["cells"]) == len(scored)
+    assert {p.name for p in (other / model).glob("06_*table*")} == {"06_some-table.csv", "06_some-table.tex"}
     drawn = {path.name: path for path in (first / model).iterdir()}
     assert len({name[:2] for name in drawn}) == 9
     if again:
@@ -217,17 +249,3 @@ def test_means_and_spreads_are_over_the_calibration_samples():
     assert frame.loc["reap", "samples"] == 1
     assert math.isnan(frame.loc["reap", "mean_acc_sd"])
     assert sweep.over_samples(cells[1:])["retained"].isna().all()
-
-
-@pytest.mark.parametrize("model", ["demo-mixtral", "demo-qwen"])
-def test_the_study_measures_each_setting_once_and_all_that_the_paper_compares(model):
-    brief, full = (showcase.settings(model, 10, full=full) for full in (False, True))
-    known = set(papermill.inspect_notebook(str(sweep.notebook_path("05_accuracy"))))
-    for cells in (brief, full):
-        keys = [(c["experts"], sweep.setting_name(c), c.get("seed", 42)) for c in cells]
-        assert len(set(keys)) == len(keys)
-        assert all(set(cell) <= known for cell in cells)
-    assert all(cell in full for cell in brief)
-    of = showcase.EXPERTS[model]
-    assert find_moe_layers(load_skeleton(model))[0].num_experts == of
-    assert {(c["experts"], sweep.setting_name(c)) for c in paper.wanted(of)} <= {k[:2] for k in keys}
