@@ -22,8 +22,10 @@ from hcsmoe_core.statistics import (
 )
 
 # Tokens that an expert is applied to at once: what stays in a CPU's caches, and what fills a GPU.
-CHUNK = {"cpu": 1024, "cuda": 8192}
-DENSE = 1 << 25  # numbers of all experts' outputs that are held at once, where pairs of experts are compared
+CHUNK = {"cpu": 512, "cuda": 8192}
+# Where pairs of experts are compared: numbers of all experts' outputs that are held at once, and that are in float64.
+DENSE = 1 << 25
+PAIRED = {"cpu": 1 << 20, "cuda": 1 << 26}
 
 
 class _Collector:
@@ -75,43 +77,47 @@ class _Collector:
 
     def _add(self, domain, tokens, index, weight):
         self.tokens[domain] += len(tokens)
-        taken = weight != 0  # some routers send a skipped token to expert 0 with weight zero
-        self.usage_count[domain] += torch.bincount(index[taken], minlength=self.usage_count.shape[1])
-        self.sums["routing_mass"][domain].index_add_(0, index.flatten(), weight.flatten())
-        size = CHUNK["cpu" if tokens.device.type == "cpu" else "cuda"]
+        gates = self._zeros(len(tokens), self.layer.num_experts).scatter_add_(1, index, weight)
+        self.sums["routing_mass"][domain] += gates.sum(0)
+        taken = (weight != 0).long()  # some routers send a skipped token to expert 0 with weight zero
+        self.usage_count[domain].index_add_(0, index.flatten(), taken.flatten())
+        if not self.needs & {"outputs", "norms", "grams"}:
+            return
+        size = CHUNK[_kind(tokens)]
         if "grams" in self.needs:
             size = max(1, min(size, DENSE // (self.layer.num_experts * tokens.shape[1])))
-        parts = zip(tokens.split(size), index.split(size), weight.split(size), strict=True)
-        for part in parts if self.needs & {"outputs", "norms", "grams"} else ():
+        for part in zip(tokens.split(size), gates.split(size), strict=True):
             self._add_outputs(domain, *part)
 
-    def _add_outputs(self, domain, tokens, index, weight):
+    def _add_outputs(self, domain, tokens, gates):
         """Apply the experts: all of them to all tokens where sums over all tokens are wanted, else to those routed."""
-        everywhere, whole = bool(self.needs & {"outputs", "grams"}), bool(self.needs & {"norms", "grams"})
-        outputs, gates = [], None
-        if whole:
-            gates = self._zeros(len(tokens), self.layer.num_experts).scatter_add_(1, index, weight).T.contiguous()
-        for expert in range(self.layer.num_experts):
-            routed = gates[expert].nonzero()[:, 0] if "norms" in self.needs else None
-            hidden = self.layer.expert_hidden(expert, tokens if everywhere else tokens[routed])
-            affine = self.layer.affine
-            output = self.layer.expert_output(expert, hidden) if whole or not affine else None
+        layer = self.layer
+        if layer.affine and not self.needs & {"norms", "grams"}:
+            self._add_hidden(domain, layer.hidden_sums(tokens))
+            return
+        everywhere, grams = bool(self.needs & {"outputs", "grams"}), "grams" in self.needs
+        routed = _routed(gates) if "norms" in self.needs else [None] * layer.num_experts
+        sums, outputs = [], []
+        for expert, rows in enumerate(routed):
+            hidden = layer.expert_hidden(expert, tokens if everywhere else tokens[rows])
+            # Sums over all tokens need no outputs of all of them where the mean of one is that of the other.
+            whole = grams or not everywhere or not layer.affine
+            output = layer.expert_output(expert, hidden if whole else hidden[rows])
             if "outputs" in self.needs:
-                self._add_hidden(domain, expert, hidden if affine else output)
-            if not whole:
-                continue
-            if "norms" in self.needs and len(routed):
-                self._add_norms(domain, expert, output[routed] if everywhere else output, gates[expert, routed])
-            if "grams" in self.needs:
+                sums.append((hidden if layer.affine else output).sum(0, dtype=torch.float64))
+            if rows is not None and len(rows):
+                self._add_norms(domain, expert, output[rows] if whole and everywhere else output, gates[rows, expert])
+            if grams:
                 outputs.append(output)
-        if "grams" in self.needs:
-            self._add_grams(domain, torch.stack(outputs).double(), gates)
+        if "outputs" in self.needs:
+            self._add_hidden(domain, torch.stack(sums))
+        if grams:
+            self._add_grams(domain, outputs, gates)
 
-    def _add_hidden(self, domain, expert, hidden):
-        total = hidden.sum(0, dtype=torch.float64)
+    def _add_hidden(self, domain, sums):
         if self.hidden_sum is None:
-            self.hidden_sum = self._zeros(len(self.tokens), self.layer.num_experts, len(total))
-        self.hidden_sum[domain, expert] += total
+            self.hidden_sum = self._zeros(len(self.tokens), *sums.shape)
+        self.hidden_sum[domain] += sums
 
     def _add_norms(self, domain, expert, output, gate):
         norm = output.double().norm(dim=1)
@@ -121,13 +127,17 @@ class _Collector:
         largest[domain, expert] = torch.maximum(largest[domain, expert], output.abs().max().double())
 
     def _add_grams(self, domain, outputs, gates):
-        """Inner products of all pairs of experts' outputs [E, T, D], with gates [E, T]."""
-        flat, square = outputs.flatten(1), (outputs**2).sum(2)
-        self.sums["output_gram"][domain] += flat @ flat.T
-        self.sums["routed_gram"][domain] += (outputs * gates[..., None]).flatten(1) @ flat.T
-        self.sums["routed_square"][domain] += gates @ square.T
-        unit = (outputs / square.sqrt().clamp(min=torch.finfo(torch.float64).tiny)[..., None]).flatten(1)
-        self.sums["cosine_sum"][domain] += unit @ unit.T
+        """Inner products of all pairs of experts' outputs, ``E × [T, D]``, with gates ``[T, E]``: token by token, then summed."""
+        size = max(1, PAIRED[_kind(gates)] // (len(outputs) * outputs[0].shape[1]))
+        for *parts, gate in zip(*(output.split(size) for output in outputs), gates.split(size), strict=True):
+            flat = torch.stack(parts, 1).double()
+            gram = flat @ flat.mT  # [t, E, E]
+            square = gram.diagonal(dim1=1, dim2=2)
+            inverse = 1 / square.sqrt().clamp(min=torch.finfo(torch.float64).tiny)
+            self.sums["output_gram"][domain] += gram.sum(0)
+            self.sums["routed_gram"][domain] += (gram * gate[..., None]).sum(0)
+            self.sums["routed_square"][domain] += gate.T @ square
+            self.sums["cosine_sum"][domain] += gram.mul_(inverse[..., None]).mul_(inverse[:, None]).sum(0)
 
     def _add_scores(self, domain, logits, index, weight):
         if self.scoring is None:
@@ -155,10 +165,9 @@ class _Collector:
         if len(domains) == 1:
             yield domains[0], slice(None)
             return
-        per_sequence = count // len(self.batch_domains)
-        of_token = torch.tensor(self.batch_domains, device=device).repeat_interleave(per_sequence)
+        of_token = torch.tensor(self.batch_domains).repeat_interleave(count // len(self.batch_domains))
         for domain in domains:
-            yield domain, (of_token == domain).nonzero()[:, 0]
+            yield domain, (of_token == domain).nonzero()[:, 0].to(device)
 
     @torch.no_grad()
     def finish(self, places, size):
@@ -200,6 +209,16 @@ class _Collector:
         self.sums = {key: ranks.total(value, largest=key == "output_max") for key, value in self.sums.items()}
         if self.hidden_sum is not None:
             self.hidden_sum = ranks.total(self.hidden_sum)
+
+
+def _kind(tensor):
+    return "cpu" if tensor.device.type == "cpu" else "cuda"
+
+
+def _routed(gates):
+    """Rows that each expert has in gates ``[T, E]``; they come to the host once, and not expert by expert."""
+    expert, rows = gates.T.nonzero(as_tuple=True)
+    return rows.split(torch.bincount(expert, minlength=gates.shape[1]).tolist())
 
 
 def _placed(rows, places, size):
