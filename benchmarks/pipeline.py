@@ -98,12 +98,15 @@ def usual_groups(features, groups):
 
 def usual_merge(model, labels, counts):
     """One weighted sum a tensor and group."""
+    merged = []
     for layer, groups, count in zip(core.find_moe_layers(model), labels, counts, strict=True):
         for tensor in layer.tensors().values():
             for group in range(max(groups) + 1):
                 experts = [e for e, g in enumerate(groups) if g == group]
                 total = sum(count[e] for e in experts) + 1e-7
-                sum(tensor[e].detach() * (count[e] / total).to(tensor.device, tensor.dtype) for e in experts)
+                weights = [(count[e] / total).to(tensor.device, tensor.dtype) for e in experts]
+                merged.append(sum(tensor[e].detach() * w for e, w in zip(experts, weights, strict=True)))
+    return merged
 
 
 def timed(device, function, *arguments, **keywords):
