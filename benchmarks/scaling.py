@@ -12,7 +12,6 @@ with twice as many.
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -26,11 +25,11 @@ import hcsmoe_core as core
 from hcsmoe_core import figures, ranks
 from hcsmoe_core.files import read_json, replacing
 
-USUAL = {"tokens": 8192, "experts": 32, "layers": 4, "ranks": 1}
+USUAL = {"tokens": 4096, "experts": 32, "layers": 4, "ranks": 1}
 AXES = {
-    "tokens": (2048, 4096, 8192, 16384, 32768),
-    "experts": (8, 16, 32, 64, 128),
-    "layers": (2, 4, 8, 16),
+    "tokens": (2048, 4096, 8192, 16384),
+    "experts": (8, 16, 32, 64),
+    "layers": (2, 4, 8),
     "ranks": (1, 2, 4),
 }
 PICTURE = Path(__file__).parent.parent / "figures" / "benchmarks" / "scaling.png"
@@ -44,18 +43,25 @@ def run(tokens, experts, layers):
     ids = torch.randint(0, 1024, (tokens // 256, 256), generator=torch.Generator().manual_seed(0))
     options = dict(needs=core.needs_of("hc-smoe"), batch_size=2, progress=False)
     core.capture(model, ids[: 2 * ranks.size()], **options)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before = memory("VmRSS")
     seconds = timed("cpu", core.capture, model, ids, **options)[1]
-    peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    peak = memory("VmHWM") - before
     model_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
     found = ranks.total(torch.tensor([seconds, peak, model_bytes], dtype=torch.float64), largest=True).tolist()
     if ranks.left() == 0:
         print(json.dumps(dict(zip(("seconds", "peak", "model"), found, strict=True))))
 
 
+def memory(kind):
+    """Bytes that this process holds (VmRSS) or held at most (VmHWM), as Linux tells."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(kind)).split()[1]) * 1024
+
+
 def point(axis, value):
     sizes = USUAL | {axis: value}
-    words = [__file__, "--run", *(str(sizes[name]) for name in ("tokens", "experts", "layers"))]
+    words = [__file__, "--point", *(str(sizes[name]) for name in ("tokens", "experts", "layers"))]
     if sizes["ranks"] > 1:
         words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(sizes["ranks"]), *words]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -78,33 +84,29 @@ def draw(rows):
     """Time above, memory below, a column for each axis."""
     figure = figures.Figure(figsize=(figures.PAGE, 3.2), layout="constrained")
     panels = figure.subplots(2, len(rows), sharey="row")
+    what = (("seconds", 1, "processor time, s"), ("peak", 1e6, "memory, MB"))
     for column, (axis, points) in enumerate(rows.items()):
-        for panel, what, scale, label in (
-            (panels[0], "seconds", 1, "processor time, s"),
-            (panels[1], "peak", 1e6, "memory, MB"),
-        ):
-            panel[column].loglog(
-                [p[axis] for p in points], [max(p[what], 1e4) / scale for p in points], marker="o", markersize=3
-            )
-            found = slope(points, axis, what)
-            text = "does not grow" if found is None else f"slope {found:+.2f}"
-            panel[column].set_title(text, fontsize=7)
-            panel[column].minorticks_off()
-            panel[column].set_xticks([p[axis] for p in points], [f"{p[axis]:,}" for p in points], fontsize=5)
+        x = [point[axis] for point in points]
+        for panel, (key, unit, label) in zip(panels[:, column], what, strict=True):
+            panel.loglog(x, [max(point[key], 1e4) / unit for point in points], marker="o", markersize=3)
+            found = slope(points, axis, key)
+            panel.set_title("does not grow" if found is None else f"slope {found:+.2f}", fontsize=7)
+            panel.minorticks_off()
+            panel.set_xticks(x, [f"{value:,}" for value in x], fontsize=5)
             if column == 0:
-                panel[column].set_ylabel(label)
-        panels[1][column].set_xlabel(axis)
+                panel.set_ylabel(label)
+        panels[1, column].set_xlabel(axis)
     return figure
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=int, nargs=3, help="(one point: tokens, experts, layers)")
+    parser.add_argument("--point", type=int, nargs=3, help="(one point: tokens, experts, layers)")
     parser.add_argument("--draw", type=Path, help="results to draw")
     parser.add_argument("--out")
     arguments = parser.parse_args()
-    if arguments.run:
-        run(*arguments.run)
+    if arguments.point:
+        run(*arguments.point)
         return
     if arguments.draw:
         rows = read_json(arguments.draw)["points"]
