@@ -75,7 +75,8 @@ def main():
     if arguments.run:
         run(arguments.run, arguments)
         return
-    words = [sys.executable, __file__, *(w for w in sys.argv[1:] if not w.startswith("--out"))]
+    given = {k: v for k, v in vars(arguments).items() if k not in ("run", "out")}
+    words = [sys.executable, __file__, *(word for k, v in given.items() for word in (f"--{k}", str(v)))]
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         model = build(arguments)
