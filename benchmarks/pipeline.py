@@ -1,6 +1,7 @@
 """Capture, plan, merge, export and evaluation beside the usual way, as ratios within one run.
 
     python benchmarks/pipeline.py                                # a CPU-sized Qwen2-MoE-like model, the published 65,536 tokens
+    python benchmarks/pipeline.py --noise 0.3                    # groups that are less clear
     python benchmarks/pipeline.py --tokens 8192 --families 0     # fewer tokens, unrelated experts
     python benchmarks/pipeline.py --device cuda --hidden 2048 --width 1408 --tokens 65536 --dtype bfloat16
 
@@ -30,7 +31,6 @@ from hcsmoe_core.evaluation import task_scores
 from hcsmoe_core.stability import agreement
 
 TASK = "demo_facts"
-NOISE = 0.3  # of an expert to the others of its family, relative to the weights
 
 
 def build(arguments):
@@ -51,14 +51,14 @@ def build(arguments):
     if arguments.families:
         for layer in core.find_moe_layers(model):
             for tensor in layer.tensors().values():
-                plant(tensor.detach(), arguments.families)
+                plant(tensor.detach(), arguments.families, arguments.noise)
     return model.to(arguments.device).eval()
 
 
-def plant(tensor, size):
-    """Make experts of a stacked tensor noisy copies of the first of every ``size``."""
+def plant(tensor, size, noise):
+    """Make experts of a stacked tensor noisy copies of the first of every ``size``; noise is relative to the weights."""
     first = tensor[torch.arange(len(tensor)) // size * size]
-    tensor.copy_((first + NOISE * tensor) / (1 + NOISE**2) ** 0.5)
+    tensor.copy_((first + noise * tensor) / (1 + noise**2) ** 0.5)
 
 
 def usual_capture(model, ids, batch):
@@ -230,6 +230,7 @@ def main():
     for name, value in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--agreement", type=float, default=0.95)
+    parser.add_argument("--noise", type=float, default=0.1, help="of experts to the others of their family")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--out", help="file to append the line to")

@@ -38,7 +38,7 @@ PICTURE = Path(__file__).parent.parent / "figures" / "benchmarks" / "scaling.png
 def run(tokens, experts, layers):
     """One point, in this process, which may be one of several ranks; rank 0 prints what the largest of them took."""
     ranks.started("cpu")
-    how = dict(hidden=128, width=88, families=0, dtype="float32", device="cpu")
+    how = dict(hidden=128, width=88, families=0, noise=0.0, dtype="float32", device="cpu")
     model = build(argparse.Namespace(experts=experts, layers=layers, **how))
     ids = torch.randint(0, 1024, (tokens // 256, 256), generator=torch.Generator().manual_seed(0))
     options = dict(needs=core.needs_of("hc-smoe"), batch_size=2, progress=False)

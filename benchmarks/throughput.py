@@ -29,7 +29,7 @@ import hcsmoe_core as core
 def run(folder, arguments):
     """Tokens a second of one model, and its memory; printed by the process that a model has to itself."""
     logging.disable_progress_bar()
-    model = core.load_merged(folder) if (folder / "plan.json").exists() else AutoModelForCausalLM.from_pretrained(folder)
+    model = core.load_merged(folder) if folder.name == "mapped" else AutoModelForCausalLM.from_pretrained(folder)
     model = model.to(arguments.device).eval()
     prompt = torch.randint(1, 1024, (arguments.batch, arguments.length), generator=torch.Generator().manual_seed(0))
     prompt = prompt.to(arguments.device)
@@ -67,6 +67,7 @@ def main():
     sizes = dict(hidden=512, width=352, layers=4, experts=60, families=2, batch=8, length=256, new=16, repeats=3, rounds=2)
     for name, value in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--noise", type=float, default=0.1)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--run", type=Path, help="(what a process of its own measures)")
