@@ -4,9 +4,9 @@
     python benchmarks/scaling.py --draw benchmarks/results/scaling.json    # the figure again
 
 Random Qwen2-MoE-shaped models on random tokens, HC-SMoE's needs. Each point is a process of its own: seconds of the processor
-that the capture takes (of the slowest rank, where there are several), and how far memory peaks above what it was after a
-capture of a few tokens. The slope is that of a straight line through the logarithms: 1 is linear, 0 does not grow, -1 halves
-with twice as many.
+that the capture takes (of the slowest rank, where there are several), and memory: the model's weights, and how far the peak is
+above what was held after a capture of a few tokens. The slope is that of a straight line through the logarithms: 1 is linear,
+0 does not grow, -1 halves with twice as many.
 """
 
 import argparse
@@ -46,11 +46,11 @@ def run(tokens, experts, layers):
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     before = memory("VmRSS")
     seconds = timed("cpu", core.capture, model, ids, **options)[1]
-    peak = memory("VmHWM") - before
     model_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
-    found = ranks.total(torch.tensor([seconds, peak, model_bytes], dtype=torch.float64), largest=True).tolist()
+    held = model_bytes + memory("VmHWM") - before
+    found = ranks.total(torch.tensor([seconds, held, model_bytes], dtype=torch.float64), largest=True).tolist()
     if ranks.left() == 0:
-        print(json.dumps(dict(zip(("seconds", "peak", "model"), found, strict=True))))
+        print(json.dumps(dict(zip(("seconds", "memory", "model"), found, strict=True))))
 
 
 def memory(kind):
@@ -84,11 +84,11 @@ def draw(rows):
     """Time above, memory below, a column for each axis."""
     figure = figures.Figure(figsize=(figures.PAGE, 3.2), layout="constrained")
     panels = figure.subplots(2, len(rows), sharey="row")
-    what = (("seconds", 1, "processor time, s"), ("peak", 1e6, "memory, MB"))
+    what = (("seconds", 1, "processor time, s"), ("memory", 1e6, "memory, MB"))
     for column, (axis, points) in enumerate(rows.items()):
         x = [point[axis] for point in points]
         for panel, (key, unit, label) in zip(panels[:, column], what, strict=True):
-            panel.loglog(x, [max(point[key], 1e4) / unit for point in points], marker="o", markersize=3)
+            panel.loglog(x, [point[key] / unit for point in points], marker="o", markersize=3)
             found = slope(points, axis, key)
             panel.set_title("does not grow" if found is None else f"slope {found:+.2f}", fontsize=7)
             panel.minorticks_off()
@@ -112,7 +112,7 @@ def main():
         rows = read_json(arguments.draw)["points"]
     else:
         rows = {axis: [point(axis, value) for value in values] for axis, values in AXES.items()}
-        slopes = {axis: {w: slope(found, axis, w) for w in ("seconds", "peak")} for axis, found in rows.items()}
+        slopes = {axis: {w: slope(found, axis, w) for w in ("seconds", "memory")} for axis, found in rows.items()}
         tell({"slopes": slopes, "points": rows, "usual": USUAL, "machine": machine()}, arguments.out)
     PICTURE.parent.mkdir(parents=True, exist_ok=True)
     with replacing(PICTURE) as part:
