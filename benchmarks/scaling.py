@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.ticker import LogLocator, NullLocator
 from measuring import machine, tell, timed
 from pipeline import build
 
@@ -91,7 +92,10 @@ def draw(rows):
             panel.loglog(x, [point[key] / unit for point in points], marker="o", markersize=3)
             found = slope(points, axis, key)
             panel.set_title("does not grow" if found is None else f"slope {found:+.2f}", fontsize=7)
-            panel.minorticks_off()
+            panel.xaxis.set_minor_locator(NullLocator())
+            panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            panel.yaxis.set_major_formatter("{x:g}")
+            panel.yaxis.set_minor_locator(NullLocator())
             panel.set_xticks(x, [f"{value:,}" for value in x], fontsize=5)
             if column == 0:
                 panel.set_ylabel(label)
