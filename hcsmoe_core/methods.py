@@ -615,8 +615,7 @@ class _Maker:
         labels = np.empty(sums.num_experts, dtype=np.int64)
         labels[free] = grouped
         labels[list(protected)] = count - len(protected) + np.arange(len(protected))
-        if len(protected):
-            labels = clustering.by_first_appearance(labels)
+        labels = clustering.by_first_appearance(labels)
         weights = merge_weights(labels, sums, self.steps.merge)
         mixture = None
         if memberships is not None:
