@@ -1,25 +1,36 @@
-"""Capture, plan and merge beside the usual way, as ratios within one run.
+"""Capture, plan, merge, export and evaluation beside the usual way, as ratios within one run.
 
-    python benchmarks/pipeline.py                                # a CPU-sized Qwen2-MoE-like model, seconds
+    python benchmarks/pipeline.py                                # a CPU-sized Qwen2-MoE-like model, the published 65,536 tokens
+    python benchmarks/pipeline.py --noise 0.3                    # groups that are less clear
+    python benchmarks/pipeline.py --tokens 8192 --families 0     # fewer tokens, unrelated experts
     python benchmarks/pipeline.py --device cuda --hidden 2048 --width 1408 --tokens 65536 --dtype bfloat16
 
 "Usual" renders the published approach plainly: one pass over the calibration tokens for the expert usage and a second that
 keeps every layer's inputs, then every expert in full on all of them, one at a time; group distances summed again from the
-expert distances at every join, in Python; weights merged one tensor at a time. Weights are random: only the work matters.
-Both ways must give the same groups, which is checked. One JSON line is printed, and appended to --out.
+expert distances at every join, in Python; weights merged one tensor at a time and kept; the state dict pickled whole; each
+choice of a question scored by itself.
+
+Ours is timed on the same tokens ("same"), with the experts applied to each --every-th token ("every"), stopped when the groups
+of two halves agree ("stop"), and with both ("both"). How far the groups of these are those of "same" is told by adjusted Rand
+index. "study" is one capture of which many plans are made, where the published script starts anew. Weights are random, experts
+noisy copies in families: only the work, and whether groups are clear, matters. One JSON line is printed, and appended to --out.
 """
 
 import argparse
-import json
-import platform
-import time
+import tempfile
+from pathlib import Path
 
 import torch
+from measuring import interleaved, machine, tell
 from torch.nn.functional import linear, silu
 from transformers import AutoModelForCausalLM, Qwen2MoeConfig
 
 import hcsmoe_core as core
-from hcsmoe_core.clustering import by_first_appearance
+from hcsmoe_core.clustering import LINKAGES, by_first_appearance
+from hcsmoe_core.evaluation import task_scores
+from hcsmoe_core.stability import agreement
+
+TASK = "demo_facts"
 
 
 def build(arguments):
@@ -37,7 +48,17 @@ def build(arguments):
         num_experts_per_tok=4,
     )
     model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, arguments.dtype))
+    if arguments.families:
+        for layer in core.find_moe_layers(model):
+            for tensor in layer.tensors().values():
+                plant(tensor.detach(), arguments.families, arguments.noise)
     return model.to(arguments.device).eval()
+
+
+def plant(tensor, size, noise):
+    """Make experts of a stacked tensor noisy copies of the first of every ``size``; noise is relative to the weights."""
+    first = tensor[torch.arange(len(tensor)) // size * size]
+    tensor.copy_((first + noise * tensor) / (1 + noise**2) ** 0.5)
 
 
 def usual_capture(model, ids, batch):
@@ -98,67 +119,144 @@ def usual_groups(features, groups):
 
 def usual_merge(model, labels, counts):
     """One weighted sum a tensor and group."""
+    merged = []
     for layer, groups, count in zip(core.find_moe_layers(model), labels, counts, strict=True):
         for tensor in layer.tensors().values():
             for group in range(max(groups) + 1):
                 experts = [e for e, g in enumerate(groups) if g == group]
                 total = sum(count[e] for e in experts) + 1e-7
-                sum(tensor[e].detach() * (count[e] / total).to(tensor.device, tensor.dtype) for e in experts)
+                weights = [(count[e] / total).to(tensor.device, tensor.dtype) for e in experts]
+                merged.append(sum(tensor[e].detach() * w for e, w in zip(experts, weights, strict=True)))
+    return merged
 
 
-def timed(device, function, *arguments, **keywords):
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-    started = time.perf_counter()
-    result = function(*arguments, **keywords)
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-    return result, time.perf_counter() - started
+def steps_of(model, ids, arguments):
+    """The calls that are timed, by name; what they give is left in ``found``."""
+    needs, batch, groups = core.needs_of("hc-smoe"), arguments.batch, arguments.experts // 2
+    how, found = dict(needs=needs, batch_size=batch, progress=False), {}
+    least = dict(agreement=arguments.agreement, experts=[groups])
+
+    def keep(name, function):
+        def call():
+            found[name] = function()
+
+        return call
+
+    def restored(name):
+        core.apply_plan(model, found[f"plan {name}"])
+        core.restore(model)
+
+    calls = {
+        "usual capture": keep("usual", lambda: usual_capture(model, ids, batch)),
+        "usual plan": keep("usual groups", lambda: [usual_groups(m, groups) for m in found["usual"][1]]),
+        "usual merge": lambda: usual_merge(model, found["usual groups"], found["usual"][0]),
+    }
+    ways = {
+        "same": lambda: core.capture(model, ids, **how),
+        "every": lambda: core.capture(model, ids, every=arguments.every, **how),
+        "stop": lambda: core.capture_until_stable(model, ids, **least, **how),
+        "both": lambda: core.capture_until_stable(model, ids, every=arguments.every, **least, **how),
+    }
+    for name, function in ways.items():
+        calls[f"{name} capture"] = keep(name, function)
+        calls[f"{name} plan"] = keep(f"plan {name}", lambda name=name: core.make_plan(found[name], experts=groups))
+        calls[f"{name} merge"] = lambda name=name: restored(name)
+    every_r = range(arguments.experts // 8, arguments.experts, arguments.experts // 8)
+    calls["study plans"] = keep("study", lambda: len(list(core.make_plans(found["same"], experts=every_r, linkages=LINKAGES))))
+    return calls, found
+
+
+def written(model, plan, repeats, device):
+    """Seconds that writing a merged model takes: its whole state pickled, and ``save_merged``."""
+    core.apply_plan(model, plan)
+    with tempfile.TemporaryDirectory() as folder:
+        number = iter(range(2 * repeats))
+        calls = {
+            "usual export": lambda: torch.save(model.state_dict(), Path(folder) / "model.pth"),
+            "export": lambda: core.save_merged(model, plan, Path(folder) / f"merged-{next(number)}"),
+        }
+        best = interleaved(device, calls, repeats)
+    core.restore(model)
+    return best
+
+
+def scored(items):
+    """Seconds that scoring an embedded task takes: a request a forward pass, and as ``evaluate`` does; and both scores."""
+    model, tokenizer = core.load_model("demo-qwen", dtype="float32")
+    found = {}
+
+    def score(name, size):
+        found[name] = task_scores(model, tokenizer, [TASK], limit=items, batch_size=size)["tasks"][TASK]["acc"]
+
+    task_scores(model, tokenizer, [TASK], limit=1)  # what is imported and read the first time
+    best = interleaved("cpu", {"usual evaluation": lambda: score("usual", 1), "evaluation": lambda: score("ours", 64)}, 1)
+    return best, found
+
+
+def ratios_of(best, plans):
+    """How many times as long the usual way takes, of each way and step; ``all`` is of capture, plan and merge together."""
+    ratios = {step: best[f"usual {step}"] / best[step] for step in ("export", "evaluation")}
+    usual = {step: best[f"usual {step}"] for step in ("capture", "plan", "merge")}
+    for way in ("same", "every", "stop", "both"):
+        ours = {step: best[f"{way} {step}"] for step in usual}
+        ratios[way] = {step: usual[step] / ours[step] for step in usual}
+        ratios[way]["all"] = sum(usual.values()) / sum(ours.values())
+    # The usual way starts anew for each setting: its script captures, plans and merges once.
+    study = best["same capture"] + best["study plans"] + plans * best["same merge"]
+    ratios[f"study of {plans} settings"] = plans * sum(usual.values()) / study
+    return ratios
+
+
+def told(found, arguments):
+    """What each way took of the tokens, and how its groups agree with the usual way's."""
+    rows, same = {}, [p.labels for p in found["plan same"].layers]
+    for way in ("same", "every", "stop", "both"):
+        stats, labels = found[way], [p.labels for p in found[f"plan {way}"].layers]
+        row = {"tokens": stats.num_tokens, "agreement with same": agreement(labels, same).round(3).tolist()}
+        if stats.stability is not None:
+            layers = stats.stability["layers"].values()
+            row |= {"stable": stats.stability["stable"], "tokens needed": [layer["needed"] for layer in layers]}
+            row["agreement of halves at the end"] = [round(layer["agreement"][-1], 3) for layer in layers]
+        rows[way] = row
+    equal = sum(p == u for p, u in zip(same, found["usual groups"], strict=True))
+    rows["same"]["layers with the usual way's groups"] = f"{equal} of {arguments.layers}"
+    return rows
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name, value in dict(hidden=256, width=176, layers=4, experts=60, tokens=8192, length=512, batch=2, repeats=3).items():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    sizes = dict(hidden=128, width=88, layers=4, experts=60, tokens=65536, length=512, batch=2, repeats=1)
+    sizes |= dict(every=8, families=2, items=15)
+    for name, value in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--agreement", type=float, default=0.95)
+    parser.add_argument("--noise", type=float, default=0.1, help="of experts to the others of their family")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--out", help="file to append the line to")
     arguments = parser.parse_args()
     model = build(arguments)
     ids = torch.randint(0, 1024, (arguments.tokens // arguments.length, arguments.length))
-    groups, device = arguments.experts // 2, arguments.device
-    needs = core.needs_of("hc-smoe")
-    core.capture(model, ids[: arguments.batch], needs=needs, progress=False)  # warm up
-    best = {}
-    for _ in range(arguments.repeats):
-        seconds = {}
-        (counts, means), seconds["usual capture"] = timed(device, usual_capture, model, ids, arguments.batch)
-        usual, seconds["usual plan"] = timed(device, lambda means=means: [usual_groups(m, groups) for m in means])
-        _, seconds["usual merge"] = timed(device, usual_merge, model, usual, counts)
-        stats, seconds["capture"] = timed(
-            device, core.capture, model, ids, needs=needs, batch_size=arguments.batch, progress=False
-        )
-        plan, seconds["plan"] = timed(device, core.make_plan, stats, experts=groups)
-        _, seconds["merge"] = timed(device, core.apply_plan, model, plan)
-        core.restore(model)
-        best = {k: min(v, best.get(k, v)) for k, v in seconds.items()}
-    same = sum(p.labels == u for p, u in zip(plan.layers, usual, strict=True))
-    steps = ("capture", "plan", "merge")
-    ratios = {s: best[f"usual {s}"] / best[s] for s in steps}
-    ratios["all"] = sum(best[f"usual {s}"] for s in steps) / sum(best[s] for s in steps)
+    few = ids[: max(2, arguments.batch)]  # warm up
+    core.capture_until_stable(model, few, needs=core.needs_of("hc-smoe"), progress=False)
+    calls, found = steps_of(model, ids, arguments)
+    best = interleaved(arguments.device, calls, arguments.repeats)
+    best |= written(model, found["plan same"], arguments.repeats, arguments.device)
+    evaluation, scores = scored(arguments.items)
+    best |= evaluation
     line = {
-        "settings": vars(arguments) | {"threads": torch.get_num_threads()},
-        "seconds (best of the repeats)": {k: round(v, 4) for k, v in best.items()},
-        "usual / ours": {k: round(v, 2) for k, v in ratios.items()},
-        "layers with the same groups": f"{same} of {arguments.layers}",
-        "machine": {"processor": platform.processor() or platform.machine(), "torch": torch.__version__},
+        "settings": vars(arguments),
+        "usual / ours": rounded(ratios_of(best, found["study"])),
+        "tokens and groups": told(found, arguments),
+        "seconds of the processor (of the clock on a GPU), best of the repeats": rounded(best, 4),
+        f"accuracy on {arguments.items} items": scores,
+        "machine": machine(arguments.device),
     }
-    if device.startswith("cuda"):
-        line["machine"]["gpu"] = torch.cuda.get_device_name()
-    print(json.dumps(line))
-    if arguments.out:
-        with open(arguments.out, "a") as file:
-            file.write(json.dumps(line) + "\n")
+    tell(line, arguments.out, append=True)
+
+
+def rounded(values, digits=2):
+    return {k: rounded(v, digits) if isinstance(v, dict) else round(v, digits) for k, v in values.items()}
 
 
 if __name__ == "__main__":

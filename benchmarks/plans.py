@@ -5,6 +5,10 @@
 Forward calls of the model and of its experts are counted, and must be none. Plans that look at the experts' weights are
 made with the model in memory; those by CKA and O-prune, which apply the experts to the sample, are timed one each and
 listed apart.
+
+    python benchmarks/plans.py --large --out benchmarks/results/plans-large.json
+
+Statistics of 60 layers of 512 experts, made up: distances, all linkages, all numbers of experts.
 """
 
 import argparse
@@ -13,21 +17,55 @@ import tempfile
 import time
 from pathlib import Path
 
+import torch
+from measuring import machine, tell, timed
+
 from hcsmoe_core import (
     METHODS,
+    LayerStatistics,
+    Statistics,
     calibration_tokens,
     capture,
+    distances,
     domains_of,
     find_moe_layers,
+    linkage,
     load_model,
     load_statistics,
     make_plan,
+    make_plans,
 )
-from hcsmoe_core.clustering import LINKAGES
+from hcsmoe_core.clustering import LINKAGES, cuts
 from hcsmoe_core.evaluation import versions
 from hcsmoe_core.methods import steps_of
 from hcsmoe_core.statistics import NEEDS
 from hcsmoe_core.study import calibration_of
+
+
+def large(experts=512, layers=60, hidden=1024):
+    """Seconds of the steps that lead to every cut of every layer by every linkage, and of whole plans of some."""
+    generator = torch.Generator().manual_seed(0)
+
+    def layer():
+        usage = torch.randint(0, 100, (1, experts), generator=generator)
+        nothing, square = torch.zeros(1, experts, dtype=torch.float64), torch.zeros(1, experts, experts, dtype=torch.float64)
+        outputs = torch.randn(1, experts, hidden, dtype=torch.float64, generator=generator)
+        parts = dict(routing_mass=nothing, score_mass=nothing, logit_gram=square, output_sum=outputs)
+        return LayerStatistics(tokens=torch.tensor([1000]), usage_count=usage, **parts)
+
+    names = [f"layers.{place}" for place in range(layers)]
+    stats = Statistics({name: layer() for name in names}, ["all"], {"hash": "", "layers": {}}, ["0" * 16])
+    condensed, seconds = timed("cpu", lambda: [distances(stats, name) for name in names])
+    trees, tree_seconds = timed("cpu", lambda: [linkage(d, link) for link in LINKAGES for d in condensed])
+    labels, cut_seconds = timed("cpu", lambda: [cuts(tree) for tree in trees])
+    counts = range(1, experts + 1, 16)
+    plans, plan_seconds = timed("cpu", lambda: sum(1 for _ in make_plans(stats, experts=counts, linkages=LINKAGES)))
+    found = {"experts": experts, "layers": layers, "hidden": hidden, "linkages": list(LINKAGES)}
+    steps = {"distances": seconds, "trees": tree_seconds, f"{len(labels)} × {experts} cuts": cut_seconds}
+    found["seconds of the processor"] = {name: round(value, 2) for name, value in steps.items()}
+    found["all"] = round(seconds + tree_seconds + cut_seconds, 2)
+    found[f"{plans} whole plans, distances included"] = round(plan_seconds, 2)
+    return found
 
 
 def main():
@@ -35,8 +73,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="demo-qwen")
     parser.add_argument("--plans", type=int, default=500)
+    parser.add_argument("--large", action="store_true")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
+    if arguments.large:
+        tell(large() | {"machine": machine()}, arguments.out)
+        return
     model, tokenizer = load_model(arguments.model, dtype="float32")
     source = calibration_of(arguments.model)
     sequences = source["sequences"]

@@ -20,10 +20,11 @@ from hcsmoe_core.checkpoint import load_merged, load_model, save_merged
 from hcsmoe_core.clustering import cut, linkage
 from hcsmoe_core.evaluation import evaluate, paired
 from hcsmoe_core.merging import apply_plan, restore
-from hcsmoe_core.methods import METHODS, make_plan, merge_tree, needs_of
+from hcsmoe_core.methods import METHODS, make_plan, make_plans, merge_tree, needs_of
 from hcsmoe_core.moe import MoELayer, find_moe_layers
 from hcsmoe_core.plan import LayerPlan, Plan, load_plan
 from hcsmoe_core.similarity import distances
+from hcsmoe_core.stability import capture_until_stable
 from hcsmoe_core.statistics import LayerStatistics, Statistics, load_statistics
 from hcsmoe_core.streaming import open_model, stream_capture, stream_merged, stream_model
 from hcsmoe_core.version import __version__
@@ -39,6 +40,7 @@ __all__ = [
     "apply_plan",
     "calibration_tokens",
     "capture",
+    "capture_until_stable",
     "cut",
     "distances",
     "domains_of",
@@ -50,6 +52,7 @@ __all__ = [
     "load_plan",
     "load_statistics",
     "make_plan",
+    "make_plans",
     "merge_tree",
     "needs_of",
     "open_model",

@@ -22,8 +22,10 @@ from hcsmoe_core.statistics import (
 )
 
 # Tokens that an expert is applied to at once: what stays in a CPU's caches, and what fills a GPU.
-CHUNK = {"cpu": 1024, "cuda": 8192}
-DENSE = 1 << 25  # numbers of all experts' outputs that are held at once, where pairs of experts are compared
+CHUNK = {"cpu": 512, "cuda": 8192}
+# Where pairs of experts are compared: numbers of all experts' outputs that are held at once, and that are in float64.
+DENSE = 1 << 25
+PAIRED = {"cpu": 1 << 20, "cuda": 1 << 26}
 
 
 class _Collector:
@@ -43,7 +45,8 @@ class _Collector:
             self.sums |= {key: self._zeros(domains, experts, experts) for key in NEEDS["grams"]}
         # [G, E, I], made when the first tokens tell the width; [G, E, D] of outputs where these are not affine in activations
         self.hidden_sum = None
-        self.batch_domains = self.batch_rows = None
+        self.applied = torch.zeros(domains, dtype=torch.int64)  # tokens that the experts were applied to
+        self.batch_domains = self.batch_rows = self.batch_applied = None
         self.logits = self.scoring = None
         self.sampled = []
 
@@ -66,52 +69,61 @@ class _Collector:
         # An expert without weights counts as none: its choice becomes one of weight zero.
         weight = weight.masked_fill(index >= self.layer.num_experts, 0)
         index = index.clamp(max=self.layer.num_experts - 1)
+        gates = self._zeros(len(tokens), self.layer.num_experts).scatter_add_(1, index, weight)
         for domain, rows in self._by_domain(len(tokens), tokens.device):
-            self._add(domain, tokens[rows], index[rows], weight[rows])
+            self._add_usage(domain, index[rows], weight[rows], gates[rows])
             if self.logits is not None:
                 self._add_scores(domain, self.logits[rows], index[rows], weight[rows])
+        if self.needs & {"outputs", "norms", "grams"}:
+            for domain, rows in self._by_domain(len(tokens), tokens.device, self.batch_applied):
+                self._apply(domain, tokens[rows], gates[rows])
         if "sample" in self.needs:
             self._keep(tokens, index, weight)
 
-    def _add(self, domain, tokens, index, weight):
-        self.tokens[domain] += len(tokens)
-        taken = weight != 0  # some routers send a skipped token to expert 0 with weight zero
-        self.usage_count[domain] += torch.bincount(index[taken], minlength=self.usage_count.shape[1])
-        self.sums["routing_mass"][domain].index_add_(0, index.flatten(), weight.flatten())
-        size = CHUNK["cpu" if tokens.device.type == "cpu" else "cuda"]
+    def _add_usage(self, domain, index, weight, gates):
+        self.tokens[domain] += len(gates)
+        self.sums["routing_mass"][domain] += gates.sum(0)
+        taken = (weight != 0).long()  # some routers send a skipped token to expert 0 with weight zero
+        self.usage_count[domain].index_add_(0, index.flatten(), taken.flatten())
+
+    def _apply(self, domain, tokens, gates):
+        """Apply the experts to tokens ``[T, D]`` with gates ``[T, E]``, a chunk at a time."""
+        self.applied[domain] += len(tokens)
+        size = CHUNK[_kind(tokens)]
         if "grams" in self.needs:
             size = max(1, min(size, DENSE // (self.layer.num_experts * tokens.shape[1])))
-        parts = zip(tokens.split(size), index.split(size), weight.split(size), strict=True)
-        for part in parts if self.needs & {"outputs", "norms", "grams"} else ():
+        for part in zip(tokens.split(size), gates.split(size), strict=True):
             self._add_outputs(domain, *part)
 
-    def _add_outputs(self, domain, tokens, index, weight):
+    def _add_outputs(self, domain, tokens, gates):
         """Apply the experts: all of them to all tokens where sums over all tokens are wanted, else to those routed."""
-        everywhere, whole = bool(self.needs & {"outputs", "grams"}), bool(self.needs & {"norms", "grams"})
-        outputs, gates = [], None
-        if whole:
-            gates = self._zeros(len(tokens), self.layer.num_experts).scatter_add_(1, index, weight).T.contiguous()
-        for expert in range(self.layer.num_experts):
-            routed = gates[expert].nonzero()[:, 0] if "norms" in self.needs else None
-            hidden = self.layer.expert_hidden(expert, tokens if everywhere else tokens[routed])
-            affine = self.layer.affine
-            output = self.layer.expert_output(expert, hidden) if whole or not affine else None
+        layer = self.layer
+        if layer.affine and not self.needs & {"norms", "grams"}:
+            self._add_hidden(domain, layer.hidden_sums(tokens))
+            return
+        everywhere, grams = bool(self.needs & {"outputs", "grams"}), "grams" in self.needs
+        routed = _routed(gates) if "norms" in self.needs else [None] * layer.num_experts
+        sums, outputs = [], []
+        for expert, rows in enumerate(routed):
+            hidden = layer.expert_hidden(expert, tokens if everywhere else tokens[rows])
+            # Sums over all tokens need no outputs of all of them where the mean of one is that of the other.
+            whole = grams or not everywhere or not layer.affine
+            output = layer.expert_output(expert, hidden if whole else hidden[rows])
             if "outputs" in self.needs:
-                self._add_hidden(domain, expert, hidden if affine else output)
-            if not whole:
-                continue
-            if "norms" in self.needs and len(routed):
-                self._add_norms(domain, expert, output[routed] if everywhere else output, gates[expert, routed])
-            if "grams" in self.needs:
+                sums.append((hidden if layer.affine else output).sum(0, dtype=torch.float64))
+            if rows is not None and len(rows):
+                self._add_norms(domain, expert, output[rows] if whole and everywhere else output, gates[rows, expert])
+            if grams:
                 outputs.append(output)
-        if "grams" in self.needs:
-            self._add_grams(domain, torch.stack(outputs).double(), gates)
+        if "outputs" in self.needs:
+            self._add_hidden(domain, torch.stack(sums))
+        if grams:
+            self._add_grams(domain, outputs, gates)
 
-    def _add_hidden(self, domain, expert, hidden):
-        total = hidden.sum(0, dtype=torch.float64)
+    def _add_hidden(self, domain, sums):
         if self.hidden_sum is None:
-            self.hidden_sum = self._zeros(len(self.tokens), self.layer.num_experts, len(total))
-        self.hidden_sum[domain, expert] += total
+            self.hidden_sum = self._zeros(len(self.tokens), *sums.shape)
+        self.hidden_sum[domain] += sums
 
     def _add_norms(self, domain, expert, output, gate):
         norm = output.double().norm(dim=1)
@@ -121,13 +133,17 @@ class _Collector:
         largest[domain, expert] = torch.maximum(largest[domain, expert], output.abs().max().double())
 
     def _add_grams(self, domain, outputs, gates):
-        """Inner products of all pairs of experts' outputs [E, T, D], with gates [E, T]."""
-        flat, square = outputs.flatten(1), (outputs**2).sum(2)
-        self.sums["output_gram"][domain] += flat @ flat.T
-        self.sums["routed_gram"][domain] += (outputs * gates[..., None]).flatten(1) @ flat.T
-        self.sums["routed_square"][domain] += gates @ square.T
-        unit = (outputs / square.sqrt().clamp(min=torch.finfo(torch.float64).tiny)[..., None]).flatten(1)
-        self.sums["cosine_sum"][domain] += unit @ unit.T
+        """Inner products of all pairs of experts' outputs, ``E × [T, D]``, with gates ``[T, E]``: token by token, summed."""
+        size = max(1, PAIRED[_kind(gates)] // (len(outputs) * outputs[0].shape[1]))
+        for *parts, gate in zip(*(output.split(size) for output in outputs), gates.split(size), strict=True):
+            flat = torch.stack(parts, 1).double()
+            gram = flat @ flat.mT  # [t, E, E]
+            square = gram.diagonal(dim1=1, dim2=2)
+            inverse = 1 / square.sqrt().clamp(min=torch.finfo(torch.float64).tiny)
+            self.sums["output_gram"][domain] += gram.sum(0)
+            self.sums["routed_gram"][domain] += (gram * gate[..., None]).sum(0)
+            self.sums["routed_square"][domain] += gate.T @ square
+            self.sums["cosine_sum"][domain] += gram.mul_(inverse[..., None]).mul_(inverse[:, None]).sum(0)
 
     def _add_scores(self, domain, logits, index, weight):
         if self.scoring is None:
@@ -149,16 +165,18 @@ class _Collector:
         parts = (tokens[rows], logits.to(tokens.device)[rows].to(wide), index[rows], weight[rows].to(wide))
         self.sampled.append([part.detach().cpu() for part in parts])
 
-    def _by_domain(self, count, device):
-        """Rows of each domain in a batch whose tokens come sequence after sequence."""
+    def _by_domain(self, count, device, chosen=None):
+        """Rows of each domain in a batch whose tokens come sequence after sequence, or those of them that are chosen."""
+        if chosen is not None and len(chosen) != count:
+            raise ValueError(f"{self.layer.name} does not get every token of a sequence; capture with every=1.")
         domains = sorted(set(self.batch_domains))
-        if len(domains) == 1:
+        if len(domains) == 1 and chosen is None:
             yield domains[0], slice(None)
             return
-        per_sequence = count // len(self.batch_domains)
-        of_token = torch.tensor(self.batch_domains, device=device).repeat_interleave(per_sequence)
+        of_token = torch.tensor(self.batch_domains).repeat_interleave(count // len(self.batch_domains))
         for domain in domains:
-            yield domain, (of_token == domain).nonzero()[:, 0]
+            here = of_token == domain
+            yield domain, (here if chosen is None else here & chosen).nonzero()[:, 0].to(device)
 
     @torch.no_grad()
     def finish(self, places, size):
@@ -172,6 +190,7 @@ class _Collector:
                 "before the capture, hide it: load the model with use_kernels=False and do not compile it."
             )
         self._add_ranks()
+        self._scale()
         layer, sums = self.layer, dict(self.sums)
         if "outputs" in self.needs:
             counts = self.tokens.clamp(min=1).to(self.device)
@@ -196,10 +215,31 @@ class _Collector:
         return LayerStatistics(tokens=self.tokens, usage_count=self.usage_count.cpu(), **sums)
 
     def _add_ranks(self):
-        self.tokens, self.usage_count = ranks.total(self.tokens), ranks.total(self.usage_count)
+        self.tokens, self.usage_count, self.applied = map(ranks.total, (self.tokens, self.usage_count, self.applied))
         self.sums = {key: ranks.total(value, largest=key == "output_max") for key, value in self.sums.items()}
         if self.hidden_sum is not None:
             self.hidden_sum = ranks.total(self.hidden_sum)
+
+    def _scale(self):
+        """Sums over the tokens that the experts were applied to become estimates of those over all tokens."""
+        if torch.equal(self.applied, self.tokens):
+            return
+        share = (self.tokens.double() / self.applied.clamp(min=1)).to(self.device)
+        for key in ("norm_sum", "gated_norm_sum", *NEEDS["grams"]):
+            if key in self.sums:
+                self.sums[key] *= share.reshape(-1, *[1] * (self.sums[key].ndim - 1))
+        if self.hidden_sum is not None:
+            self.hidden_sum *= share[:, None, None]
+
+
+def _kind(tensor):
+    return "cpu" if tensor.device.type == "cpu" else "cuda"
+
+
+def _routed(gates):
+    """Rows that each expert has in gates ``[T, E]``; they come to the host once, and not expert by expert."""
+    expert, rows = gates.T.nonzero(as_tuple=True)
+    return rows.split(torch.bincount(expert, minlength=gates.shape[1]).tolist())
 
 
 def _placed(rows, places, size):
@@ -233,7 +273,7 @@ def scoring_of(logits, index, weight):
     return min(errors, key=errors.get)
 
 
-def capture(model, input_ids, *, needs=DEFAULT_NEEDS, sample=SAMPLE, batch_size=8, domains=None, progress=True):
+def capture(model, input_ids, *, needs=DEFAULT_NEEDS, sample=SAMPLE, every=1, batch_size=8, domains=None, progress=True):
     """Statistics of every MoE layer over the calibration tokens, in one pass.
 
     Each sequence goes through the model once, at the model's own routing. At each MoE layer all E experts are applied
@@ -252,6 +292,11 @@ def capture(model, input_ids, *, needs=DEFAULT_NEEDS, sample=SAMPLE, batch_size=
         a method needs.
     sample : int
         Tokens of the sample, where it is asked for.
+    every : int
+        Apply the experts to each ``every``-th token alone, at most the length of a sequence. Outputs, norms and Gram matrices
+        are then estimates of the sums over all tokens (the largest outputs are those seen); usage, and the sample, are of all
+        tokens as ever. Where a sequence starts to count is told by its hash. Neighbours being alike, so many tokens of all
+        sequences tell far more than all tokens of fewer sequences.
     batch_size : int
         Sequences a forward pass.
     domains : sequence of N str, optional
@@ -269,7 +314,7 @@ def capture(model, input_ids, *, needs=DEFAULT_NEEDS, sample=SAMPLE, batch_size=
         If the model has no MoE layers, is merged, offloaded or quantised, holds NaN, or if the tokens are not ids of
         its vocabulary.
     """
-    tokens = Tokens(model, input_ids, needs=needs, sample=sample, batch_size=batch_size, domains=domains)
+    tokens = Tokens(model, input_ids, needs=needs, sample=sample, every=every, batch_size=batch_size, domains=domains)
     layers = find_moe_layers(model)
     for layer in layers:
         if layer.merged:
@@ -293,7 +338,7 @@ class Tokens:
     Parameters
     ----------
     model : transformers.PreTrainedModel
-    input_ids, needs, sample, batch_size, domains
+    input_ids, needs, sample, every, batch_size, domains
         As for :func:`capture`, and checked.
 
     Attributes
@@ -302,8 +347,9 @@ class Tokens:
         First sequence of each batch that is this rank's.
     """
 
-    def __init__(self, model, input_ids, *, needs, sample, batch_size, domains):
+    def __init__(self, model, input_ids, *, needs, sample, batch_size, domains, every=1):
         self.input_ids = check_tokens(input_ids, model)
+        self.every = check_count("every", every, 1, self.input_ids.shape[1])
         self.batch_size, self.needs = check_count("batch_size", batch_size, 1), tuple(needs)
         check_count("sample", sample, 1)
         for need in needs:
@@ -333,9 +379,17 @@ class Tokens:
         stop = start + self.batch_size
         here = self.chosen[(self.chosen[:, 0] >= start) & (self.chosen[:, 0] < stop)]
         for collector in collectors:
+            collector.batch_applied = self._applied(start, stop)
             collector.batch_domains = self.of_sequence[start:stop]
             collector.batch_rows = here - torch.tensor([start, 0])
         return self.input_ids[start:stop]
+
+    def _applied(self, start, stop):
+        """Which tokens of a batch the experts are applied to, ``(T,)`` bool; None for all."""
+        if self.every == 1:
+            return None
+        shifts = torch.tensor([int(name, 16) % self.every for name in self.hashes[start:stop]])
+        return ((torch.arange(self.input_ids.shape[1]) + shifts[:, None]) % self.every == 0).flatten()
 
     def bar(self, progress):
         """Progress bar of the tokens that this rank has."""
@@ -355,6 +409,8 @@ class Tokens:
         layers = find_moe_layers(model)
         about = {"name": model.name_or_path or type(model).__name__, "class": type(model).__name__, "hash": model_hash(model)}
         about["layers"] = {layer.name: _about(layer) for layer in layers}
+        if self.every > 1:
+            about["every"] = self.every
         return Statistics({layer.name: sums[layer.name] for layer in layers}, self.domains, about, self.hashes, self.sampled)
 
     @property

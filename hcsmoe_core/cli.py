@@ -47,6 +47,16 @@ SET = Annotated[
     list[str] | None, typer.Option("--set", help="Any other step, as name=value: grouping, budget, combine, align, guard, …")
 ]
 SAMPLE_TOKENS = Annotated[int, typer.Option("--sample", help="Tokens of the sample of layer inputs, where it is collected.")]
+EVERY = Annotated[
+    int, typer.Option(help="Apply every expert to each so-many-th token alone: outputs are estimates, usage stays exact.")
+]
+UNTIL_STABLE = Annotated[
+    float,
+    typer.Option(
+        help="Stop once the groups that two halves of the tokens give agree so far in every layer (adjusted Rand index, as "
+        "0.95); --sequences is then the most that is taken. 0: take all."
+    ),
+]
 HELD_OUT = 512  # tokens of each held-out sequence, at most
 FOR = Annotated[
     list[str] | None,
@@ -107,20 +117,42 @@ def _calibration(model, tokenizer, calibration, sequences, length, column, seed,
     return rows, domains_of(source, count), about, more
 
 
-def _captured(model, input_ids, domains, work, batch_size, needs, sample):
-    """Statistics of a loaded model; of a streamed one, by way of a work folder."""
+def _captured(model, input_ids, domains, work, batch_size, needs, sample, every, until_stable, how):
+    """Statistics of a loaded model; of a streamed one, by way of a work folder.
+
+    ``how`` are the trees whose groups are to be stable, as options of :func:`hcsmoe_core.stability.capture_until_stable`.
+    """
     from hcsmoe_core import capture, ranks
     from hcsmoe_core.capture import expected_bytes
+    from hcsmoe_core.stability import capture_until_stable, stability_table
     from hcsmoe_core.streaming import stream_capture
 
     size = dict(domains=len(set(domains)) if domains else 1, tokens=input_ids.numel(), sample=sample)
     if ranks.rank() == 0:
         way = "" if work is None else ", decoder layer by decoder layer"
         print(f"collecting {', '.join(needs)}{way}: {expected_bytes(model, needs, **size) / 1e6:.1f} MB")
-    options = dict(needs=needs, sample=sample, batch_size=batch_size, domains=domains)
+    options = dict(needs=needs, sample=sample, every=every, batch_size=batch_size, domains=domains)
+    if until_stable:
+        stats = capture_until_stable(model, input_ids, agreement=until_stable, **how, **options)
+        if ranks.rank() == 0:
+            print(stability_table(stats).round(3).to_string(index=False))
+            state = "stable" if stats.stability["stable"] else "not stable yet"
+            print(f"{state} after {stats.num_tokens:,} of {input_ids.numel():,} tokens")
+        return stats
     if work is None:
         return capture(model, input_ids, **options)
     return stream_capture(model, input_ids, work / "capture", **options)
+
+
+def _trees(method, settings, experts):
+    """The trees that a method cuts, for :func:`_captured`: one by its distances even where it does not group by a tree."""
+    from hcsmoe_core.methods import steps_of
+
+    steps = steps_of(method, **settings)
+    how = dict(similarity=steps.similarity, metric=steps.metric, linkage=steps.linkage) if steps.compares else {}
+    if steps.grouping == "residual":
+        how = {"similarity": "functional-routed"}  # of the distances that its groups are made by, the one that tokens change
+    return how | {"experts": [experts]}
 
 
 @app.command()
@@ -129,6 +161,11 @@ def capture(
     out: Annotated[Path, typer.Option(help="Statistics file to write (.safetensors).")],
     methods: FOR = None,
     sample: SAMPLE_TOKENS = 32768,
+    every: EVERY = 1,
+    until_stable: UNTIL_STABLE = 0.0,
+    stable_at: Annotated[
+        str, typer.Option(help="With --until-stable: numbers of groups, comma-separated; by default 3/4, 1/2 and 1/4 of E.")
+    ] = "",
     calibration: CALIBRATION = "",
     sequences: SEQUENCES = 0,
     length: LENGTH = 0,
@@ -148,7 +185,9 @@ def capture(
     loaded, tokenizer = open_model(model, dtype=dtype, device=ranks.started(device), load=load, memory=memory)
     with work_folder(out, loaded) as work:
         input_ids, domains, *_ = _calibration(loaded, tokenizer, calibration, sequences, length, column, seed)
-        stats = _captured(loaded, input_ids, domains, work, batch_size, needs, sample)
+        at = [_number("--stable-at", n) for n in _listed(stable_at)] or None
+        how = (every, until_stable, {"experts": at})
+        stats = _captured(loaded, input_ids, domains, work, batch_size, needs, sample, *how)
         if ranks.left():
             return
         stats.save(out)
@@ -216,6 +255,8 @@ def merge(
     merge: MERGE = "",
     others: SET = None,
     sample: SAMPLE_TOKENS = 32768,
+    every: EVERY = 1,
+    until_stable: UNTIL_STABLE = 0.0,
     calibration: CALIBRATION = "",
     sequences: SEQUENCES = 0,
     length: LENGTH = 0,
@@ -270,7 +311,8 @@ def merge(
             heldout = unseen(more, seen, length=HELD_OUT)
         if made is None and stats is None:
             about["calibration"] = text
-            stats = _captured(loaded, input_ids, domains, work, batch_size, needs, sample)
+            how = (every, until_stable, _trees(method, settings, experts))
+            stats = _captured(loaded, input_ids, domains, work, batch_size, needs, sample, *how)
         if ranks.left():
             return
         if made is None:

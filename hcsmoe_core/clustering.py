@@ -73,20 +73,44 @@ def cut(tree, groups):
     """
     experts = len(tree) + 1
     check_count("groups", groups, 1, experts)
-    members = {e: [e] for e in range(experts)}
-    for t in range(experts - groups):
-        members[experts + t] = members.pop(int(tree[t, 0])) + members.pop(int(tree[t, 1]))
-    labels = np.empty(experts, dtype=np.int64)
-    for label, group in enumerate(members.values()):
-        labels[group] = label
-    return by_first_appearance(labels)
+    joins = np.asarray(tree)[: experts - groups, :2].astype(np.int64).tolist()
+    top = list(range(experts + len(joins)))
+    for t in reversed(range(len(joins))):  # from the last join down: what is joined later has its group already
+        first, second = joins[t]
+        top[first] = top[second] = top[experts + t]
+    return by_first_appearance(top[:experts])
+
+
+def cuts(tree):
+    """All the cuts of a tree: row r − 1 is ``cut(tree, r)``.
+
+    Parameters
+    ----------
+    tree : (E−1, 4) array
+        From :func:`linkage`.
+
+    Returns
+    -------
+    (E, E) int64 array
+    """
+    experts = len(tree) + 1
+    found = np.empty((experts, experts), dtype=np.int64)
+    found[-1] = np.arange(experts)
+    # A group goes by its first member; those members are in order, so that a group's number is how many come before.
+    group, first, leads = np.arange(experts), list(range(experts)), np.ones(experts, dtype=bool)
+    for t, (a, b) in enumerate(np.asarray(tree)[:, :2].astype(np.int64).tolist()):
+        stays, goes = sorted((first[a], first[b]))
+        first.append(stays)
+        group[group == goes] = stays
+        leads[goes] = False
+        found[experts - 2 - t] = (np.cumsum(leads) - 1)[group]
+    return found
 
 
 def by_first_appearance(labels):
     """The same partition with groups numbered in the order of their first member, from 0."""
-    _, first, inverse = np.unique(labels, return_index=True, return_inverse=True)
-    order = np.argsort(np.argsort(first))
-    return order[inverse].astype(np.int64)
+    seen = {}
+    return np.array([seen.setdefault(label, len(seen)) for label in np.asarray(labels).tolist()], dtype=np.int64)
 
 
 def restricted(distance, groups, largest, method="average", *, metric="euclidean"):

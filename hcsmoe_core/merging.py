@@ -5,8 +5,10 @@ import torch
 from hcsmoe_core.combining import Group, combine
 from hcsmoe_core.compression import compress, densified, from_saved, saved_tensors
 from hcsmoe_core.folding import folded_rows
-from hcsmoe_core.moe import find_moe_layers, put_experts, set_rows, take_experts
+from hcsmoe_core.moe import all_finite, find_moe_layers, put_experts, set_rows, take_experts
 from hcsmoe_core.plan import check_fits, check_weights
+
+BLOCK = 1 << 16  # weights that are summed at once: wide sums of so many stay in a CPU's caches
 
 
 def apply_plan(model, plan, stats=None):
@@ -173,22 +175,33 @@ def merge_layer(layer, layer_plan, sample=None):
     if layer_plan.rules or options["rule"] != "average" or options.get("align", "none") != "none":
         merged |= _combined(layer, layer_plan, sample)
     for name, tensor in merged.items():
-        for row, members in zip(tensor, layer_plan.groups(), strict=True):
-            if not torch.isfinite(row).all():
-                raise ValueError(f"{layer.name}: {name} of experts {members} merges to values that are not finite.")
+        if not all_finite(tensor):
+            members = next(m for row, m in zip(tensor, layer_plan.groups(), strict=True) if not all_finite(row))
+            raise ValueError(f"{layer.name}: {name} of experts {members} merges to values that are not finite.")
     return merged
 
 
 def _averages(tensor, layer_plan):
     """Weighted averages of one tensor's rows, by group or by the plan's mixture."""
-    rows = torch.empty(layer_plan.num_groups, *tensor.shape[1:], dtype=tensor.dtype, device=tensor.device)
+    flat = tensor.reshape(len(tensor), -1)
+    rows = flat.new_empty(layer_plan.num_groups, flat.shape[1])
+    wide = torch.float64 if tensor.dtype in (torch.float32, torch.float64) else torch.float32
+    total, part = torch.empty(2, min(BLOCK, flat.shape[1]), dtype=wide, device=tensor.device)
     for group, members in enumerate(layer_plan.groups()):
         weights = layer_plan.weights
         if layer_plan.mixture is not None:
             weights = layer_plan.mixture[group]
             members = [e for e, w in enumerate(weights) if w > 0]
-        rows[group].copy_(_average(tensor, members, weights))
-    return rows
+        if len(members) == 1:
+            rows[group] = flat[members[0]]
+            continue
+        blocks = zip(rows[group].split(BLOCK), *(flat[e].split(BLOCK) for e in members), strict=True)
+        for made, *given in blocks:
+            summed, one = total[: len(made)].zero_(), part[: len(made)]
+            for expert, values in zip(members, given, strict=True):
+                summed.add_(one.copy_(values), alpha=weights[expert])
+            made.copy_(summed)
+    return rows.view(-1, *tensor.shape[1:])
 
 
 @torch.no_grad()
@@ -204,13 +217,3 @@ def _combined(layer, layer_plan, sample):
         group = Group(layer, members, layer_plan.weights, dominant, sample)
         made.append(combine(group, layer_plan.rule_of(place) | width))
     return layer.stacked(made)
-
-
-def _average(tensor, members, weights):
-    if len(members) == 1:
-        return tensor[members[0]]
-    wide = torch.float64 if tensor.dtype in (torch.float32, torch.float64) else torch.float32
-    total = torch.zeros(tensor.shape[1:], dtype=wide, device=tensor.device)
-    for expert in members:
-        total.add_(tensor[expert].to(wide), alpha=weights[expert])
-    return total

@@ -522,17 +522,59 @@ def make_plan(stats, model=None, *, experts, method="hc-smoe", seed=0, progress=
         or are another model's.
     """
     steps = steps_of(method, **settings)
+    _check_needs(stats, model, steps, method)
+    return _planned(_Maker(stats, model, steps, seed, progress), method, experts)
+
+
+def make_plans(stats, model=None, *, experts, linkages=None, method="hc-smoe", seed=0, progress=True, **settings):
+    """Plans for several numbers of experts and linkages; distances and trees are worked out once.
+
+    Parameters
+    ----------
+    stats, model, method, seed, progress, **settings
+        As for :func:`make_plan`.
+    experts : sequence
+        Values that :func:`make_plan` takes for it.
+    linkages : sequence of str, optional
+        By default the method's own.
+
+    Yields
+    ------
+    Plan
+        Those of :func:`make_plan`: for each linkage, one for each of ``experts``.
+
+    Raises
+    ------
+    ValueError
+        As :func:`make_plan`.
+    """
+    steps = steps_of(method, **settings)
+    _check_needs(stats, model, steps, method)
+    maker = _Maker(stats, model, steps, seed, progress)
+    maker.cuts = {}
+    for link in linkages or [steps.linkage]:
+        maker.steps = steps_of(method, **settings | {"linkage": link})
+        for count in experts:
+            yield _planned(maker, method, count)
+
+
+def _check_needs(stats, model, steps, method):
+    """Raise ValueError unless the statistics hold what the steps look at, and the model is there if they do at it."""
     stats.check([n for n in steps.needs() if n != "sample" or steps.needs_model()], f"Method {method!r}")
+    if model is not None:
+        check_statistics(stats, model)
+    elif steps.needs_model():
+        raise ValueError(f'Method {method!r} looks at the experts\' weights with these settings; give the "model" argument.')
+
+
+def _planned(maker, method, experts):
+    """The plan that a maker's steps give for some number of experts."""
+    stats, steps = maker.stats, maker.steps
     sizes = [sums.num_experts for sums in stats.layers.values()]
     if isinstance(experts, list):
         _check_counts_given(experts, sizes, steps)
     else:
         check_count("experts", experts, 1, min(sizes))
-    if model is not None:
-        check_statistics(stats, model)
-    elif steps.needs_model():
-        raise ValueError(f'Method {method!r} looks at the experts\' weights with these settings; give the "model" argument.')
-    maker = _Maker(stats, model, steps, seed, progress)
     protected = pruning.super_experts(stats) if steps.guard else {name: [] for name in stats.layers}
     if steps.grouping == "none":
         layers = [_trimmed(name, sums, stats, steps, experts) for name, sums in stats.layers.items()]
@@ -543,7 +585,7 @@ def make_plan(stats, model=None, *, experts, method="hc-smoe", seed=0, progress=
         layers = [maker.layer(n, c, protected[n]) for n, c in zip(stats.layers, counts, strict=True)]
     used = _settings_of(steps)
     compress = {"share": steps.share, "rank": steps.compress_rank or None} if steps.share else None
-    about = {"method": named(method), "experts": experts, "seed": seed} | used
+    about = {"method": named(method), "experts": experts, "seed": maker.seed} | used
     return Plan(layers, about, dict(stats.model), stats.identity(), compress)
 
 
@@ -606,7 +648,7 @@ class _Maker:
     def __init__(self, stats, model, steps, seed, progress):
         self.stats, self.model, self.steps = stats, model, steps
         self.seed, self.progress = seed, progress
-        self.found = {}
+        self.found, self.cuts = {}, None
         self.places = {name: place for place, name in enumerate(stats.layers)}
 
     def distances(self, name):
@@ -619,6 +661,21 @@ class _Maker:
     def tree(self, name):
         """Merge tree of a layer's experts."""
         return clustering.linkage(self.distances(name), self.steps.linkage, metric=self.steps.used_metric)
+
+    def _among(self, name, free):
+        """Condensed distances between some of a layer's experts."""
+        return squareform(squareform(self.distances(name))[np.ix_(free, free)], checks=False)
+
+    def _cut(self, name, free, count):
+        """Labels of the experts that may be joined, by their merge tree; all cuts at once where several are to come."""
+        key = name, self.steps.linkage, free.tobytes()
+        if self.cuts is not None and key in self.cuts:
+            return self.cuts[key][count - 1]
+        tree = clustering.linkage(self._among(name, free), self.steps.linkage, metric=self.steps.used_metric)
+        if self.cuts is None:
+            return clustering.cut(tree, count)
+        self.cuts[key] = clustering.cuts(tree)
+        return self.cuts[key][count - 1]
 
     def likeness(self, name):
         """Square matrix, larger for experts that are more alike: cosines where these are what is measured."""
@@ -735,19 +792,18 @@ class _Maker:
         check_count("experts", count, 1 if len(free) else 0, len(free))
         if not len(free):
             return free, None
+        if steps.grouping == "hierarchical" and not steps.largest:
+            return self._cut(name, free, count), None
         seed = np.random.SeedSequence([self.seed, self.places[name]]).generate_state(1)[0]
         # Whatever is drawn by chance is drawn in an order that does not depend on how experts are numbered.
         rank = np.argsort(np.argsort(pruning.canonical_rank(sums)[free]))
         order = np.argsort(rank)
         if steps.grouping == "random":
             return clustering.random_groups(len(free), count, seed=seed)[rank], None
-        condensed = squareform(squareform(self.distances(name))[np.ix_(free, free)], checks=False)
+        condensed = self._among(name, free)
         if steps.grouping == "hierarchical":
-            if steps.largest:
-                how = dict(method=steps.linkage, metric=steps.used_metric)
-                return clustering.restricted(condensed, count, steps.largest, **how), None
-            tree = clustering.linkage(condensed, steps.linkage, metric=steps.used_metric)
-            return clustering.cut(tree, count), None
+            how = dict(method=steps.linkage, metric=steps.used_metric)
+            return clustering.restricted(condensed, count, steps.largest, **how), None
         if steps.grouping == "single-shot":
             usage = sums.usage_count.sum(0).numpy()[free]
             likeness = self.likeness(name)[np.ix_(free, free)]

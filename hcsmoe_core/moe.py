@@ -37,6 +37,7 @@ COUNTS = (
 CHOICES = ("top_k", "num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_top_k", "moe_topk", "moe_k")
 WIDTHS = ("intermediate_dim", "intermediate_size", "expert_dim", "ffn_hidden_size")
 ROUTER_NAMES = ("gate", "router")
+JOINED = 1 << 27  # numbers that the up projections of several experts make at once on a GPU
 # Parts of a model that text never reaches: their experts are left as they are.
 OTHER_PARTS = ("vision", "visual", "audio", "talker")
 
@@ -249,6 +250,42 @@ class MoELayer:
         hidden = nn.functional.linear(tokens, self.up_matrix(expert))
         bias = getattr(self.experts, f"{self.up_name}_bias", None)
         return self._activated(hidden if bias is None else hidden + bias[expert])
+
+    def hidden_sums(self, tokens):
+        """Activations of every expert before its down projection, each on all tokens, added up over these.
+
+        On a CPU expert by expert, so that what one makes stays in the caches; on a GPU several experts in one product.
+        Products are in the weights' dtype (16-bit ones with float32 accumulation), sums in float64, and nothing is copied to
+        the host.
+
+        Parameters
+        ----------
+        tokens : (T, D) tensor
+
+        Returns
+        -------
+        (E, I) float64 tensor
+        """
+        count = self.num_stored
+        if tokens.device.type == "cpu":
+            return torch.stack([self.expert_hidden(e, tokens).sum(0, dtype=torch.float64) for e in range(count)])
+        made, together = [], max(1, JOINED // (len(tokens) * len(self.up_matrix(0))))
+        for first in range(0, count, together):
+            made.append(self._joined_sums(tokens, first, min(first + together, count)))
+        return torch.cat(made)
+
+    def _joined_sums(self, tokens, first, last):
+        """:meth:`hidden_sums` of the experts from ``first`` to before ``last``, by one product."""
+        if self.transposed:
+            up = torch.cat([self.up_matrix(e) for e in range(first, last)])
+        else:
+            up = self.tensors()[self.up_name][first:last].flatten(0, 1)
+        hidden = nn.functional.linear(tokens, up)
+        bias = getattr(self.experts, f"{self.up_name}_bias", None)
+        if bias is not None:
+            hidden += bias[first:last].flatten()
+        hidden = self._activated(hidden.view(len(tokens) * (last - first), -1))
+        return hidden.view(len(tokens), last - first, -1).sum(0, dtype=torch.float64)
 
     def _activated(self, hidden):
         """Activations ``[T, I]`` of what the up projection gave, ``[T, 2I]`` or, without a gate, ``[T, I]``."""
@@ -718,6 +755,15 @@ def fingerprint(layer):
     return b"".join(parts)
 
 
+def all_finite(tensor):
+    """Whether a tensor holds neither NaN nor infinite values.
+
+    One that does has no finite sum; one whose sum is not finite is looked at value by value, as large values add up to one too.
+    """
+    total = tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32))
+    return bool(torch.isfinite(total)) or all(bool(torch.isfinite(row).all()) for row in tensor)
+
+
 def check_loaded(layer):
     """Raise ValueError if a layer's weights are not in memory or not plain finite floating-point numbers."""
     named = dict(layer.tensors())
@@ -728,7 +774,7 @@ def check_loaded(layer):
             raise ValueError(f"{layer.name}: {name} is offloaded; load the model without disk or CPU offload.")
         if not tensor.is_floating_point() or tensor.element_size() < 2:
             raise ValueError(f"{layer.name}: {name} is quantised ({tensor.dtype}); load a 16- or 32-bit checkpoint.")
-        if not all(torch.isfinite(row).all() for row in tensor.detach()):
+        if not all_finite(tensor.detach()):
             raise ValueError(f"{layer.name}: {name} holds NaN or infinite values; the checkpoint is damaged.")
 
 

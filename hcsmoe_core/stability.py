@@ -1,16 +1,21 @@
-"""How good a merge tree is, and how far it depends on the linkage, the calibration sample and its size."""
+"""How good a merge tree is, how far it depends on the linkage, the calibration sample and its size, and when to stop."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 from scipy.cluster import hierarchy
 from scipy.spatial.distance import squareform
 
+from hcsmoe_core import ranks
 from hcsmoe_core.calibration import calibration_tokens, domains_of
 from hcsmoe_core.capture import capture
 from hcsmoe_core.clustering import cut, linkage
+from hcsmoe_core.files import check_count
 from hcsmoe_core.methods import merge_tree
-from hcsmoe_core.similarity import EMBEDDED, allowed_linkages, coordinates, distances, metric_of
+from hcsmoe_core.moe import find_moe_layers, source_of
+from hcsmoe_core.similarity import EMBEDDED, NEEDED, allowed_linkages, coordinates, distances, metric_of, parts_of
+from hcsmoe_core.statistics import DEFAULT_NEEDS, SAMPLE
 
 
 def quality_table(stats, model, *, similarity, linkages, groups):
@@ -143,3 +148,170 @@ def agreement_over_size(parts, model, *, similarity, linkages, groups):
             for layer, value in enumerate(agreement(labels, found[-1])):
                 rows.append({"linkage": method, "layer": layer, "tokens": stats.num_tokens, "agreement": float(value)})
     return pd.DataFrame(rows)
+
+
+def capture_until_stable(
+    model,
+    input_ids,
+    *,
+    agreement=0.95,
+    experts=None,
+    similarity="expert-output",
+    metric="",
+    linkage="average",
+    needs=DEFAULT_NEEDS,
+    sample=SAMPLE,
+    every=1,
+    batch_size=8,
+    domains=None,
+    progress=True,
+):
+    """Statistics of as many of the calibration tokens as it takes for the groups to stop moving.
+
+    The sequences of each domain are dealt to two halves in turn. One sequence of each half is captured, then one more, then
+    two, four and so on: each time, every layer's tree is made from either half alone, and both are cut. It stops once the two
+    partitions of every layer agree, by adjusted Rand index, at every cut that is looked at. What comes back is of both halves
+    together, so that its groups rest on twice the tokens of those that agreed. The error stated is that of either half:
+    1 − ``agreement`` is how far the groups of so many tokens are from those of as many others.
+
+    Parameters
+    ----------
+    model, needs, sample, every, batch_size, domains, progress
+        As for :func:`hcsmoe_core.capture.capture`.
+    input_ids : (N, S) int64 tensor
+        The most that may be taken; at least two sequences.
+    agreement : float
+        Adjusted Rand index at which two partitions count as the same, above 0 and at most 1.
+    experts : sequence of int, optional
+        Numbers of groups that the trees are cut into; by default 3/4, 1/2 and 1/4 of each layer's experts.
+    similarity, metric, linkage : str
+        Of the trees: :func:`hcsmoe_core.similarity.distances` and :func:`hcsmoe_core.clustering.linkage`.
+
+    Returns
+    -------
+    Statistics
+        With ``stability``: ``agreement``, ``similarity``, ``metric`` and ``linkage`` as given, ``tokens`` taken at each look,
+        whether it is ``stable``, and of each of the ``layers`` the cuts (``experts``), the smallest ``agreement`` at each look,
+        and the tokens ``needed``: those of the first look from which on it agreed, None if it did not at the last.
+
+    Raises
+    ------
+    ValueError
+        As :func:`hcsmoe_core.capture.capture`; also if the model is streamed, the similarity needs what is not collected, or a
+        number of groups is out of range.
+    """
+    cuts = _checked_cuts(model, len(input_ids), agreement, experts, similarity, needs)
+    how = dict(similarity=similarity, metric=metric, linkage=linkage, model=model)
+    halves = _halves(len(input_ids), domains)
+    ends = _ends(min(map(len, halves)), ranks.size())
+    stats, looks = [None, None], []
+    for before, end in itertools.pairwise([0, *ends[:-1], None]):
+        for place, half in enumerate(halves):
+            chosen = half[before:end]
+            options = dict(needs=needs, sample=sample, every=every, progress=progress)
+            options["batch_size"] = max(1, min(batch_size, len(chosen) // ranks.size()))
+            of = None if domains is None else [domains[i] for i in chosen]
+            part = capture(model, input_ids[chosen], domains=of, **options)
+            stats[place] = part if stats[place] is None else stats[place] + part
+        trees = [[merge_tree(half, layer, **how) for layer in cuts] for half in stats]
+        found = [_least_agreement(*pair, at) for *pair, at in zip(*trees, cuts.values(), strict=True)]
+        looks.append((sum(half.num_tokens for half in stats), found))
+        if min(found) >= agreement:
+            break
+    about = dict(agreement=float(agreement), similarity=similarity, metric=metric_of(similarity, metric), linkage=linkage)
+    about |= _looked(looks, cuts, agreement)
+    return replace(_of_sample(stats[0] + stats[1], sample), stability=about)
+
+
+def _checked_cuts(model, sequences, agreement, experts, similarity, needs):
+    """Numbers of groups that each layer's tree is cut into, by layer name."""
+    if source_of(model) is not None:
+        raise ValueError(
+            "A streamed model goes through its tokens layer by layer, so that every look would read the whole checkpoint "
+            "again; load it whole (--load whole), or capture a fixed number of tokens."
+        )
+    if not 0 < agreement <= 1:
+        raise ValueError(f'The "agreement" argument must be above 0 and at most 1; not {agreement}.')
+    check_count("input_ids", sequences, 2)
+    missing = {need for name, _ in parts_of(similarity) for need in NEEDED[name]} - set(needs)
+    if missing:
+        raise ValueError(f'Trees by {similarity!r} need {" and ".join(sorted(missing))}; add it to the "needs" argument.')
+    cuts = {}
+    for layer in find_moe_layers(model):
+        size = layer.num_experts
+        given = {size * part // 4 for part in (3, 2, 1)} - {0} if experts is None else experts
+        cuts[layer.name] = sorted({check_count("experts", count, 1, size) for count in given}, reverse=True)
+    return cuts
+
+
+def _halves(count, domains):
+    """Places of sequences in two halves, alike in domains, each going through the domains in turn."""
+    of_domain = {}
+    for place in range(count):
+        of_domain.setdefault("all" if domains is None else domains[place], []).append(place)
+    halves = ([], [])
+    for turn in range(max(map(len, of_domain.values()))):
+        for number, places in enumerate(of_domain.values()):
+            if turn < len(places):
+                halves[(turn + number) % 2].append(places[turn])
+    return halves
+
+
+def _ends(count, first):
+    """Sequences of a half after each look: twice as many each time, and never fewer new ones than at the first."""
+    ends, step = [], first
+    while step < count and count - step >= first:
+        ends.append(step)
+        step *= 2
+    return [*ends, count]
+
+
+def _least_agreement(first, second, cuts):
+    return min(float(agreement([cut(first, count)], [cut(second, count)])[0]) for count in cuts)
+
+
+def _looked(looks, cuts, wanted):
+    """What :func:`capture_until_stable` tells of its looks, ``[(tokens, agreement of each layer), …]``."""
+    layers = {}
+    for place, (name, experts) in enumerate(cuts.items()):
+        values = [found[place] for _, found in looks]
+        since = len(values)
+        while since and values[since - 1] >= wanted:
+            since -= 1
+        needed = looks[since][0] if since < len(values) else None
+        layers[name] = {"experts": experts, "agreement": values, "needed": needed}
+    stable = all(layer["needed"] is not None for layer in layers.values())
+    return {"tokens": [tokens for tokens, _ in looks], "stable": stable, "layers": layers}
+
+
+def _of_sample(stats, size):
+    """Statistics with the first ``size`` tokens of their sample: two small samples add up to more than was asked for."""
+    if stats.sampled is None:
+        return stats
+    layers = {}
+    for name, sums in stats.layers.items():
+        rows = {key: value[:size] for key, value in vars(sums.sample).items()}
+        layers[name] = replace(sums, sample=type(sums.sample)(**rows))
+    return replace(stats, layers=layers, sampled=stats.sampled[:size])
+
+
+def stability_table(stats):
+    """How many tokens each layer needed until its groups stopped moving: one row for each layer.
+
+    Parameters
+    ----------
+    stats : Statistics
+        Of :func:`capture_until_stable`.
+
+    Returns
+    -------
+    pandas.DataFrame
+        ``layer``, ``cuts``, ``tokens needed`` (missing where its groups still moved), ``agreement`` of the halves at the end.
+    """
+    import pandas as pd
+
+    rows = []
+    for name, layer in stats.stability["layers"].items():
+        row = {"layer": name, "cuts": ", ".join(map(str, layer["experts"])), "tokens needed": layer["needed"]}
+        rows.append(row | {"agreement": layer["agreement"][-1]})
+    return pd.DataFrame(rows).astype({"tokens needed": "Int64"})

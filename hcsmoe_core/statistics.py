@@ -156,11 +156,14 @@ class Statistics:
         Names along the first axis of every sum.
     model : dict
         ``name`` it was loaded by, ``class``, ``hash`` of its experts and routers, and ``layers``: what each layer's
-        router and experts are like (``top_k``, ``router_groups``, ``width``).
+        router and experts are like (``top_k``, ``router_groups``, ``width``); ``every``, where experts were not applied to
+        all tokens.
     sequences : list of str
         Hash of each calibration sequence.
     sampled : (R, 3) int64 tensor or None
         Of each token of the sample: place of its sequence, position in it, and place of its domain.
+    stability : dict or None
+        Where the capture stopped by itself, when and why: :func:`hcsmoe_core.stability.capture_until_stable`.
     """
 
     layers: dict
@@ -168,6 +171,7 @@ class Statistics:
     model: dict
     sequences: list
     sampled: torch.Tensor | None = field(default=None)
+    stability: dict | None = field(default=None)
 
     def layer(self, layer):
         """Statistics of one layer, by its place among the MoE layers (from 0) or by name.
@@ -253,6 +257,8 @@ class Statistics:
             tensors["sampled"] = self.sampled
             tensors |= {f"{name}/sample/{k}": getattr(s.sample, k) for name, s in self.layers.items() for k in SAMPLED}
         about = {"model": self.model, "domains": self.domains, "sequences": self.sequences, "layers": list(self.layers)}
+        if self.stability is not None:
+            about["stability"] = self.stability
         header = json.dumps({"format": FORMAT, "about": about, "sha256": _digest(tensors, about)})
         with replacing(path) as part:  # one key: safetensors writes several in an order that changes from run to run
             save_file({n: t.contiguous() for n, t in tensors.items()}, part, metadata={"hcsmoe": header})
@@ -353,7 +359,9 @@ def load_statistics(path):
         if "sampled" in tensors:
             sums["sample"] = LayerSample(**{key: tensors[f"{name}/sample/{key}"] for key in SAMPLED})
         layers[name] = LayerStatistics(**sums)
-    return Statistics(layers, about["domains"], about["model"], about["sequences"], tensors.get("sampled"))
+    return Statistics(
+        layers, about["domains"], about["model"], about["sequences"], tensors.get("sampled"), about.get("stability")
+    )
 
 
 def estimated_bytes(layers, needs, *, domains, tokens, sample=SAMPLE):

@@ -426,14 +426,16 @@ def _one_by_one():
 # --- capture ------------------------------------------------------------------------------------------------------------
 
 
-def stream_capture(model, input_ids, folder, *, needs=DEFAULT_NEEDS, sample=SAMPLE, batch_size=8, domains=None, progress=True):
+def stream_capture(
+    model, input_ids, folder, *, needs=DEFAULT_NEEDS, sample=SAMPLE, every=1, batch_size=8, domains=None, progress=True
+):
     """Statistics of every MoE layer of a streamed model: what :func:`hcsmoe_core.capture.capture` finds, layer by layer.
 
     Parameters
     ----------
     model : transformers.PreTrainedModel
         Of :func:`stream_model`.
-    input_ids, needs, sample, batch_size, domains, progress
+    input_ids, needs, sample, every, batch_size, domains, progress
         As for :func:`hcsmoe_core.capture.capture`.
     folder : path
         Where what comes out of each layer and its statistics are kept; with the same arguments a capture goes on after the
@@ -450,8 +452,8 @@ def stream_capture(model, input_ids, folder, *, needs=DEFAULT_NEEDS, sample=SAMP
         As :func:`hcsmoe_core.capture.capture`; also if the folder is of another capture, or the checkpoint cannot be read.
     """
     source, folder = source_of(model), Path(folder)
-    tokens = Tokens(model, input_ids, needs=needs, sample=sample, batch_size=batch_size, domains=domains)
-    settings = {"needs": list(needs), "sample": sample, "batch_size": batch_size, "dtype": str(model.dtype)}
+    tokens = Tokens(model, input_ids, needs=needs, sample=sample, every=every, batch_size=batch_size, domains=domains)
+    settings = {"needs": list(needs), "sample": sample, "every": every, "batch_size": batch_size, "dtype": str(model.dtype)}
     settings |= {"tokens": sha256_json([tokens.hashes, tokens.of_sequence]), "device": source.device.type}
     if ranks.rank() == 0:
         _begin(folder, settings | {"checkpoint": source.about()})

@@ -159,3 +159,35 @@ def test_chunks_do_not_change_the_sums(input_ids, monkeypatch):
     parts = capture(model, input_ids)
     for name, sums in whole.layers.items():
         torch.testing.assert_close(sums.output_sum, parts.layers[name].output_sum, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", FAMILIES + OTHERS)
+def test_experts_joined_in_one_product_are_those_alone(name, input_ids):
+    layer = find_moe_layers(tiny_model(name, torch.float64))[0]
+    x = torch.randn(11, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        alone, joined = layer.hidden_sums(x), torch.cat([layer._joined_sums(x, 0, 5), layer._joined_sums(x, 5, 8)])
+    torch.testing.assert_close(joined, alone, rtol=1e-12, atol=1e-12)
+
+
+def test_experts_on_some_tokens_estimate_sums_over_all():
+    ids, every = tokens(5, 17), 4
+    model = tiny_model("mixtral", torch.float64)
+    whole = capture(model, ids, domains=list("abaab"))
+    stats = capture(model, ids, domains=list("abaab"), every=every, batch_size=3)
+    names = [layer.name for layer in find_moe_layers(model)]
+    trace = naive.Trace(model, ids, names, [router_name(n, "mixtral") for n in names])
+    chosen = [[(t + int(h, 16)) % every == 0 for t in range(17)] for h in stats.sequences]
+    for name, sums in stats.layers.items():
+        assert torch.equal(sums.usage_count, whole.layers[name].usage_count)
+        torch.testing.assert_close(sums.routing_mass, whole.layers[name].routing_mass, rtol=1e-12, atol=0)
+        outputs = naive.outputs(model.get_submodule(name), trace.inputs[name]).unflatten(1, (5, 17))  # [E, N, S, D]
+        for domain, sequences in enumerate(([0, 2, 3], [1, 4])):
+            rows = torch.cat([outputs[:, n][:, torch.tensor(chosen[n])] for n in sequences], 1)
+            share = 17 * len(sequences) / rows.shape[1]
+            torch.testing.assert_close(sums.output_sum[domain], share * rows.sum(1), rtol=1e-9, atol=1e-12)
+            gram = torch.einsum("itd,jtd->ij", rows, rows)
+            torch.testing.assert_close(sums.output_gram[domain], share * gram, rtol=1e-9, atol=1e-12)
+    assert stats.model["every"] == 4
+    with pytest.raises(ValueError, match='"every" argument must be a whole number from 1 to 17'):
+        capture(model, ids, every=18)

@@ -65,6 +65,20 @@ def test_capture_plan_merge_step_by_step_and_in_one_go(work):
 
 
 @pytest.mark.slow
+def test_capture_until_stable_says_what_each_layer_needed(work):
+    options = ("--calibration", work / "ids.safetensors", "--sequences", 6, "--length", 20)
+    options += ("--until-stable", 0.01, "--stable-at", "7,2", "--every", 2)
+    said = hcsmoe("capture", work / "model", *options, "--out", work / "until.safetensors")
+    stats = core.load_statistics(work / "until.safetensors")
+    assert stats.stability["agreement"] == 0.01
+    assert stats.model["every"] == 2
+    for layer, found in stats.stability["layers"].items():
+        assert found["experts"] == [7, 2]
+        assert any(layer in line and "7, 2" in line for line in said.splitlines())
+    assert f"after {stats.num_tokens} of 120 tokens" in said
+
+
+@pytest.mark.slow
 def test_evaluate_an_embedded_model_with_a_plan(tmp_path):
     size = ("--sequences", 12, "--length", 64, "--dtype", "float32")
     hcsmoe("capture", "demo-mixtral", *size, "--out", tmp_path / "s.safetensors")

@@ -8,7 +8,7 @@ from sklearn.cluster import AgglomerativeClustering
 from sklearn.metrics import adjusted_rand_score
 
 from hcsmoe_core import cut, linkage
-from hcsmoe_core.clustering import LINKAGES, by_first_appearance
+from hcsmoe_core.clustering import LINKAGES, by_first_appearance, cuts
 
 
 @pytest.mark.parametrize("method", LINKAGES)
@@ -75,3 +75,14 @@ def test_bad_input_is_refused():
     for groups in (0, 4, 1.5, True):
         with pytest.raises(ValueError, match='"groups" argument must be a whole number from 1 to 3'):
             cut(linkage(np.ones(3)), groups)
+
+
+@pytest.mark.parametrize("method", LINKAGES)
+def test_all_cuts_at_once_are_those_one_by_one(method):
+    for points in (np.random.default_rng(1).normal(size=(60, 4)), np.zeros((9, 2))):
+        tree = linkage(pdist(points), method)
+        for groups, labels in enumerate(cuts(tree), 1):
+            scipys = hierarchy.cut_tree(tree, groups)[:, 0]
+            assert np.array_equal(labels, cut(tree, groups))
+            assert np.array_equal(labels, by_first_appearance(scipys))
+    assert cuts(linkage(np.empty(0))).tolist() == [[0]]

@@ -16,6 +16,7 @@ from hcsmoe_core import (
     load_model,
     load_plan,
     make_plan,
+    make_plans,
     needs_of,
     restore,
     save_merged,
@@ -329,3 +330,14 @@ def test_correction_biases_are_dropped_wherever_a_family_keeps_them(family, tmp_
             torch.testing.assert_close(live, wanted, rtol=1e-4, atol=1e-4)
         again = t.AutoModelForCausalLM.from_pretrained(tmp_path / method, experts_implementation="eager", dtype="float32")
         assert torch.equal(logits(again.eval(), tokens(seed=2)), live)
+
+
+@pytest.mark.parametrize("settings", [{}, {"guard": True}, {"largest": 3}, {"method": "k-means"}, {"budget": "merge-cost"}])
+def test_many_plans_are_those_made_one_by_one(settings, measured):
+    model, stats = measured("mixtral")
+    linkages = ["average", "ward"]
+    counts = [3, 5] if "budget" in settings else [3, 5, [6, 4, 8]]
+    made = list(make_plans(stats, model, experts=counts, linkages=linkages, **settings))
+    alone = [make_plan(stats, model, experts=n, linkage=link, **settings) for link in linkages for n in counts]
+    assert made == alone
+    assert len(made) == 2 * len(counts)

@@ -9,7 +9,7 @@ from conftest import tiny_model, tokens
 from safetensors.torch import save_file
 from scipy.spatial.distance import pdist, squareform
 
-from hcsmoe_core import calibration_tokens, capture, cut, figures, merge_tree, stability
+from hcsmoe_core import calibration_tokens, capture, cut, figures, find_moe_layers, load_statistics, merge_tree, stability
 from hcsmoe_core.clustering import LINKAGES
 
 
@@ -126,3 +126,81 @@ def test_a_tanglegram_draws_each_expert_once_and_says_what_crosses(measured):
     assert len(middle.lines) == 8
     assert middle.get_title().endswith("crossings")
     assert figures.tanglegram(trees[0], trees[0]).axes[1].get_title() == "0 crossings"
+
+
+# --- stopping once the groups no longer move ----------------------------------------------------------------------------
+
+
+def families_model():
+    """Experts 0–3 and 4–7 of each layer are copies of two with a little noise."""
+    model = tiny_model("mixtral")
+    with torch.no_grad():
+        for layer in find_moe_layers(model):
+            for tensor in layer.tensors().values():
+                tensor.copy_(tensor[[0, 0, 0, 0, 4, 4, 4, 4]] + 0.02 * torch.randn(tensor.shape))
+    return model
+
+
+def naive_agreement(first, second):
+    """Adjusted Rand index from its definition, pair by pair (Hubert and Arabie, 1985)."""
+    pairs = list(itertools.combinations(range(len(first)), 2))
+    a, b = [[x[i] == x[j] for i, j in pairs] for x in (first, second)]
+    both, expected = sum(map(lambda p, q: p and q, a, b)), sum(a) * sum(b) / len(pairs)
+    most = (sum(a) + sum(b)) / 2
+    return 1.0 if most == expected else (both - expected) / (most - expected)
+
+
+def test_planted_families_need_few_tokens():
+    model, ids = families_model(), tokens(40, 12)
+    stats = stability.capture_until_stable(model, ids, experts=[2], agreement=1.0, batch_size=4)
+    assert stats.stability["stable"]
+    assert stats.num_tokens < ids.numel() / 2
+    for name, found in stats.stability["layers"].items():
+        assert cut(merge_tree(stats, name), 2).tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
+        assert 0 < found["needed"] <= stats.num_tokens
+    table = stability.stability_table(stats)
+    assert table["tokens needed"].tolist() == [v["needed"] for v in stats.stability["layers"].values()]
+
+
+def test_looks_are_those_of_a_naive_run(tmp_path):
+    model, ids, domains = tiny_model("mixtral"), tokens(13, 12, seed=4), list("aabaabaabaaba")
+    needs = ("usage", "outputs", "sample")
+    options = dict(agreement=1.0, experts=[5, 3], needs=needs, sample=60)
+    stats = stability.capture_until_stable(model, ids, domains=domains, **options)
+    # a: 0 1 3 4 6 7 9 10 12, b: 2 5 8 11; dealt in turn, b starting with the other half
+    order = [[0, 5, 3, 11, 6, 9, 12], [2, 1, 8, 4, 7, 10]]
+    both, looks = [*order[0], *order[1]], []
+    for end in (1, 2, 4, 13):
+        parts = [capture(model, ids[half[:end]], needs=needs) for half in order]
+        looks.append(
+            [
+                min(naive_agreement(*[cut(merge_tree(p, layer), r).tolist() for p in parts]) for r in (5, 3))
+                for layer in range(3)
+            ]
+        )
+    found = list(stats.stability["layers"].values())
+    assert stats.stability["tokens"] == [24, 48, 96, 156]
+    assert [layer["agreement"] for layer in found] == [pytest.approx(list(row)) for row in zip(*looks, strict=True)]
+    assert min(min(row) for row in looks) < 1
+    whole = capture(model, ids[both], domains=[domains[i] for i in both], needs=needs, sample=60)
+    assert stats.sequences == whole.sequences
+    assert torch.equal(stats.sampled, whole.sampled)
+    for name, sums in whole.layers.items():
+        assert torch.equal(stats.layers[name].usage_count, sums.usage_count)
+        torch.testing.assert_close(stats.layers[name].output_sum, sums.output_sum, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(stats.layers[name].sample.inputs, sums.sample.inputs, rtol=1e-5, atol=1e-5)
+    stats.save(tmp_path / "s.safetensors")
+    assert load_statistics(tmp_path / "s.safetensors").stability == stats.stability
+
+
+def test_stopping_refuses_what_it_cannot_do(measured):
+    model, ids = measured[0], tokens(4, 12)
+    for options, said in (
+        (dict(agreement=0.0), '"agreement" argument must be above 0'),
+        (dict(experts=[9]), '"experts" argument must be a whole number from 1 to 8'),
+        (dict(needs=("usage",)), "Trees by 'expert-output' need outputs"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            stability.capture_until_stable(model, ids, **options)
+    with pytest.raises(ValueError, match='"input_ids" argument'):
+        stability.capture_until_stable(model, ids[:1])

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from hcsmoe_core import (
     capture,
+    capture_until_stable,
     families,
     find_moe_layers,
     load_merged,
@@ -301,8 +302,17 @@ def test_a_shard_that_changes_meanwhile_is_noticed(stored, input_ids, tmp_path):
     assert not (tmp_path / "m").exists()
 
 
+def test_experts_on_some_tokens_streamed_and_whole(stored, input_ids, tmp_path):
+    options = OPTIONS | {"every": 3}
+    stream_capture(stream_model(stored)[0], input_ids, tmp_path / "work", **options).save(tmp_path / "streamed")
+    capture(load_model(stored)[0], input_ids, **options).save(tmp_path / "whole")
+    assert (tmp_path / "streamed").read_bytes() == (tmp_path / "whole").read_bytes()
+
+
 def test_what_cannot_be_streamed_says_why(stored, input_ids, tmp_path):
     model, _ = stream_model(stored)
+    with pytest.raises(ValueError, match="every look would read the whole checkpoint again; load it whole"):
+        capture_until_stable(model, input_ids)
     stats = stream_capture(model, input_ids, tmp_path / "work", needs=ALL)
     plan = make_plan(stats, experts=4, method="mc-smoe")
     with pytest.raises(ValueError, match="second step chooses what it keeps among the merged experts of all layers"):

@@ -1,0 +1,59 @@
+"""What a capture that stops by itself, or applies experts to some tokens alone, leaves of the groups that all tokens give.
+
+    python benchmarks/stopping.py --out benchmarks/results/stopping.json        # the embedded models, two minutes
+
+Of each embedded model, up to --sequences × 256 tokens of its calibration text: where it stops at each agreement asked for, the
+tokens that each layer needed, and the adjusted Rand index of its groups with those of all tokens, which is the error that
+the agreement of halves stands for. Then the same for experts on every k-th token of all sequences.
+"""
+
+import argparse
+
+from measuring import machine, tell, timed
+
+import hcsmoe_core as core
+from hcsmoe_core.demo import models
+from hcsmoe_core.stability import agreement, partitions
+
+
+def groups_of(stats, experts):
+    return partitions(stats, None, similarity="expert-output", linkage="average", groups=experts)
+
+
+def measure(name, arguments):
+    model, tokenizer = core.load_model(name, dtype="float32")
+    count = arguments.sequences
+    ids = core.calibration_tokens("demo", tokenizer, sequences=count, length=256, seed=0)
+    how = dict(needs=("usage", "outputs"), domains=core.domains_of("demo", count), progress=False)
+    whole, seconds = timed("cpu", core.capture, model, ids, **how)
+    experts = core.find_moe_layers(model)[0].num_experts // 2
+    truth, rows = groups_of(whole, experts), []
+
+    def told(kind, stats, taken, **more):
+        index = agreement(groups_of(stats, experts), truth).round(3).tolist()
+        row = {"model": name, "experts": experts, **kind, "tokens": stats.num_tokens, "of": whole.num_tokens}
+        rows.append(row | {"time / all": round(taken / seconds, 2), "agreement with all tokens": index} | more)
+        print(rows[-1], flush=True)
+
+    for wanted in (0.8, 0.9, 0.95):
+        stats, taken = timed("cpu", core.capture_until_stable, model, ids, agreement=wanted, experts=[experts], **how)
+        layers = stats.stability["layers"].values()
+        more = {"stable": stats.stability["stable"], "needed": [layer["needed"] for layer in layers]}
+        looks = [[round(value, 2) for value in layer["agreement"]] for layer in layers]
+        told({"agreement": wanted}, stats, taken, **more, looks=looks)
+    for every in (2, 4, 8, 16, 32):
+        told({"every": every}, *timed("cpu", core.capture, model, ids, every=every, **how))
+    return rows
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sequences", type=int, default=128)
+    parser.add_argument("--out")
+    arguments = parser.parse_args()
+    rows = [row for name in models.NAMES for row in measure(name, arguments)]
+    tell({"rows": rows, "machine": machine()}, arguments.out)
+
+
+if __name__ == "__main__":
+    main()
