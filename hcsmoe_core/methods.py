@@ -483,8 +483,8 @@ def method_table():
             made.append(steps.combine + weighted + aligned)
         made += [f"router {steps.router}", f"budget {steps.budget}"]
         made += [f"low rank plus rows, {steps.share:.0%} kept"] if steps.share else []
-        also = f" ({RECOMMENDED})" if name == POINTS_TO else ""
-        lines += [f"{name}{also}: {method.title}", f"    steps  {' > '.join(made)}", f"    needs  {', '.join(steps.needs())}"]
+        lines += [f"{name}: {method.title}", *(["    also   " + RECOMMENDED] if name == POINTS_TO else [])]
+        lines += [f"    steps  {' > '.join(made)}", f"    needs  {', '.join(steps.needs())}"]
         lines += [f"    cost   {method.cost}", f"    paper  {method.paper}"]
     return "\n".join(lines)
 
@@ -597,8 +597,8 @@ def _check_counts_given(counts, sizes, steps):
         check_count("experts", count, 1, size)
     if steps.budget != "uniform" or steps.grouping in ("none", "residual"):
         raise ValueError(
-            'The "experts" argument may be a list only where budget is "uniform", and not where widths change (grouping "none" '
-            'and "residual").'
+            'The "experts" argument may be a list only where budget is "uniform", and not for trimming (grouping "none") or '
+            'grouping "residual", which change widths.'
         )
 
 

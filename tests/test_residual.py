@@ -11,7 +11,7 @@ import hcsmoe_core as core
 from hcsmoe_core import residual
 from hcsmoe_core.combining import chosen_columns, forward_selection
 from hcsmoe_core.merging import merge_layer
-from hcsmoe_core.moe import moe_layer
+from hcsmoe_core.moe import MoELayer, moe_layer
 from hcsmoe_core.plan import LayerPlan
 
 NEEDS = ("usage", "outputs", "grams", "sample")
@@ -271,15 +271,11 @@ def test_the_same_plan_each_time_and_its_settings(mixtral):
     assert core.needs_of("recommended") == ("usage", "grams", "sample")
 
 
-def test_what_cannot_be_solved_for_is_averaged():
+def test_what_cannot_be_solved_for_is_averaged(monkeypatch):
     model = tiny_model("mixtral")
     stats = captured(model)
-    for layer in core.find_moe_layers(model):
-        type(layer).unsolvable = property(lambda layer: "planted")
-    try:
-        plan = recommended(model, stats, 3)
-    finally:
-        del type(layer).unsolvable
+    monkeypatch.setattr(MoELayer, "unsolvable", "planted")
+    plan = recommended(model, stats, 3)
     assert all(layer.rules is None and layer.num_groups == 3 and layer.width is None for layer in plan.layers)
 
 
