@@ -62,7 +62,9 @@ def _scale(scale):
     """As it is kept; 1 where all weights are zero."""
     kept = scale.half().float()
     if not torch.isfinite(kept).all():
-        raise ValueError(f"A weight of the experts is too large to be rounded: a scale of {float(scale.max()):.3g} is no float16.")
+        raise ValueError(
+            f"A weight of the experts is too large to be rounded: a scale of {float(scale.max()):.3g} is no float16."
+        )
     return torch.where(kept > 0, kept, torch.ones_like(kept))
 
 

@@ -54,7 +54,7 @@ def run(names, out, figures, workers, limit, *, full=False):
     read = []
     for name in names:
         read += [(path(n), {"model": name, "sweep": str(cells)} | shared) for n in ("06_ablation", "07_paper")]
-        read.append((path("08_methods"), {"model": name} | shared))
+        read += [(path(n), {"model": name} | shared) for n in ("08_methods", "09_bytes", "10_theory")]
     done += sweep.run_cells(read, out, workers=workers, again=True, description="tables")
     report(names, out, cells, figures, len(done))
 

@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 
 from hcsmoe_core.calibration import calibration_tokens, domains_of
 from hcsmoe_core.checkpoint import load_model
+from hcsmoe_core.compare import read_table
 from hcsmoe_core.evaluation import perplexity
 from hcsmoe_core.fidelity import fidelity
 from hcsmoe_core.files import check_choice, check_count, kept
@@ -129,8 +130,12 @@ def measure(
 
 
 def split_sample(stats):
-    """Statistics with the sample of three in four sequences, and with that of the others."""
-    decides = held_out(stats.sampled, "sequences")
+    """Statistics with the sample of three in four sequences, and with that of the others.
+
+    Sequences of every domain are split, or whole domains where each has one sequence only.
+    """
+    domains, sequences = stats.sampled[:, 2].unique(), stats.sampled[:, [0, 2]].unique(dim=0)
+    decides = held_out(stats.sampled, "sequences" if len(sequences) > len(domains) else "domains")
 
     def part(chosen):
         def some(sample):
@@ -207,6 +212,11 @@ def given(layer, stats):
 
 def _relative(wanted, made):
     return math.nan if made is None else float((made - wanted).norm() / wanted.norm())
+
+
+def table(path, model):
+    """What ``benchmarks/theory.py`` has kept; see :func:`hcsmoe_core.compare.read_table`."""
+    return read_table(path, model, f"python benchmarks/theory.py --models {model}, or measure here")
 
 
 # --- what the predictions are worth -----------------------------------------------------------------------------------
@@ -311,3 +321,29 @@ def sensitivities(frame, error="block", *, least=1e-3):
     ratio = (good["alone"] / good[error] ** 2).groupby(good["layer"])
     table = ratio.quantile([0.25, 0.5, 0.75]).unstack().rename(columns={0.25: "low", 0.5: "median", 0.75: "high"})
     return table.assign(plans=ratio.size())[["plans", "low", "median", "high"]].reset_index()
+
+
+def predicted(frame, error="block", *, least=1e-3):
+    """What each plan is predicted to cost, ``Σ_l c_l ε_l²``, the c_l taken from plans of other methods alone.
+
+    Parameters
+    ----------
+    frame, error, least
+        As for :func:`sensitivities`.
+
+    Returns
+    -------
+    pandas.DataFrame
+        :func:`by_plan` with ``predicted``; ``ratio``, what it cost over that; ``compounds``, what it cost over the sum of what
+        each layer costs alone: above 1 where errors add up to more than their parts, below where the loss saturates. Plans
+        that cost less than ``least``, or for which no c_l are known, are left out; those furthest off come first.
+    """
+    plans, costs = by_plan(frame, error), []
+    for row in plans.to_dict("records"):
+        others = sensitivities(frame[frame["method"] != row["method"]], error, least=least).set_index("layer")["median"]
+        part = frame[(frame["method"] == row["method"]) & (frame["experts"] == row["experts"])].set_index("layer")
+        costs.append(float((others * part[error] ** 2).sum(skipna=False)) if len(others) else math.nan)
+    plans = plans.assign(predicted=costs)
+    plans = plans[(plans["added"] >= least) & (plans["predicted"] > 0)]
+    plans = plans.assign(ratio=plans["added"] / plans["predicted"], compounds=plans["added"] / plans["alone"])
+    return plans.loc[np.log(plans["ratio"]).abs().sort_values(ascending=False).index]

@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 from hcsmoe_core.calibration import calibration_tokens, domains_of
 from hcsmoe_core.capture import capture
 from hcsmoe_core.checkpoint import load_model
-from hcsmoe_core.compare import ORIGINAL
+from hcsmoe_core.compare import ORIGINAL, read_table
 from hcsmoe_core.evaluation import evaluate
 from hcsmoe_core.files import check_choice, check_count, kept
 from hcsmoe_core.merging import apply_plan, restore
@@ -126,7 +126,9 @@ def _frame(rows):
 
 def _whole_sample(model, tokenizer, source, seed, needs):
     """Statistics whose sample is all calibration tokens."""
-    tokens = calibration_tokens(source["calibration"], tokenizer, sequences=source["sequences"], length=source["length"], seed=seed)
+    tokens = calibration_tokens(
+        source["calibration"], tokenizer, sequences=source["sequences"], length=source["length"], seed=seed
+    )
     domains = domains_of(source["calibration"], len(tokens))
     needs = tuple(dict.fromkeys((*needs, "sample")))
     return capture(model, tokens, needs=needs, sample=tokens.numel(), domains=domains, progress=False)
@@ -145,3 +147,142 @@ def _scores(model, tokenizer, stats, bits, limit, text):
         row |= {"accuracy": scores.get("mean_acc", math.nan), "item_error": scores.get("mean_acc_stderr", math.nan)}
         rows.append(row | {name: float(number) for name, number in shape.items()})
     return rows
+
+
+def table(path, model):
+    """What ``benchmarks/equal_bytes.py`` has kept; see :func:`hcsmoe_core.compare.read_table`."""
+    return read_table(path, model, f"python benchmarks/equal_bytes.py --models {model}, or measure here").reindex(
+        columns=COLUMNS
+    )
+
+
+def means(frame):
+    """Means over the calibration samples, beside the original in 16 bits.
+
+    Parameters
+    ----------
+    frame : pandas.DataFrame
+        Of :func:`measure`.
+
+    Returns
+    -------
+    pandas.DataFrame
+        One row for each method, number of experts and of bits: ``samples``, means, ``loss_sd`` over the samples; ``added``,
+        what the loss gains over the original's; ``bytes_share``, ``flops_share`` and ``once_share`` of the original's.
+    """
+    key = ["method", "kind", "experts", "bits"]
+    found = frame.groupby(key, sort=False).agg(
+        {name: "mean" for name in COLUMNS if name not in (*key, "seed")} | {"seed": "nunique"}
+    )
+    found = found.rename(columns={"seed": "samples"}).assign(loss_sd=frame.groupby(key, sort=False)["loss"].std()).reset_index()
+    whole = found[(found["method"] == ORIGINAL) & (found["bits"] == 16)].iloc[0]
+    return found.assign(
+        added=found["loss"] - whole["loss"],
+        bytes_share=found["expert_bytes"] / whole["expert_bytes"],
+        flops_share=found["flops"] / whole["flops"],
+        once_share=found["flops_once"] / whole["flops"],
+    )
+
+
+def best_of_kinds(points):
+    """Of :func:`means`, the method of each kind that loses least, at each number of experts and of bits."""
+    return points.loc[points.groupby(["kind", "experts", "bits"])["loss"].idxmin()].sort_index()
+
+
+def front(points, cost, value="loss"):
+    """Whether each point is on the Pareto front: none costs as little and loses less, or loses as little and costs less.
+
+    Parameters
+    ----------
+    points : pandas.DataFrame
+    cost, value : str
+        Columns; less is better.
+
+    Returns
+    -------
+    (N,) bool array
+    """
+    x, y = points[cost].to_numpy(float), points[value].to_numpy(float)
+    beaten = (x[:, None] >= x) & (y[:, None] >= y) & ((x[:, None] > x) | (y[:, None] > y))
+    return ~beaten.any(1)
+
+
+def at_equal_bytes(points, even=1e-3):
+    """Rounding all experts, against the smaller models that take no more bytes.
+
+    Parameters
+    ----------
+    points : pandas.DataFrame
+        Of :func:`means`.
+    even : float
+        Differences in loss, nats a token, that count for nothing.
+
+    Returns
+    -------
+    pandas.DataFrame
+        For each number of bits below 16 that the original was rounded to: its ``bytes_share`` and what it ``added``; of the
+        smaller models in as many bytes or fewer the best, as ``smaller``, and what it adds, ``smaller_added``; what HC-SMoE
+        adds at best, ``paper_added`` (NaN if there is none so small); and which is ``better``: "round", "smaller" or "even".
+    """
+    import pandas as pd
+
+    rows, whole = [], points["method"] == ORIGINAL
+    for _, line in points[whole & (points["bits"] < 16)].sort_values("bits", ascending=False).iterrows():
+        row = {key: line[key] for key in ("bits", "bytes_share", "added")}
+        fits = points[~whole & (points["expert_bytes"] <= line["expert_bytes"])].sort_values("loss")
+        paper = fits[fits["method"] == "hc-smoe"]
+        row |= {"smaller": "-", "smaller_added": math.nan, "paper_added": math.nan, "better": "round"}
+        if len(fits):
+            best, gain = fits.iloc[0], line["loss"] - fits.iloc[0]["loss"]
+            row |= {"smaller": named(best), "smaller_added": best["added"]}
+            row["better"] = "even" if abs(gain) <= even else "smaller" if gain > 0 else "round"
+        if len(paper):
+            row["paper_added"] = paper.iloc[0]["added"]
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def named(point):
+    """A point in words, such as "trimming to 4, 8 bits"."""
+    if point["method"] == ORIGINAL:
+        return f"all experts in {point['bits']} bits"
+    return f"{point['method']} to {point['experts']}, {point['bits']} bits"
+
+
+def advice(points):
+    """When to merge and when not, in words, from the numbers.
+
+    Parameters
+    ----------
+    points : pandas.DataFrame
+        Of :func:`means`.
+
+    Returns
+    -------
+    str
+    """
+    beside, lines = at_equal_bytes(points), []
+    smaller = points[points["method"] != ORIGINAL]
+    for row in beside.to_dict("records"):
+        say = f"{row['bits']} bits, {row['bytes_share']:.0%} of the bytes: rounding all experts adds {row['added']:.3f} nats"
+        if row["smaller"] != "-":
+            say += f", the best smaller model that fits {row['smaller_added']:.3f} ({row['smaller']})"
+        lines.append(f"{say}: {_VERDICTS[row['better']]}.")
+    least = beside["bytes_share"].min()
+    below = smaller[smaller["bytes_share"] < least]
+    if len(below):
+        best = below.loc[below["loss"].idxmin()]
+        lines.append(
+            f"In fewer bytes than that, which rounding alone does not reach: {named(best)}, {best['bytes_share']:.0%}, "
+            f"adds {best['added']:.3f}."
+        )
+    fewer = smaller[(smaller["flops_share"] < 0.999) & (smaller["bits"] == 16)]
+    for share, part in fewer.groupby(fewer["flops_share"].round(2), sort=True):
+        best = part.loc[part["loss"].idxmin()]
+        lines.append(
+            f"For {share:.0%} of the experts' operations, which rounding does not save: {named(best)} adds {best['added']:.3f}."
+        )
+    return "\n".join(lines)
+
+
+_VERDICTS = {"round": "do not merge", "smaller": "make it smaller", "even": "even"}

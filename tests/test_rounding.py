@@ -42,8 +42,7 @@ def test_weights_are_rounded_as_one_by_one(bits, width):
     assert made[2].abs().sum() == 0
     span = (weight.amax(1).clamp(min=0) - weight.amin(1).clamp(max=0)) / (2**bits - 1)
     assert ((made - weight).abs().amax(1) <= 1.01 * span + 1e-9).all()
-    again = rounded_weights(made.to(torch.bfloat16), bits)
-    assert again.dtype == torch.bfloat16
+    assert rounded_weights(weight.bfloat16(), bits).dtype == torch.bfloat16
     assert torch.equal(rounded_weights(weight, 16), weight.bfloat16().float())
 
 
@@ -112,7 +111,6 @@ def test_bytes_count_weights_scales_and_zero_points():
 
 def test_operations_follow_what_a_token_goes_through(input_ids):
     model = tiny_model("qwen2_moe")  # 4 of 8 experts
-    layers = find_moe_layers(model)
     stats = capture(model, input_ids, needs=("usage", "outputs", "norms", "grams", "sample"), sample=999, progress=False)
     whole = 3 * 4 * 2 * (48 * 32 + 32 * 24)
     assert expert_flops(model) == expert_flops(model, stats) == whole
@@ -131,4 +129,4 @@ def test_operations_follow_what_a_token_goes_through(input_ids):
     restore(model)
     apply_plan(model, make_plan(stats, model, experts=4, method="trimming"), stats)
     assert expert_flops(model, stats) == whole / 2
-    assert expert_bytes(model) * 2 == 2 * sum(t.numel() for layer in layers for t in layer.tensors().values()) * 2
+    assert expert_bytes(model) == 3 * 8 * (48 * 32 + 32 * 24)  # half of two bytes a weight

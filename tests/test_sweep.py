@@ -99,7 +99,7 @@ def readers(model, figures, cells, where="", seed=42, **changed):
     return [
         (sweep.notebook_path("06_ablation"), shared | {"sweep": str(cells), "where": where} | changed),
         (sweep.notebook_path("07_paper"), shared | SMALL | {"sweep": str(cells), "seed": seed}),
-        (sweep.notebook_path("08_methods"), shared),
+        *((sweep.notebook_path(name), shared) for name in ("08_methods", "09_bytes", "10_theory")),
     ]
 
 
@@ -120,6 +120,8 @@ def test_notebooks_run_with_default_and_with_changed_parameters_and_draw_the_sam
     default = [(name, {}) for name in changed]
     executed = sweep.run_cells(cells_of(model, first, [*default, *changed.items()], scored), out, workers=2)
     executed += sweep.run_cells(readers(model, first, out) + readers(model, other, out, **reading), out, workers=2)
+    here = {"model": model, "figures": str(other), "methods": "hc-smoe,trimming,reap", "experts": "4"} | SMALL
+    executed += sweep.run_cells([(sweep.notebook_path(n), here) for n in ("09_bytes", "10_theory")], out, workers=2)
     for path in executed:
         content = nbformat.read(path, as_version=4)
         code = [c for c in content.cells if c.cell_type == "code"]
@@ -133,7 +135,7 @@ def test_notebooks_run_with_default_and_with_changed_parameters_and_draw_the_sam
     sweep.run_cells(cells_of(model, second, default, [scored[0], scored[-1]]), tmp_path / "again", workers=2)
     sweep.run_cells(readers(model, second, out), tmp_path / "again", workers=2)
     drawn = {path.name: path for path in (second / model).iterdir()}
-    assert len({name[:2] for name in drawn}) == 9
+    assert len({name[:2] for name in drawn}) == 11
     for name, path in drawn.items():
         assert path.read_bytes() == (first / model / name).read_bytes(), name
     for path in (first / model).glob("*.png"):
