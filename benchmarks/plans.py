@@ -40,7 +40,8 @@ def main():
     model, tokenizer = load_model(arguments.model, dtype="float32")
     source = calibration_of(arguments.model)
     sequences = source["sequences"]
-    input_ids = calibration_tokens(source["calibration"], tokenizer, sequences=sequences, length=source["length"], seed=0)
+    size = dict(sequences=sequences, length=source["length"])
+    input_ids = calibration_tokens(source["calibration"], tokenizer, model=model, seed=0, **size)
     stats = capture(model, input_ids, needs=tuple(NEEDS), domains=domains_of(source["calibration"], sequences))
     with tempfile.TemporaryDirectory() as folder:
         stats.save(Path(folder) / "s.safetensors")

@@ -1,8 +1,9 @@
-"""Calibration tokens: packed blocks of token ids, without padding, from data sets, files or the embedded corpus."""
+"""Calibration tokens: packed blocks of token ids, without padding, from data sets, files, the embedded corpus or the model."""
 
 import json
 import math
 import random
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from tqdm.auto import tqdm
 
 from hcsmoe_core.demo import corpus
 from hcsmoe_core.files import check_choice, check_count
+from hcsmoe_core.owntext import NAME, is_own, own_text, writing_of
 
 # Data sets by name: what datasets.load_dataset is given, and the columns that make a document, joined by newlines.
 NAMED = {
@@ -24,7 +26,18 @@ DOCUMENTS_PER_BATCH = 1000  # documents are joined within batches of so many; wh
 SPLITS = corpus.SPLITS
 
 
-def calibration_tokens(source, tokenizer=None, *, sequences=32, length=2048, seed=42, column="text", split=None):
+def calibration_tokens(
+    source,
+    tokenizer=None,
+    *,
+    model=None,
+    sequences=32,
+    length=2048,
+    seed=42,
+    column="text",
+    split=None,
+    folder="runs/own-text",
+):
     """Blocks of token ids to calibrate on.
 
     Parameters
@@ -38,6 +51,8 @@ def calibration_tokens(source, tokenizer=None, *, sequences=32, length=2048, see
           (``allenai/tulu-3-sft-personas-math``); ``"code"``: instructions with programs
           (``theblackcat102/evol-codealpaca-v1``), the last two as REAP (arXiv 2510.13999) calibrates on them;
         - ``"demo"``: the embedded corpus, one domain a sequence, all in turn; see :func:`domains_of`;
+        - ``"self"``: text that ``model`` writes itself; no data and no tokenizer are needed. Settings of
+          :func:`hcsmoe_core.owntext.own_text` follow after colons, as in ``"self:temperature=0.8:start=chat"``;
         - a ``.txt`` file (one document), ``.jsonl`` or ``.json`` file (one document an object, under ``column``), or a
           folder of such files;
         - a ``.safetensors`` file with the ids themselves under ``input_ids [N, S]``; no tokenizer is needed;
@@ -47,15 +62,19 @@ def calibration_tokens(source, tokenizer=None, *, sequences=32, length=2048, see
         - a mixture of those, such as ``"0.5*c4+0.25*math+0.25*code"`` or ``"c4+notes.txt"`` (alike): each part gives its
           share of the sequences, by largest remainder and at least one, in the order of the parts, and is a domain.
     tokenizer : transformers.PreTrainedTokenizerBase
+    model : transformers.PreTrainedModel, optional
+        That writes its own text, where the source asks for it.
     sequences, length : int
         N and S, blocks and tokens in each.
     seed : int
-        Of the order in which documents are taken.
+        Of the order in which documents are taken, and of what a model writes.
     column : str
         Column or key of the text, where the source does not say it.
     split : str, optional
         Of a data set that does not say it, by default ``"train"``; of the embedded corpus ``"calibration"`` (default),
         ``"train"`` or ``"heldout"``.
+    folder : str or path, optional
+        Where a model's own text is kept, for the next who asks; None keeps none.
 
     Returns
     -------
@@ -66,13 +85,29 @@ def calibration_tokens(source, tokenizer=None, *, sequences=32, length=2048, see
     FileNotFoundError
         If the source is no file here and no data set to be had.
     ValueError
-        If it yields fewer tokens than asked for, a mixture is not one, or no tokenizer is given where one is needed.
+        If it yields fewer tokens than asked for, a mixture is not one, or no tokenizer or model is given where one is needed.
     """
     check_count("sequences", sequences, 1)
     check_count("length", length, 1)
     how = dict(length=length, seed=seed, column=column, split=split)
-    parts = [_blocks(name, tokenizer, sequences=count, **how) for name, count in _parts(source, sequences)]
-    return torch.cat(parts)
+    parts = _parts(source, sequences)
+    own = {name: _writing(name, model) for name, _ in parts if is_own(name)}  # what is wrong is said before the work begins
+    written = dict(tokenizer=tokenizer, length=length, seed=seed, folder=folder)
+    blocks = [
+        own_text(model, sequences=count, **written, **own[name])
+        if name in own
+        else _blocks(name, tokenizer, sequences=count, **how)
+        for name, count in parts
+    ]
+    return torch.cat(blocks)
+
+
+def _writing(source, model):
+    """Settings of a source that is the model's own text."""
+    settings = asdict(writing_of(source))
+    if model is None:
+        raise ValueError(f'Source {source!r} is text that the model writes itself; give it as the "model" argument.')
+    return settings
 
 
 def domains_of(source, sequences):
@@ -94,6 +129,12 @@ def local_files(source):
         path = Path(name)
         found += [path] if path.is_file() else _text_files(path) if path.is_dir() else []
     return found
+
+
+def own_sequences(source, sequences):
+    """How many of the sequences the model writes itself; it does so in whole batches."""
+    own = [(count, writing_of(name).batch) for name, count in _parts(source, sequences) if is_own(name)]
+    return sum(-(-count // batch) * batch for count, batch in own)
 
 
 def _domains_of_part(name, count):
@@ -153,7 +194,8 @@ def _blocks(source, tokenizer, *, sequences, length, seed, column, split):
         return _from_ids(path, sequences, length)
     if tokenizer is None:
         raise ValueError(
-            f"Source {str(source)!r} is text, and the model has no tokenizer; give one, or a .safetensors file of input_ids."
+            f"Source {str(source)!r} is text, and the model has no tokenizer; give one, a .safetensors file of input_ids, or "
+            f"let the model write ids itself (--calibration {NAME})."
         )
     if source == "demo":
         return _from_corpus(tokenizer, sequences, length, seed, split or "calibration")
@@ -266,7 +308,8 @@ def _dataset_documents(source, column, split):
         raise FileNotFoundError(
             f"Cannot load calibration data {source!r}: no such file here, and the Hugging Face hub or the datasets cache "
             f"({datasets.config.HF_DATASETS_CACHE}) did not give {options['path']} ({reason}). Give a .txt, .json, .jsonl or "
-            f".safetensors file, {', '.join(NAMED)} or demo."
+            f".safetensors file, {', '.join(NAMED)} or demo; or let the model write the text itself, which needs no data "
+            f"(--calibration {NAME})."
         ) from None
     absent = [name for name in columns if name not in rows.column_names]
     if absent:

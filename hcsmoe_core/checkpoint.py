@@ -1,5 +1,6 @@
 """Model folders: load a model by name, write a merged one that is really smaller, load it back."""
 
+import contextlib
 import copy
 import json
 import os
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from hcsmoe_core import moe
@@ -28,12 +29,13 @@ from hcsmoe_core.export import (
 from hcsmoe_core.fidelity import fidelity
 from hcsmoe_core.files import check_absent, check_choice, new_folder, replacing, write_json, writing
 from hcsmoe_core.merging import apply_plan, check_unmerged, put_factors, restore
-from hcsmoe_core.modeling_hcsmoe import VERSION, merged_class, room
+from hcsmoe_core.modeling_hcsmoe import VERSION, merged_class, named_alike, room
 from hcsmoe_core.moe import decoder_layers, find_moe_layers
 from hcsmoe_core.plan import JOINED, check_fits, with_router
 
 ROUTERS = ("plain", "mapped", "row-kept", "folded")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors names them
 FACTORED = "experts-factored.safetensors"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 # Under which stock loaders do not find what lies beside factors: they would fill the experts with random numbers.
@@ -128,10 +130,11 @@ def load_tokenizer(source):
 def _load_plain(source, shown, *, dtype, device, experts_implementation):
     config = readable_config(source, shown)
     with readable(shown):
-        loaded, report = model_class(config).from_pretrained(
-            source, config=config, **loading(dtype, device if device in DEVICE_MAPS else None)
-        )
+        base = model_class(config)
+        options = loading(dtype, device if device in DEVICE_MAPS else None)
+        loaded, report = _checked_class(base).from_pretrained(source, config=config, **options)
         check_report(report, shown)
+    loaded.__class__ = base
     hub_layout(loaded, config)
     set_experts(loaded, experts_implementation)
     return (loaded if device in DEVICE_MAPS else loaded.to(device_of(device))).eval()
@@ -214,6 +217,20 @@ def hub_layout(model, config):
         del model._weight_conversions
 
 
+@contextlib.contextmanager
+def without_bars():
+    """Without transformers' bars, of which each part of a model would draw one."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
 class readable:  # noqa: N801 (a context manager, read as a word)
     """Turns the many ways in which a checkpoint fails to load into one clear error."""
 
@@ -224,8 +241,6 @@ class readable:  # noqa: N801 (a context manager, read as a word)
         return self
 
     def __exit__(self, kind, error, trace):
-        from safetensors import SafetensorError
-
         here = Path(self.shown).exists()
         if error is None or isinstance(error, KeyboardInterrupt | MemoryError):
             return False
@@ -247,6 +262,79 @@ def check_report(report, shown, expected=()):
     if missing or mismatched:
         names = ", ".join((missing + mismatched)[:3])
         raise ValueError(f"{shown} lacks {len(missing) + len(mismatched)} of the model's tensors ({names}, …).")
+
+
+def _checked_class(base):
+    """``base`` whose loading refuses tensors of a wrong kind, and says which it could not make of the files."""
+
+    class Checked(base):
+        @staticmethod
+        def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys=None):
+            for _ in on_disk(model, checkpoint_files, load_config):
+                pass
+            report, offloaded = base._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)
+            check_conversion(report, "it")
+            return report, offloaded
+
+    return named_alike(Checked, base)
+
+
+def on_disk(model, files, config):
+    """What each tensor of a checkpoint becomes in a model: ``(file, its name there, names in the model)``, one by one.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        Its weights are not looked at.
+    files : list of path
+    config : transformers.modeling_utils.LoadStateDictConfig
+
+    Raises
+    ------
+    ValueError
+        If a file cannot be read, or holds whole numbers or 8-bit floats where a configuration that says nothing of
+        quantisation has 16- or 32-bit ones: transformers would take them for values.
+    """
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    held = model.state_dict()
+    renamings = [m for m in config.weight_mapping if isinstance(m, WeightRenaming)]
+    converters = [m for m in config.weight_mapping if isinstance(m, WeightConverter)]
+    of_pattern = {pattern: m for m in converters for pattern in m.source_patterns}
+    for file in files:
+        with opened(file) as shards:
+            for key in shards.keys():  # noqa: SIM118 (not a dict)
+                name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, held)
+                if name not in held and key in held:
+                    name, pattern = key, None
+                if name not in held:
+                    continue
+                kind = shards.get_slice(key).get_dtype()
+                if config.hf_quantizer is None and held[name].is_floating_point() and kind not in FLOATS:
+                    raise ValueError(
+                        f"{key} in {file} is of type {kind} where 16- or 32-bit floating-point numbers belong, and config.json "
+                        "does not say how it is quantised"
+                    )
+                targets = [name] if pattern is None else of_pattern[pattern].target_patterns
+                yield file, key, [name.replace(targets[0], target) for target in targets]
+
+
+def opened(file):
+    """A shard, not through a memory map: where it is cut short meanwhile, that would end the process."""
+    try:
+        return safe_open(file, "pt", backend="pread")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file} is not readable ({error}); copy it again.") from None
+
+
+def check_conversion(report, shown, unread=()):
+    """Refuse a checkpoint of which tensors could not be made as transformers reports, or were not read at all."""
+    wrong = list(dict.fromkeys([*(m[0] for m in report.mismatched_keys), *report.conversion_errors, *unread]))
+    if wrong:
+        raise ValueError(
+            f"{shown} does not hold {wrong[0]} as its configuration says ({len(wrong)} tensors in all): parts of it are "
+            "missing or have other shapes; copy the checkpoint again."
+        )
 
 
 def _dtype(dtype):
@@ -411,7 +499,8 @@ def target_of(model, plan, router=""):
         records[layer.name] = _record(layer, layer_plan, names)
     config, why = (None, "") if router == "mapped" else _plain_config(model, plan, merged)
     if router == "plain" and config is None:
-        raise ValueError(f'The "router" argument cannot be "plain" for this plan: {why}. Use "mapped".')
+        other = ', or make the plan with shape "whole"' if any(layer.width and layer.joins for layer in plan.layers) else ""
+        raise ValueError(f'The "router" argument cannot be "plain" for this plan: {why}. Use "mapped"{other}.')
     in_hub_layout = config is not None or not moe.other_experts(model)
     return Target(config, records, original, sum(p.numel() for p in merged.parameters()), top_k, in_hub_layout)
 
@@ -479,7 +568,7 @@ def write_part(model, tensors, folder, place, count, target):
     """
     part = Path(folder) / f"{place}.part"
     shutil.rmtree(part, ignore_errors=True)
-    with writing(part):
+    with writing(part), without_bars():
         model.save_pretrained(part, state_dict=tensors, max_shard_size=1 << 60, save_original_format=target.hub_layout)
     if place == 0:
         for file in part.iterdir():

@@ -29,7 +29,8 @@ CALIBRATION = Annotated[
     str,
     typer.Option(
         help="c4, wikitext, math, code, demo, a data set on the hub (name:configuration:split:column), a .txt, .json, .jsonl "
-        "or .safetensors file, or a mixture such as 0.5*c4+0.5*math. By default what suits."
+        "or .safetensors file; self, text that the model writes itself (self:temperature=0.8:start=chat); or a mixture such as "
+        "0.5*c4+0.5*self. By default what suits: demo for the embedded models, else c4, or self where that is not to be had."
     ),
 ]
 SEQUENCES = Annotated[int, typer.Option(help="Calibration sequences; 0 for the default of the source.")]
@@ -103,17 +104,30 @@ def _needs(methods, settings=None):
 
 def _calibration(model, tokenizer, calibration, sequences, length, column, seed, heldout=0):
     """Calibration tokens by the command's options, their domains, a description, and more tokens of the same source."""
-    from hcsmoe_core import calibration_tokens, domains_of
+    from hcsmoe_core import calibration_tokens, domains_of, ranks
+    from hcsmoe_core.calibration import own_sequences
+    from hcsmoe_core.moe import source_of
+    from hcsmoe_core.owntext import GRAM, NAME, repetition
     from hcsmoe_core.study import calibration_of
 
     settings = calibration_of(model.name_or_path, calibration, sequences, length)
-    source, count, length = settings["calibration"], settings["sequences"], settings["length"]
-    options = dict(length=length, seed=seed, column=column)
-    rows = more = calibration_tokens(source, tokenizer, sequences=count, **options)
+    source, count, size = settings["calibration"], settings["sequences"], settings["length"]
+    options = dict(model=model, length=size, seed=seed, column=column)
+    try:
+        rows = more = calibration_tokens(source, tokenizer, sequences=count, **options)
+    except FileNotFoundError as error:
+        if calibration or source_of(model) is not None:  # what was asked for is never replaced
+            raise
+        print(f"hcsmoe: {error}\nNo --calibration was given: going on with text that the model writes itself.", file=sys.stderr)
+        return _calibration(model, tokenizer, NAME, sequences, length, column, seed, heldout)
     if heldout:
         with contextlib.suppress(ValueError):  # there is not text enough for both
             more = calibration_tokens(source, tokenizer, sequences=count + heldout, **options)
-    about = f"{count} × {length} tokens of {Path(source).name if Path(source).exists() else source}, seed {seed}"
+    about = f"{count} × {size} tokens of {Path(source).name if Path(source).exists() else source}, seed {seed}"
+    if own_sequences(source, count):
+        about += f", {repetition(rows):.1%} of {GRAM}-grams repeated"
+        if ranks.rank() == 0:
+            print(f"calibrating on {about}")
     return rows, domains_of(source, count), about, more
 
 
@@ -138,7 +152,7 @@ def capture(
     model: MODEL,
     out: Annotated[Path, typer.Option(help="Statistics file to write (.safetensors).")],
     methods: FOR = None,
-    sample: SAMPLE_TOKENS = 4096,
+    sample: SAMPLE_TOKENS = 32768,
     calibration: CALIBRATION = "",
     sequences: SEQUENCES = 0,
     length: LENGTH = 0,
@@ -199,7 +213,10 @@ def merge(
     out: Annotated[Path, typer.Option(help="Model folder to write; must not exist.")],
     plan: Annotated[Path | None, typer.Option(help="Plan from hcsmoe plan; or give --experts.")] = None,
     experts: Annotated[int, typer.Option(help="Experts kept in each layer: capture, plan and merge in one go.")] = 0,
-    statistics: Annotated[Path | None, typer.Option(help="Statistics that --plan was made from, where it needs them.")] = None,
+    statistics: Annotated[
+        Path | None,
+        typer.Option(help="Statistics that --plan was made from, where it needs them; or to make a plan from with --experts."),
+    ] = None,
     router: Annotated[
         str,
         typer.Option(
@@ -210,13 +227,19 @@ def merge(
     fidelity: Annotated[
         int, typer.Option(help="Held-out sequences on which the written model is compared with the original; 0 for none.")
     ] = 10,
-    method: METHOD = "hc-smoe",
+    method: Annotated[
+        str,
+        typer.Option(
+            help='What hcsmoe methods lists. By default "recommended"; "hc-smoe", the paper\'s, where --similarity, --metric '
+            "or --linkage are given."
+        ),
+    ] = "",
     similarity: SIMILARITY = "",
     metric: METRIC = "",
     linkage: LINKAGE = "",
     merge: MERGE = "",
     others: SET = None,
-    sample: SAMPLE_TOKENS = 4096,
+    sample: SAMPLE_TOKENS = 32768,
     calibration: CALIBRATION = "",
     sequences: SEQUENCES = 0,
     length: LENGTH = 0,
@@ -229,11 +252,12 @@ def merge(
     memory: MEMORY = "",
 ):
     """Write a smaller checkpoint, by a plan or with a number of experts. Interrupted, it goes on when called again."""
-    from hcsmoe_core import load_plan, load_statistics, make_plan, ranks, save_merged
+    from hcsmoe_core import load_plan, load_statistics, ranks, save_merged
     from hcsmoe_core.checkpoint import ROUTERS
     from hcsmoe_core.demo import models as demo_models
     from hcsmoe_core.fidelity import unseen
     from hcsmoe_core.files import check_absent, check_choice
+    from hcsmoe_core.methods import RECOMMENDED, steps_of
     from hcsmoe_core.plan import JOINED
     from hcsmoe_core.statistics import sequence_hashes
     from hcsmoe_core.streaming import open_model, stream_merged, tidied, work_folder
@@ -251,34 +275,50 @@ def merge(
     settings = _settings(similarity, metric, linkage, merge, others)
     if router in JOINED and made is None:
         settings["router"] = router
+    method = method or ("hc-smoe" if similarity or metric or linkage else RECOMMENDED)
+    if made is None and (similarity or metric or linkage) and steps_of(method, **settings).grouping == "residual":
+        raise ValueError(
+            f'--similarity, --metric and --linkage have no part in method "{method}", which finds groups by what they leave; '
+            "leave them out, or say --method hc-smoe."
+        )
     needs = _needs(method, settings)
     loaded, tokenizer = open_model(model, dtype=dtype, device=device, load=load, memory=memory)
     with work_folder(out, loaded) as work:
         heldout, about = None, {}
         if made is None:
             _check_experts(loaded, experts)
-        if made is None or (fidelity and (calibration or model in demo_models.NAMES)):
+        if (made is None and stats is None) or (fidelity and (calibration or model in demo_models.NAMES)):
             how = (calibration, sequences, length, column, seed, fidelity)
             input_ids, domains, text, more = _calibration(loaded, tokenizer, *how)
             seen = sequence_hashes(input_ids) + (stats.sequences if stats else [])
             heldout = unseen(more, seen, length=HELD_OUT)
-        if made is None:
+        if made is None and stats is None:
             about["calibration"] = text
             stats = _captured(loaded, input_ids, domains, work, batch_size, needs, sample)
         if ranks.left():
             return
         if made is None:
-            made = make_plan(stats, loaded, experts=experts, method=method, **settings)
+            made = _planned(work, stats, loaded, experts=experts, method=method, **settings)
         options = dict(stats=stats, router=router, tokenizer=tokenizer, heldout=heldout, about=about)
         written = stream_merged(loaded, made, out, work, **options) if work else save_merged(loaded, made, out, **options)
-    kept = sorted({layer.num_groups for layer in made.layers})
-    print(
-        f"{out}: {' or '.join(map(str, kept))} experts a layer, {written['parameters']:,} of {written['original']:,} weights, "
-        f"{written['bytes'] / 1e6:.1f} MB, {written['router']}; {LOADING[written['router']]} or hcsmoe evaluate {out}"
-    )
-    if "savings" in written:
-        _print_savings(written["savings"])
-    _print_fidelity(written)
+    _print_written(out, made, written)
+
+
+def _planned(work, stats, model, **how):
+    """The plan of a merge; of a streamed one it is kept in the work folder, as making it may take long."""
+    from hcsmoe_core import load_plan, make_plan
+    from hcsmoe_core.files import sha256_json
+    from hcsmoe_core.methods import POINTS_TO, RECOMMENDED
+
+    path = work and work / f"plan-{sha256_json([stats.identity(), how])[:12]}.json"
+    if path and path.exists():
+        return load_plan(path)
+    if how["method"] == RECOMMENDED:
+        print(f'method: "{POINTS_TO}", which is recommended; the paper\'s is --method hc-smoe')
+    made = make_plan(stats, model, **how)
+    if path:
+        made.save(path)
+    return made
 
 
 LOADING = {
@@ -287,18 +327,27 @@ LOADING = {
 }
 
 
-def _print_fidelity(written):
-    """What engines ask, and how far the written model is from the original."""
-    from hcsmoe_core.export import fidelity_text
+def _print_written(out, plan, written):
+    """What was written, what it was calibrated on, what engines ask, and how far it is from the original."""
+    from hcsmoe_core.export import calibrated, counts, fidelity_text
 
+    print(
+        f"{out}: {counts(plan)} experts a layer, {written['parameters']:,} of {written['original']:,} weights, "
+        f"{written['bytes'] / 1e6:.1f} MB, {written['router']}; {LOADING[written['router']]} or hcsmoe evaluate {out}"
+    )
+    if plan.statistics:
+        print(f"calibrated on {calibrated(plan)}; text of other kinds may lose more")
+    if "savings" in written:
+        _print_savings(written["savings"])
     for line in written["limits"]:
         print(f"- {line}")
-    if written["fidelity"] is None:
-        print("Fidelity was not measured, for want of held-out tokens: give more text with --calibration.")
+    measured = written["fidelity"]
+    if measured is None:
+        print("Fidelity was not measured, as no tokens were held out: see --fidelity and --calibration.")
         return
-    print(fidelity_text(written["fidelity"]))
-    if written["fidelity"]["warning"]:
-        print(f"\nWARNING: {written['fidelity']['warning']}", file=sys.stderr)
+    print(fidelity_text(measured | {"warning": ""}))
+    if measured["warning"]:
+        print(f"\nWARNING: {measured['warning']}", file=sys.stderr)
 
 
 def _print_savings(savings):

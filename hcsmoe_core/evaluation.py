@@ -88,7 +88,8 @@ def evaluate(
     if text is not None:
         started = time.perf_counter()
         split = "heldout" if text == "demo" else None
-        rows = calibration_tokens(text, tokenizer, sequences=sequences, length=length, seed=seed, split=split)
+        size = dict(sequences=sequences, length=length)
+        rows = calibration_tokens(text, tokenizer, model=model, seed=seed, split=split, **size)
         how = dict(domains=domains_of(text, sequences), uncounted=corpus.STDLIB if text == "demo" else ())
         scores |= perplexity(model, rows, batch_size=max(1, batch_size // 4), **how)
         seconds["perplexity"] = round(time.perf_counter() - started, 2)

@@ -196,7 +196,7 @@ def write_card(model, folder, plan, *, kind, opener, sizes, limits, fidelity=Non
     rows = _summary(model, plan, kind, sizes) | (about or {})
     blocks = [
         "\n".join([*head, "---"]),
-        f"# {shown or type(model).__name__}, {_counts(plan) + ' experts a layer' if _fewer(plan) else 'trimmed'}",
+        f"# {shown or type(model).__name__}, {counts(plan) + ' experts a layer' if _fewer(plan) else 'trimmed'}",
         f"Made by hcsmoe of {shown or 'a model in memory'}, without retraining. The licence of the original applies.",
         "\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items())]),
         "## Loading",
@@ -218,7 +218,8 @@ def _fewer(plan):
     return any(layer.num_groups < len(layer.labels) for layer in plan.layers)
 
 
-def _counts(plan):
+def counts(plan):
+    """How many experts a plan leaves in each layer, in words."""
     return " or ".join(map(str, sorted({layer.num_groups for layer in plan.layers})))
 
 
@@ -229,7 +230,7 @@ def _summary(model, plan, kind, sizes):
     rows = {
         "class": type(model).__name__,
         "method": plan.settings.get("method", "a plan written by hand"),
-        "experts a layer": f"{_counts(plan)} of {before}, in {len(plan.layers)} MoE layers",
+        "experts a layer": f"{counts(plan)} of {before}, in {len(plan.layers)} MoE layers",
         **({"width of each expert": " or ".join(map(str, sorted(widths)))} if widths else {}),
         "weights": f"{sizes['after']:,} of {sizes['before']:,}",
         "size": f"{sizes['bytes'] / 1e9:.4g} GB",
@@ -237,8 +238,14 @@ def _summary(model, plan, kind, sizes):
         "kind": kind,
     }
     if plan.statistics:
-        rows["calibrated on"] = f"{plan.statistics['tokens']:,} tokens; domains: {', '.join(plan.statistics['domains'])}"
+        rows["calibrated on"] = calibrated(plan)
     return rows
+
+
+def calibrated(plan):
+    """How many tokens a plan's statistics are of, and of which domains, if they were told apart."""
+    tokens, domains = f"{plan.statistics['tokens']:,} tokens", plan.statistics["domains"]
+    return tokens if domains == ["all"] else f"{tokens}; domains: {', '.join(domains)}"
 
 
 def limits(plan, kind, top_k, dtype):

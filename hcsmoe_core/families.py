@@ -22,7 +22,7 @@ from hcsmoe_core.pruning import routing_rule
 TABLE = Path(__file__).with_name("families.json")
 # A family's modelling file defines experts or a MoE block under one of these names.
 CLASSES = re.compile(r"^class (\w*(?:Expert|MoE|Moe)\w*)\(", re.MULTILINE)
-VOCABULARY, EXPERTS, KEPT = 97, 10, 6
+VOCABULARY, EXPERTS, KEPT, CHOSEN = 97, 10, 6, 4
 KINDS = {"mapped": "mapped", "joined": "folded", "plain": "pruned"}  # of checkpoints, and what the table calls them
 # Sizes of a tiny model, under every name that some family gives them. E differs from all others, so that nothing is taken
 # for a row an expert by chance.
@@ -51,11 +51,11 @@ TINY = dict(
     num_local_experts=EXPERTS,
     n_routed_experts=EXPERTS,
     moe_num_experts=EXPERTS,
-    num_experts_per_tok=2,
-    num_experts_per_token=2,
-    top_k_experts=2,
-    moe_topk=2,
-    moe_k=2,
+    num_experts_per_tok=CHOSEN,
+    num_experts_per_token=CHOSEN,
+    top_k_experts=CHOSEN,
+    moe_topk=CHOSEN,
+    moe_k=CHOSEN,
     n_group=2,
     topk_group=1,
     n_shared_experts=1,
@@ -141,7 +141,7 @@ OVERRIDES = {
         n_layers=3,
         max_seq_len=256,
         attn_config=dict(kv_n_heads=2, clip_qkv=8.0, rope_theta=1e4),
-        ffn_config=dict(hidden_size=32, ffn_hidden_size=24, moe_num_experts=EXPERTS, moe_top_k=2),
+        ffn_config=dict(hidden_size=32, ffn_hidden_size=24, moe_num_experts=EXPERTS, moe_top_k=CHOSEN),
     ),
     "deepseek_ocr2": SPARSE,
     "deepseek_v2": MLA,

@@ -11,6 +11,17 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 
+def root():
+    """Root of the repository, or the working directory where the package is installed without one."""
+    folder = Path(__file__).resolve().parents[1]
+    return folder if (folder / "notebooks").is_dir() else Path.cwd()
+
+
+def place(path):
+    """``path``, from the repository's root if it is relative."""
+    return root() / path
+
+
 def check_choice(argument, value, choices):
     """Raise ValueError that lists the choices unless ``value`` is one of them."""
     if value not in choices:

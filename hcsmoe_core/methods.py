@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from hcsmoe_core import budget as budgets
 from hcsmoe_core import clustering, pruning, residual, similarity
-from hcsmoe_core.combining import ALIGNMENTS, NEURON_FEATURES, OPTIONS, RULES
+from hcsmoe_core.combining import ALIGNMENTS, NEURON_FEATURES, OPTIONS, POOLS, RULES
 from hcsmoe_core.files import check_choice, check_count
 from hcsmoe_core.moe import moe_layer
 from hcsmoe_core.plan import (
@@ -61,13 +61,13 @@ class Steps:
     merge : {"frequency", "average", "routing-mass"}
         Weights of a group's members.
     combine : str
-        How a group becomes one expert, with ``align``, ``features``, ``ridge`` and ``rank``:
+        How a group becomes one expert, with ``align``, ``features``, ``ridge``, ``rank`` and ``pool``:
         :func:`hcsmoe_core.combining.combine`. Options that a rule does not have are not looked at.
     router : {"map", "drop", "average", "row-kept", "folded"}
         See :class:`hcsmoe_core.plan.LayerPlan`.
-    shape : {"uniform", "by-layer"}
-        Of grouping by residual: one number of experts and one width in all layers, which plain checkpoints need, or each
-        layer's own.
+    shape : {"uniform", "by-layer", "whole"}
+        Of grouping by residual: one number of experts and one width in all layers, which plain checkpoints need; each
+        layer's own; or r experts of the width they had.
     holdout : {"sequences", "domains"}
         Of grouping by residual: what decides; see :func:`hcsmoe_core.residual.held_out`.
     budget : {"uniform", "frequency", "saliency", "merge-cost", "grape", "silhouette"}
@@ -100,6 +100,7 @@ class Steps:
     features: str = "activations"
     ridge: float | None = None
     rank: float = 0.5
+    pool: str = "members"
     router: str = "map"
     shape: str = "uniform"
     holdout: str = "sequences"
@@ -118,6 +119,7 @@ class Steps:
             "combine": (*RULES, "residual"),
             "align": ALIGNMENTS,
             "features": NEURON_FEATURES,
+            "pool": POOLS,
             "router": ROUTERS,
             "shape": residual.SHAPES,
             "holdout": residual.HOLDOUTS,
@@ -488,7 +490,7 @@ def _check_counts_given(counts, sizes, steps):
 
 def _settings_of(steps):
     """The steps that matter, for the plan's settings."""
-    skipped = {"share", "compress_rank", "combine", "align", "features", "ridge", "rank"}
+    skipped = {"share", "compress_rank", "combine", "align", "features", "ridge", "rank", "pool"}
     if not steps.compares:
         skipped |= {"similarity", "metric"}
     for grouping, names in _ONLY.items():
@@ -707,7 +709,8 @@ class _Maker:
         layer = moe_layer(self.model, name)
         sample, experts = sums.sample, sums.num_experts
         rule = pruning.routing_rule(sample, layer)
-        grams, sequences = pruning.output_grams(layer, sample.inputs), self.stats.sampled[:, 0]
+        tokens = min(len(sample.inputs), pruning.LOSS_TOKENS)
+        grams, sequences = pruning.output_grams(layer, sample.inputs[:tokens]), self.stats.sampled[:, 0]
         many = experts > pruning.ENUMERATED
 
         def loss_on(tokens):
@@ -717,7 +720,7 @@ class _Maker:
 
         how = dict(protected=protected, subsets=steps.subsets, seed=[self.seed, self.places[name]], progress=self.progress)
         rough = loss_on(pruning.TOKENS) if many else None
-        return pruning.best_kept(loss_on(len(sample.inputs)), experts, count, rough=rough, **how)
+        return pruning.best_kept(loss_on(tokens), experts, count, rough=rough, **how)
 
 
 def _best_of_groups(worth, count, groups, name):

@@ -156,6 +156,11 @@ class MoELayer:
         return next((n for n in found if isinstance(n, int)), 1)
 
     @property
+    def fewest(self):
+        """Experts that the router's rule needs: one that chooses among groups first adds up the two best scores of each."""
+        return 2 if any(isinstance(getattr(m, name, None), int) for m in self.routing for name in ROUTER_GROUPS) else 1
+
+    @property
     def affine(self):
         """Whether an expert's output is affine in its activations, so that the mean of one gives that of the other."""
         return not getattr(self.experts, "has_post_expert_norm", False)
@@ -314,6 +319,15 @@ class MoELayer:
             f"{self.name}: which rows of {self.up_name} ({count}) make which of the {width} neurons is not known, so that "
             'neurons cannot be matched or chosen; use combine "average".'
         )
+
+    @property
+    def neurons_known(self):
+        """Whether it can be told which rows of the up projection make which neuron."""
+        try:
+            self.neuron_rows()
+        except ValueError:
+            return False
+        return True
 
     def neurons(self, expert, dtype=None):
         """One expert neuron by neuron, whatever way the family stores it.
@@ -496,6 +510,8 @@ def source_of(model):
 class _LongcatFlash(MoELayer):
     """LongCat: the up projection has rows for the identity experts too, which are never read."""
 
+    fewest = 2  # its experts' forward trips over a single choice
+
     def tensors(self):
         up, down = self.experts.gate_up_proj, self.experts.down_proj
         return {"gate_up_proj": up[: len(down)], "down_proj": down}
@@ -604,6 +620,12 @@ class _Llama4(MoELayer):
         return [self.router.register_forward_hook(take)]
 
 
+class _Phimoe(MoELayer):
+    """PhiMoE: the router takes the best expert, then the best of the others, whatever its configuration says."""
+
+    fewest = 2
+
+
 UNSUPPORTED = {
     "DogeCDMoE": "its experts are single neurons, looked up by product keys",
     "NllbMoeExperts": "transformers one-hot encodes a mask there, so that only experts 0 and 1 are ever run",
@@ -615,6 +637,7 @@ ENTRIES = {
     "DbrxExperts": _Dbrx,
     "JetMoeMoE": _JetMoe,
     "Llama4TextExperts": _Llama4,
+    "PhimoeExperts": _Phimoe,
 }
 
 
@@ -631,7 +654,7 @@ def _is_experts(module):
 
 def _kind(module):
     """The class of MoE layer that an experts module makes, or None if it is none."""
-    return MoELayer if _is_experts(module) else ENTRIES.get(type(module).__name__)
+    return ENTRIES.get(type(module).__name__) or (MoELayer if _is_experts(module) else None)
 
 
 def _find_router(block, experts, count):
@@ -811,12 +834,15 @@ def _put_rows(layer, rows, scales, state, counts):
             here = torch.block_diag(here, torch.eye(layer.extra, dtype=rows.dtype, device=rows.device))
         made = mixed_rows(tensor.detach().reshape(here.shape[1], -1), here)
         state.set(module, name, made.reshape(1, len(here)) if tensor.shape[0] == 1 else made.reshape(-1, *tensor.shape[1:]))
+    chosen = layer.top_k
     for module in dict.fromkeys((layer.experts, *layer.routing)):
-        for name in CHOICES:
-            if isinstance(getattr(module, name, None), int):
-                state.set(module, name, min(getattr(module, name), kept + layer.extra))
+        for name in (*CHOICES, *COUNTS):
+            value = getattr(module, name, None)
+            # OpenAI's privacy filter calls the experts a token by a name for all experts, too.
+            if isinstance(value, int) and (name in CHOICES or value == chosen not in counts):
+                state.set(module, name, min(value, kept))
     for module in _configured(layer):
-        state.set(module, "config", _smaller_config(module.config, counts, kept + layer.extra))
+        state.set(module, "config", _smaller_config(module.config, counts, kept))
 
 
 def _makes_logits(layer, module, name, tensor):
@@ -854,15 +880,15 @@ def _ungroup(layer, state):
         state.set(module, "config", config)
 
 
-def _smaller_config(config, counts, choices):
-    """A copy of a configuration with another number of experts."""
+def _smaller_config(config, counts, kept):
+    """A copy of a configuration with another number of experts, and no more choices than those."""
     config = copy.copy(config)
     for name in COUNTS:
         if isinstance(value := getattr(config, name, None), int) and value in counts:
             setattr(config, name, counts[value])
     for name in CHOICES:
         if isinstance(getattr(config, name, None), int):
-            setattr(config, name, min(getattr(config, name), choices))
+            setattr(config, name, min(getattr(config, name), kept))
     return config
 
 
@@ -899,6 +925,11 @@ def _keeps_groups(layer, labels, rows):
     if layer.router is None:
         raise ValueError(f"{layer.name}: no router was found, so that its rows cannot be dropped; use a method that merges.")
     dropped = min(labels) < 0
+    if len(rows) < layer.fewest:
+        raise ValueError(
+            f"{layer.name}: its router's rule takes {layer.fewest} experts at least, and {len(rows)} would be left; keep more, "
+            'or let the router keep its rows (router "map").'
+        )
     if dropped and (tables := _tables(layer)):
         raise ValueError(
             f"{layer.name}: its router looks experts up in a table ({tables[0][1]}), token by token, so that none of them can "

@@ -321,7 +321,7 @@ def summarise(stats, layer, labels):
         "moved": float(mass[joined].sum() / mass.sum()),
         "entropy": _entropy(mass),
         "entropy_after": _entropy(np.bincount(labels[kept], mass[kept])),
-        "function_error": float("nan") if sums.output_gram is None else _function_error(sums, labels),
+        "function_error": float("nan") if sums.output_gram is None else function_error(sums, labels),
         "output_error": float("nan") if sums.output_sum is None else _output_error(sums, labels),
     }
 
@@ -331,8 +331,11 @@ def _entropy(mass):
     return float(-(share[share > 0] * np.log(share[share > 0])).sum())
 
 
-def _function_error(sums, labels):
-    """From the Gram matrix G of the outputs: ``‖f_e − Σ_k w_k f_k‖² = G_ee − 2 Σ_k w_k G_ek + Σ_kl w_k w_l G_kl``."""
+def function_error(sums, labels):
+    """``function_error`` of :func:`summarise`.
+
+    From the Gram matrix G of the outputs: ``‖f_e − Σ_k w_k f_k‖² = G_ee − 2 Σ_k w_k G_ek + Σ_kl w_k w_l G_kl``.
+    """
     gram, share = sums.output_gram.sum(0).numpy(), sums.frequency.numpy()
     weights = merge_weights(labels, sums, "frequency")
     mixed = np.where((labels[:, None] == labels) & (labels != DROPPED), weights, 0.0)  # row e: the weights of e's group

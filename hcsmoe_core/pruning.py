@@ -24,6 +24,7 @@ NEEDED = {
 LOSSES = ("squared", "frobenius")
 ENUMERATED = 16  # up to so many experts every subset is tried
 SUBSETS = 100_000  # tried of more, as in the HC-SMoE paper
+LOSS_TOKENS = 4096  # of the sample, that losses of subsets are measured on: Gram matrices of all experts for each token
 TOKENS = 256  # of the sample, that random subsets are compared on where there are too many to try all
 BATCH = 1 << 20  # numbers that are worked on at once
 

@@ -12,14 +12,15 @@ import torch
 
 from hcsmoe_core import clustering, similarity
 from hcsmoe_core.combining import Group, combine
-from hcsmoe_core.plan import merge_weights
+from hcsmoe_core.plan import function_error, merge_weights
 from hcsmoe_core.statistics import LayerSample
 
 HOLDOUTS = ("sequences", "domains")
-SHAPES = ("uniform", "by-layer")
+SHAPES = ("uniform", "by-layer", "whole")
 SIMILARITIES = ("weight", "functional-routed")  # that groups are made by, those of a layer by the one that leaves less
 HELD_OUT = 4  # one in so many sequences, or domains, is held out
 RIDGES = (0.001, 0.01, 0.1)
+TOKENS, EACH = 8192, 4  # that decide, at most: so many, or for each neuron of an expert so many that are routed to it
 # Neurons that are chosen from at most; where averages would make it more, the members' own are enough.
 POOLED = 1 << 15
 AVERAGE = {"rule": "average", "align": "none"}
@@ -37,8 +38,8 @@ class Way:
         Of each expert in its group.
     width : int
         Neurons of each expert that is made.
-    rules : list of dict
-        Of each group, how it becomes one expert: options of :func:`hcsmoe_core.combining.combine`.
+    rules : list of dict, or None
+        Of each group, how it becomes one expert: options of :func:`hcsmoe_core.combining.combine`; None for averages.
     residual : float
         Squared error of the layer's output on tokens that were held out, relative to the output itself; errors of
         different groups are taken to be uncorrelated.
@@ -131,22 +132,33 @@ class Judge:
         Which tokens of the sample are held out: :func:`held_out`.
     merge : str
         Weights of averages: :func:`hcsmoe_core.plan.merge_weights`.
+    tokens : int
+        Of the sample that are looked at, at most, as far as these tell the neurons of an expert apart.
     """
 
-    def __init__(self, layer, sums, decides, merge):
+    def __init__(self, layer, sums, decides, merge, *, tokens=TOKENS):
         self.layer, self.sums, self.merge = layer, sums, merge
         self.usage = sums.usage_count.sum(0).numpy()
-        self.samples = [_rows(sums.sample, ~decides), _rows(sums.sample, decides)]
-        everyone, alike = list(range(sums.num_experts)), [1 / sums.num_experts] * sums.num_experts
-        self.energy = float(Group(layer, everyone, alike, 0, self.samples[1]).outputs().double().pow(2).sum())
+        tokens = max(tokens, EACH * layer.width * sums.num_experts // sums.sample.index.shape[1])
+        rows = torch.arange(len(decides)) < tokens  # the sample is in the order of hashes: any part of it is one
+        self.samples = [_rows(sums.sample, rows & ~decides), _rows(sums.sample, rows & decides)]
+        self.fits = not layer.unsolvable and layer.neurons_known
+        if self.fits:
+            everyone, alike = list(range(sums.num_experts)), [1 / sums.num_experts] * sums.num_experts
+            self.energy = float(Group(layer, everyone, alike, 0, self.samples[1]).outputs().double().pow(2).sum())
         self._found = {}
 
     def ways(self, stats, model, kept):
-        """The best way of each shape that takes the bytes of ``kept`` experts, by shape."""
+        """The best way of each shape that takes the bytes of ``kept`` experts, by shape.
+
+        Experts whose neurons cannot be told apart, or solved for, are averaged: by the groups of which the statistics of
+        their outputs predict the smallest error.
+        """
         found = {}
         for count, width in shapes(self.sums.num_experts, kept, self.layer.width):
-            tried = [self.way(labels, width) for labels in self._groupings(stats, model, count)]
-            found[count, width] = min(tried, key=lambda way: way.residual)
+            if self.fits or count == kept:
+                tried = [self.way(labels, width) for labels in self._groupings(stats, model, count)]
+                found[count, width] = min(tried, key=lambda way: way.residual)
         return found
 
     def _groupings(self, stats, model, count):
@@ -166,6 +178,8 @@ class Judge:
     def way(self, labels, width):
         """The best rule for each group of a partition, and what all of them leave together."""
         weights = merge_weights(labels, self.sums, self.merge)
+        if not self.fits:
+            return Way(labels, weights, width, None, function_error(self.sums, labels) ** 2)
         judged = [self._judged(np.flatnonzero(labels == g).tolist(), weights, width) for g in range(labels.max() + 1)]
         left = sum(residual for residual, _ in judged)
         return Way(labels, weights, width, [rule for _, rule in judged], left / self.energy if self.energy else 0.0)
@@ -213,14 +227,17 @@ def chosen_ways(found, shape):
     ----------
     found : list of dict of (int, int) to Way
         Of each layer: :meth:`Judge.ways`.
-    shape : {"uniform", "by-layer"}
-        Engines that read the original family's checkpoints ask for one number of experts and one width in all layers.
+    shape : {"uniform", "by-layer", "whole"}
+        Engines that read the original family's checkpoints ask for one number of experts and one width in all layers; some
+        families have shared experts of the same width, and take no other (``"whole"``: the first shape, of whole experts).
 
     Returns
     -------
     list of Way
     """
     shared = [key for key in found[0] if all(key in ways for ways in found)]
+    if shape == "whole":
+        return [next(iter(ways.values())) for ways in found]
     if shape == "uniform" and shared:
         best = min(shared, key=lambda key: sum(ways[key].residual for ways in found))
         return [ways[best] for ways in found]

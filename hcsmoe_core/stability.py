@@ -107,7 +107,8 @@ def growing(model, tokenizer, *, calibration, sequences, length, seed, batch_siz
     -------
     list of Statistics
     """
-    input_ids = calibration_tokens(calibration, tokenizer, sequences=sequences, length=length, seed=seed)
+    how = dict(model=model, sequences=sequences, length=length, seed=seed)
+    input_ids = calibration_tokens(calibration, tokenizer, **how)
     domains = domains_of(calibration, sequences) or ["all"] * sequences
     ends = sorted({max(1, round(sequences / 2**step)) for step in range(steps)})
     found, before = [], 0

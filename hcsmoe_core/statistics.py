@@ -31,7 +31,7 @@ NEEDS = {
     "sample": (),
 }
 DEFAULT_NEEDS = ("usage", "outputs", "norms", "grams")
-SAMPLE = 4096
+SAMPLE = 32768  # what is solved for has thousands of unknowns in each expert
 
 
 @dataclass

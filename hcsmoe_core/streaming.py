@@ -26,6 +26,7 @@ from hcsmoe_core.capture import Tokens, forward_options
 from hcsmoe_core.checkpoint import (
     DEVICE_MAPS,
     WEIGHTS,
+    check_conversion,
     check_report,
     device_of,
     exported,
@@ -38,12 +39,15 @@ from hcsmoe_core.checkpoint import (
     loading,
     merge_record,
     model_class,
+    on_disk,
+    opened,
     parts_of,
     readable,
     readable_config,
     set_experts,
     shard,
     target_of,
+    without_bars,
     write_part,
 )
 from hcsmoe_core.fidelity import Differences, comparing_blocks, first_tensor, lift, one_by_one
@@ -218,30 +222,15 @@ class _Source:
 
     def _find(self, files):
         """What each tensor on disk becomes in the model, and which part that belongs to."""
-        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
         held = self.model.state_dict()
-        renamings = [m for m in self.config.weight_mapping if isinstance(m, WeightRenaming)]
-        converters = [m for m in self.config.weight_mapping if isinstance(m, WeightConverter)]
-        of_pattern = {pattern: m for m in converters for pattern in m.source_patterns}
         # Part 0 is what lies outside the decoder layers.
         self.names = parts_of(self.model, held)
         of_name = {name: place for place, names in enumerate(self.names) for name in names}
         self.keys = [{} for _ in self.names]
         self.found = set()
-        for file in files:
-            with _opened(file) as opened:
-                for key in opened.keys():  # noqa: SIM118 (not a dict)
-                    name, pattern = rename_source_key(key, renamings, converters, self.model.base_model_prefix, held)
-                    if name not in held and key in held:
-                        name, pattern = key, None
-                    if name not in held:
-                        continue
-                    if self.config.hf_quantizer is None:
-                        _check_kind(file, key, opened.get_slice(key).get_dtype(), held[name])
-                    targets = [name] if pattern is None else of_pattern[pattern].target_patterns
-                    self.found |= {name.replace(targets[0], target) for target in targets} if pattern else {name}
-                    self.keys[of_name[name]][key] = str(file)
+        for file, key, names in on_disk(self.model, files, self.config):
+            self.found.update(names)
+            self.keys[of_name[names[0]]][key] = str(file)
 
     def largest(self):
         """Bytes of the largest decoder layer as it is held."""
@@ -303,12 +292,12 @@ class _Source:
         of_file = {}
         for key, file in keys.items():
             of_file.setdefault(file, []).append(key)
-        with contextlib.ExitStack() as opened, _one_by_one(), torch.no_grad():
+        with contextlib.ExitStack() as files, _one_by_one(), torch.no_grad():
             tensors = {}
             for file in of_file:
                 self._check_unchanged(file)
             for file, wanted in of_file.items():
-                handle = opened.enter_context(_opened(file))
+                handle = files.enter_context(opened(file))
                 tensors |= {key: handle.get_slice(key) for key in wanted}
             try:
                 report, _ = convert_and_load_state_dict_in_model(self.model, tensors, self.config)
@@ -318,15 +307,11 @@ class _Source:
                 self._check_unchanged(file)
         if self.config.hf_quantizer is not None and hasattr(self.model, "_weight_conversions"):
             del self.model._weight_conversions  # see hub_layout
-        wrong = [*(m[0] for m in report.mismatched_keys), *report.conversion_errors]
+        unread = []
         if place is not None:
             held = self.layers[place].state_dict(prefix=f"{self.prefix}.{place}.")
-            wrong += [name for name, tensor in held.items() if tensor.is_meta and name not in wrong]
-        if wrong:
-            raise ValueError(
-                f"{self.model.name_or_path} does not hold {wrong[0]} as its configuration says ({len(wrong)} tensors in all): "
-                "parts of it are missing or have other shapes; copy the checkpoint again."
-            )
+            unread = [name for name, tensor in held.items() if tensor.is_meta]
+        check_conversion(report, self.model.name_or_path, unread)
         return report
 
     def _check_unchanged(self, file):
@@ -423,37 +408,16 @@ def _identity(file):
     return [found.st_size, found.st_mtime_ns]
 
 
-def _opened(file):
-    """A shard, not through a memory map: where it is cut short meanwhile, that would end the process."""
-    try:
-        return safe_open(file, "pt", backend="pread")
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file} is not readable ({error}); copy it again.") from None
-
-
-def _check_kind(file, key, kind, tensor):
-    """Refuse whole numbers and 8-bit floats where a configuration that says nothing of quantisation has 16- or 32-bit ones."""
-    if tensor.is_floating_point() and kind not in ("F64", "F32", "F16", "BF16"):
-        raise ValueError(
-            f"{key} in {file} is of type {kind} where 16- or 32-bit floating-point numbers belong, and config.json does not "
-            "say how it is quantised"
-        )
-
-
 @contextlib.contextmanager
 def _one_by_one():
     """transformers reads a layer's tensors as they are converted, rather than all before, and without a bar for each layer."""
-    from transformers.utils import logging
-
-    name, shown = "HF_DEACTIVATE_ASYNC_LOAD", logging.is_progress_bar_enabled()
+    name = "HF_DEACTIVATE_ASYNC_LOAD"
     before = os.environ.get(name)
     os.environ[name] = "1"
-    logging.disable_progress_bar()
     try:
-        yield
+        with without_bars():
+            yield
     finally:
-        if shown:
-            logging.enable_progress_bar()
         os.environ.pop(name)
         if before is not None:
             os.environ[name] = before
@@ -643,17 +607,11 @@ def stream_merged(model, plan, out, folder, *, stats=None, router="", tokenizer=
             source.read_again()
         if place:
             source.read(place - 1)
-        merged = [p for p in plan.layers if place and p.name.startswith(f"{source.prefix}.{place - 1}.")]
-        try:
-            for layer_plan in merged:
-                apply_layer(layers[layer_plan.name], layer_plan, stats)
+        inside = [p for p in plan.layers if place and p.name.startswith(f"{source.prefix}.{place - 1}.")]
+        with _merging([(layers[layer_plan.name], layer_plan) for layer_plan in inside], stats):
             if not measured:
-                lanes.push(place - 1, [layers[layer_plan.name] for layer_plan in merged])
+                lanes.push(place - 1, [layers[layer_plan.name] for layer_plan in inside])
             write_part(model, source.state(place), part, place, count, target)
-        finally:
-            for layer_plan in merged:
-                if layers[layer_plan.name].merged:
-                    take_experts(layers[layer_plan.name])
         if place == 0 and lanes is None:
             source.free_outside()
         elif place == 0:
@@ -664,6 +622,19 @@ def stream_merged(model, plan, out, folder, *, stats=None, router="", tokenizer=
     check_absent(out)
     os.replace(part, out)
     return written
+
+
+@contextlib.contextmanager
+def _merging(layers, stats):
+    """Merge some layers by their plans while the block lasts."""
+    try:
+        for layer, layer_plan in layers:
+            apply_layer(layer, layer_plan, stats)
+        yield
+    finally:
+        for layer, _ in layers:
+            if layer.merged:
+                take_experts(layer)
 
 
 class _Lanes:

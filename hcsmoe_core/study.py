@@ -10,14 +10,14 @@ import numpy as np
 import torch
 
 import hcsmoe_core
-from hcsmoe_core.calibration import calibration_tokens, domains_of, local_files
+from hcsmoe_core.calibration import calibration_tokens, domains_of, local_files, own_sequences
 from hcsmoe_core.capture import capture, expected_bytes
 from hcsmoe_core.checkpoint import load_skeleton
 from hcsmoe_core.clustering import cut
 from hcsmoe_core.demo import models as demo
 from hcsmoe_core.evaluation import versions
 from hcsmoe_core.figures import save
-from hcsmoe_core.files import sha256_file, sha256_json, write_json
+from hcsmoe_core.files import place, root, sha256_file, sha256_json, write_json
 from hcsmoe_core.methods import merge_tree
 from hcsmoe_core.moe import find_moe_layers, model_hash
 from hcsmoe_core.plan import summarise
@@ -38,17 +38,6 @@ NOTEBOOKS = (
     "09_bytes",
     "10_theory",
 )
-
-
-def root():
-    """Root of the repository, or the working directory where the package is installed without one."""
-    folder = Path(hcsmoe_core.__file__).resolve().parents[1]
-    return folder if (folder / "notebooks").is_dir() else Path.cwd()
-
-
-def place(path):
-    """``path``, from the repository's root if it is relative."""
-    return root() / path
 
 
 def shown(path):
@@ -74,7 +63,8 @@ def slug(model):
 def calibration_of(model, calibration="", sequences=0, length=0):
     """Calibration settings with those that were left out filled in.
 
-    Embedded models are calibrated on the embedded corpus, 96 × 256 tokens; others as in the paper, on 32 × 2,048 of C4.
+    Embedded models are calibrated on the embedded corpus, 96 × 256 tokens; others as in the paper, on 32 × 2,048 of C4. Where
+    an embedded model writes text itself there are 288 × 256, as it was trained on 256 at a time.
 
     Returns
     -------
@@ -83,6 +73,8 @@ def calibration_of(model, calibration="", sequences=0, length=0):
     """
     calibration = str(calibration or ("demo" if str(model) in demo.NAMES else "c4"))
     default = (96, 256) if calibration == "demo" else (32, 2048)
+    if str(model) in demo.NAMES and own_sequences(calibration, 288):
+        default = (288, 256)
     return {"calibration": calibration, "sequences": sequences or default[0], "length": length or default[1]}
 
 
@@ -134,7 +126,7 @@ def statistics(
         if path.exists():
             return load_statistics(path)
     size = {"sequences": settings["sequences"], "length": settings["length"]}
-    input_ids = calibration_tokens(settings["calibration"], tokenizer, seed=seed, **size)
+    input_ids = calibration_tokens(settings["calibration"], tokenizer, model=model, seed=seed, **size)
     domains = domains_of(settings["calibration"], settings["sequences"])
     how = dict(needs=kinds[wanted], batch_size=batch_size, domains=domains)
     with work_folder(paths[wanted], model) as work:
@@ -158,8 +150,8 @@ def forecast(model, *, dtype="auto", calibration="", sequences=0, length=0, seed
     Returns
     -------
     str
-        A line for each of model, calibration, capture and statistics file. The capture's time is a lower bound: its
-        operations at the speed of a matrix product that is timed here and now.
+        A line for each of model, calibration, the model's own text if it writes some, capture and statistics file. Times are
+        lower bounds: operations at the speed of a matrix product that is timed here and now.
     """
     skeleton, source = load_skeleton(model, dtype=dtype), calibration_of(model, calibration, sequences, length)
     needs = tuple(dict.fromkeys((*DEFAULT_NEEDS, *needs)))
@@ -171,12 +163,16 @@ def forecast(model, *, dtype="auto", calibration="", sequences=0, length=0, seed
     domains = len(set(domains_of(source["calibration"], source["sequences"]) or ["all"]))
     file = expected_bytes(skeleton, needs, domains=domains, tokens=tokens)
     shape = f"{source['sequences']} × {source['length']:,} = {tokens:,} tokens of {source['calibration']}"
+    own = samples * source["length"] * own_sequences(source["calibration"], source["sequences"])
     rows = {
         "model": f"{amount(weights)} weights, {amount(held)}B in memory; {active / 2 / weights:.0%} of them active for a token",
         "calibration": shape if samples == 1 else f"{samples} samples of {shape}",
+        "own text": f"{amount(own)} tokens, one after another: {duration(own * active / speed)} or more on this {where}",
         "capture": f"{amount(work)} operations: {duration(work / speed)} or more on this {where}",
         "statistics": f"{amount(samples * file)}B under runs/statistics, kept for the next time",
     }
+    if not own:
+        del rows["own text"]
     return "\n".join(f"{name:<13}{text}" for name, text in rows.items())
 
 

@@ -21,14 +21,14 @@ from hcsmoe_core.checkpoint import load_model
 from hcsmoe_core.compare import read_table
 from hcsmoe_core.evaluation import perplexity
 from hcsmoe_core.fidelity import fidelity
-from hcsmoe_core.files import check_choice, check_count, kept
+from hcsmoe_core.files import check_choice, check_count, kept, place
 from hcsmoe_core.merging import apply_plan, restore
 from hcsmoe_core.methods import METHODS, kind_of, make_plan, steps_of
 from hcsmoe_core.moe import find_moe_layers, lay_experts, lift_experts, model_hash
 from hcsmoe_core.plan import summarise
 from hcsmoe_core.residual import held_out
 from hcsmoe_core.statistics import LayerSample
-from hcsmoe_core.study import calibration_of, core_hash, model_size, place, slug, statistics
+from hcsmoe_core.study import calibration_of, core_hash, model_size, slug, statistics
 
 PLANNED = ("hc-smoe", "hc-least-squares", "random", "selection", "trimming", "least-residual", "reap")
 # What is known of a layer's error, from the least to the most that it takes to know it.
@@ -118,7 +118,7 @@ def measure(
             made["stats"] = split_sample(statistics(loaded, tokenizer, **source, seed=seed, needs=(*needs, "sample")))
             made["before"] = [[given(layer, part) for part in made["stats"]] for layer in find_moe_layers(loaded)]
             how = dict(sequences=scored, length=source["length"], split="heldout" if text == "demo" else None)
-            made["text"] = calibration_tokens(text, tokenizer, seed=seed, **how), domains_of(text, scored)
+            made["text"] = calibration_tokens(text, tokenizer, model=loaded, seed=seed, **how), domains_of(text, scored)
         options = dict(experts=cell["experts"], method=cell["method"], seed=seed)
         return _errors(loaded, **made, options=options)
 
@@ -149,7 +149,7 @@ def split_sample(stats):
 
 def _errors(model, stats, before, text, options):
     """One row a layer of one plan; see :func:`measure`."""
-    fit, judge = stats
+    fit = stats[0]
     plan = make_plan(fit, model, progress=False, **options)
     layers, loss, alone = find_moe_layers(model), _loss(model, text), []
     apply_plan(model, plan, fit)
@@ -165,12 +165,12 @@ def _errors(model, stats, before, text, options):
     finally:
         restore(model)
     whole, rows = next(iter(found["models"].values())), []
-    for place, layer in enumerate(plan.layers):
-        row = {"layer": place, "added": added, "kl": whole["kl"], "alone": alone[place]}
+    for at, layer in enumerate(plan.layers):
+        row = {"layer": at, "added": added, "kl": whole["kl"], "alone": alone[at]}
         known = {} if layer.width else summarise(fit, layer.name, layer.labels)
         row |= {key: known.get(key, math.nan) for key in ("output_error", "function_error")}
-        row |= {key: _relative(*pair) for key, *pair in zip(("fitted", "residual"), before[place], after[place], strict=True)}
-        rows.append(row | {"block": whole["block_error"][place], "hidden": whole["hidden_error"][place]})
+        row |= {key: _relative(*pair) for key, *pair in zip(("fitted", "residual"), before[at], after[at], strict=True)}
+        rows.append(row | {"block": whole["block_error"][at], "hidden": whole["hidden_error"][at]})
     return rows
 
 
@@ -301,7 +301,7 @@ def fitted_line(x, y, *, least=1e-3):
 
 
 def sensitivities(frame, error="block", *, least=1e-3):
-    """How much the loss feels each layer's error: ``c_l``, the median over plans of what the loss gains by layer l alone / ε_l².
+    """How much the loss feels each layer's error: ``c_l``, what it gains by layer l alone over ε_l², of many plans.
 
     Parameters
     ----------

@@ -12,12 +12,12 @@ from hcsmoe_core.capture import capture
 from hcsmoe_core.checkpoint import load_model
 from hcsmoe_core.compare import ORIGINAL, read_table
 from hcsmoe_core.evaluation import evaluate
-from hcsmoe_core.files import check_choice, check_count, kept
+from hcsmoe_core.files import check_choice, check_count, kept, place
 from hcsmoe_core.merging import apply_plan, restore
 from hcsmoe_core.methods import METHODS, kind_of, make_plan, steps_of
 from hcsmoe_core.moe import find_moe_layers, model_hash
 from hcsmoe_core.rounding import BITS, expert_bytes, expert_flops, rounded
-from hcsmoe_core.study import calibration_of, core_hash, model_size, place, slug
+from hcsmoe_core.study import calibration_of, core_hash, model_size, slug
 
 COMPARED = ("hc-smoe", "least-residual", "selection", "trimming", "reap", "f-prune")
 ROUNDED = (16, 8, 4)  # bits that smaller models are rounded to
@@ -126,9 +126,8 @@ def _frame(rows):
 
 def _whole_sample(model, tokenizer, source, seed, needs):
     """Statistics whose sample is all calibration tokens."""
-    tokens = calibration_tokens(
-        source["calibration"], tokenizer, sequences=source["sequences"], length=source["length"], seed=seed
-    )
+    size = {"sequences": source["sequences"], "length": source["length"]}
+    tokens = calibration_tokens(source["calibration"], tokenizer, model=model, seed=seed, **size)
     domains = domains_of(source["calibration"], len(tokens))
     needs = tuple(dict.fromkeys((*needs, "sample")))
     return capture(model, tokens, needs=needs, sample=tokens.numel(), domains=domains, progress=False)

@@ -2,6 +2,11 @@ import os
 from pathlib import Path
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes: threads of each would fight for the cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import torch
 
 os.environ.setdefault("TQDM_DISABLE", "1")
@@ -10,6 +15,17 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDENS = Path(os.environ.get("HCSMOE_GOLDENS", ROOT.parent / "shared" / "reference" / "goldens"))
+
+
+# Files whose tests share what takes long to make, or would get in each other's way: one process each.
+TOGETHER = {"test_lab", "test_converters"}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.path.stem in TOGETHER:
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
 
 
 def pytest_report_header(config):

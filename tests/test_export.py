@@ -386,7 +386,8 @@ SUPPORTED = [row["family"] for row in families.committed()[1] if not row["mapped
 
 def plan_of(kind, stats, model):
     method = {"pruned": "reap", "trimmed": "trimming"}.get(kind, "hc-smoe")
-    plan = make_plan(stats, model, experts=families.KEPT if kind != "trimmed" else families.EXPERTS // 2, method=method)
+    experts = {"row-kept": families.CHOSEN - 1, "trimmed": families.EXPERTS // 2}.get(kind, families.KEPT)
+    plan = make_plan(stats, model, experts=experts, method=method)
     return with_router(plan, kind) if kind in ("row-kept", "folded") else plan
 
 
@@ -411,7 +412,7 @@ def write_all(family, folder, ids):
 
 # Why some families have no plain checkpoint of some kind: their configuration or their router has no room for it.
 REFUSED = {
-    "deepseek_v4": ("pruned", "looks experts up in a table"),
+    "deepseek_v4": ("row-kept, pruned", "tid2eid"),  # a table of each token's experts, as many as in the original
     "ernie4_5_vl_moe": ("row-kept, folded, pruned", "counts other tensors along"),
     "jetmoe": ("row-kept, folded, pruned", "counts other tensors along"),
 }
@@ -504,15 +505,23 @@ def test_the_command_writes_every_kind(tmp_path):
         )
         return out.returncode, out.stdout, out.stderr
 
-    code, said, warned = run("--experts", "4", "--router", "folded", "--out", tmp_path / "folded", "--fidelity", "2")
+    code, said, warned = run(
+        "--experts", "4", "--method", "hc-smoe", "--router", "folded", "--out", tmp_path / "folded", "--fidelity", "2"
+    )
     assert code == 0
     assert "plain; load it with any loader of the original family" in said
     assert "| folded |" in said
     assert "On 128 tokens that were held out" in said
     assert "WARNING: Off a cliff" in warned  # half of unrelated experts, averaged
+    assert "Off a cliff" not in said
+    assert "calibrated on 1,280 tokens; domains: " in said
     code, said, _ = run("--plan", tmp_path / "folded" / "plan.json", "--out", tmp_path / "again", "--router", "mapped")
     assert code == 0
     assert "| mapped |" in said
+    code, said, _ = run("--experts", "4", "--out", tmp_path / "best", "--fidelity", "0")
+    assert code == 0
+    assert 'method: "least-residual", which is recommended; the paper\'s is --method hc-smoe' in said
+    assert json.loads((tmp_path / "best/plan.json").read_text())["settings"]["method"] == "least-residual"
     code, _, said = run("--experts", "4", "--router", "guessed", "--out", tmp_path / "no")
     assert code == 2
     assert 'The "router" argument must be one of' in said

@@ -2,33 +2,33 @@
 
 import copy
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
 import transformers
-from conftest import ROOT
 
 from hcsmoe_core import capture, families, make_plan, moe, needs_of, save_merged
 from hcsmoe_core.families import EXPERTS, KEPT, outputs, tiny_model, tiny_tokens
 
 VERSION, ROWS = families.committed()
 SUPPORTED = [row["family"] for row in ROWS if not row["mapped"] and not row["whole"]]
-PLAIN = [row["family"] for row in ROWS if not row["plain"] and not row["whole"]]
 IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
 LABELS = [0, 1, 2, 1, 3, 4, 0, 5, 6, 7]  # 3 joins 1, and 6 joins 0
 FIRST = [0, 1, 2, 4, 5, 7, 8, 9]
 same_version = pytest.mark.skipif(transformers.__version__ != VERSION, reason=f"the table is of transformers {VERSION}")
 
 
+def switchable(model):
+    """Whether transformers can run its experts in several ways."""
+    return all(hasattr(layer.experts, "is_concatenated") for layer in moe.find_moe_layers(model))
+
+
 def built(family, dtype=torch.float32, implementation="eager"):
     """A tiny model, or a skip where its experts have one implementation alone."""
     model = tiny_model(family, dtype)
-    switchable = all(hasattr(layer.experts, "is_concatenated") for layer in moe.find_moe_layers(model))
-    if not switchable and implementation != "eager":
+    if not switchable(model) and implementation != "eager":
         pytest.skip("its experts have one implementation alone")
-    if switchable:
+    if switchable(model):
         model.set_experts_implementation(implementation)
         assert {layer.experts.config._experts_implementation for layer in moe.find_moe_layers(model)} == {implementation}
     return model
@@ -155,53 +155,24 @@ def alone(experts, expert, tokens):
 @pytest.mark.parametrize("family", SUPPORTED)
 def test_mean_outputs_are_those_of_a_dense_pass(family):
     model, ids = built(family), tiny_tokens()
-    trace = Trace(model, ids)
-    stats = capture(model, ids, needs=("usage", "outputs"), progress=False, batch_size=len(ids))
-    assert list(stats.layers) == list(trace.tokens)
-    for layer in moe.find_moe_layers(model):
-        sums, tokens = stats.layers[layer.name], trace.tokens[layer.name].double()
-        wide = copy.deepcopy(layer.experts).double()
-        dense = torch.stack([alone(wide, expert, tokens).mean(0) for expert in range(EXPERTS)])
-        assert (sums.mean_output - dense).abs().max() <= 1e-5 * dense.abs().max()
-        assert layer.router is not None
-        assert int(sums.tokens.sum()) == ids.numel() == len(tokens)
-        if type(layer.experts).__name__ != "JetMoeMoE":
-            chosen = trace.chosen[layer.name].flatten()
-            count = torch.bincount(chosen[chosen < EXPERTS], minlength=EXPERTS)
-            assert sums.usage_count.sum(0).tolist() == count.tolist()
-        assert torch.isfinite(sums.logit_gram).all()
-
-
-STOCK = """
-import json, sys
-sys.modules["hcsmoe_core"] = None  # cannot be imported
-import torch, transformers
-for folder, name in json.loads(sys.argv[1]).items():
-    model = getattr(transformers, name).from_pretrained(folder).eval()
-    for tensor in (*model.parameters(), *model.buffers()):
-        tensor.data = tensor.data.clone()
-    with torch.no_grad():
-        logits = model(input_ids=torch.load(folder + "/ids.pt"), use_cache=False).logits
-    torch.save(logits, folder + "/logits.pt")
-"""
-
-
-@pytest.mark.slow
-def test_pruned_checkpoints_open_without_us(tmp_path):
-    live, folders, ids = {}, {}, tiny_tokens()
-    for family in PLAIN:
-        model, folder = tiny_model(family), tmp_path / family
-        stats = capture(model, ids, needs=("usage", "norms"), progress=False)
-        plan = make_plan(stats, model, experts=KEPT, method="reap")
-        assert save_merged(model, plan, folder)["router"] == "plain"
-        families.apply_plan(model, plan)
-        live[family] = outputs(model, ids)
-        folders[str(folder)] = families.model_of(family)[2].__name__
-        torch.save(ids, folder / "ids.pt")
-        assert all(layer.num_stored == KEPT for layer in moe.find_moe_layers(model))
-    subprocess.run([sys.executable, "-c", STOCK, json.dumps(folders)], check=True, cwd=ROOT)
-    for family, logits in live.items():
-        assert torch.equal(torch.load(tmp_path / family / "logits.pt"), logits), family
+    wide = {layer.name: copy.deepcopy(layer.experts).double() for layer in moe.find_moe_layers(model)}
+    for implementation in IMPLEMENTATIONS if switchable(model) else ("eager",):
+        if implementation != "eager":
+            model.set_experts_implementation(implementation)
+        trace = Trace(model, ids)
+        stats = capture(model, ids, needs=("usage", "outputs"), progress=False, batch_size=len(ids))
+        assert list(stats.layers) == list(trace.tokens)
+        for layer in moe.find_moe_layers(model):
+            sums, tokens = stats.layers[layer.name], trace.tokens[layer.name].double()
+            dense = torch.stack([alone(wide[layer.name], expert, tokens).mean(0) for expert in range(EXPERTS)])
+            assert (sums.mean_output - dense).abs().max() <= 1e-5 * dense.abs().max()
+            assert layer.router is not None
+            assert int(sums.tokens.sum()) == ids.numel() == len(tokens)
+            if type(layer.experts).__name__ != "JetMoeMoE":
+                chosen = trace.chosen[layer.name].flatten()
+                count = torch.bincount(chosen[chosen < EXPERTS], minlength=EXPERTS)
+                assert sums.usage_count.sum(0).tolist() == count.tolist()
+            assert torch.isfinite(sums.logit_gram).all()
 
 
 def test_layers_that_predict_further_tokens_are_not_promised(tmp_path):
@@ -264,3 +235,17 @@ def test_odd_layouts_are_combined_and_saved(family, method, tmp_path):
     families.apply_plan(model, plan, stats)
     loaded = families.aligned(families.load_merged(tmp_path / "merged"))
     assert torch.equal(outputs(loaded, ids), outputs(model, ids))
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "phimoe", "longcat_flash"])
+def test_a_router_that_takes_two_experts_is_not_left_with_one(family, tmp_path):
+    model, ids = tiny_model(family), tiny_tokens()
+    stats = capture(model, ids, progress=False)
+    plan = make_plan(stats, model, experts=1, router="row-kept")
+    with pytest.raises(ValueError, match="router's rule takes 2 experts at least, and 1 would be left"):
+        save_merged(model, plan, tmp_path / "m", stats=stats)
+    assert not list(tmp_path.iterdir())
+    mapped = make_plan(stats, model, experts=1)
+    save_merged(model, mapped, tmp_path / "m")
+    live = outputs(families.apply_plan(model, mapped), ids)
+    assert torch.equal(outputs(families.aligned(families.load_merged(tmp_path / "m")), ids), live)

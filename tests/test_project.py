@@ -49,6 +49,7 @@ ROOMS = [  # top to bottom: a room imports none above it
     "capture",
     "statistics",
     "calibration",
+    "owntext",
     "moe",
     "demo",
     "ranks",

@@ -257,8 +257,9 @@ EXPERT = "model.layers.1.block_sparse_moe.experts.3.w1.weight"
 def test_broken_checkpoints_are_refused_with_the_reason(stored, tmp_path, input_ids):
     other = store(tiny_model("mixtral"), tmp_path / "kind")
     rewrite(other, EXPERT, lambda t: t.to(torch.int8))
-    with pytest.raises(ValueError, match=rf"{EXPERT} in .* is of type I8 where"):
-        stream_model(other)
+    for load in (load_model, stream_model):
+        with pytest.raises(ValueError, match=rf"{EXPERT} in .* is of type I8 where"):
+            load(other)
     other = store(tiny_model("mixtral"), tmp_path / "lacking")
     rewrite(other, "model.layers.1.self_attn.q_proj.weight", lambda t: None)
     with pytest.raises(ValueError, match=r"lacks 1 of the model's tensors \(model.layers.1.self_attn.q_proj.weight"):
@@ -267,14 +268,17 @@ def test_broken_checkpoints_are_refused_with_the_reason(stored, tmp_path, input_
     rewrite(other, EXPERT, lambda t: None)
     with pytest.raises(ValueError, match=r"model.layers.1.mlp.experts.gate_up_proj as its configuration says"):
         stream_capture(stream_model(other)[0], input_ids, tmp_path / "work")
+    with pytest.raises(ValueError, match=r"it does not hold model.layers.1.mlp.experts.gate_up_proj as"):
+        load_model(other)
     rewrite(other, EXPERT.replace("3.w1", "2.w1"), lambda t: t[:, :-1].contiguous())
     with pytest.raises(ValueError, match=r"parts of it are missing or have other shapes"):
         stream_capture(stream_model(other)[0], input_ids, tmp_path / "work-2")
     cut = sorted(stored.glob("*.safetensors"))[2]
     whole = cut.read_bytes()
     cut.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match=rf"{cut.name} is not readable"):
-        stream_model(stored)
+    for load in (load_model, stream_model):
+        with pytest.raises(ValueError, match=rf"{cut.name} is not readable"):
+            load(stored)
     cut.unlink()
     with pytest.raises(ValueError, match="not a readable checkpoint"):
         stream_model(stored)

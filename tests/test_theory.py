@@ -58,7 +58,7 @@ def made_up(*, lost=lambda cost: cost):
             for layer in range(3):
                 row = dict(method=method, kind="one", experts=experts, layer=layer, block=errors[layer], alone=alone[layer])
                 row |= dict(residual=np.nan if method == "reap" else errors[layer], added=lost(alone.sum()), kl=2 * alone.sum())
-                rows.append(row | dict(output_error=0.1, function_error=0.9 * errors[layer], fitted=np.nan))
+                rows.append(row | dict(output_error=errors[layer] / 3, function_error=0.9 * errors[layer], fitted=np.nan))
     return pd.DataFrame(rows)
 
 
