@@ -48,7 +48,7 @@ def test_rounding_is_weighed_against_what_takes_no_more_bytes():
     assert said[1].startswith("4 bits, 28% of the bytes: rounding all experts adds 0.050 nats")
     assert [line.rpartition(": ")[2] for line in said[:3]] == ["do not merge.", "do not merge.", "make it smaller."]
     assert said[3].endswith("trimming to 4, 4 bits, 14%, adds 0.250.")
-    assert said[4] == "50% of the operations, of which rounding saves none: trimming to 4, 16 bits adds 0.200."
+    assert said[4] == "For 50% of the experts' operations, which rounding does not save: trimming to 4, 16 bits adds 0.200."
 
 
 def test_the_front_is_what_no_other_point_beats():
