@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from hcsmoe_core.checkpoint import factored_savings, load_model
 from hcsmoe_core.evaluation import evaluate
-from hcsmoe_core.files import check_choice, check_count, read_json, sha256_json, write_json
+from hcsmoe_core.files import check_choice, check_count, kept, read_json
 from hcsmoe_core.merging import apply_plan, restore
 from hcsmoe_core.methods import METHODS, make_plan, steps_of
 from hcsmoe_core.moe import find_moe_layers, model_hash
@@ -90,19 +90,18 @@ def compare(
     wanted = [{"method": ORIGINAL, "experts": size, "seed": 0}]
     wanted += [{"method": m, "experts": r, "seed": s} for s in seeds for r in sorted(experts, reverse=True) for m in methods]
     captured = {}
+
+    def measured(cell):
+        if cell["method"] != ORIGINAL and cell["seed"] not in captured:
+            captured.clear()
+            how = dict(calibration=calibration, sequences=sequences, length=length, seed=cell["seed"], needs=needs)
+            captured[cell["seed"]] = statistics(loaded, tokenizer, **how)
+        stats = None if cell["method"] == ORIGINAL else captured[cell["seed"]]
+        return _measured(loaded, tokenizer, stats, cell, settings or {}, limit=limit, text=text)
+
     for cell in tqdm(wanted, desc=f"compare {slug(model)}", unit="cell"):
         about = shared | cell | {"settings": settings or {}}
-        path = cells_folder / f"{sha256_json(about)[:12]}.json"
-        if path.exists():
-            continue
-        stats = None
-        if cell["method"] != ORIGINAL:
-            if cell["seed"] not in captured:
-                how = dict(calibration=calibration, sequences=sequences, length=length, seed=cell["seed"], needs=needs)
-                captured = {cell["seed"]: statistics(loaded, tokenizer, **how)}
-            stats = captured[cell["seed"]]
-        result = _measured(loaded, tokenizer, stats, cell, settings or {}, limit=limit, text=text)
-        write_json(path, about | {"result": result})
+        kept(cells_folder, about, lambda cell=cell: measured(cell))
     return cells(folder, model)
 
 
@@ -191,10 +190,7 @@ def cells(folder, model):
     import pandas as pd
 
     if str(folder).endswith(".csv"):
-        path = place(str(folder).replace("{model}", slug(model)))
-        if not path.is_file():
-            raise FileNotFoundError(f"There is no table {path}; run: hcsmoe compare {model}, and give runs/compare.")
-        return pd.read_csv(path).reindex(columns=COLUMNS)
+        return read_table(folder, model, f"hcsmoe compare {model}, and give runs/compare").reindex(columns=COLUMNS)
     newest = {}
     for path in sorted((place(folder) / slug(model)).glob("*.json"), key=lambda p: p.stat().st_mtime):
         content = read_json(path)
@@ -215,6 +211,22 @@ def cells(folder, model):
     return pd.DataFrame(rows, columns=COLUMNS).sort_values(
         ["experts", "method", "seed"], ascending=[False, True, True], ignore_index=True
     )
+
+
+def read_table(path, model, command):
+    """A table that was kept, ``{model}`` in its path replaced by the model's name.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is none; it says to run ``command``.
+    """
+    import pandas as pd
+
+    path = place(str(path).replace("{model}", slug(model)))
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no table {path}; run: {command}.")
+    return pd.read_csv(path)
 
 
 def summary(frame):

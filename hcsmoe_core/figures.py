@@ -857,3 +857,106 @@ def published_beside_ours(frame, *, title="", width=PAGE):
     figure.legend([shown[label] for label in order], order, loc="outside lower center", ncols=3, handletextpad=0.3)
     figure.suptitle(textwrap.fill(title, int(14 * width)), size=matplotlib.rcParams["axes.titlesize"])
     return figure
+
+
+@styled
+def tradeoff(frame, *, costs, value, hue, shade, fronts, labels, ylabel="", title="", width=PAGE):
+    """What is lost against what it costs, a panel for each cost, on logarithmic axes; rings mark the Pareto front.
+
+    Parameters
+    ----------
+    frame : pandas.DataFrame
+    costs : sequence of str
+        Columns along the panels' x axes.
+    value, hue : str
+        Columns of what is lost, and of what tells the colours apart.
+    shade : str
+        Column whose values make lines of their own within a colour: the largest solid and filled, smaller ones lighter.
+    fronts : sequence of (N,) bool arrays
+        By panel: which points are on the front.
+    labels : sequence of str
+        Of the x axes.
+    ylabel, title : str
+    width : float
+        Inches.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+    """
+    figure = Figure(figsize=(width, 0.55 * width), layout="constrained")
+    all_axes = figure.subplots(1, len(costs), sharey=True, squeeze=False)[0]
+    shades = sorted(frame[shade].unique(), reverse=True)
+    for axes, cost, front, label in zip(all_axes, costs, fronts, labels, strict=True):
+        for i, name in enumerate(sorted(frame[hue].unique())):
+            rows = frame[frame[hue] == name]
+            levels = [(value_of, rows[rows[shade] == value_of]) for value_of in shades]
+            if all(len(part) <= 1 for _, part in levels):  # its shades are points of one line
+                levels = [(shades[0], rows)]
+            for level, part in levels:
+                part, faint = part.sort_values([cost, value]), shades.index(level)
+                look = dict(
+                    color=f"C{i}", marker="osD^vP"[i % 6], alpha=max(0.3, 1 - 0.3 * faint), ls=["-", "--", ":"][min(faint, 2)]
+                )
+                axes.plot(part[cost], part[value], ms=4, lw=0.9, label=None if faint else name, **look)
+        edge = frame[front]
+        ring = dict(ls="none", marker="o", ms=8.5, mfc="none", mec="0.35", mew=0.8)
+        axes.plot(edge[cost], edge[value], label="not beaten in both", **ring)
+        axes.set(xscale="log", yscale="log", xlabel=label)
+        ticks = [0.05, 0.1, 0.2, 0.5, 1]
+        axes.set_xticks(ticks, [f"{100 * tick:.0f}" for tick in ticks])
+        axes.set_xticks([], minor=True)
+        axes.set_xlim(0.85 * frame[cost].min(), 1.15 * frame[cost].max())
+    all_axes[0].set_ylabel(ylabel or value)
+    handles, names = all_axes[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=len(names))
+    figure.suptitle(title, size=matplotlib.rcParams["axes.titlesize"])
+    return figure
+
+
+@styled
+def predictions(panels, *, value, hue, lines=None, xlabels=None, ylabel="", title="", width=PAGE):
+    """What was measured against what was predicted, a panel for each prediction, on logarithmic axes.
+
+    Parameters
+    ----------
+    panels : dict of str to pandas.DataFrame
+        By title: with a column ``x``.
+    value, hue : str
+        Columns of what was measured, and of what tells the colours apart.
+    lines : dict of str to (float, float), optional
+        By title: slope and factor of ``value = factor · x^slope``.
+    xlabels : dict of str to str, optional
+    ylabel, title : str
+    width : float
+        Inches.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+    """
+    columns = 2
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(width, 0.4 + 0.38 * width * rows), layout="constrained")
+    all_axes = figure.subplots(rows, columns, sharey=True, squeeze=False).ravel()
+    names = sorted({name for frame in panels.values() for name in frame[hue]})
+    for axes, (name, frame) in zip(all_axes, panels.items(), strict=False):
+        for i, kind in enumerate(names):
+            part = frame[frame[hue] == kind]
+            axes.plot(part["x"], part[value], "osD^vP"[i % 6], color=f"C{i}", ms=4, label=kind)
+        if lines and name in lines and np.isfinite(lines[name]).all():
+            slope, factor = lines[name]
+            ends = np.array([frame["x"][frame["x"] > 0].min(), frame["x"].max()])
+            axes.plot(ends, factor * ends**slope, color="0.4", lw=0.9)
+            axes.text(0.04, 0.92, f"slope {slope:.2f}", transform=axes.transAxes, size=7, color="0.3")
+        axes.set(xscale="log", yscale="log", xlabel=(xlabels or {}).get(name, ""))
+        axes.set_title(name, loc="left", size=7.5)
+    for axes in all_axes[len(panels) :]:
+        axes.remove()
+    for axes in all_axes[: len(panels) : columns]:
+        axes.set_ylabel(ylabel or value)
+    handles, shown = all_axes[0].get_legend_handles_labels()
+    keep = [place for place, label in enumerate(shown) if label in names]
+    figure.legend([handles[k] for k in keep], [shown[k] for k in keep], loc="outside lower center", ncols=len(keep))
+    figure.suptitle(title, size=matplotlib.rcParams["axes.titlesize"])
+    return figure

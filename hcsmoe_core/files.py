@@ -162,3 +162,25 @@ def read_json(path):
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError:
         return None
+
+
+def kept(folder, about, measure):
+    """What was measured under some settings, if its file is in a folder already; else measured now, and kept there.
+
+    Parameters
+    ----------
+    folder : path
+    about : dict
+        The settings, as JSON values; the file is named by their hash.
+    measure : callable
+        Gives the result, a JSON value.
+
+    Returns
+    -------
+    dict
+        ``about`` with the ``result``.
+    """
+    path = Path(folder) / f"{sha256_json(about)[:12]}.json"
+    if not path.exists():
+        write_json(path, about | {"result": measure()})
+    return read_json(path)

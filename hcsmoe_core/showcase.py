@@ -53,7 +53,7 @@ def run(names, out, figures, workers, limit, *, full=False):
     for name in names:
         about = {"model": name, "sweep": str(cells)} | shared
         read += [(path("06_ablation"), about | {"grid": ",".join(BRIEF)}), (path("07_paper"), about)]
-        read.append((path("08_methods"), {"model": name} | shared))
+        read += [(path(n), {"model": name} | shared) for n in ("08_methods", "09_bytes", "10_theory")]
     done += sweep.run_cells(read, out, workers=workers, again=True, description="tables")
     report(names, out, cells, figures, len(done))
 

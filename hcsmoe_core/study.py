@@ -37,6 +37,8 @@ NOTEBOOKS = (
     "06_ablation",
     "07_paper",
     "08_methods",
+    "09_bytes",
+    "10_theory",
 )
 
 

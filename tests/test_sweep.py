@@ -123,7 +123,7 @@ def readers(model, figures, cells, where="", seed=42, **changed):
     return [
         (sweep.notebook_path("06_ablation"), shared | {"sweep": str(cells), "where": where} | changed),
         (sweep.notebook_path("07_paper"), shared | SMALL | {"sweep": str(cells), "seed": seed}),
-        (sweep.notebook_path("08_methods"), shared),
+        *((sweep.notebook_path(name), shared) for name in ("08_methods", "09_bytes", "10_theory")),
     ]
 
 
@@ -148,6 +148,8 @@ def test_notebooks_run_with_default_and_with_changed_parameters_and_draw_the_sam
     absent = {"id": "0" * 12, "parameters": {"model": model, "experts": 3, "method": "reap"}}
     sweep.write_grid(out, "some", model, title="Some", notebook=made[0][0], cells=[*named, absent])
     executed += sweep.run_cells(readers(model, first, out) + readers(model, other, out, **reading)[:2], out, workers=2)
+    here = {"model": model, "figures": str(other), "methods": "hc-smoe,trimming,reap", "experts": "4"} | SMALL
+    executed += sweep.run_cells([(sweep.notebook_path(n), here) for n in ("09_bytes", "10_theory")], out, workers=2)
     for path in executed:
         content = nbformat.read(path, as_version=4)
         code = [c for c in content.cells if c.cell_type == "code"]
@@ -163,7 +165,7 @@ def test_notebooks_run_with_default_and_with_changed_parameters_and_draw_the_sam
     assert len(grid["cells"]) == len(scored)
     assert {p.name for p in (other / model).glob("06_*table*")} == {"06_some-table.csv", "06_some-table.tex"}
     drawn = {path.name: path for path in (first / model).iterdir()}
-    assert len({name[:2] for name in drawn}) == 9
+    assert len({name[:2] for name in drawn}) == 11
     if again:
         sweep.run_cells(cells_of(model, second, default, [scored[0], scored[-1]]), tmp_path / "again", workers=2)
         sweep.run_cells(readers(model, second, out), tmp_path / "again", workers=2)
