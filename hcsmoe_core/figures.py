@@ -9,6 +9,7 @@ from pathlib import Path
 
 import matplotlib
 import matplotlib.figure
+import matplotlib.ticker
 import numpy as np
 from matplotlib import patheffects
 from matplotlib.collections import PolyCollection
@@ -950,6 +951,7 @@ def predictions(panels, *, value, hue, lines=None, xlabels=None, ylabel="", titl
             axes.plot(ends, factor * ends**slope, color="0.4", lw=0.9)
             axes.text(0.04, 0.92, f"slope {slope:.2f}", transform=axes.transAxes, size=7, color="0.3")
         axes.set(xscale="log", yscale="log", xlabel=(xlabels or {}).get(name, ""))
+        axes.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
         axes.set_title(name, loc="left", size=7.5)
     for axes in all_axes[len(panels) :]:
         axes.remove()
