@@ -95,7 +95,18 @@ def random(*arguments):
 def merge(folder, ids, out, *options):
     """Merge to half the experts in another process: seconds and peak memory."""
     calibration = ["--calibration", str(ids), "--sequences", "8", "--length", "256", "--batch-size", "2"]
-    words = ["merge", str(folder), "--experts", str(EXPERTS // 2), "--method", "hc-smoe", "--out", str(out), *calibration, *options]
+    words = [
+        "merge",
+        str(folder),
+        "--experts",
+        str(EXPERTS // 2),
+        "--method",
+        "hc-smoe",
+        "--out",
+        str(out),
+        *calibration,
+        *options,
+    ]
     began = time.perf_counter()
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([sys.executable, "-c", RUN, *words], cwd=root(), env=environment, capture_output=True, text=True)

@@ -181,10 +181,18 @@ def test_folding_needs_the_sample(model, input_ids, tmp_path):
 def test_routers_that_a_plan_cannot_have(model, stats):
     with pytest.raises(ValueError, match="drops experts"):
         with_router(make_plan(stats, model, experts=4, method="reap"), "folded")
-    with pytest.raises(ValueError, match="no groups"):
-        with_router(make_plan(stats, model, experts=4, method="trimming"), "row-kept")
     with pytest.raises(ValueError, match='"router" argument must be one of'):
         with_router(make_plan(stats, model, experts=4), "guessed")
+
+
+def test_rows_of_experts_that_stay_apart_are_left_alone(model, stats, tmp_path):
+    """A checkpoint for stock engines is asked for, and trimmed experts give one with the router as it was."""
+    plan = make_plan(stats, model, experts=4, method="trimming")
+    assert with_router(plan, "folded").layers == plan.layers
+    for router in ("", "folded", "row-kept"):
+        assert save_merged(model, plan, tmp_path / f"m{router}", stats=stats, router=router)["router"] == "plain"
+    written = [(tmp_path / f"m{router}/model.safetensors").read_bytes() for router in ("", "folded", "row-kept")]
+    assert written[0] == written[1] == written[2]
 
 
 def test_layers_with_different_numbers_have_no_plain_checkpoint(model, stats, tmp_path):
