@@ -347,10 +347,10 @@ LOADING = {
 
 def _print_written(out, plan, written):
     """What was written, what it was calibrated on, what engines ask, and how far it is from the original."""
-    from hcsmoe_core.export import calibrated, counts, fidelity_text
+    from hcsmoe_core.export import calibrated, fidelity_text, kept_of
 
     print(
-        f"{out}: {counts(plan)} experts a layer, {written['parameters']:,} of {written['original']:,} weights, "
+        f"{out}: {kept_of(plan)}, {written['parameters']:,} of {written['original']:,} weights, "
         f"{written['bytes'] / 1e6:.1f} MB, {written['router']}; {LOADING[written['router']]} or hcsmoe evaluate {out}"
     )
     if plan.statistics:

@@ -196,7 +196,7 @@ def write_card(model, folder, plan, *, kind, opener, sizes, limits, fidelity=Non
     rows = _summary(model, plan, kind, sizes) | (about or {})
     blocks = [
         "\n".join([*head, "---"]),
-        f"# {shown or type(model).__name__}, {counts(plan) + ' experts a layer' if _fewer(plan) else 'trimmed'}",
+        f"# {shown or type(model).__name__}, {kept_of(plan) if _fewer(plan) else 'trimmed'}",
         f"Made by hcsmoe of {shown or 'a model in memory'}, without retraining. The licence of the original applies.",
         "\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items())]),
         "## Loading",
@@ -216,6 +216,12 @@ def write_card(model, folder, plan, *, kind, opener, sizes, limits, fidelity=Non
 def _fewer(plan):
     """Whether any layer has fewer experts than before, or else the same of another width."""
     return any(layer.num_groups < len(layer.labels) for layer in plan.layers)
+
+
+def kept_of(plan):
+    """What a plan leaves of each layer, in words: so many experts, and their width where it is another."""
+    widths = " or ".join(map(str, sorted({layer.width for layer in plan.layers if layer.width})))
+    return f"{counts(plan)} experts{f' of {widths} neurons' if widths else ''} a layer"
 
 
 def counts(plan):

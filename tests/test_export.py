@@ -529,9 +529,10 @@ def test_the_command_writes_every_kind(tmp_path):
     code, said, _ = run("--experts", "4", "--out", tmp_path / "best", "--fidelity", "0")
     assert code == 0
     assert 'method: "least-residual", which is recommended; the paper\'s is --method hc-smoe' in said
+    assert "8 experts of 128 neurons a layer" in said  # unrelated: trimmed
     assert json.loads((tmp_path / "best/plan.json").read_text())["settings"]["method"] == "least-residual"
     code, _, said = run("--experts", "4", "--router", "guessed", "--out", tmp_path / "no")
     assert code == 2
     assert 'The "router" argument must be one of' in said
     shutil.rmtree(tmp_path / "again")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["folded"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["best", "folded"]
