@@ -10,6 +10,7 @@ import os
 import re
 import socket
 import tempfile
+import time
 import traceback
 from concurrent.futures import BrokenExecutor, CancelledError
 from dataclasses import fields
@@ -343,10 +344,18 @@ class _Run:
             return True
         text = str(error).strip() or type(error).__name__
         self.failed[place] = text.splitlines()[-1]
-        if state_of(self.places[place]) in ("missing", "interrupted"):  # it could not tell itself
+        if _settled(self.places[place]) in ("missing", "interrupted"):  # it could not tell itself
             self.places[place].parent.mkdir(parents=True, exist_ok=True)
             write_failure(self.places[place], f"{type(error).__name__}: {text}")
         return False
+
+
+def _settled(done, seconds=10):
+    """State of a cell that is over: the lock of a process that was killed may outlive it for a moment."""
+    until = time.monotonic() + seconds
+    while (state := state_of(done)) == "running" and time.monotonic() < until:
+        time.sleep(0.05)
+    return state
 
 
 def write_grid(folder, name, model, *, title, notebook, cells):
