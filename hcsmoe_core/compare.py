@@ -13,7 +13,7 @@ from hcsmoe_core.checkpoint import factored_savings, load_model
 from hcsmoe_core.evaluation import evaluate
 from hcsmoe_core.files import check_choice, check_count, kept, read_json
 from hcsmoe_core.merging import apply_plan, restore
-from hcsmoe_core.methods import METHODS, make_plan, steps_of
+from hcsmoe_core.methods import METHODS, make_plan, named, steps_of
 from hcsmoe_core.moe import find_moe_layers, model_hash
 from hcsmoe_core.study import core_hash, model_size, place, slug, statistics
 
@@ -76,7 +76,7 @@ def compare(
     ValueError
         Before anything is measured, if a method, a setting or a number of experts is not to be had.
     """
-    methods = list(methods or METHODS)
+    methods = list(dict.fromkeys(named(m) for m in methods or METHODS))
     steps = {m: steps_of(check_choice("methods", m, tuple(METHODS)), **(settings or {})) for m in methods}
     loaded, tokenizer = load_model(model, dtype=dtype, device=device)
     size = model_size(loaded)["num_experts"]
