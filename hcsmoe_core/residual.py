@@ -86,8 +86,8 @@ def held_out(sampled, by):
     sampled : (R, 3) int64 tensor
         Of :class:`hcsmoe_core.statistics.Statistics`.
     by : {"sequences", "domains"}
-        One in four of the sequences of each domain, or all sequences of one in four domains: a choice that holds on text
-        of another kind is more cautious.
+        One in four of the sequences of each domain (of all together, where each domain has one alone), or all sequences of
+        one in four domains: a choice that holds on text of another kind is more cautious.
 
     Returns
     -------
@@ -107,16 +107,13 @@ def held_out(sampled, by):
                 "calibration source with several."
             )
         return torch.isin(domain, torch.tensor(found[HELD_OUT - 1 :: HELD_OUT] or found[-1:]))
-    chosen = torch.zeros(len(sampled), dtype=torch.bool)
-    for one in found:
-        sequences = sequence[domain == one].unique()
-        if len(sequences) > 1:
-            chosen |= torch.isin(
-                sequence, sequences[HELD_OUT - 1 :: HELD_OUT] if len(sequences) >= HELD_OUT else sequences[-1:]
-            )
-    if not chosen.any():
+    of_domain = [sequence[domain == one].unique() for one in found]
+    if all(len(sequences) == 1 for sequences in of_domain):
+        of_domain = [sequence.unique()]
+    several = [sequences for sequences in of_domain if len(sequences) > 1]
+    if not several:
         raise ValueError("To hold some out, the sample needs tokens of two calibration sequences at least; calibrate on more.")
-    return chosen
+    return torch.isin(sequence, torch.cat([s[HELD_OUT - 1 :: HELD_OUT] if len(s) >= HELD_OUT else s[-1:] for s in several]))
 
 
 class Judge:

@@ -54,6 +54,12 @@ def test_held_out_sequences_are_a_quarter_of_each_domain(mixtral, domains):
     assert not set(sequence[chosen].tolist()) & set(sequence[~chosen].tolist())
 
 
+def test_of_one_sequence_a_domain_a_quarter_of_all_is_held_out(mixtral):
+    stats = captured(mixtral, domains=[str(i) for i in range(12)])
+    chosen = residual.held_out(stats.sampled, "sequences")
+    assert len(stats.sampled[chosen][:, 0].unique()) == 3
+
+
 def test_held_out_domains_are_whole(mixtral):
     stats = captured(mixtral, domains=["a", "b", "c", "d"] * 3)
     chosen = residual.held_out(stats.sampled, "domains")
