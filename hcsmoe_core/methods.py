@@ -633,6 +633,12 @@ _ONLY = {
 }
 
 
+def _dominant(labels, sums):
+    """The expert of each group that is used most; the first of equals."""
+    usage = sums.usage_count.sum(0).numpy()
+    return [int(max(np.flatnonzero(labels == g), key=lambda e: usage[e])) for g in range(labels.max() + 1)]
+
+
 def _trimmed(name, sums, stats, steps, experts):
     """Every expert alone, at r / E of its width."""
     width = stats.model["layers"][name]["width"] * experts // sums.num_experts
@@ -737,16 +743,14 @@ class _Maker:
         return [self._of_way(name, way) for name, way in zip(self.stats.layers, ways, strict=True)]
 
     def _of_way(self, name, way):
-        usage = self.stats.layers[name].usage_count.sum(0).numpy()
-        groups = [np.flatnonzero(way.labels == g) for g in range(way.labels.max() + 1)]
-        joined = len(groups) < len(way.labels)
+        joined = way.labels.max() + 1 < len(way.labels)
         return LayerPlan(
             name,
             way.labels.tolist(),
             way.weights.tolist(),
             router=self.steps.router if joined else "map",
             width=way.width if way.width < self.stats.model["layers"][name]["width"] else None,
-            dominant=[int(max(members, key=lambda e: usage[e])) for members in groups] if joined else None,
+            dominant=_dominant(way.labels, self.stats.layers[name]) if joined else None,
             rules=way.rules,
         )
 
@@ -773,8 +777,7 @@ class _Maker:
         options, dominant = self.steps.combination(), None
         matched = options.get("align", "none") != "none" or options["rule"] in ("fix-dom", "selection")
         if matched or self.steps.router == "row-kept":
-            usage = sums.usage_count.sum(0).numpy()
-            dominant = [int(max(np.flatnonzero(labels == g), key=lambda e: usage[e])) for g in range(count)]
+            dominant = _dominant(labels, sums)
         return LayerPlan(
             name,
             labels.tolist(),
