@@ -14,6 +14,8 @@ RULES = ("average", "fix-dom", "zipit", "least-squares", "joint-svd", "selection
 ALIGNMENTS = ("none", "weights", "activations")
 NEURON_FEATURES = ("activations", "weights", "activations+weights")
 POOLS = ("members", "averages")
+ALIKE = 1 - 1e-6  # cosine above which a neuron is taken for a copy of another
+BATCH = 256  # neurons that are compared at once with those taken
 STEPS = 256  # in which neurons are chosen, at most about: of wide experts several at once
 # Usual options of each rule; a plan says what it was made with.
 OPTIONS = {
@@ -382,16 +384,28 @@ def _completed(chosen, width, group, pool):
         first = len(group.members) if len(pool.up) > each * len(group.members) else group.dominant
         size[first * each : (first + 1) * each] += 2
         unit = vectors / length.clamp(min=torch.finfo(length.dtype).tiny)[:, None]
-        taken, copies = list(chosen), []
-        for place in torch.argsort(size, descending=True, stable=True).tolist():
-            if len(taken) == width:
-                break
-            if place in chosen:
-                continue
-            alike = (unit[taken] @ unit[place]).max() if taken else 0
-            (copies if alike > 1 - 1e-6 else taken).append(place)
-        chosen = taken + copies[: width - len(taken)]
+        order = torch.argsort(size, descending=True, stable=True).tolist()
+        chosen = _unlike(unit, chosen, order, width)
+        left = set(order) - set(chosen) if len(chosen) < width else ()
+        chosen += [place for place in order if place in left][: width - len(chosen)]
     return torch.tensor(sorted(chosen), device=pool.up.device)
+
+
+def _unlike(unit, taken, order, count):
+    """The taken rows of unit vectors, and others in some order until there are ``count``, none near a copy of one before it."""
+    taken, held = list(taken), set(taken)
+    rest = [place for place in order if place not in held]
+    for start in range(0, len(rest), BATCH):
+        places = rest[start : start + BATCH]
+        near = (unit[places] @ unit[taken].T).amax(1) if taken else unit.new_zeros(len(places))
+        among = unit[places] @ unit[places].T
+        for i, place in enumerate(places):
+            if len(taken) == count:
+                return taken
+            if near[i] <= ALIKE:
+                taken.append(place)
+                near = torch.maximum(near, among[i])
+    return taken
 
 
 def forward_selection(pool, target, width, *, block=None):

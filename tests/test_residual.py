@@ -8,7 +8,7 @@ import torch
 from conftest import EXPERTS, OTHERS, tiny_model, tokens
 
 import hcsmoe_core as core
-from hcsmoe_core import residual
+from hcsmoe_core import combining, residual
 from hcsmoe_core.combining import chosen_columns, forward_selection
 from hcsmoe_core.merging import merge_layer
 from hcsmoe_core.moe import MoELayer, moe_layer
@@ -229,6 +229,20 @@ def test_blocks_leave_nearly_what_the_greedy_choice_does():
         assert len({c % 40 for c in chosen}) >= 23
     wide = chosen_columns(pool.T @ pool, pool.T @ target, 600, block=16)
     assert len(wide) <= 80  # no more columns than there are
+
+
+@pytest.mark.parametrize("count", [3, 9, 12, 16])
+def test_where_the_sample_tells_no_more_copies_come_last(monkeypatch, count):
+    monkeypatch.setattr(combining, "BATCH", 3)
+    unit = torch.nn.functional.normalize(torch.randn(16, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
+    unit = unit[[0, 1, 2, 3, 4, 5, 1, 7, 8, 1, 10, 11, 12, 1, 1, 15]]  # copies, some of another batch
+    order, taken = torch.randperm(16, generator=torch.Generator().manual_seed(1)).tolist(), [9, 4]
+    wanted = list(taken)
+    for place in order:
+        if len(wanted) < count and place not in wanted and all(float(unit[place] @ unit[one]) < 1 - 1e-6 for one in wanted):
+            wanted.append(place)
+    assert combining._unlike(unit, taken, order, count) == wanted
+    assert len(wanted) == min(count, 12)
 
 
 def test_greedy_steps_are_those_of_a_naive_search():
