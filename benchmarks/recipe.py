@@ -13,34 +13,20 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from safetensors.torch import save_file
 
 import hcsmoe_core as core
 from hcsmoe_core.compare import compare
-from hcsmoe_core.study import place
 
 MODELS = {"demo-qwen": (16, 8), "demo-mixtral": (4, 2)}
 METHODS = ("hc-smoe", "mergemoe", "trimming", "least-residual")  # the paper's, and the best two of the table of all methods
-TWO, LENGTH = ("code", "prose"), 256
+LENGTH = 256
 SHIFTED = ("hc-smoe", "least-residual")  # that are calibrated otherwise, too
 CALIBRATED = {
     "in distribution": ("demo", 96),
     "self": ("self", 288),
-    "two": ("{two}", 96),
-    "two and self": ("{two}+3*self", 384),
+    "two": ("demo:code,prose", 96),
+    "two and self": ("demo:code,prose+3*self", 384),
 }
-
-
-def two_domains(model, seed, folder):
-    """Sequences of two domains of the embedded corpus, as a file."""
-    tokenizer = core.load_model(model)[1]
-    sequences = 48 * len(core.demo.corpus.DOMAINS)
-    ids = core.calibration_tokens("demo", tokenizer, sequences=sequences, length=LENGTH, seed=seed)
-    chosen = [i for i, domain in enumerate(core.domains_of("demo", sequences)) if domain in TWO]
-    path = place(folder) / f"two-{seed}.safetensors"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({"input_ids": ids[chosen].contiguous()}, path)
-    return path
 
 
 def measured(arguments):
@@ -50,8 +36,7 @@ def measured(arguments):
         for name in arguments.calibrated:
             source, sequences = CALIBRATED[name]
             for seed in range(arguments.seeds):
-                two = two_domains(model, seed, f"{arguments.folder}/two") if "{two}" in source else ""
-                how = dict(calibration=source.format(two=two), sequences=sequences, length=LENGTH, limit=arguments.limit)
+                how = dict(calibration=source, sequences=sequences, length=LENGTH, limit=arguments.limit)
                 frame = compare(
                     model,
                     methods=METHODS if name == "in distribution" else SHIFTED,

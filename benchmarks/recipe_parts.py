@@ -25,6 +25,8 @@ FEW = 4096
 # By name: constants of the room that are set otherwise, and steps that are.
 PARTS = {
     "the method": ({}, {}),
+    "what neurons read is not fitted": ({}, {"refit": 0}),
+    "one round of it": ({}, {"refit": 1}),
     "whole experts only": ({}, {"shape": "whole"}),
     "each layer its own shape": ({}, {"shape": "by-layer"}),
     "no averages to choose from": ({"POOLED": 0}, {}),

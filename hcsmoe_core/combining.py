@@ -16,6 +16,9 @@ NEURON_FEATURES = ("activations", "weights", "activations+weights")
 POOLS = ("members", "averages")
 ALIKE = 1 - 1e-6  # cosine above which a neuron is taken for a copy of another
 BATCH = 256  # neurons that are compared at once with those taken
+REFIT_RIDGE = 0.1  # of refits of what neurons read, relative to the mean of each neuron's squared slopes
+FLOOR = 1e-12  # of the squared outputs: what is left is rounding
+ITERATIONS = 30  # of conjugate gradients a refit
 STEPS = 256  # in which neurons are chosen, at most about: of wide experts several at once
 # Usual options of each rule; a plan says what it was made with.
 OPTIONS = {
@@ -132,6 +135,8 @@ def combine(group, options):
           members' weighted average can be chosen as well, which near-copies need one of in place of several.
         - ``"trimming"``: the same for one expert alone, of whose neurons ``width`` are kept.
 
+        With ``refit``, a number of rounds, what the neurons of the expert read is fitted too: :func:`refitted`.
+
     Returns
     -------
     Neurons
@@ -142,12 +147,14 @@ def combine(group, options):
         If the rule is unknown, or solves for a projection where that is not possible.
     """
     check_choice("rule", options["rule"], RULES)
-    if group.layer.unsolvable and options["rule"] in SAMPLED_RULES:
+    rounds = options.get("refit", 0)
+    if group.layer.unsolvable and (options["rule"] in SAMPLED_RULES or rounds):
         raise ValueError(
             f'{group.layer.name}: {group.layer.unsolvable}, so that combine "{options["rule"]}" has nothing to solve; '
             'use "average", "fix-dom", "zipit" or "joint-svd".'
         )
-    return _RULES[options["rule"]](group, **{k: v for k, v in options.items() if k != "rule"})
+    made = _RULES[options["rule"]](group, **{k: v for k, v in options.items() if k not in ("rule", "refit")})
+    return refitted(group, made, rounds, ridge=options.get("ridge", REFIT_RIDGE))
 
 
 def averaged(group, *, align="none"):
@@ -331,6 +338,89 @@ def _symmetric_solve(gram, right):
     if int(failed):
         return torch.linalg.lstsq(gram.cpu(), right.cpu(), driver="gelsd").solution.to(right.device)
     return torch.cholesky_solve(right, factor)
+
+
+def refitted(group, neurons, rounds, *, ridge=REFIT_RIDGE):
+    """An expert fitted further to what a group gives on its sampled tokens, what its neurons read and what they write in turns.
+
+    What they read, gates and all, is moved by one Gauss-Newton step that lowers the residual: the activations' slopes make it
+    a linear regression, which conjugate gradients solve, at the cost of a few passes over the tokens each, with a ridge that
+    pulls towards the rows as they are (Levenberg, 1944). What they write is then solved for as in ``"least-squares"``. No
+    gradient of the model's loss is involved, nor any text but the sample.
+
+    Parameters
+    ----------
+    group : Group
+    neurons : Neurons
+        I' of them.
+    rounds : int
+    ridge : float
+        For what they write.
+
+    Returns
+    -------
+    Neurons
+        That leave no more than those given; the same if these leave nothing.
+    """
+    left = _residual(group, neurons) if rounds else None
+    for _ in range(rounds):
+        if float(left.pow(2).sum()) <= FLOOR * float(group.outputs().double().pow(2).sum()):
+            break
+        step = _reading_step(group, neurons, left)
+        for scale in (1, 0.5, 0.25):
+            moved = replace(neurons, up=neurons.up + scale * step)
+            gram, outputs = normal_equations(group, moved)
+            moved = replace(moved, down=_solved(gram, outputs, ridge, moved.down.T).T)
+            now = _residual(group, moved)
+            if now.pow(2).sum() < left.pow(2).sum():
+                neurons, left = moved, now
+                break
+        else:
+            break
+    return neurons
+
+
+def _residual(group, neurons):
+    """What the group gives less what one expert gives in its place, ``(T, D)``."""
+    tokens, gates = group.tokens()
+    return group.outputs(neurons.offset) - (group.layer.activate(neurons, tokens) * gates.sum(1, keepdim=True)) @ neurons.down.T
+
+
+def _reading_step(group, neurons, left):
+    """Change of ``up``, ``(I', p, D)``, that takes most of a residual away, to first order and with a ridge.
+
+    ``argmin_δ ‖R − Σ_jp (c s_jp (X δ_jp)) d_jᵀ‖² + Σ_jp λ_jp ‖δ_jp‖²`` for slopes s, gates c and what neurons write d, by
+    conjugate gradients with the diagonal as preconditioner.
+    """
+    tokens, gates = (t.float() for t in group.tokens())
+    slopes = (group.layer.slopes(neurons, group.tokens()[0]).float() * gates.sum(1, keepdim=True)).unbind()
+    writes = neurons.down.float()
+
+    def given(change):
+        return sum((tokens @ rows.T) * slope for rows, slope in zip(change, slopes, strict=True)) @ writes.T
+
+    def taken(residual):
+        read = residual @ writes
+        return torch.stack([(read * slope).T @ tokens for slope in slopes])
+
+    squares = writes.pow(2).sum(0)[:, None]
+    diagonal = torch.stack([squares * (slope.pow(2).T @ tokens.pow(2)) for slope in slopes])
+    penalty = REFIT_RIDGE * diagonal.mean(2, keepdim=True) + torch.finfo(torch.float32).tiny
+    scale = 1 / (diagonal + penalty)
+    rest = taken(left.float())
+    change, direction = torch.zeros_like(rest), scale * rest
+    size = (rest * direction).sum()
+    for _ in range(ITERATIONS):
+        if not size > 0:
+            break
+        image = taken(given(direction)) + penalty * direction
+        length = size / (direction * image).sum()
+        change += length * direction
+        rest -= length * image
+        preconditioned = scale * rest
+        before, size = size, (rest * preconditioned).sum()
+        direction = preconditioned + size / before * direction
+    return change.transpose(0, 1).to(neurons.up.dtype)
 
 
 def joint_svd(group, *, align="none", rank=0.5):

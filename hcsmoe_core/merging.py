@@ -172,7 +172,8 @@ def merge_layer(layer, layer_plan, sample=None):
         raise ValueError(f'{layer.name}: rule {" and ".join(map(repr, rules))} needs the "sample" argument.')
     merged = {name: _averages(tensor.detach(), layer_plan) for name, tensor in layer.tensors().items()}
     options = layer_plan.combine
-    if layer_plan.rules or options["rule"] != "average" or options.get("align", "none") != "none":
+    plain = options["rule"] == "average" and options.get("align", "none") == "none" and not options.get("refit")
+    if layer_plan.rules or not plain:
         merged |= _combined(layer, layer_plan, sample)
     for name, tensor in merged.items():
         if not all_finite(tensor):

@@ -61,14 +61,14 @@ class Steps:
     merge : {"frequency", "average", "routing-mass"}
         Weights of a group's members.
     combine : str
-        How a group becomes one expert, with ``align``, ``features``, ``ridge``, ``rank`` and ``pool``:
+        How a group becomes one expert, with ``align``, ``features``, ``ridge``, ``rank``, ``pool`` and ``refit``:
         :func:`hcsmoe_core.combining.combine`. Options that a rule does not have are not looked at.
     router : {"map", "drop", "average", "row-kept", "folded"}
         See :class:`hcsmoe_core.plan.LayerPlan`.
     shape : {"uniform", "by-layer", "whole"}
         Of grouping by residual: one number of experts and one width in all layers, which plain checkpoints need; each
         layer's own; or r experts of the width they had.
-    holdout : {"sequences", "domains"}
+    holdout : {"auto", "sequences", "domains"}
         Of grouping by residual: what decides; see :func:`hcsmoe_core.residual.held_out`.
     budget : {"uniform", "frequency", "saliency", "merge-cost", "grape", "silhouette"}
         How many experts each layer keeps: the same number in each; those used most of all layers together; those with the
@@ -101,9 +101,10 @@ class Steps:
     ridge: float | None = None
     rank: float = 0.5
     pool: str = "members"
+    refit: int | None = None
     router: str = "map"
     shape: str = "uniform"
-    holdout: str = "sequences"
+    holdout: str = "auto"
     budget: str = "uniform"
     gamma: float = 0.1
     guard: bool = False
@@ -162,6 +163,10 @@ class Steps:
             raise ValueError(f'budget "{self.budget}" needs one similarity; not {self.similarity!r}.')
         if self.grouping == "fuzzy" and (self.combine != "average" or self.align != "none"):
             raise ValueError('grouping "fuzzy" mixes all experts: combine must be "average" and align "none".')
+        if self.refit is not None:
+            check_count("refit", self.refit, 0)
+        if self.refit and (self.grouping in ("prune", "fuzzy") or self.share):
+            raise ValueError('"refit" fits experts that are joined or trimmed: it goes with no pruning, fuzzy groups or share.')
         if self.share and not 0 < self.share < 1:
             raise ValueError(f'The "share" argument must be above 0 and below 1, or 0 for no second step; not {self.share}.')
         if self.share and self.grouping == "none":
@@ -187,6 +192,8 @@ class Steps:
         for option, usual in OPTIONS.get(self.combine, {}).items():
             value = getattr(self, option)
             made[option] = usual if value is None else value
+        if self.refit or self.combine == "residual":
+            made["refit"] = REFIT if self.refit is None else self.refit
         return made
 
     def needs(self):
@@ -357,6 +364,7 @@ METHODS = {
 }
 
 
+REFIT = 2  # rounds in which what neurons read is fitted, of grouping by residual
 RECOMMENDED = "recommended"
 POINTS_TO = "least-residual"
 
@@ -440,7 +448,7 @@ def _value_of(option, name, text, usual):
         if text not in ("on", "off", "true", "false"):
             raise ValueError(f"{option} {name} takes on or off; not {text!r}.")
         return text in ("on", "true")
-    kind = float if name == "ridge" else type(usual)
+    kind = {"ridge": float, "refit": int}.get(name, type(usual))
     try:
         return kind(text)
     except ValueError:
@@ -604,7 +612,7 @@ def _check_counts_given(counts, sizes, steps):
 
 def _settings_of(steps):
     """The steps that matter, for the plan's settings."""
-    skipped = {"share", "compress_rank", "combine", "align", "features", "ridge", "rank", "pool"}
+    skipped = {"share", "compress_rank", "combine", "align", "features", "ridge", "rank", "pool", "refit"}
     if not steps.compares:
         skipped |= {"similarity", "metric"}
     for grouping, names in _ONLY.items():
@@ -735,12 +743,17 @@ class _Maker:
 
     def judged(self, experts):
         """Plans of all layers by what each way of making them smaller leaves on held-out tokens."""
-        decides, found = residual.held_out(self.stats.sampled, self.steps.holdout), []
-        for name in tqdm(self.stats.layers, desc="plan", unit="layer", disable=None if self.progress else True):
-            judge = residual.Judge(moe_layer(self.model, name), self.stats.layers[name], decides, self.steps.merge)
-            found.append(judge.ways(self.stats, self.model, experts))
-        ways = residual.chosen_ways(found, self.steps.shape)
-        return [self._of_way(name, way) for name, way in zip(self.stats.layers, ways, strict=True)]
+        decides, names = residual.held_out(self.stats.sampled, self.steps.holdout, self.stats.domains), list(self.stats.layers)
+
+        def judge_of(name):
+            return residual.Judge(moe_layer(self.model, name), self.stats.layers[name], decides, self.steps.merge)
+
+        hidden, rounds = None if self.progress else True, self.steps.combination()["refit"]
+        bar = tqdm(names, desc="plan", unit="layer", disable=hidden)
+        ways = residual.chosen_ways([judge_of(name).ways(self.stats, self.model, experts) for name in bar], self.steps.shape)
+        bar = tqdm(names, desc="refit", unit="layer", disable=hidden)
+        refitted = [judge_of(name).refitted(way, rounds) for name, way in zip(bar, ways, strict=True)]
+        return [self._of_way(name, way) for name, way in zip(names, refitted, strict=True)]
 
     def _of_way(self, name, way):
         joined = way.labels.max() + 1 < len(way.labels)

@@ -397,6 +397,15 @@ class MoELayer:
         bias = None if neurons.bias is None else _by_row(neurons.bias, rows)
         return self._activated(nn.functional.linear(tokens.to(up.dtype), up, bias))
 
+    def slopes(self, neurons, tokens):
+        """How activations ``[T, I']`` change with what each neuron reads, ``[p, T, I']``: its gate's product and its own."""
+        rows = self.neuron_rows(len(neurons.up))
+        bias = None if neurons.bias is None else _by_row(neurons.bias, rows)
+        with torch.enable_grad():
+            read = nn.functional.linear(tokens.to(neurons.up.dtype), _by_row(neurons.up, rows), bias).detach().requires_grad_()
+            slope = torch.autograd.grad(self._activated(read).sum(), read)[0]
+        return torch.stack([slope[:, part] for part in rows.T])
+
     def stacked(self, experts):
         """Stacked tensors, in the family's own layout, dtype and names, of experts given neuron by neuron.
 

@@ -181,7 +181,7 @@ def with_router(plan, router):
 def uses_sample(combine):
     """Whether a way of combining looks at the sample of layer inputs."""
     activations = "activations" in (combine.get("align"), *combine.get("features", "").split("+"))
-    return combine["rule"] in SAMPLED_RULES or activations
+    return combine["rule"] in SAMPLED_RULES or activations or bool(combine.get("refit"))
 
 
 def _without_defaults(layer):

@@ -5,17 +5,19 @@ made of a choice of their neurons, or left apart with fewer neurons each. All of
 layer inputs tells which loses least.
 """
 
-from dataclasses import dataclass, fields
+import functools
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
 
-from hcsmoe_core import clustering, similarity
+from hcsmoe_core import clustering, owntext, similarity
 from hcsmoe_core.combining import Group, combine
 from hcsmoe_core.plan import function_error, merge_weights
 from hcsmoe_core.statistics import LayerSample
 
-HOLDOUTS = ("sequences", "domains")
+HOLDOUTS = ("auto", "sequences", "domains")
+FEW = 3  # domains: what so few say need not hold on others
 SHAPES = ("uniform", "by-layer", "whole")
 SIMILARITIES = ("weight", "functional-routed")  # that groups are made by, those of a layer by the one that leaves less
 HELD_OUT = 4  # one in so many sequences, or domains, is held out
@@ -41,8 +43,8 @@ class Way:
     rules : list of dict, or None
         Of each group, how it becomes one expert: options of :func:`hcsmoe_core.combining.combine`; None for averages.
     residual : float
-        Squared error of the layer's output on tokens that were held out, relative to the output itself; errors of
-        different groups are taken to be uncorrelated.
+        Squared error of the layer's output on tokens that were held out, relative to the output itself, before what neurons
+        read is fitted; errors of different groups are taken to be uncorrelated.
     """
 
     labels: np.ndarray
@@ -78,16 +80,19 @@ def shapes(experts, kept, width):
     return [(m, w - w % 8 if 64 < w < width else w) for m, w in found if w >= 1]
 
 
-def held_out(sampled, by):
+def held_out(sampled, by, domains=()):
     """Which sampled tokens decide, and are not fitted to.
 
     Parameters
     ----------
     sampled : (R, 3) int64 tensor
         Of :class:`hcsmoe_core.statistics.Statistics`.
-    by : {"sequences", "domains"}
+    by : {"auto", "sequences", "domains"}
         One in four of the sequences of each domain (of all together, where each domain has one alone), or all sequences of
-        one in four domains: a choice that holds on text of another kind is more cautious.
+        one in four domains: a choice that holds on text of another kind is more cautious, and falls back towards averages.
+        ``"auto"`` takes domains where the text is of two or three, none of which the model wrote itself.
+    domains : sequence of str
+        Names of the domains.
 
     Returns
     -------
@@ -100,6 +105,8 @@ def held_out(sampled, by):
     """
     sequence, domain = sampled[:, 0], sampled[:, 2]
     found = domain.unique().tolist()
+    if by == "auto":
+        by = "domains" if 2 <= len(found) <= FEW and owntext.NAME not in domains else "sequences"
     if by == "domains":
         if len(found) < 2:
             raise ValueError(
@@ -140,10 +147,14 @@ class Judge:
         rows = torch.arange(len(decides)) < tokens  # the sample is in the order of hashes: any part of it is one
         self.samples = [_rows(sums.sample, rows & ~decides), _rows(sums.sample, rows & decides)]
         self.fits = not layer.unsolvable and layer.neurons_known
-        if self.fits:
-            everyone, alike = list(range(sums.num_experts)), [1 / sums.num_experts] * sums.num_experts
-            self.energy = float(Group(layer, everyone, alike, 0, self.samples[1]).outputs().double().pow(2).sum())
         self._found = {}
+
+    @functools.cached_property
+    def energy(self):
+        """Squared outputs of the layer on the tokens that decide."""
+        experts = self.sums.num_experts
+        whole = Group(self.layer, list(range(experts)), [1 / experts] * experts, 0, self.samples[1])
+        return float(whole.outputs().double().pow(2).sum())
 
     def ways(self, stats, model, kept):
         """The best way of each shape that takes the bytes of ``kept`` experts, by shape.
@@ -187,12 +198,31 @@ class Judge:
             return 0.0, AVERAGE
         key = tuple(members), width
         if key not in self._found:
-            dominant = max(members, key=lambda e: self.usage[e])
-            fitted, held = (Group(self.layer, members, weights, dominant, sample) for sample in self.samples)
-            narrow = {"width": width} if width < self.layer.width else {}
-            tried = [(_left(held, combine(fitted, rule | narrow), rule), rule) for rule in self._rules(members, width)]
-            self._found[key] = min(tried, key=lambda pair: pair[0])
+            self._found[key] = self._least(members, weights, width, self._rules(members, width))
         return self._found[key]
+
+    def _least(self, members, weights, width, rules):
+        """Residual and options of the rule that leaves least; the first of equals."""
+        dominant = max(members, key=lambda e: self.usage[e])
+        fitted, held = (Group(self.layer, members, weights, dominant, sample) for sample in self.samples)
+        narrow = {"width": width} if width < self.layer.width else {}
+        tried = [(_left(held, combine(fitted, rule | narrow), rule), rule) for rule in rules]
+        return min(tried, key=lambda pair: pair[0])
+
+    def refitted(self, way, rounds):
+        """The same way, with what neurons read fitted too where that leaves less on the tokens that decide.
+
+        Ways are compared without, as it takes longer than all else.
+        """
+        if not self.fits or not rounds:
+            return way
+        rules = []
+        for group, rule in enumerate(way.rules):
+            members = np.flatnonzero(way.labels == group).tolist()
+            if len(members) > 1 or way.width < self.layer.width:
+                rule = self._least(members, way.weights, way.width, [rule, rule | {"refit": rounds}])[1]
+            rules.append(rule)
+        return replace(way, rules=rules)
 
     def _rules(self, members, width):
         """What is tried for a group, the plainest first: it is taken where nothing leaves less."""
@@ -212,8 +242,12 @@ def _rows(sample, chosen):
 def _left(group, expert, rule):
     """Squared error of one expert in a group's place, on the group's tokens."""
     tokens, gates = group.tokens()
-    # What its neurons read does not depend on the ridge.
-    hidden = group.once(("hidden", rule["rule"]), lambda: group.layer.activate(expert, tokens) * gates.sum(1, keepdim=True))
+
+    def values():
+        return group.layer.activate(expert, tokens) * gates.sum(1, keepdim=True)
+
+    # What neurons read does not depend on the ridge, unless it is fitted.
+    hidden = values() if rule.get("refit") else group.once(("hidden", rule["rule"]), values)
     return float((hidden @ expert.down.T - group.outputs(expert.offset)).double().pow(2).sum())
 
 

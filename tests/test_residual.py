@@ -71,6 +71,21 @@ def test_held_out_domains_are_whole(mixtral):
         residual.held_out(captured(mixtral, sequences=1).sampled, "sequences")
 
 
+@pytest.mark.parametrize(
+    ("domains", "by"),
+    [
+        (["all"], "sequences"),
+        (["a", "b"], "domains"),
+        (["a", "self"], "sequences"),
+        (list("abc"), "domains"),
+        (list("abcd"), "sequences"),
+    ],
+)
+def test_of_few_domains_some_are_held_out_unless_one_is_own_text(mixtral, domains, by):
+    stats = captured(mixtral, domains=domains * (12 // len(domains)))
+    assert torch.equal(residual.held_out(stats.sampled, "auto", stats.domains), residual.held_out(stats.sampled, by))
+
+
 # --- the residual itself ----------------------------------------------------------------------------------------------
 
 
@@ -306,7 +321,7 @@ def test_what_cannot_be_solved_for_is_averaged(monkeypatch):
         ({"guard": True}, "guard off"),
         ({"combine": "average"}, 'goes with grouping "residual"'),
         ({"shape": "square"}, '"shape" argument must be one of "uniform", "by-layer"'),
-        ({"holdout": "tokens"}, '"holdout" argument must be one of "sequences", "domains"'),
+        ({"holdout": "tokens"}, '"holdout" argument must be one of "auto", "sequences", "domains"'),
     ],
 )
 def test_steps_that_do_not_go_together(settings, message):
