@@ -1,5 +1,6 @@
 """The study of ``hcsmoe demo`` and ``hcsmoe figures``: every notebook on the embedded models, over what the paper compares."""
 
+import itertools
 import shutil
 
 from hcsmoe_core import grids, sweep
@@ -16,6 +17,8 @@ GALLERY = {
     "tanglegram": "demo-qwen/03_tanglegram-layer00-expert-output-average-ward-16",
     "accuracy-qwen": "demo-qwen/06_accuracy",
     "accuracy-mixtral": "demo-mixtral/06_accuracy",
+    "reduction-qwen": "demo-qwen/06_reduction-loss",
+    "reduction-mixtral": "demo-mixtral/06_reduction-loss",
 }
 
 
@@ -85,11 +88,14 @@ def draw(chosen, names, cells, figures, workers):
 
 
 def gallery(figures, names):
-    """Copy the README's pictures from the figures of the embedded models."""
+    """Copy the README's pictures, and the table of each study, from the figures of the embedded models."""
     for name, source in GALLERY.items():
         if source.partition("/")[0] not in names:
             continue
         shutil.copyfile(place(figures) / f"{source}.png", root() / f"figures/gallery/{name}.png")
+    (root() / "figures/studies").mkdir(exist_ok=True)
+    for study, name, kind in itertools.product(grids.names(), names, ("csv", "tex")):
+        shutil.copyfile(place(figures) / f"{name}/06_{study}-table.{kind}", root() / f"figures/studies/{name}-{study}.{kind}")
 
 
 def report(names, out, cells, figures, executed):

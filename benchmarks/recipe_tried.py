@@ -1,0 +1,297 @@
+"""What was tried for the recommended method and left out: what each would be worth, before what neurons read is fitted.
+
+    python benchmarks/recipe_tried.py --out benchmarks/results/recipe-tried.csv     # ten minutes on one core
+
+"added" is the loss added in nats a token on held-out text of the ten domains that are made by rule; "left" the squared residual
+on held-out tokens of the sample, over that of the method.
+
+pairs by matching: of all pairs of near experts (each expert's six nearest by weights and by outputs) those that leave least
+    together (minimum-weight perfect matching), beside the method's groups, taken where they leave less
+budgets: layers keep different numbers of bytes, so that the sum of their relative residuals is least
+other tokens: each expert is fitted to, and judged on, tokens that were not routed to it too, four for each of its neurons
+shared expert: its down projection takes up by ridge regression what the merged experts leave (demo-qwen)
+scales: each member's outputs are given by the merged expert times a number of its own, as routing weights could carry
+low rank: an eighth of the neurons make way for a linear map of low rank for each member, as many numbers
+"""
+
+import argparse
+import itertools
+from dataclasses import replace
+from pathlib import Path
+from unittest import mock
+
+import networkx
+import numpy as np
+import pandas as pd
+import torch
+from scipy.spatial.distance import squareform
+
+import hcsmoe_core as core
+from hcsmoe_core import combining, residual
+from hcsmoe_core.clustering import by_first_appearance
+from hcsmoe_core.combining import Group, combine
+from hcsmoe_core.methods import _dominant
+from hcsmoe_core.moe import moe_layer
+from hcsmoe_core.similarity import distances
+
+MODELS = {"demo-qwen": (16, 8), "demo-mixtral": (4, 2)}
+NEAR, OTHERS, RIDGE = 6, 4, 0.01
+HOW = dict(method="recommended", refit=0, progress=False)
+
+
+class Case:
+    """A model, its statistics, and what the method does to it."""
+
+    def __init__(self, name, source, seed):
+        self.name, (self.model, self.tokenizer) = name, core.load_model(name, dtype="float32")
+        ids = core.calibration_tokens(source, self.tokenizer, sequences=96, length=256, seed=seed)
+        how = dict(needs=core.needs_of("recommended"), domains=core.domains_of(source, 96), progress=False)
+        self.stats = core.capture(self.model, ids, **how)
+        self.decides = residual.held_out(self.stats.sampled, "auto", self.stats.domains)
+        self.layers = core.find_moe_layers(self.model)
+        self.original = self.loss()
+
+    def loss(self):
+        return core.evaluate(self.model, self.tokenizer, tasks=[])["mean_loss"]
+
+    def added(self, plan):
+        """Loss that a plan adds."""
+        core.apply_plan(self.model, plan, self.stats)
+        added = self.loss() - self.original
+        core.restore(self.model)
+        return added
+
+    def plan(self, experts):
+        return core.make_plan(self.stats, self.model, experts=experts, **HOW)
+
+    def judges(self):
+        return [residual.Judge(layer, self.stats.layers[layer.name], self.decides, "frequency") for layer in self.layers]
+
+    def plan_of(self, ways, experts):
+        """The plan that takes some way for each layer."""
+        layers = []
+        for layer, way in zip(self.layers, ways, strict=True):
+            joined = way.labels.max() + 1 < len(way.labels)
+            width = way.width if way.width < layer.width else None
+            dominant = _dominant(way.labels, self.stats.layers[layer.name]) if joined else None
+            made = core.LayerPlan(layer.name, way.labels.tolist(), way.weights.tolist(), width=width, dominant=dominant)
+            layers.append(replace(made, rules=way.rules))
+        return replace(self.plan(experts), layers=layers)
+
+
+def pairs(case, experts):
+    """Pairs of the narrower width, by a matching, where they leave less than the method's."""
+    size, ways = case.layers[0].num_experts, []
+    count = size // 2
+    width = dict(residual.shapes(size, experts, case.layers[0].width))[count]
+    for judge in case.judges():
+        graph = networkx.Graph()
+        for name in residual.SIMILARITIES:
+            how = dict(similarity=name, metric="cosine" if name == "weight" else "", model=case.model)
+            square = squareform(distances(case.stats, judge.layer.name, **how))
+            np.fill_diagonal(square, np.inf)
+            near = {(min(a, int(b)), max(a, int(b))) for a in range(size) for b in np.argsort(square[a])[:NEAR]}
+            for a, b in near - set(graph.edges):
+                shares = np.zeros(size)
+                shares[[a, b]] = judge.usage[[a, b]] / judge.usage[[a, b]].sum()
+                graph.add_edge(a, b, weight=-judge._judged([a, b], shares, width)[0])
+        labels = np.zeros(size, dtype=np.int64)
+        for group, pair in enumerate(networkx.max_weight_matching(graph, maxcardinality=True)):
+            labels[list(pair)] = group
+        tried = [by_first_appearance(labels), *judge._groupings(case.stats, case.model, count)]
+        ways.append(min((judge.way(groups, width) for groups in tried), key=lambda way: way.residual))
+    return case.added(case.plan_of(ways, experts))
+
+
+def budgets(case, experts):
+    """Every layer's best way for each number of eighths kept, and of all that take the same bytes those that leave least."""
+    size = case.layers[0].num_experts
+    kept = [size * eighths // 8 for eighths in range(1, 8)]
+    tables = [
+        {k: min(j.ways(case.stats, case.model, k).values(), key=lambda w: w.residual) for k in kept} for j in case.judges()
+    ]
+    choices = (c for c in itertools.product(kept, repeat=len(tables)) if sum(c) == experts * len(tables))
+    best = min(choices, key=lambda c: sum(table[k].residual for table, k in zip(tables, c, strict=True)))
+    return case.added(case.plan_of([table[k] for table, k in zip(tables, best, strict=True)], experts))
+
+
+def other_tokens(case, experts):
+    """Tokens that were not routed to an expert count as if they had been, with its usual gate."""
+    routed = Group.tokens
+
+    def tokens(group, members=None):
+        found, gates = routed(group, members)
+        if members is not None:
+            return found, gates
+
+        def make():
+            all_gates, weight = group.sample.gates[:, group.members], group.sample.weight
+            usual, wanted = float(weight[weight != 0].double().pow(2).mean().sqrt()), OTHERS * group.layer.width
+            inputs, more = [found], [gates]
+            for place in range(len(group.members)):
+                rows = (all_gates[:, place] == 0).nonzero()[:, 0]
+                rows = rows[torch.linspace(0, len(rows) - 1, min(wanted, len(rows))).long()]
+                inputs.append(group.sample.inputs[rows].to(found.dtype))
+                more.append(
+                    usual * torch.nn.functional.one_hot(torch.full((len(rows),), place), gates.shape[1]).to(gates.dtype)
+                )
+            return torch.cat(inputs), torch.cat(more)
+
+        return group.once("other tokens", make)
+
+    with mock.patch.object(combining.Group, "tokens", tokens):
+        return case.added(case.plan(experts))
+
+
+def _left_over(case, plan):
+    """What the merged experts leave of each layer's routed output, on all tokens of the sample, ``(T, D)`` each."""
+    for layer, layer_plan in zip(case.layers, plan.layers, strict=True):
+        sample, everyone = case.stats.layers[layer.name].sample, list(range(layer.num_experts))
+        whole = Group(layer, everyone, [1 / len(everyone)] * len(everyone), 0, sample)
+        left, inputs = whole.outputs().clone(), sample.inputs.double()
+        made = combine_all(case, layer, layer_plan, sample)
+        gates = torch.zeros(len(inputs), layer_plan.num_groups, dtype=torch.float64)
+        gates.index_add_(1, torch.tensor(layer_plan.labels), sample.gates.double())
+        for group, expert in enumerate(made):
+            left -= gates[:, group, None] * (layer.activate(expert, inputs) @ expert.down.T)
+        yield left
+
+
+def combine_all(case, layer, layer_plan, sample):
+    """The merged experts of one layer."""
+    made = []
+    for place, members in enumerate(layer_plan.groups()):
+        if len(members) == 1 and layer_plan.width is None:
+            made.append(layer.neurons(members[0], torch.float64))
+        else:
+            made.append(combine(_group(layer, layer_plan, place, sample), _rule(layer_plan, place)))
+    return made
+
+
+def _group(layer, layer_plan, place, sample):
+    members = layer_plan.groups()[place]
+    dominant = members[0] if layer_plan.dominant is None else layer_plan.dominant[place]
+    return Group(layer, members, layer_plan.weights, dominant, sample)
+
+
+def _rule(layer_plan, place):
+    return layer_plan.rule_of(place) | ({} if layer_plan.width is None else {"width": layer_plan.width})
+
+
+@torch.no_grad()
+def shared(case, experts):
+    """The shared expert's down projection takes up what is left; None where there is none."""
+    blocks = [module for module in case.model.modules() if hasattr(module, "shared_expert")]
+    if not blocks:
+        return None
+    plan, changes = case.plan(experts), []
+    for block, layer, left in zip(blocks, case.layers, _left_over(case, plan), strict=True):
+        inputs, expert = case.stats.layers[layer.name].sample.inputs.float(), block.shared_expert
+        hidden = expert.act_fn(expert.gate_proj(inputs)) * expert.up_proj(inputs) * block.shared_expert_gate(inputs).sigmoid()
+        changes.append(_ridge(hidden.double(), left).T.float())
+
+    def move(sign):
+        for block, change in zip(blocks, changes, strict=True):
+            block.shared_expert.down_proj.weight.data += sign * change
+
+    move(1)
+    added = case.added(plan)
+    move(-1)
+    return added
+
+
+def _ridge(values, target):
+    gram = values.T @ values
+    penalty = RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
+    return torch.linalg.solve(gram + penalty, values.T @ target)
+
+
+def remainders(case, experts, kind):
+    """Squared residual on held-out tokens with scales or remainders of low rank, over that of the method."""
+    plan, left = case.plan(experts), np.zeros(2)
+    for layer_plan in plan.layers:
+        layer, sample = moe_layer(case.model, layer_plan.name), case.stats.layers[layer_plan.name].sample
+        for place, members in enumerate(layer_plan.groups()):
+            if len(members) == 1 and layer_plan.width is None:
+                continue
+            fitted, held = (_group(layer, layer_plan, place, residual._rows(sample, d)) for d in (~case.decides, case.decides))
+            rule = _rule(layer_plan, place)
+            left += residual._left(held, combine(fitted, rule), rule), kind(layer, layer_plan, rule, fitted, held)
+    return left[1] / left[0]
+
+
+def scales(layer, layer_plan, rule, fitted, held):
+    expert = combine(fitted, rule)
+
+    def outputs(group):
+        tokens, gates = group.tokens()
+        return gates, layer.activate(expert, tokens) @ expert.down.T
+
+    gates, given = outputs(fitted)
+    design = torch.stack([(gate[:, None] * given).flatten() for gate in gates.T], 1)
+    found = torch.linalg.lstsq(design, fitted.outputs().flatten()[:, None]).solution[:, 0]
+    gates, given = outputs(held)
+    return float(((gates @ found)[:, None] * given - held.outputs()).pow(2).sum())
+
+
+def low_rank(layer, layer_plan, rule, fitted, held):
+    width, count, size = layer_plan.width or layer.width, len(fitted.members), layer.hidden_size
+    fewer = width // 8
+    rank = 3 * fewer // (2 * count)  # as many numbers: 3 D each neuron, 2 D each rank of each member
+    if rule["rule"] not in ("selection", "trimming"):
+        rule = {"rule": "selection", "ridge": RIDGE, "pool": "averages"}
+    expert = combine(fitted, rule | {"width": width - fewer})
+
+    def split(group):
+        tokens, gates = group.tokens()
+        given = gates.sum(1, keepdim=True) * (layer.activate(expert, tokens) @ expert.down.T)
+        return torch.cat([gate[:, None] * tokens for gate in gates.T], 1), group.outputs() - given
+
+    read, left = split(fitted)
+    maps, gram = _ridge(read, left), read.T @ read + 1e-9 * torch.eye(count * size, dtype=read.dtype)
+    for start in range(0, count * size, size):
+        own = slice(start, start + size)
+        root = torch.linalg.cholesky(gram[own, own])
+        u, s, v = torch.linalg.svd(root.T @ maps[own])
+        maps[own] = torch.linalg.solve_triangular(root.T, (u[:, :rank] * s[:rank]) @ v[:rank], upper=True)
+    read, left = split(held)
+    return float((left - read @ maps).pow(2).sum())
+
+
+TRIALS = {
+    "the method, without refit": (lambda case, experts: case.added(case.plan(experts)), "added"),
+    "pairs by matching": (pairs, "added"),
+    "budgets": (budgets, "added"),
+    "other tokens": (other_tokens, "added"),
+    "shared expert": (shared, "added"),
+    "scales": (lambda case, experts: remainders(case, experts, scales), "left"),
+    "low rank": (lambda case, experts: remainders(case, experts, low_rank), "left"),
+}
+ON_TWO = ("the method, without refit", "other tokens")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="CSV file to write")
+    arguments = parser.parse_args()
+    rows = []
+    for name, source in itertools.product(arguments.models, ("demo", "demo:code,prose")):
+        case = Case(name, source, arguments.seed)
+        for trial, (measured, what) in TRIALS.items():
+            if source != "demo" and trial not in ON_TWO:
+                continue
+            for experts in MODELS[name]:
+                value = measured(case, experts)
+                if value is not None:
+                    rows.append(
+                        {"model": name, "calibrated": source, "experts": experts, "trial": trial, what: round(value, 5)}
+                    )
+                    print(*rows[-1].values(), what, flush=True)
+    if arguments.out:
+        pd.DataFrame(rows).to_csv(arguments.out, index=False)
+
+
+if __name__ == "__main__":
+    main()
