@@ -2,6 +2,8 @@
 
     python benchmarks/recipe.py --out benchmarks/results/recipe.csv            # some hours on one core, resumable
     python benchmarks/recipe.py --models demo-qwen --calibrated self --seeds 3
+    python benchmarks/recipe.py --models demo-qwen --calibrated "in distribution" --experts 28 24 20 12 4    # other sizes
+    python benchmarks/recipe.py --calibrated "in distribution" --sequences 32    # a third of the tokens
 
 Loss is nats a token on held-out text of the ten domains that are made by rule. "two" is calibrated on the other two, code and
 prose; "two and self" on those and on three times as much that the model writes itself.
@@ -35,16 +37,18 @@ def measured(arguments):
     for model in arguments.models:
         for name in arguments.calibrated:
             source, sequences = CALIBRATED[name]
+            sequences = arguments.sequences or sequences
+            methods = METHODS if name == "in distribution" else SHIFTED
             for seed in range(arguments.seeds):
                 how = dict(calibration=source, sequences=sequences, length=LENGTH, limit=arguments.limit)
                 frame = compare(
                     model,
-                    methods=METHODS if name == "in distribution" else SHIFTED,
-                    experts=MODELS[model],
+                    methods=[method for method in methods if method in arguments.methods],
+                    experts=arguments.experts or MODELS[model],
                     seeds=(seed,),
                     dtype="float32",
                     **how,
-                    folder=f"{arguments.folder}/{name.replace(' ', '-')}/{seed}",
+                    folder=f"{arguments.folder}/{name.replace(' ', '-')}-{sequences}/{seed}",
                 )
                 frames.append(frame.assign(model=model, calibrated=name))
     return pd.concat(frames, ignore_index=True)
@@ -77,6 +81,9 @@ def main():
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--calibrated", nargs="+", default=list(CALIBRATED), choices=list(CALIBRATED))
     parser.add_argument("--seeds", type=int, default=5, help="calibration samples")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS, help="hc-smoe, and others")
+    parser.add_argument("--experts", nargs="+", type=int, help="kept in each layer; by default a half and a quarter")
+    parser.add_argument("--sequences", type=int, help="of 256 tokens; by default 96, or 288 of own text")
     parser.add_argument("--limit", type=int, default=50, help="items of each task")
     parser.add_argument("--folder", default="runs/recipe", help="where cells are kept")
     parser.add_argument("--out", type=Path, help="CSV file to write")

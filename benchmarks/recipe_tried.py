@@ -273,13 +273,15 @@ ON_TWO = ("the method, without refit", "other tokens")
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--trials", nargs="+", default=list(TRIALS), choices=list(TRIALS))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="CSV file to write")
     arguments = parser.parse_args()
     rows = []
     for name, source in itertools.product(arguments.models, ("demo", "demo:code,prose")):
         case = Case(name, source, arguments.seed)
-        for trial, (measured, what) in TRIALS.items():
+        for trial in arguments.trials:
+            measured, what = TRIALS[trial]
             if source != "demo" and trial not in ON_TWO:
                 continue
             for experts in MODELS[name]:
