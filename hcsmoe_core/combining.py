@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
 
-from hcsmoe_core.files import check_choice
+from hcsmoe_core.files import check_choice, check_count
 from hcsmoe_core.moe import Neurons
 from hcsmoe_core.plan import SAMPLED_RULES
 
@@ -147,11 +147,12 @@ def combine(group, options):
         If the rule is unknown, or solves for a projection where that is not possible.
     """
     check_choice("rule", options["rule"], RULES)
-    rounds = options.get("refit", 0)
+    rounds = check_count("refit", options.get("refit", 0), 0)
     if group.layer.unsolvable and (options["rule"] in SAMPLED_RULES or rounds):
         raise ValueError(
-            f'{group.layer.name}: {group.layer.unsolvable}, so that combine "{options["rule"]}" has nothing to solve; '
-            'use "average", "fix-dom", "zipit" or "joint-svd".'
+            f'{group.layer.name}: {group.layer.unsolvable}, so that combine "{options["rule"]}"'
+            f"{' with refit' if rounds else ''} has nothing to solve; "
+            'use "average", "fix-dom", "zipit" or "joint-svd", without refit.'
         )
     made = _RULES[options["rule"]](group, **{k: v for k, v in options.items() if k not in ("rule", "refit")})
     return refitted(group, made, rounds, ridge=options.get("ridge", REFIT_RIDGE))
