@@ -1,6 +1,7 @@
 """A plan and the weights give the r experts of a layer, on the live model."""
 
 import torch
+from tqdm.auto import tqdm
 
 from hcsmoe_core.combining import Group, combine
 from hcsmoe_core.compression import compress, densified, from_saved, saved_tensors
@@ -40,7 +41,10 @@ def apply_plan(model, plan, stats=None):
     """
     layers = check_appliable(model, plan, stats)
     try:
-        for layer, layer_plan in zip(layers, plan.layers, strict=True):
+        pairs = list(zip(layers, plan.layers, strict=True))
+        for layer, layer_plan in tqdm(
+            pairs, desc="merge", unit="layer", leave=False, disable=None if plan.needs_sample else True
+        ):
             apply_layer(layer, layer_plan, stats)
         if plan.compress:
             _compress(layers, plan, stats)
