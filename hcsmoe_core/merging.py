@@ -41,10 +41,8 @@ def apply_plan(model, plan, stats=None):
     """
     layers = check_appliable(model, plan, stats)
     try:
-        pairs = list(zip(layers, plan.layers, strict=True))
-        for layer, layer_plan in tqdm(
-            pairs, desc="merge", unit="layer", leave=False, disable=None if plan.needs_sample else True
-        ):
+        bar = tqdm(plan.layers, desc="merge", unit="layer", leave=False, disable=None if plan.needs_sample else True)
+        for layer, layer_plan in zip(layers, bar, strict=True):
             apply_layer(layer, layer_plan, stats)
         if plan.compress:
             _compress(layers, plan, stats)
