@@ -1,7 +1,7 @@
-"""Choosing half of the neurons of two experts, up to Mixtral's width (a pool of 28,672 neurons): time and memory of each step.
+"""Choosing half of the neurons of two experts, up to Mixtral's width (a pool of 28,672 neurons): time and memory.
 
-    python benchmarks/pools.py                      # an eighth and a quarter of the width, a minute
-    python benchmarks/pools.py --widths 1792 3584 14336 --compare --out benchmarks/results/pools.json
+    python benchmarks/pools.py --out benchmarks/results/pools.json     # a minute and a half on two cores
+    python benchmarks/pools.py --widths 14336                          # Mixtral's; not run yet
 
 Experts of hidden size 4,096 with random weights, in bfloat16, the second a noisy copy of the first, so that each choice leaves
 something to the next; tokens are random, and routed to either. "gram" is the normal equations of the pool, "choice" the blocks
@@ -67,7 +67,7 @@ def measure(width, arguments, compare):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--widths", type=int, nargs="+", default=[1792, 3584], help="in increasing order")
+    parser.add_argument("--widths", type=int, nargs="+", default=[896, 1792], help="in increasing order")
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--compare", action="store_true", help="at the smallest width, choose neuron by neuron, too")
     parser.add_argument("--device", default="cpu")
