@@ -30,7 +30,8 @@ import hcsmoe_core as core
 from hcsmoe_core import combining, residual
 from hcsmoe_core.clustering import by_first_appearance
 from hcsmoe_core.combining import Group, combine
-from hcsmoe_core.methods import _dominant
+from hcsmoe_core.merging import group_and_options
+from hcsmoe_core.methods import _Maker, steps_of
 from hcsmoe_core.moe import moe_layer
 from hcsmoe_core.similarity import distances
 
@@ -69,13 +70,8 @@ class Case:
 
     def plan_of(self, ways, experts):
         """The plan that takes some way for each layer."""
-        layers = []
-        for layer, way in zip(self.layers, ways, strict=True):
-            joined = way.labels.max() + 1 < len(way.labels)
-            width = way.width if way.width < layer.width else None
-            dominant = _dominant(way.labels, self.stats.layers[layer.name]) if joined else None
-            made = core.LayerPlan(layer.name, way.labels.tolist(), way.weights.tolist(), width=width, dominant=dominant)
-            layers.append(replace(made, rules=way.rules))
+        maker = _Maker(self.stats, self.model, steps_of("recommended"), 0, False)
+        layers = [maker._of_way(layer.name, way) for layer, way in zip(self.layers, ways, strict=True)]
         return replace(self.plan(experts), layers=layers)
 
 
@@ -164,18 +160,8 @@ def combine_all(case, layer, layer_plan, sample):
         if len(members) == 1 and layer_plan.width is None:
             made.append(layer.neurons(members[0], torch.float64))
         else:
-            made.append(combine(_group(layer, layer_plan, place, sample), _rule(layer_plan, place)))
+            made.append(combine(*group_and_options(layer, layer_plan, place, sample)))
     return made
-
-
-def _group(layer, layer_plan, place, sample):
-    members = layer_plan.groups()[place]
-    dominant = members[0] if layer_plan.dominant is None else layer_plan.dominant[place]
-    return Group(layer, members, layer_plan.weights, dominant, sample)
-
-
-def _rule(layer_plan, place):
-    return layer_plan.rule_of(place) | ({} if layer_plan.width is None else {"width": layer_plan.width})
 
 
 @torch.no_grad()
@@ -214,8 +200,8 @@ def remainders(case, experts, kind):
         for place, members in enumerate(layer_plan.groups()):
             if len(members) == 1 and layer_plan.width is None:
                 continue
-            fitted, held = (_group(layer, layer_plan, place, residual._rows(sample, d)) for d in (~case.decides, case.decides))
-            rule = _rule(layer_plan, place)
+            fitted, rule = group_and_options(layer, layer_plan, place, residual._rows(sample, ~case.decides))
+            held, _ = group_and_options(layer, layer_plan, place, residual._rows(sample, case.decides))
             left += residual._left(held, combine(fitted, rule), rule), kind(layer, layer_plan, rule, fitted, held)
     return left[1] / left[0]
 

@@ -89,6 +89,11 @@ class Group:
         total = self.once("outputs", lambda: _gated_outputs(self))
         return total if offset is None else total - self.tokens()[1].sum(1, keepdim=True) * offset
 
+    def activations(self, neurons):
+        """What some neurons would give in the group's place on :meth:`tokens`, times the summed gates, ``(T, I')``."""
+        tokens, gates = self.tokens()
+        return self.layer.activate(neurons, tokens) * gates.sum(1, keepdim=True)
+
     def average(self):
         """Weighted average of the members as they are, ``Σ_e w_e W_e``."""
         return mean_of(self.experts, self.weights)
@@ -309,8 +314,7 @@ def normal_equations(group, neurons):
     gram : (N, N) float64 tensor
     moved : (N, D) float64 tensor
     """
-    tokens, gates = group.tokens()
-    values = (group.layer.activate(neurons, tokens) * gates.sum(1, keepdim=True)).double()
+    values = group.activations(neurons).double()
     return values.T @ values, values.T @ group.outputs(neurons.offset).double()
 
 
@@ -383,8 +387,7 @@ def refitted(group, neurons, rounds, *, ridge=REFIT_RIDGE):
 
 def _residual(group, neurons):
     """What the group gives less what one expert gives in its place, ``(T, D)``."""
-    tokens, gates = group.tokens()
-    return group.outputs(neurons.offset) - (group.layer.activate(neurons, tokens) * gates.sum(1, keepdim=True)) @ neurons.down.T
+    return group.outputs(neurons.offset) - group.activations(neurons) @ neurons.down.T
 
 
 def _reading_step(group, neurons, left):

@@ -210,13 +210,18 @@ def _averages(tensor, layer_plan):
 @torch.no_grad()
 def _combined(layer, layer_plan, sample):
     """Projections and biases by the plan's rules."""
-    width = {} if layer_plan.width is None else {"width": layer_plan.width}
     made = []
     for place, members in enumerate(layer_plan.groups()):
         if len(members) == 1 and layer_plan.width in (None, layer.width):
             made.append(layer.neurons(members[0]))
-            continue
-        dominant = members[0] if layer_plan.dominant is None else layer_plan.dominant[place]
-        group = Group(layer, members, layer_plan.weights, dominant, sample)
-        made.append(combine(group, layer_plan.rule_of(place) | width))
+        else:
+            made.append(combine(*group_and_options(layer, layer_plan, place, sample)))
     return layer.stacked(made)
+
+
+def group_and_options(layer, layer_plan, place, sample):
+    """One group of a plan, and how it becomes one expert: what :func:`hcsmoe_core.combining.combine` takes."""
+    members = layer_plan.groups()[place]
+    dominant = members[0] if layer_plan.dominant is None else layer_plan.dominant[place]
+    width = {} if layer_plan.width is None else {"width": layer_plan.width}
+    return Group(layer, members, layer_plan.weights, dominant, sample), layer_plan.rule_of(place) | width

@@ -241,13 +241,10 @@ def _rows(sample, chosen):
 @torch.no_grad()
 def _left(group, expert, rule):
     """Squared error of one expert in a group's place, on the group's tokens."""
-    tokens, gates = group.tokens()
-
-    def values():
-        return group.layer.activate(expert, tokens) * gates.sum(1, keepdim=True)
-
-    # What neurons read does not depend on the ridge, unless it is fitted.
-    hidden = values() if rule.get("refit") else group.once(("hidden", rule["rule"]), values)
+    if rule.get("refit"):
+        hidden = group.activations(expert)
+    else:  # what neurons read does not depend on the ridge
+        hidden = group.once(("hidden", rule["rule"]), lambda: group.activations(expert))
     return float((hidden @ expert.down.T - group.outputs(expert.offset)).double().pow(2).sum())
 
 
