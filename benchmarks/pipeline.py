@@ -1,7 +1,7 @@
 """Capture, plan, merge, export and evaluation beside the usual way, as ratios within one run.
 
     python benchmarks/pipeline.py                                # a CPU-sized Qwen2-MoE-like model, the published 65,536 tokens
-    python benchmarks/pipeline.py --noise 0.3                    # groups that are less clear
+    python benchmarks/pipeline.py --noise 1                      # groups that are not clear
     python benchmarks/pipeline.py --tokens 8192 --families 0     # fewer tokens, unrelated experts
     python benchmarks/pipeline.py --device cuda --hidden 2048 --width 1408 --tokens 65536 --dtype bfloat16
 
@@ -11,9 +11,10 @@ expert distances at every join, in Python; weights merged one tensor at a time a
 choice of a question scored by itself.
 
 Ours is timed on the same tokens ("same"), with the experts applied to each --every-th token ("every"), stopped when the groups
-of two halves agree ("stop"), and with both ("both"). How far the groups of these are those of "same" is told by adjusted Rand
-index. "study" is one capture of which many plans are made, where the published script starts anew. Weights are random, experts
-noisy copies in families: only the work, and whether groups are clear, matters. One JSON line is printed, and appended to --out.
+of two halves agree ("stop") or cost as much ("excess"), and with both ("stop every", "excess every"). How far the groups of
+these are those of "same" is told by adjusted Rand index, and by how much more they spread. "study" is one capture of which
+many plans are made, where the published script starts anew. Weights are random, experts noisy copies in families: only the
+work, and whether groups are clear, matters. One JSON line is printed, and appended to --out.
 """
 
 import argparse
@@ -28,9 +29,10 @@ from transformers import AutoModelForCausalLM, Qwen2MoeConfig
 import hcsmoe_core as core
 from hcsmoe_core.clustering import LINKAGES, by_first_appearance
 from hcsmoe_core.evaluation import task_scores
-from hcsmoe_core.stability import agreement
+from hcsmoe_core.stability import agreement, spread
 
 TASK = "demo_facts"
+WAYS = ("same", "every", "stop", "excess", "stop every", "excess every")
 
 
 def build(arguments):
@@ -56,9 +58,9 @@ def build(arguments):
 
 
 def plant(tensor, size, noise):
-    """Make experts of a stacked tensor noisy copies of the first of every ``size``; noise is relative to the weights."""
+    """Make experts of a stacked tensor noisy copies, of one for every ``size``; noise is relative to the weights."""
     first = tensor[torch.arange(len(tensor)) // size * size]
-    tensor.copy_((first + noise * tensor) / (1 + noise**2) ** 0.5)
+    tensor.copy_((first + noise * tensor.std() * torch.randn_like(tensor)) / (1 + noise**2) ** 0.5)
 
 
 def usual_capture(model, ids, batch):
@@ -134,7 +136,8 @@ def steps_of(model, ids, arguments):
     """The calls that are timed, by name; what they give is left in ``found``."""
     needs, batch, groups = core.needs_of("hc-smoe"), arguments.batch, arguments.experts // 2
     how, found = dict(needs=needs, batch_size=batch, progress=False), {}
-    least = dict(agreement=arguments.agreement, experts=[groups])
+    half = dict(experts=[groups], **how)
+    stop, excess = dict(agreement=arguments.agreement, **half), dict(excess=arguments.excess, **half)
 
     def keep(name, function):
         def call():
@@ -154,8 +157,10 @@ def steps_of(model, ids, arguments):
     ways = {
         "same": lambda: core.capture(model, ids, **how),
         "every": lambda: core.capture(model, ids, every=arguments.every, **how),
-        "stop": lambda: core.capture_until_stable(model, ids, **least, **how),
-        "both": lambda: core.capture_until_stable(model, ids, every=arguments.every, **least, **how),
+        "stop": lambda: core.capture_until_stable(model, ids, **stop),
+        "excess": lambda: core.capture_until_stable(model, ids, **excess),
+        "stop every": lambda: core.capture_until_stable(model, ids, every=arguments.every, **stop),
+        "excess every": lambda: core.capture_until_stable(model, ids, every=arguments.every, **excess),
     }
     for name, function in ways.items():
         calls[f"{name} capture"] = keep(name, function)
@@ -197,7 +202,7 @@ def ratios_of(best, plans):
     """How many times as long the usual way takes, of each way and step; ``all`` is of capture, plan and merge together."""
     ratios = {step: best[f"usual {step}"] / best[step] for step in ("export", "evaluation")}
     usual = {step: best[f"usual {step}"] for step in ("capture", "plan", "merge")}
-    for way in ("same", "every", "stop", "both"):
+    for way in WAYS:
         ours = {step: best[f"{way} {step}"] for step in usual}
         ratios[way] = {step: usual[step] / ours[step] for step in usual}
         ratios[way]["all"] = sum(usual.values()) / sum(ours.values())
@@ -210,9 +215,14 @@ def ratios_of(best, plans):
 def told(found, arguments):
     """What each way took of the tokens, and how its groups agree with the usual way's."""
     rows, same = {}, [p.labels for p in found["plan same"].layers]
-    for way in ("same", "every", "stop", "both"):
+    between = [core.distances(found["same"], layer, similarity="expert-output") for layer in found["same"].layers]
+    for way in WAYS:
         stats, labels = found[way], [p.labels for p in found[f"plan {way}"].layers]
         row = {"tokens": stats.num_tokens, "agreement with same": agreement(labels, same).round(3).tolist()}
+        row["excess over same"] = [
+            round(spread(mine, d, "euclidean") / spread(theirs, d, "euclidean") - 1, 3)
+            for mine, theirs, d in zip(labels, same, between, strict=True)
+        ]
         if stats.stability is not None:
             layers = stats.stability["layers"].values()
             row |= {"stable": stats.stability["stable"], "tokens needed": [layer["needed"] for layer in layers]}
@@ -230,6 +240,7 @@ def main():
     for name, value in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--agreement", type=float, default=0.95)
+    parser.add_argument("--excess", type=float, default=0.05)
     parser.add_argument("--noise", type=float, default=0.1, help="of experts to the others of their family")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")

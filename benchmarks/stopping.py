@@ -32,15 +32,23 @@ def measure(name, arguments):
     def told(kind, stats, taken, **more):
         index = agreement(groups_of(stats, experts), truth).round(3).tolist()
         row = {"model": name, "experts": experts, **kind, "tokens": stats.num_tokens, "of": whole.num_tokens}
-        rows.append(row | {"time / all": round(taken / seconds, 2), "agreement with all tokens": index} | more)
+        row |= {"time / all": round(taken / seconds, 2), "agreement with all tokens": index}
+        core.apply_plan(model, core.make_plan(stats, experts=experts))
+        merged = core.evaluate(model, tokenizer, tasks=[])["mean_loss"]
+        core.restore(model)
+        rows.append(row | {"loss merged": round(merged, 4)} | more)
         print(rows[-1], flush=True)
 
-    for wanted in (0.8, 0.9, 0.95):
-        stats, taken = timed("cpu", core.capture_until_stable, model, ids, agreement=wanted, experts=[experts], **how)
+    told({}, whole, seconds)
+    until = [{"agreement": wanted} for wanted in (0.8, 0.9, 0.95)] + [{"excess": wanted} for wanted in (0.1, 0.05, 0.02)]
+    for wanted in until:
+        stats, taken = timed("cpu", core.capture_until_stable, model, ids, **wanted, experts=[experts], **how)
         layers = stats.stability["layers"].values()
         more = {"stable": stats.stability["stable"], "needed": [layer["needed"] for layer in layers]}
-        looks = [[round(value, 2) for value in layer["agreement"]] for layer in layers]
-        told({"agreement": wanted}, stats, taken, **more, looks=looks)
+        looks = [[round(value, 3) for value in layer[next(iter(wanted))]] for layer in layers]
+        told(wanted, stats, taken, **more, looks=looks)
+    wanted = {"excess": 0.05, "every": 8}
+    told(wanted, *timed("cpu", core.capture_until_stable, model, ids, **wanted, experts=[experts], **how))
     for every in (2, 4, 8, 16, 32):
         told({"every": every}, *timed("cpu", core.capture, model, ids, every=every, **how))
     return rows

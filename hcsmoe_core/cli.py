@@ -57,6 +57,13 @@ UNTIL_STABLE = Annotated[
         "0.95); --sequences is then the most that is taken. 0: take all."
     ),
 ]
+UNTIL_EXCESS = Annotated[
+    float,
+    typer.Option(
+        help="The same by what groups cost: stop once those of one half, measured on the other, spread at most so much more "
+        "(as 0.05) than the other's own in every layer, though they may be others. Give one of the two."
+    ),
+]
 HELD_OUT = 512  # tokens of each held-out sequence, at most
 FOR = Annotated[
     list[str] | None,
@@ -117,10 +124,11 @@ def _calibration(model, tokenizer, calibration, sequences, length, column, seed,
     return rows, domains_of(source, count), about, more
 
 
-def _captured(model, input_ids, domains, work, batch_size, needs, sample, every, until_stable, how):
+def _captured(model, input_ids, domains, work, batch_size, needs, sample, every, until, how):
     """Statistics of a loaded model; of a streamed one, by way of a work folder.
 
-    ``how`` are the trees whose groups are to be stable, as options of :func:`hcsmoe_core.stability.capture_until_stable`.
+    ``until`` (if anything) and ``how`` are when to stop and the trees that tell, as options of
+    :func:`hcsmoe_core.stability.capture_until_stable`.
     """
     from hcsmoe_core import capture, ranks
     from hcsmoe_core.capture import expected_bytes
@@ -132,8 +140,8 @@ def _captured(model, input_ids, domains, work, batch_size, needs, sample, every,
         way = "" if work is None else ", decoder layer by decoder layer"
         print(f"collecting {', '.join(needs)}{way}: {expected_bytes(model, needs, **size) / 1e6:.1f} MB")
     options = dict(needs=needs, sample=sample, every=every, batch_size=batch_size, domains=domains)
-    if until_stable:
-        stats = capture_until_stable(model, input_ids, agreement=until_stable, **how, **options)
+    if until:
+        stats = capture_until_stable(model, input_ids, **until, **how, **options)
         if ranks.rank() == 0:
             print(stability_table(stats).round(3).to_string(index=False))
             state = "stable" if stats.stability["stable"] else "not stable yet"
@@ -142,6 +150,13 @@ def _captured(model, input_ids, domains, work, batch_size, needs, sample, every,
     if work is None:
         return capture(model, input_ids, **options)
     return stream_capture(model, input_ids, work / "capture", **options)
+
+
+def _until(stable, excess):
+    """When a capture stops, as options of :func:`hcsmoe_core.stability.capture_until_stable`; none if it takes all."""
+    if stable and excess:
+        raise ValueError("Give one of --until-stable (groups agree) and --until-excess (groups cost as much), not both.")
+    return {"agreement": stable} if stable else {"excess": excess} if excess else {}
 
 
 def _trees(method, settings, experts):
@@ -163,8 +178,9 @@ def capture(
     sample: SAMPLE_TOKENS = 32768,
     every: EVERY = 1,
     until_stable: UNTIL_STABLE = 0.0,
+    until_excess: UNTIL_EXCESS = 0.0,
     stable_at: Annotated[
-        str, typer.Option(help="With --until-stable: numbers of groups, comma-separated; by default 3/4, 1/2 and 1/4 of E.")
+        str, typer.Option(help="With --until-…: numbers of groups, comma-separated; by default 3/4, 1/2 and 1/4 of E.")
     ] = "",
     calibration: CALIBRATION = "",
     sequences: SEQUENCES = 0,
@@ -181,12 +197,12 @@ def capture(
     from hcsmoe_core import ranks
     from hcsmoe_core.streaming import open_model, work_folder
 
-    needs = _needs(",".join(methods or ()))
+    needs, until = _needs(",".join(methods or ())), _until(until_stable, until_excess)
     loaded, tokenizer = open_model(model, dtype=dtype, device=ranks.started(device), load=load, memory=memory)
     with work_folder(out, loaded) as work:
         input_ids, domains, *_ = _calibration(loaded, tokenizer, calibration, sequences, length, column, seed)
         at = [_number("--stable-at", n) for n in _listed(stable_at)] or None
-        how = (every, until_stable, {"experts": at})
+        how = (every, until, {"experts": at})
         stats = _captured(loaded, input_ids, domains, work, batch_size, needs, sample, *how)
         if ranks.left():
             return
@@ -257,6 +273,7 @@ def merge(
     sample: SAMPLE_TOKENS = 32768,
     every: EVERY = 1,
     until_stable: UNTIL_STABLE = 0.0,
+    until_excess: UNTIL_EXCESS = 0.0,
     calibration: CALIBRATION = "",
     sequences: SEQUENCES = 0,
     length: LENGTH = 0,
@@ -298,7 +315,7 @@ def merge(
             f'--similarity, --metric and --linkage have no part in method "{method}", which finds groups by what they leave; '
             "leave them out, or say --method hc-smoe."
         )
-    needs = _needs(method, settings)
+    needs, until = _needs(method, settings), _until(until_stable, until_excess)
     loaded, tokenizer = open_model(model, dtype=dtype, device=device, load=load, memory=memory)
     with work_folder(out, loaded) as work:
         heldout, about = None, {}
@@ -311,7 +328,7 @@ def merge(
             heldout = unseen(more, seen, length=HELD_OUT)
         if made is None and stats is None:
             about["calibration"] = text
-            how = (every, until_stable, _trees(method, settings, experts))
+            how = (every, until, _trees(method, settings, experts))
             stats = _captured(loaded, input_ids, domains, work, batch_size, needs, sample, *how)
         if ranks.left():
             return

@@ -545,10 +545,11 @@ def chosen_columns(gram, moved, width, *, block=None):
     left = first.clone()  # squared length of each column once the chosen ones are projected out
     floor = 1e-9 * first + 1e-30 * max(float(first.max()), 1e-300)
     basis = torch.zeros(len(gram), width, dtype=gram.dtype, device=gram.device)
-    chosen = []
+    moved, chosen = moved.clone(), []  # the largest by far: changed in place
     while len(chosen) < width:
         done, size = len(chosen), min(block, width - len(chosen))
-        gain = torch.where(left > floor, (moved**2).sum(1) / left.clamp(min=torch.finfo(gram.dtype).tiny), -1.0)
+        squares = torch.linalg.vector_norm(moved, dim=1).square()
+        gain = torch.where(left > floor, squares / left.clamp(min=torch.finfo(gram.dtype).tiny), -1.0)
         found = [int(gain.argmax())]
         if float(gain[found[0]]) <= 0:
             break
@@ -559,7 +560,7 @@ def chosen_columns(gram, moved, width, *, block=None):
         columns = gram[:, found] - basis[:, :done] @ basis[found, :done].T
         factor = torch.linalg.cholesky(columns[found])
         columns = torch.linalg.solve_triangular(factor, columns.T, upper=False).T
-        moved = moved - columns @ torch.linalg.solve_triangular(factor, moved[found], upper=False)
+        moved.addmm_(columns, torch.linalg.solve_triangular(factor, moved[found], upper=False), alpha=-1)
         basis[:, done : done + len(found)] = columns
         left = left - (columns**2).sum(1)
         left[found] = 0

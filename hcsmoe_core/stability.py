@@ -10,7 +10,8 @@ from scipy.spatial.distance import squareform
 from hcsmoe_core import ranks
 from hcsmoe_core.calibration import calibration_tokens, domains_of
 from hcsmoe_core.capture import capture
-from hcsmoe_core.clustering import cut, linkage
+from hcsmoe_core.clustering import cut
+from hcsmoe_core.clustering import linkage as tree_of
 from hcsmoe_core.files import check_count
 from hcsmoe_core.methods import merge_tree
 from hcsmoe_core.moe import find_moe_layers, source_of
@@ -46,7 +47,7 @@ def quality_table(stats, model, *, similarity, linkages, groups):
         condensed = distances(stats, layer, similarity=similarity, model=model)
         points = coordinates(condensed, metric) if metric in EMBEDDED else None
         for method in allowed_linkages(similarity, linkages):
-            tree = linkage(condensed, method, metric=metric)
+            tree = tree_of(condensed, method, metric=metric)
             labels = cut(tree, groups)
             sizes = np.bincount(labels)
             row = {"layer": layer, "linkage": method, "cophenetic correlation": hierarchy.cophenet(tree, condensed)[0]}
@@ -155,6 +156,7 @@ def capture_until_stable(
     input_ids,
     *,
     agreement=0.95,
+    excess=None,
     experts=None,
     similarity="expert-output",
     metric="",
@@ -170,9 +172,11 @@ def capture_until_stable(
 
     The sequences of each domain are dealt to two halves in turn. One sequence of each half is captured, then one more, then
     two, four and so on: each time, every layer's tree is made from either half alone, and both are cut. It stops once the two
-    partitions of every layer agree, by adjusted Rand index, at every cut that is looked at. What comes back is of both halves
+    partitions of every layer agree at every cut that is looked at: by adjusted Rand index, or, with ``excess``, by what the
+    groups cost, so that groups which might as well be others do not keep it from stopping. What comes back is of both halves
     together, so that its groups rest on twice the tokens of those that agreed. The error stated is that of either half:
-    1 − ``agreement`` is how far the groups of so many tokens are from those of as many others.
+    1 − ``agreement`` is how far the groups of so many tokens are from those of as many others, ``excess`` how much more
+    they spread, measured on the others, than the others' own.
 
     Parameters
     ----------
@@ -182,6 +186,8 @@ def capture_until_stable(
         The most that may be taken; at least two sequences.
     agreement : float
         Adjusted Rand index at which two partitions count as the same, above 0 and at most 1.
+    excess : float, optional
+        In place of the agreement: the :func:`excess_spread` at which one partition counts as no worse than the other, as 0.05.
     experts : sequence of int, optional
         Numbers of groups that the trees are cut into; by default 3/4, 1/2 and 1/4 of each layer's experts.
     similarity, metric, linkage : str
@@ -190,9 +196,10 @@ def capture_until_stable(
     Returns
     -------
     Statistics
-        With ``stability``: ``agreement``, ``similarity``, ``metric`` and ``linkage`` as given, ``tokens`` taken at each look,
-        whether it is ``stable``, and of each of the ``layers`` the cuts (``experts``), the smallest ``agreement`` at each look,
-        and the tokens ``needed``: those of the first look from which on it agreed, None if it did not at the last.
+        With ``stability``: ``agreement`` (or ``excess``), ``similarity``, ``metric`` and ``linkage`` as given, ``tokens`` taken
+        at each look, whether it is ``stable``, and of each of the ``layers`` the cuts (``experts``), the smallest ``agreement``
+        and the largest ``excess`` at each look, and the tokens ``needed``: those of the first look from which on it agreed,
+        None if it did not at the last.
 
     Raises
     ------
@@ -200,8 +207,8 @@ def capture_until_stable(
         As :func:`hcsmoe_core.capture.capture`; also if the model is streamed, the similarity needs what is not collected, or a
         number of groups is out of range.
     """
-    cuts = _checked_cuts(model, len(input_ids), agreement, experts, similarity, needs)
-    how = dict(similarity=similarity, metric=metric, linkage=linkage, model=model)
+    cuts = _checked_cuts(model, len(input_ids), agreement, excess, experts, similarity, needs)
+    how = dict(similarity=similarity, metric=metric, model=model)
     halves = _halves(len(input_ids), domains)
     ends = _ends(min(map(len, halves)), ranks.size())
     stats, looks = [None, None], []
@@ -213,17 +220,63 @@ def capture_until_stable(
             of = None if domains is None else [domains[i] for i in chosen]
             part = capture(model, input_ids[chosen], domains=of, **options)
             stats[place] = part if stats[place] is None else stats[place] + part
-        trees = [[merge_tree(half, layer, **how) for layer in cuts] for half in stats]
-        found = [_least_agreement(*pair, at) for *pair, at in zip(*trees, cuts.values(), strict=True)]
+        found = []
+        for layer, counts in cuts.items():
+            between = [distances(half, layer, **how) for half in stats]
+            found.append(_compared(between, counts, linkage, metric_of(similarity, metric)))
         looks.append((sum(half.num_tokens for half in stats), found))
-        if min(found) >= agreement:
+        if all(_agrees(pair, agreement, excess) for pair in found):
             break
-    about = dict(agreement=float(agreement), similarity=similarity, metric=metric_of(similarity, metric), linkage=linkage)
-    about |= _looked(looks, cuts, agreement)
+    about = dict(agreement=float(agreement)) if excess is None else dict(excess=float(excess))
+    about |= dict(similarity=similarity, metric=metric_of(similarity, metric), linkage=linkage)
+    about |= _looked(looks, cuts, agreement, excess)
     return replace(_of_sample(stats[0] + stats[1], sample), stability=about)
 
 
-def _checked_cuts(model, sequences, agreement, experts, similarity, needs):
+def spread(labels, condensed, metric):
+    """How far the experts of a partition's groups are apart, ``Σ_g Σ_{i<j in g} d_ij² / |g|``.
+
+    Of Euclidean distances it is the within-group sum of squares (Ward, 1963); cosine and CKA distances count as squares.
+
+    Parameters
+    ----------
+    labels : (E,) int64 array
+    condensed : (E·(E−1)/2,) float64 array
+    metric : str
+
+    Returns
+    -------
+    float
+    """
+    labels = np.asarray(labels)
+    square = squareform(condensed if metric in ("cosine", "cka") else condensed**2)
+    return float((square * (labels == labels[:, None]) / np.bincount(labels)[labels]).sum() / 2)
+
+
+def excess_spread(labels, condensed, metric):
+    """How much more the groups of one of two halves spread, measured on the other, than the other's own groups.
+
+    Both ways together, ``(S(P_1; d_2) + S(P_2; d_1)) / (S(P_1; d_1) + S(P_2; d_2)) − 1``, S the :func:`spread`. It is below
+    zero where a tree's cut is not the best there is.
+
+    Parameters
+    ----------
+    labels : pair of (E,) int64 array
+    condensed : pair of (E·(E−1)/2,) float64 array
+        Distances by either half.
+    metric : str
+
+    Returns
+    -------
+    float
+        Infinite if only groups measured on their own half have no spread.
+    """
+    crossed = spread(labels[0], condensed[1], metric) + spread(labels[1], condensed[0], metric)
+    own = spread(labels[0], condensed[0], metric) + spread(labels[1], condensed[1], metric)
+    return crossed / own - 1 if own else (np.inf if crossed else 0.0)
+
+
+def _checked_cuts(model, sequences, agreement, excess, experts, similarity, needs):
     """Numbers of groups that each layer's tree is cut into, by layer name."""
     if source_of(model) is not None:
         raise ValueError(
@@ -232,6 +285,8 @@ def _checked_cuts(model, sequences, agreement, experts, similarity, needs):
         )
     if not 0 < agreement <= 1:
         raise ValueError(f'The "agreement" argument must be above 0 and at most 1; not {agreement}.')
+    if excess is not None and not excess > 0:
+        raise ValueError(f'The "excess" argument must be above 0; not {excess}.')
     check_count("input_ids", sequences, 2)
     missing = {need for name, _ in parts_of(similarity) for need in NEEDED[name]} - set(needs)
     if missing:
@@ -266,20 +321,29 @@ def _ends(count, first):
     return [*ends, count]
 
 
-def _least_agreement(first, second, cuts):
-    return min(float(agreement([cut(first, count)], [cut(second, count)])[0]) for count in cuts)
+def _compared(between, cuts, linkage, metric):
+    """Smallest agreement and largest excess of two halves' groups of a layer, over the cuts."""
+    trees = [tree_of(condensed, linkage, metric=metric) for condensed in between]
+    pairs = [[cut(tree, count) for tree in trees] for count in cuts]
+    agreements = [float(agreement([first], [second])[0]) for first, second in pairs]
+    return min(agreements), max(excess_spread(pair, between, metric) for pair in pairs)
 
 
-def _looked(looks, cuts, wanted):
-    """What :func:`capture_until_stable` tells of its looks, ``[(tokens, agreement of each layer), …]``."""
+def _agrees(found, wanted, excess):
+    return found[0] >= wanted if excess is None else found[1] <= excess
+
+
+def _looked(looks, cuts, wanted, excess):
+    """What :func:`capture_until_stable` tells of its looks, ``[(tokens, agreement and excess of each layer), …]``."""
     layers = {}
     for place, (name, experts) in enumerate(cuts.items()):
         values = [found[place] for _, found in looks]
         since = len(values)
-        while since and values[since - 1] >= wanted:
+        while since and _agrees(values[since - 1], wanted, excess):
             since -= 1
         needed = looks[since][0] if since < len(values) else None
-        layers[name] = {"experts": experts, "agreement": values, "needed": needed}
+        layers[name] = {"experts": experts, "agreement": [a for a, _ in values], "excess": [e for _, e in values]}
+        layers[name]["needed"] = needed
     stable = all(layer["needed"] is not None for layer in layers.values())
     return {"tokens": [tokens for tokens, _ in looks], "stable": stable, "layers": layers}
 
@@ -306,12 +370,13 @@ def stability_table(stats):
     Returns
     -------
     pandas.DataFrame
-        ``layer``, ``cuts``, ``tokens needed`` (missing where its groups still moved), ``agreement`` of the halves at the end.
+        ``layer``, ``cuts``, ``tokens needed`` (missing where its groups still moved), ``agreement`` and ``excess`` of the
+        halves at the end.
     """
     import pandas as pd
 
     rows = []
     for name, layer in stats.stability["layers"].items():
         row = {"layer": name, "cuts": ", ".join(map(str, layer["experts"])), "tokens needed": layer["needed"]}
-        rows.append(row | {"agreement": layer["agreement"][-1]})
+        rows.append(row | {key: layer[key][-1] for key in ("agreement", "excess")})
     return pd.DataFrame(rows).astype({"tokens needed": "Int64"})

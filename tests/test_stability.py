@@ -9,7 +9,17 @@ from conftest import tiny_model, tokens
 from safetensors.torch import save_file
 from scipy.spatial.distance import pdist, squareform
 
-from hcsmoe_core import calibration_tokens, capture, cut, figures, find_moe_layers, load_statistics, merge_tree, stability
+from hcsmoe_core import (
+    calibration_tokens,
+    capture,
+    cut,
+    distances,
+    figures,
+    find_moe_layers,
+    load_statistics,
+    merge_tree,
+    stability,
+)
 from hcsmoe_core.clustering import LINKAGES
 
 
@@ -193,10 +203,67 @@ def test_looks_are_those_of_a_naive_run(tmp_path):
     assert load_statistics(tmp_path / "s.safetensors").stability == stats.stability
 
 
+def naive_spread(labels, condensed):
+    """Within-group sum of squares, pair by pair."""
+    experts, total = len(labels), 0.0
+    for group in set(labels):
+        members = [e for e in range(experts) if labels[e] == group]
+        for i, j in itertools.combinations(members, 2):
+            total += condensed[experts * i + j - (i + 2) * (i + 1) // 2] ** 2 / len(members)
+    return total
+
+
+def test_spread_is_the_within_group_sum_of_squares():
+    points = np.random.default_rng(0).normal(size=(9, 4))
+    labels = np.array([0, 1, 1, 0, 2, 2, 2, 0, 3])
+    within = sum(((points[labels == g] - points[labels == g].mean(0)) ** 2).sum() for g in range(4))
+    assert stability.spread(labels, pdist(points), "euclidean") == pytest.approx(within)
+    unit = points / np.linalg.norm(points, axis=1, keepdims=True)
+    within = sum(((unit[labels == g] - unit[labels == g].mean(0)) ** 2).sum() for g in range(4))
+    assert stability.spread(labels, pdist(points, "cosine"), "cosine") == pytest.approx(within / 2)
+
+
+def test_stopping_by_what_groups_cost():
+    model, ids, wanted = tiny_model("mixtral"), tokens(26, 12, seed=4), 0.2
+    stats = stability.capture_until_stable(model, ids, experts=[5, 3], excess=wanted, batch_size=4)
+    halves, looks = (range(0, 26, 2), range(1, 26, 2)), []
+    for end in (1, 2, 4, 8, 13):
+        parts = [capture(model, ids[list(half)[:end]]) for half in halves]
+        row = []
+        for layer in range(3):
+            between = [distances(p, layer, similarity="expert-output") for p in parts]
+            values = []
+            for groups in (5, 3):
+                first, second = (cut(merge_tree(p, layer), groups).tolist() for p in parts)
+                crossed = naive_spread(first, between[1]) + naive_spread(second, between[0])
+                values.append(crossed / (naive_spread(first, between[0]) + naive_spread(second, between[1])) - 1)
+            row.append(max(values))
+        looks.append(row)
+        if max(row) <= wanted:
+            break
+    found = list(stats.stability["layers"].values())
+    assert len(looks) > 1  # or nothing was decided
+    assert [layer["excess"] for layer in found] == [pytest.approx(list(row), rel=1e-4) for row in zip(*looks, strict=True)]
+    assert stats.num_tokens == 24 * end
+    assert stats.stability["stable"] == (max(looks[-1]) <= wanted)
+    assert stats.stability["excess"] == wanted
+    assert "agreement" not in stats.stability
+    assert set(stability.stability_table(stats)) >= {"agreement", "excess", "tokens needed"}
+
+
+def test_groups_without_spread_exceed_nothing_or_everything():
+    same, apart = np.array([0, 0, 1, 1]), np.array([0, 1, 0, 1])
+    copies = pdist(np.array([[0.0], [0.0], [1.0], [1.0]]))
+    assert stability.excess_spread((same, same), (copies, copies), "euclidean") == 0
+    turned = pdist(np.array([[0.0], [1.0], [0.0], [1.0]]))
+    assert stability.excess_spread((same, apart), (copies, turned), "euclidean") == np.inf
+
+
 def test_stopping_refuses_what_it_cannot_do(measured):
     model, ids = measured[0], tokens(4, 12)
     for options, said in (
         (dict(agreement=0.0), '"agreement" argument must be above 0'),
+        (dict(excess=0.0), '"excess" argument must be above 0'),
         (dict(experts=[9]), '"experts" argument must be a whole number from 1 to 8'),
         (dict(needs=("usage",)), "Trees by 'expert-output' need outputs"),
     ):
