@@ -1,15 +1,18 @@
 """The recommended method beside the others at the same bytes, calibrated in distribution, on two domains, and on own text.
 
-    python benchmarks/recipe.py --out benchmarks/results/recipe.csv            # some hours on one core, resumable
+    python benchmarks/recipe.py --out benchmarks/results/recipe.csv            # an hour and a half on one core, resumable
     python benchmarks/recipe.py --models demo-qwen --calibrated self --seeds 3
     python benchmarks/recipe.py --models demo-qwen --calibrated "in distribution" --experts 28 24 20 12 4    # other sizes
     python benchmarks/recipe.py --calibrated "in distribution" --sequences 32    # a third of the tokens
 
 Loss is nats a token on held-out text of the ten domains that are made by rule. "two" is calibrated on the other two, code and
-prose; "two and self" on those and on three times as much that the model writes itself.
+prose; "two and self" on those and on three times as much that the model writes itself. Accuracies are also compared item by
+item: "gain" is the recommended method's accuracy less another's on the same samples, each item's mean over them, with its
+standard error over the items.
 """
 
 import argparse
+import itertools
 import json
 from pathlib import Path
 
@@ -18,6 +21,9 @@ import pandas as pd
 
 import hcsmoe_core as core
 from hcsmoe_core.compare import compare
+from hcsmoe_core.evaluation import paired
+from hcsmoe_core.files import read_json
+from hcsmoe_core.study import place, slug
 
 MODELS = {"demo-qwen": (16, 8), "demo-mixtral": (4, 2)}
 METHODS = ("hc-smoe", "mergemoe", "trimming", "least-residual")  # the paper's, and the best two of the table of all methods
@@ -34,28 +40,63 @@ CALIBRATED = {
 def measured(arguments):
     """Every cell, as one table; those that are done are read."""
     frames = []
-    for model in arguments.models:
-        for name in arguments.calibrated:
-            source, sequences = CALIBRATED[name]
-            sequences = arguments.sequences or sequences
-            methods = METHODS if name == "in distribution" else SHIFTED
-            for seed in range(arguments.seeds):
-                how = dict(calibration=source, sequences=sequences, length=LENGTH, limit=arguments.limit)
-                frame = compare(
-                    model,
-                    methods=[method for method in methods if method in arguments.methods],
-                    experts=arguments.experts or MODELS[model],
-                    seeds=(seed,),
-                    dtype="float32",
-                    **how,
-                    folder=f"{arguments.folder}/{name.replace(' ', '-')}-{sequences}/{seed}",
-                )
-                frames.append(frame.assign(model=model, calibrated=name))
+    for model, name, seed in cases(arguments):
+        methods = METHODS if name == "in distribution" else SHIFTED
+        source, sequences = CALIBRATED[name]
+        frame = compare(
+            model,
+            methods=[method for method in methods if method in arguments.methods],
+            experts=arguments.experts or MODELS[model],
+            seeds=(seed,),
+            dtype="float32",
+            calibration=source,
+            sequences=arguments.sequences or sequences,
+            length=LENGTH,
+            limit=arguments.limit,
+            folder=folder_of(arguments, name, seed),
+        )
+        frames.append(frame.assign(model=model, calibrated=name))
     return pd.concat(frames, ignore_index=True)
 
 
-def ratios(frame):
-    """Loss that a method adds over that which HC-SMoE adds on the same sample, with a 95 % interval over samples."""
+def cases(arguments):
+    return itertools.product(arguments.models, arguments.calibrated, range(arguments.seeds))
+
+
+def folder_of(arguments, name, seed):
+    return f"{arguments.folder}/{name.replace(' ', '-')}-{arguments.sequences or CALIBRATED[name][1]}/{seed}"
+
+
+def gains(arguments):
+    """Accuracy of the recommended method less that of each other, item by item: by model, experts, calibration and method."""
+    answers = {}
+    for model, name, seed in cases(arguments):
+        paths = (place(folder_of(arguments, name, seed)) / slug(model)).glob("*.json")
+        newest = {}
+        for cell in map(read_json, sorted(paths, key=lambda p: p.stat().st_mtime)):
+            if "scores" in cell.get("result", {}):
+                newest[cell["experts"], cell["method"]] = cell["result"]["scores"]
+        for (experts, method), scores in newest.items():
+            answers.setdefault((model, experts, name, method), []).append(scores)
+    found = {}
+    for (*case, method), scores in answers.items():
+        ours = answers.get((*case, METHODS[-1]), ())
+        if method != METHODS[-1] and len(ours) == len(scores):
+            row = paired(averaged(ours), averaged(scores), metrics=("acc",)).iloc[-1]
+            found[*case, method] = {"gain": row["difference"], "gain_error": row["error"]}
+    return found
+
+
+def averaged(scores):
+    """Scores of several calibration samples as one: each item's mean."""
+    items = {}
+    for task, first in scores[0]["items"].items():
+        items[task] = {"of": first["of"], "acc": np.mean([s["items"][task]["acc"] for s in scores], axis=0).tolist()}
+    return scores[0] | {"items": items}
+
+
+def ratios(frame, gained):
+    """Loss that a method adds over that which HC-SMoE adds on the same sample, with a 95 % interval over samples; and gains."""
     from scipy.stats import t
 
     original = frame[frame["method"] == "original"].groupby("model")[["loss", "accuracy"]].first()
@@ -72,7 +113,7 @@ def ratios(frame):
         row = dict(zip(("model", "experts", "calibrated", "method"), key, strict=True), samples=count)
         for name in ("added", "ratio", "retained"):
             row |= {name: part[name].mean(), f"{name}_interval": wide * part[name].std(ddof=1) if count > 1 else np.nan}
-        rows.append(row)
+        rows.append(row | gained.get(key, {}))
     return pd.DataFrame(rows)
 
 
@@ -84,11 +125,11 @@ def main():
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS, help="hc-smoe, and others")
     parser.add_argument("--experts", nargs="+", type=int, help="kept in each layer; by default a half and a quarter")
     parser.add_argument("--sequences", type=int, help="of 256 tokens; by default 96, or 288 of own text")
-    parser.add_argument("--limit", type=int, default=50, help="items of each task")
+    parser.add_argument("--limit", type=int, default=0, help="items of each task; 0 for all 300")
     parser.add_argument("--folder", default="runs/recipe", help="where cells are kept")
     parser.add_argument("--out", type=Path, help="CSV file to write")
     arguments = parser.parse_args()
-    table = ratios(measured(arguments))
+    table = ratios(measured(arguments), gains(arguments))
     print(table.round(4).to_string(index=False))
     if arguments.out:
         table.round(5).to_csv(arguments.out, index=False)

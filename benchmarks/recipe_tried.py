@@ -11,6 +11,9 @@ budgets: layers keep different numbers of bytes, so that the sum of their relati
 other tokens: each expert is fitted to, and judged on, tokens that were not routed to it too, four for each of its neurons
 shared expert: its down projection takes up by ridge regression what the merged experts leave (demo-qwen)
 scales: each member's outputs are given by the merged expert times a number of its own, as routing weights could carry
+co-activation: experts that are often chosen for the same token join (cosine of who gets which token), where that leaves less
+router rows: the rows of the router that is kept move to take up what is left, one Gauss-Newton step by LSQR, the damping that
+    leaves least on the held-out tokens themselves; experts and rows are fitted to the other tokens
 low rank: an eighth of the neurons make way for a linear map of low rank for each member, as many numbers
 """
 
@@ -24,10 +27,11 @@ import networkx
 import numpy as np
 import pandas as pd
 import torch
-from scipy.spatial.distance import squareform
+from scipy.sparse.linalg import LinearOperator, lsqr
+from scipy.spatial.distance import pdist, squareform
 
 import hcsmoe_core as core
-from hcsmoe_core import combining, residual
+from hcsmoe_core import clustering, combining, residual
 from hcsmoe_core.clustering import by_first_appearance
 from hcsmoe_core.combining import Group, combine
 from hcsmoe_core.merging import group_and_options
@@ -37,6 +41,7 @@ from hcsmoe_core.similarity import distances
 
 MODELS = {"demo-qwen": (16, 8), "demo-mixtral": (4, 2)}
 NEAR, OTHERS, RIDGE = 6, 4, 0.01
+DAMPING = (30.0, 100.0, 300.0)
 HOW = dict(method="recommended", refit=0, progress=False)
 
 
@@ -244,12 +249,88 @@ def low_rank(layer, layer_plan, rule, fitted, held):
     return float((left - read @ maps).pow(2).sum())
 
 
+def coactivation(case, experts):
+    """Groups of experts that are chosen together, tried beside the method's."""
+    usual = residual.Judge._groupings
+
+    def groupings(judge, stats, model, count):
+        found = usual(judge, stats, model, count)
+        if count < judge.sums.num_experts:
+            chosen = (judge.sums.sample.gates != 0).T.double().numpy()
+            how = dict(method="average", metric="cosine")
+            found.append(clustering.restricted(pdist(chosen, "cosine"), count, -(-len(chosen) // count), **how))
+        return found
+
+    with mock.patch.object(residual.Judge, "_groupings", groupings):
+        return case.added(case.plan(experts))
+
+
+class Routed:
+    """What a layer with merged experts gives on some tokens as a function of a change of its router's rows."""
+
+    def __init__(self, layer, sample, made, labels):
+        self.inputs, self.logits, self.k = sample.inputs.double(), sample.logits.double(), sample.index.shape[1]
+        everyone = list(range(layer.num_experts))
+        self.wanted = Group(layer, everyone, [1 / len(everyone)] * len(everyone), 0, sample).outputs()
+        self.given = torch.stack([layer.activate(e, self.inputs) @ e.down.T for e in made], 1)[:, labels]  # [T, E, D]
+        self.normalised = bool((sample.weight.double().sum(1) - 1).abs().max() < 1e-3)
+        self.shape = layer.num_experts, self.inputs.shape[1]
+        self.none = torch.zeros(self.shape, dtype=torch.float64)
+
+    def gates(self, change):
+        logits = self.logits + self.inputs @ change.T
+        score = logits.softmax(1)
+        chosen = torch.zeros_like(score).scatter_(1, logits.topk(self.k, 1).indices, 1)
+        score = score * chosen
+        return score / score.sum(1, keepdim=True) if self.normalised else score
+
+    def left(self, change):
+        return self.wanted - torch.einsum("te,ted->td", self.gates(change), self.given)
+
+    def step(self, damp):
+        """Change of the rows by LSQR on the linearised outputs."""
+        gates = self.gates(self.none)
+        # Of softmax weights, all or those chosen alone: d g_e = g_e (d l_e − Σ_j s_j d l_j).
+        share = gates if self.normalised else self.logits.softmax(1)
+        mean = torch.einsum("te,ted->td", gates, self.given)
+
+        def forward(flat):
+            logits = self.inputs @ torch.from_numpy(flat).reshape(self.shape).T
+            given = torch.einsum("te,ted->td", gates * logits, self.given)
+            return (given - (share * logits).sum(1, keepdim=True) * mean).flatten().numpy()
+
+        def backward(flat):
+            left = torch.from_numpy(flat).reshape(len(self.inputs), -1)
+            logits = gates * torch.einsum("td,ted->te", left, self.given) - share * (left * mean).sum(1, keepdim=True)
+            return (logits.T @ self.inputs).flatten().numpy()
+
+        zero = torch.zeros(self.shape, dtype=torch.float64)
+        operator = LinearOperator((self.wanted.numel(), zero.numel()), matvec=forward, rmatvec=backward, dtype=np.float64)
+        return torch.from_numpy(lsqr(operator, self.left(zero).flatten().numpy(), damp=damp, iter_lim=40)[0]).reshape(
+            self.shape
+        )
+
+
+def router_rows(case, experts):
+    """Squared residual on held-out tokens once the router's rows have moved, over that before."""
+    plan, before, after = case.plan(experts), 0.0, 0.0
+    for layer, layer_plan in zip(case.layers, plan.layers, strict=True):
+        samples = [residual._rows(case.stats.layers[layer.name].sample, rows) for rows in (~case.decides, case.decides)]
+        made = combine_all(case, layer, layer_plan, samples[0])
+        fitted, held = (Routed(layer, sample, made, layer_plan.labels) for sample in samples)
+        left = [float(held.left(change).pow(2).sum()) for change in (held.none, *map(fitted.step, DAMPING))]
+        before, after = before + left[0], after + min(left[1:])
+    return after / before
+
+
 TRIALS = {
     "the method, without refit": (lambda case, experts: case.added(case.plan(experts)), "added"),
     "pairs by matching": (pairs, "added"),
     "budgets": (budgets, "added"),
     "other tokens": (other_tokens, "added"),
     "shared expert": (shared, "added"),
+    "co-activation": (coactivation, "added"),
+    "router rows": (router_rows, "left"),
     "scales": (lambda case, experts: remainders(case, experts, scales), "left"),
     "low rank": (lambda case, experts: remainders(case, experts, low_rank), "left"),
 }

@@ -151,10 +151,15 @@ class Judge:
 
     @functools.cached_property
     def energy(self):
-        """Squared outputs of the layer on the tokens that decide."""
-        experts = self.sums.num_experts
-        whole = Group(self.layer, list(range(experts)), [1 / experts] * experts, 0, self.samples[1])
-        return float(whole.outputs().double().pow(2).sum())
+        """Squared outputs of the layer on the tokens that decide; one expert at a time is looked at, and held in float."""
+        held, total = self.samples[1], None
+        for expert in range(self.sums.num_experts):
+            alone = Group(self.layer, [expert], {expert: 1.0}, expert, held)
+            outputs, rows = alone.outputs(), (held.gates[:, expert] != 0).to(alone.device)
+            if total is None:
+                total = outputs.new_zeros(len(held.gates), outputs.shape[1])
+            total[rows] += outputs
+        return float(total.double().pow(2).sum())
 
     def ways(self, stats, model, kept):
         """The best way of each shape that takes the bytes of ``kept`` experts, by shape.

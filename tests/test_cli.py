@@ -79,6 +79,18 @@ def test_capture_until_stable_says_what_each_layer_needed(work):
 
 
 @pytest.mark.slow
+def test_capture_stops_by_what_groups_cost(work):
+    options = ("--calibration", work / "ids.safetensors", "--sequences", 6, "--length", 20, "--until-excess", 50)
+    said = hcsmoe("capture", work / "model", *options, "--out", work / "excess.safetensors")
+    stats = core.load_statistics(work / "excess.safetensors")
+    assert stats.stability["excess"] == 50
+    assert f"stable after {stats.num_tokens} of 120 tokens" in said
+    refused = hcsmoe("capture", work / "model", *options, "--until-stable", 0.5, "--out", work / "no.safetensors", fails=True)
+    assert "--until-stable" in refused
+    assert not (work / "no.safetensors").exists()
+
+
+@pytest.mark.slow
 def test_evaluate_an_embedded_model_with_a_plan(tmp_path):
     size = ("--sequences", 12, "--length", 64, "--dtype", "float32")
     hcsmoe("capture", "demo-mixtral", *size, "--out", tmp_path / "s.safetensors")
