@@ -332,8 +332,10 @@ def _solved(gram, moved, ridge, prior):
     """``argmin_W ‖V W − Y‖² + λ ‖W − prior‖²`` from VᵀV and VᵀY, λ relative to the mean squared column of V, ``(N, D)``."""
     wide = prior.double()
     penalty = max(float(gram.diagonal().mean()) * ridge, torch.finfo(torch.float64).tiny)
+    ridged = gram.clone()
+    ridged.diagonal().add_(penalty)
     # Solved for the change, so that a prior that fits already is returned as it is.
-    change = _symmetric_solve(gram + penalty * torch.eye(len(gram), dtype=gram.dtype, device=gram.device), moved - gram @ wide)
+    change = _symmetric_solve(ridged, moved - gram @ wide)
     return (wide + change).to(prior.dtype)
 
 
@@ -456,7 +458,7 @@ def selected(group, *, width=None, ridge=0.02, pool="members"):
     gram, moved = group.once(("normal", pool), lambda: normal_equations(group, neurons))
     chosen = group.once(("chosen", pool, width), lambda: chosen_columns(gram, moved, width))
     kept = _completed(chosen, width, group, neurons)
-    gram, moved, made = gram[kept][:, kept], moved[kept], neurons.take(kept)
+    gram, moved, made = gram[kept[:, None], kept], moved[kept], neurons.take(kept)
     # The prior is what the neurons write anyway, at the scale that fits best.
     prior = made.down.T.double()
     fits = float((prior * (gram @ prior)).sum())

@@ -138,16 +138,20 @@ def agreement_over_size(parts, model, *, similarity, linkages, groups):
     Returns
     -------
     pandas.DataFrame
-        ``linkage``, ``layer``, ``tokens`` and ``agreement``, the adjusted Rand index with the groups of the last part.
+        ``linkage``, ``layer``, ``tokens``, ``agreement``, the adjusted Rand index with the groups of the last part, and
+        ``excess``, how much more the part's groups :func:`spread` than those, by the distances of the last part.
     """
     import pandas as pd
 
-    rows = []
+    rows, metric = [], metric_of(similarity)
+    between = [distances(parts[-1], layer, similarity=similarity, model=model) for layer in parts[-1].layers]
     for method in allowed_linkages(similarity, linkages):
         found = [partitions(s, model, similarity=similarity, linkage=method, groups=groups) for s in parts]
+        least = [spread(labels, d, metric) for labels, d in zip(found[-1], between, strict=True)]
         for stats, labels in zip(parts[:-1], found[:-1], strict=True):
             for layer, value in enumerate(agreement(labels, found[-1])):
-                rows.append({"linkage": method, "layer": layer, "tokens": stats.num_tokens, "agreement": float(value)})
+                row = {"linkage": method, "layer": layer, "tokens": stats.num_tokens, "agreement": float(value)}
+                rows.append(row | {"excess": _relative(spread(labels[layer], between[layer], metric), least[layer])})
     return pd.DataFrame(rows)
 
 
@@ -273,7 +277,12 @@ def excess_spread(labels, condensed, metric):
     """
     crossed = spread(labels[0], condensed[1], metric) + spread(labels[1], condensed[0], metric)
     own = spread(labels[0], condensed[0], metric) + spread(labels[1], condensed[1], metric)
-    return crossed / own - 1 if own else (np.inf if crossed else 0.0)
+    return _relative(crossed, own)
+
+
+def _relative(value, least):
+    """How much more one spread is than another."""
+    return value / least - 1 if least else (np.inf if value else 0.0)
 
 
 def _checked_cuts(model, sequences, agreement, excess, experts, similarity, needs):

@@ -109,6 +109,11 @@ def test_growing_parts_add_up_to_the_sample(measured, tmp_path):
     table = stability.agreement_over_size(parts, model, similarity="expert-output", linkages=["average"], groups=4)
     assert sorted(set(table["tokens"])) == [24, 60]
     assert len(table) == 2 * 3
+    for row in table.to_dict("records"):
+        part = parts[0] if row["tokens"] == 24 else parts[1]
+        between = distances(parts[-1], row["layer"], similarity="expert-output")
+        mine, theirs = (naive_spread(cut(merge_tree(s, row["layer"]), 4).tolist(), between) for s in (part, parts[-1]))
+        assert row["excess"] == pytest.approx(mine / theirs - 1)
 
 
 def test_turning_branches_keeps_the_tree(measured):
