@@ -111,6 +111,7 @@ def ratios(frame, gained):
         count = len(part)
         wide = t.ppf(0.975, count - 1) / count**0.5 if count > 1 else np.nan
         row = dict(zip(("model", "experts", "calibrated", "method"), key, strict=True), samples=count)
+        row["items"] = 8 * (part["limit"].iloc[0] or 300)
         for name in ("added", "ratio", "retained"):
             row |= {name: part[name].mean(), f"{name}_interval": wide * part[name].std(ddof=1) if count > 1 else np.nan}
         rows.append(row | gained.get(key, {}))
