@@ -26,7 +26,7 @@ HIDDEN, NOISE, RIDGE = 4096, 0.5, 0.01
 def pair(width, device):
     """A layer of which the first two experts are alike."""
     torch.manual_seed(0)
-    layer = layer_of(8, HIDDEN, width, 2, torch.bfloat16, device)
+    layer = layer_of(3, HIDDEN, width, 2, torch.bfloat16, device)  # the third is no member
     for tensor in layer.tensors().values():
         tensor.data[1] = ((tensor[0].float() + NOISE * tensor[1].float()) / (1 + NOISE**2) ** 0.5).to(tensor.dtype)
     return layer
@@ -37,7 +37,7 @@ def sample_of(tokens, seed):
     generator = torch.Generator().manual_seed(seed)
     inputs = torch.randn(tokens, HIDDEN, generator=generator).to(torch.bfloat16)
     index = torch.stack([torch.arange(tokens) % 2, torch.full((tokens,), 2)], 1)
-    return LayerSample(inputs, torch.zeros(tokens, 8), index, torch.full((tokens, 2), 0.5))
+    return LayerSample(inputs, torch.zeros(tokens, 3), index, torch.full((tokens, 2), 0.5))
 
 
 @torch.no_grad()
@@ -45,15 +45,17 @@ def measure(width, arguments, compare):
     """Seconds of each step, and what is left."""
     layer = pair(width, arguments.device)
     group = combining.Group(layer, [0, 1], [0.5, 0.5], 0, sample_of(arguments.tokens, 1))
-    held = combining.Group(layer, [0, 1], [0.5, 0.5], 0, sample_of(1024, 2))
-    energy, rule = float(held.outputs().double().pow(2).sum()), {"rule": "selection", "ridge": RIDGE, "pool": "members"}
+    rule = {"rule": "selection", "ridge": RIDGE, "pool": "members"}
     pool, seconds, normal, places = combining._pooled(group), {}, ("normal", "members"), ("chosen", "members", width)
     group.outputs()
     found, seconds["gram"] = timed(arguments.device, combining.normal_equations, group, pool)
     chosen, seconds["choice"] = timed(arguments.device, combining.chosen_columns, *found, width)
     group._found |= {("neurons", "members"): pool, normal: found, places: chosen}
+    print(f"{width}: {seconds}", flush=True)
     expert, seconds["solve"] = timed(arguments.device, combining.combine, group, rule)
-    left, average = _left(held, expert, rule), combining.combine(group, {"rule": "average"})
+    average = combining.combine(group, {"rule": "average"})
+    held = combining.Group(layer, [0, 1], [0.5, 0.5], 0, sample_of(1024, 2))
+    energy, left = float(held.outputs().double().pow(2).sum()), _left(held, expert, rule)
     row = {"width": width, "pool": len(pool.up), "block": max(1, width // combining.STEPS), "seconds": seconds}
     row["relative squared error, new tokens"] = left / energy
     row["the same of averages"] = _left(held, average, {"rule": "average"}) / energy
