@@ -12,8 +12,8 @@ other tokens: each expert is fitted to, and judged on, tokens that were not rout
 shared expert: its down projection takes up by ridge regression what the merged experts leave (demo-qwen)
 scales: each member's outputs are given by the merged expert times a number of its own, as routing weights could carry
 co-activation: experts that are often chosen for the same token join (cosine of who gets which token), where that leaves less
-router rows: the rows of the router that is kept move to take up what is left, one Gauss-Newton step by LSQR, the damping that
-    leaves least on the held-out tokens themselves; experts and rows are fitted to the other tokens
+router rows: the rows of the router that is kept move to take up what is left, one Gauss-Newton step by LSQR, damped and scaled
+    as leaves least on the held-out tokens themselves; experts and rows are fitted to the other tokens
 low rank: an eighth of the neurons make way for a linear map of low rank for each member, as many numbers
 """
 
@@ -41,7 +41,7 @@ from hcsmoe_core.similarity import distances
 
 MODELS = {"demo-qwen": (16, 8), "demo-mixtral": (4, 2)}
 NEAR, OTHERS, RIDGE = 6, 4, 0.01
-DAMPING = (30.0, 100.0, 300.0)
+DAMPING, SCALES = (3.0, 30.0, 300.0), (1.0, 0.3, 0.1, 0.03)
 HOW = dict(method="recommended", refit=0, progress=False)
 
 
@@ -318,8 +318,9 @@ def router_rows(case, experts):
         samples = [residual._rows(case.stats.layers[layer.name].sample, rows) for rows in (~case.decides, case.decides)]
         made = combine_all(case, layer, layer_plan, samples[0])
         fitted, held = (Routed(layer, sample, made, layer_plan.labels) for sample in samples)
-        left = [float(held.left(change).pow(2).sum()) for change in (held.none, *map(fitted.step, DAMPING))]
-        before, after = before + left[0], after + min(left[1:])
+        steps = [scale * step for step in map(fitted.step, DAMPING) for scale in SCALES]
+        left = [float(held.left(change).pow(2).sum()) for change in (held.none, *steps)]
+        before, after = before + left[0], after + min(left)
     return after / before
 
 
