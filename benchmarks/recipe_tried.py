@@ -1,6 +1,6 @@
 """What was tried for the recommended method and left out: what each would be worth, before what neurons read is fitted.
 
-    python benchmarks/recipe_tried.py --out benchmarks/results/recipe-tried.csv     # ten minutes on one core
+    python benchmarks/recipe_tried.py --out benchmarks/results/recipe-tried.csv     # a quarter of an hour on one core
 
 "added" is the loss added in nats a token on held-out text of the ten domains that are made by rule; "left" the squared residual
 on held-out tokens of the sample, over that of the method.
