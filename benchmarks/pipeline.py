@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, Qwen2MoeConfig
 import hcsmoe_core as core
 from hcsmoe_core.clustering import LINKAGES, by_first_appearance
 from hcsmoe_core.evaluation import task_scores
-from hcsmoe_core.stability import agreement, spread
+from hcsmoe_core.stability import agreement, extra_spread
 
 TASK = "demo_facts"
 WAYS = ("same", "every", "stop", "excess", "stop every", "excess every")
@@ -220,8 +220,7 @@ def told(found, arguments):
         stats, labels = found[way], [p.labels for p in found[f"plan {way}"].layers]
         row = {"tokens": stats.num_tokens, "agreement with same": agreement(labels, same).round(3).tolist()}
         row["excess over same"] = [
-            round(spread(mine, d, "euclidean") / spread(theirs, d, "euclidean") - 1, 3)
-            for mine, theirs, d in zip(labels, same, between, strict=True)
+            round(extra_spread(*three, "euclidean"), 3) for three in zip(labels, same, between, strict=True)
         ]
         if stats.stability is not None:
             layers = stats.stability["layers"].values()

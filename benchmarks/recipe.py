@@ -20,10 +20,8 @@ import numpy as np
 import pandas as pd
 
 import hcsmoe_core as core
-from hcsmoe_core.compare import compare
+from hcsmoe_core.compare import compare, newest_cells
 from hcsmoe_core.evaluation import paired
-from hcsmoe_core.files import read_json
-from hcsmoe_core.study import place, slug
 
 MODELS = {"demo-qwen": (16, 8), "demo-mixtral": (4, 2)}
 METHODS = ("hc-smoe", "mergemoe", "trimming", "least-residual")  # the paper's, and the best two of the table of all methods
@@ -71,13 +69,9 @@ def gains(arguments):
     """Accuracy of the recommended method less that of each other, item by item: by model, experts, calibration and method."""
     answers = {}
     for model, name, seed in cases(arguments):
-        paths = (place(folder_of(arguments, name, seed)) / slug(model)).glob("*.json")
-        newest = {}
-        for cell in map(read_json, sorted(paths, key=lambda p: p.stat().st_mtime)):
-            if "scores" in cell.get("result", {}):
-                newest[cell["experts"], cell["method"]] = cell["result"]["scores"]
-        for (experts, method), scores in newest.items():
-            answers.setdefault((model, experts, name, method), []).append(scores)
+        for (method, experts, _), cell in newest_cells(folder_of(arguments, name, seed), model).items():
+            if "scores" in cell["result"]:
+                answers.setdefault((model, experts, name, method), []).append(cell["result"]["scores"])
     found = {}
     for (*case, method), scores in answers.items():
         ours = answers.get((*case, METHODS[-1]), ())

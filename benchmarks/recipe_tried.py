@@ -256,7 +256,7 @@ def coactivation(case, experts):
     def groupings(judge, stats, model, count):
         found = usual(judge, stats, model, count)
         if count < judge.sums.num_experts:
-            chosen = (judge.sums.sample.gates != 0).T.double().numpy()
+            chosen = judge.sums.sample.chosen.T.double().numpy()
             how = dict(method="average", metric="cosine")
             found.append(clustering.restricted(pdist(chosen, "cosine"), count, -(-len(chosen) // count), **how))
         return found
@@ -304,11 +304,10 @@ class Routed:
             logits = gates * torch.einsum("td,ted->te", left, self.given) - share * (left * mean).sum(1, keepdim=True)
             return (logits.T @ self.inputs).flatten().numpy()
 
-        zero = torch.zeros(self.shape, dtype=torch.float64)
-        operator = LinearOperator((self.wanted.numel(), zero.numel()), matvec=forward, rmatvec=backward, dtype=np.float64)
-        return torch.from_numpy(lsqr(operator, self.left(zero).flatten().numpy(), damp=damp, iter_lim=40)[0]).reshape(
-            self.shape
-        )
+        size = self.wanted.numel(), self.none.numel()
+        operator = LinearOperator(size, matvec=forward, rmatvec=backward, dtype=np.float64)
+        found = lsqr(operator, self.left(self.none).flatten().numpy(), damp=damp, iter_lim=40)[0]
+        return torch.from_numpy(found).reshape(self.shape)
 
 
 def router_rows(case, experts):

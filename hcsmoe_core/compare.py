@@ -191,11 +191,7 @@ def cells(folder, model):
 
     if str(folder).endswith(".csv"):
         return read_table(folder, model, f"hcsmoe compare {model}, and give runs/compare").reindex(columns=COLUMNS)
-    newest = {}
-    for path in sorted((place(folder) / slug(model)).glob("*.json"), key=lambda p: p.stat().st_mtime):
-        content = read_json(path)
-        if isinstance(content, dict) and "result" in content:
-            newest[(content["method"], content["experts"], content["seed"])] = content
+    newest = newest_cells(folder, model)
     if not newest:
         raise FileNotFoundError(f"Nothing was compared for {model} in {place(folder)}; run: hcsmoe compare {model}")
     rows = []
@@ -211,6 +207,16 @@ def cells(folder, model):
     return pd.DataFrame(rows, columns=COLUMNS).sort_values(
         ["experts", "method", "seed"], ascending=[False, True, True], ignore_index=True
     )
+
+
+def newest_cells(folder, model):
+    """Contents of the cells that :func:`compare` wrote, the newest of each: by method, number of experts and seed."""
+    newest = {}
+    for path in sorted((place(folder) / slug(model)).glob("*.json"), key=lambda p: p.stat().st_mtime):
+        content = read_json(path)
+        if isinstance(content, dict) and "result" in content:
+            newest[(content["method"], content["experts"], content["seed"])] = content
+    return newest
 
 
 def read_table(path, model, command):

@@ -153,11 +153,12 @@ class Judge:
     def energy(self):
         """Squared outputs of the layer on the tokens that decide; one expert at a time is looked at, and held in float."""
         held, total = self.samples[1], None
+        chosen = held.chosen
         for expert in range(self.sums.num_experts):
             alone = Group(self.layer, [expert], {expert: 1.0}, expert, held)
-            outputs, rows = alone.outputs(), (held.gates[:, expert] != 0).to(alone.device)
+            outputs, rows = alone.outputs(), chosen[:, expert].to(alone.device)
             if total is None:
-                total = outputs.new_zeros(len(held.gates), outputs.shape[1])
+                total = outputs.new_zeros(len(chosen), outputs.shape[1])
             total[rows] += outputs
         return float(total.double().pow(2).sum())
 

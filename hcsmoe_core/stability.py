@@ -144,14 +144,13 @@ def agreement_over_size(parts, model, *, similarity, linkages, groups):
     import pandas as pd
 
     rows, metric = [], metric_of(similarity)
-    between = [distances(parts[-1], layer, similarity=similarity, model=model) for layer in parts[-1].layers]
+    between = [[distances(s, layer, similarity=similarity, model=model) for layer in s.layers] for s in parts]
     for method in allowed_linkages(similarity, linkages):
-        found = [partitions(s, model, similarity=similarity, linkage=method, groups=groups) for s in parts]
-        least = [spread(labels, d, metric) for labels, d in zip(found[-1], between, strict=True)]
+        found = [[cut(tree_of(condensed, method, metric=metric), groups) for condensed in layers] for layers in between]
         for stats, labels in zip(parts[:-1], found[:-1], strict=True):
             for layer, value in enumerate(agreement(labels, found[-1])):
                 row = {"linkage": method, "layer": layer, "tokens": stats.num_tokens, "agreement": float(value)}
-                rows.append(row | {"excess": _relative(spread(labels[layer], between[layer], metric), least[layer])})
+                rows.append(row | {"excess": extra_spread(labels[layer], found[-1][layer], between[-1][layer], metric)})
     return pd.DataFrame(rows)
 
 
@@ -212,7 +211,7 @@ def capture_until_stable(
         number of groups is out of range.
     """
     cuts = _checked_cuts(model, len(input_ids), agreement, excess, experts, similarity, needs)
-    how = dict(similarity=similarity, metric=metric, model=model)
+    how, measured = dict(similarity=similarity, metric=metric, model=model), metric_of(similarity, metric)
     halves = _halves(len(input_ids), domains)
     ends = _ends(min(map(len, halves)), ranks.size())
     stats, looks = [None, None], []
@@ -227,12 +226,12 @@ def capture_until_stable(
         found = []
         for layer, counts in cuts.items():
             between = [distances(half, layer, **how) for half in stats]
-            found.append(_compared(between, counts, linkage, metric_of(similarity, metric)))
+            found.append(_compared(between, counts, linkage, measured))
         looks.append((sum(half.num_tokens for half in stats), found))
         if all(_agrees(pair, agreement, excess) for pair in found):
             break
     about = dict(agreement=float(agreement)) if excess is None else dict(excess=float(excess))
-    about |= dict(similarity=similarity, metric=metric_of(similarity, metric), linkage=linkage)
+    about |= dict(similarity=similarity, metric=measured, linkage=linkage)
     about |= _looked(looks, cuts, agreement, excess)
     return replace(_of_sample(stats[0] + stats[1], sample), stability=about)
 
@@ -255,6 +254,22 @@ def spread(labels, condensed, metric):
     labels = np.asarray(labels)
     square = squareform(condensed if metric in ("cosine", "cka") else condensed**2)
     return float((square * (labels == labels[:, None]) / np.bincount(labels)[labels]).sum() / 2)
+
+
+def extra_spread(labels, others, condensed, metric):
+    """How much more the groups of one partition :func:`spread` than another's; infinite if only the other's do not.
+
+    Parameters
+    ----------
+    labels, others : (E,) int64 array
+    condensed : (E·(E−1)/2,) float64 array
+    metric : str
+
+    Returns
+    -------
+    float
+    """
+    return _relative(spread(labels, condensed, metric), spread(others, condensed, metric))
 
 
 def excess_spread(labels, condensed, metric):
@@ -351,8 +366,8 @@ def _looked(looks, cuts, wanted, excess):
         while since and _agrees(values[since - 1], wanted, excess):
             since -= 1
         needed = looks[since][0] if since < len(values) else None
-        layers[name] = {"experts": experts, "agreement": [a for a, _ in values], "excess": [e for _, e in values]}
-        layers[name]["needed"] = needed
+        seen = {"agreement": [a for a, _ in values], "excess": [e for _, e in values]}
+        layers[name] = {"experts": experts, **seen, "needed": needed}
     stable = all(layer["needed"] is not None for layer in layers.values())
     return {"tokens": [tokens for tokens, _ in looks], "stable": stable, "layers": layers}
 
