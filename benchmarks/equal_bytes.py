@@ -7,14 +7,15 @@ are done are kept under ``runs/bytes``, so that it can be stopped and started ag
 import argparse
 from pathlib import Path
 
-from hcsmoe_core import tradeoff
+from hcsmoe_core._util import replacing, versions, write_json
 from hcsmoe_core.demo.models import NAMES
-from hcsmoe_core.evaluation import versions
-from hcsmoe_core.files import replacing, write_json
+from hcsmoe_core.studies import tradeoff
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--models", nargs="+", default=list(NAMES))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--limit", type=int, help="items of each task, 0 for all; without it the loss alone")

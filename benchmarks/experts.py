@@ -16,7 +16,7 @@ from measuring import interleaved, machine, tell
 from transformers import Qwen2MoeConfig
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeExperts
 
-from hcsmoe_core.capture import CHUNK
+from hcsmoe_core.collect import CHUNK
 from hcsmoe_core.moe import MoELayer
 
 # batched_mm gathers a copy of the weights for each token and expert.
@@ -24,7 +24,9 @@ FEW = 16
 
 
 def layer_of(experts, hidden, width, implementation, dtype, device):
-    config = Qwen2MoeConfig(hidden_size=hidden, moe_intermediate_size=width, num_experts=experts, num_experts_per_tok=experts)
+    config = Qwen2MoeConfig(
+        hidden_size=hidden, moe_intermediate_size=width, num_experts=experts, num_experts_per_tok=experts
+    )
     config._experts_implementation = implementation
     torch.manual_seed(0)
     module = Qwen2MoeExperts(config).to(dtype)
@@ -45,7 +47,9 @@ def outputs(layer, tokens, size):
     total = torch.zeros(layer.num_experts, tokens.shape[1], dtype=torch.float64, device=tokens.device)
     for part in tokens.split(size):
         for expert in range(layer.num_experts):
-            total[expert] += layer.expert_output(expert, layer.expert_hidden(expert, part)).sum(0, dtype=torch.float64)
+            total[expert] += layer.expert_output(expert, layer.expert_hidden(expert, part)).sum(
+                0, dtype=torch.float64
+            )
     return total / len(tokens)
 
 
@@ -60,8 +64,13 @@ def measure(shape, arguments, dtype):
     layer = MoELayer("experts", modules["eager"], None)
     calls = {n: lambda m=m: m(tokens, index, weight) for n, m in modules.items() if n != "batched_mm"}
     calls["batched_mm, a few tokens"] = lambda: modules["batched_mm"](tokens[:FEW], index[:FEW], weight[:FEW])
-    calls |= {"ours": lambda: dense(layer, tokens, size), "ours, all outputs": lambda: outputs(layer, tokens, size)}
-    close = (outputs(layer, tokens, size) - dense(layer, tokens, size)).norm() / outputs(layer, tokens, size).norm()
+    calls |= {
+        "ours": lambda: dense(layer, tokens, size),
+        "ours, all outputs": lambda: outputs(layer, tokens, size),
+    }
+    close = (outputs(layer, tokens, size) - dense(layer, tokens, size)).norm() / outputs(
+        layer, tokens, size
+    ).norm()
     best = interleaved(arguments.device, calls, arguments.repeats)
     best["batched_mm"] = best.pop("batched_mm, a few tokens") * arguments.tokens / FEW
     fastest = min(best[name] for name in modules)
@@ -71,14 +80,20 @@ def measure(shape, arguments, dtype):
         "fastest of transformers / ours": round(fastest / best["ours"], 2),
         "fastest of transformers / ours, all outputs": round(fastest / best["ours, all outputs"], 2),
         "seconds": {name: round(seconds, 4) for name, seconds in best.items()},
-        "10^9 operations a second": {n: round(flops * (2 / 3 if n == "ours" else 1) / s / 1e9, 1) for n, s in best.items()},
+        "10^9 operations a second": {
+            n: round(flops * (2 / 3 if n == "ours" else 1) / s / 1e9, 1) for n, s in best.items()
+        },
         "relative difference of ours by linearity and in full": float(close),
     }
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", default="60x256x176,60x512x352,8x1024x3584,32x128x64", help="experts x hidden x width")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--shapes", default="60x256x176,60x512x352,8x1024x3584,32x128x64", help="experts x hidden x width"
+    )
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", default="cpu")

@@ -9,25 +9,41 @@ HC-SMoE (expert outputs, average linkage, frequency weights), calibrated on 96 �
 import argparse
 
 import hcsmoe_core as core
-from hcsmoe_core import study
+from hcsmoe_core._util import write_json
 from hcsmoe_core.demo import models
-from hcsmoe_core.files import write_json
+from hcsmoe_core.studies import cache
+from hcsmoe_core.studies import tables as study
 
 
 def measure(name, limit):
     model, tokenizer = core.load_model(name, dtype="float32")
-    stats = study.statistics(model, tokenizer)
+    stats = cache.statistics(model, tokenizer)
     experts = study.model_size(model)["num_experts"]
     curve = []
     for kept in range(experts, experts // 4 - 1, -max(1, experts // 8)):
         core.apply_plan(model, core.make_plan(stats, model, experts=kept))
         scores = core.evaluate(model, tokenizer, limit=limit)
         core.restore(model)
-        tasks = {task.removeprefix("demo_"): round(100 * values["acc"], 1) for task, values in scores["tasks"].items()}
+        tasks = {
+            task.removeprefix("demo_"): round(100 * values["acc"], 1)
+            for task, values in scores["tasks"].items()
+        }
         accuracy, error = (round(100 * scores[key], 2) for key in ("mean_acc", "mean_acc_stderr"))
-        curve.append({"experts": kept, "accuracy": accuracy, "±": error, "loss": round(scores["mean_loss"], 4), "tasks": tasks})
+        curve.append(
+            {
+                "experts": kept,
+                "accuracy": accuracy,
+                "±": error,
+                "loss": round(scores["mean_loss"], 4),
+                "tasks": tasks,
+            }
+        )
         print(name, {k: v for k, v in curve[-1].items() if k != "tasks"}, flush=True)
-    found = {"curve": curve, "usage": study.usage_table(stats).round(3).to_dict("records"), "versions": scores["versions"]}
+    found = {
+        "curve": curve,
+        "usage": study.usage_table(stats).round(3).to_dict("records"),
+        "versions": scores["versions"],
+    }
     families = study.family_agreement(
         stats, model, linkages=core.clustering.LINKAGES, similarities=core.similarity.available(stats)
     )

@@ -17,7 +17,7 @@ from transformers import MixtralConfig, Qwen2MoeConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeExperts
 
-from hcsmoe_core.capture import CHUNK, _Collector
+from hcsmoe_core.collect import CHUNK, _Collector
 from hcsmoe_core.moe import MoELayer
 
 TARGET = 0.6
@@ -26,10 +26,14 @@ TARGET = 0.6
 def layer_of(experts, hidden, width, top_k, dtype, device):
     """One layer's experts with random weights; as Mixtral's where there are eight, else as Qwen's."""
     if experts == 8:
-        config = MixtralConfig(hidden_size=hidden, intermediate_size=width, num_local_experts=8, num_experts_per_tok=top_k)
+        config = MixtralConfig(
+            hidden_size=hidden, intermediate_size=width, num_local_experts=8, num_experts_per_tok=top_k
+        )
         kind = MixtralExperts
     else:
-        config = Qwen2MoeConfig(hidden_size=hidden, moe_intermediate_size=width, num_experts=experts, num_experts_per_tok=top_k)
+        config = Qwen2MoeConfig(
+            hidden_size=hidden, moe_intermediate_size=width, num_experts=experts, num_experts_per_tok=top_k
+        )
         kind = Qwen2MoeExperts
     with torch.device("meta"):
         module = kind(config).to(dtype)
@@ -43,9 +47,14 @@ def ceiling(hidden, size, dtype, device, repeats):
     """Operations a second of the fastest plain product."""
     best = 0.0
     for columns in (hidden, 4 * hidden, 8 * hidden):
-        a, b = torch.randn(size, hidden, dtype=dtype, device=device), torch.randn(columns, hidden, dtype=dtype, device=device)
+        a, b = (
+            torch.randn(size, hidden, dtype=dtype, device=device),
+            torch.randn(columns, hidden, dtype=dtype, device=device),
+        )
         torch.nn.functional.linear(a, b)
-        seconds = interleaved(device, {"product": lambda a=a, b=b: torch.nn.functional.linear(a, b)}, 10 * repeats)["product"]
+        seconds = interleaved(
+            device, {"product": lambda a=a, b=b: torch.nn.functional.linear(a, b)}, 10 * repeats
+        )["product"]
         best = max(best, 2 * size * hidden * columns / seconds)
     return best
 
@@ -56,8 +65,15 @@ def measure(shape, arguments):
     dtype, device = getattr(torch, arguments.dtype), arguments.device
     layer = layer_of(*shape, dtype, device)
     tokens = torch.randn(arguments.tokens, hidden, dtype=dtype, device=device)
-    index = torch.stack([torch.randperm(experts)[:top_k] for _ in range(256)]).to(device).repeat(-(-len(tokens) // 256), 1)
-    index, weight = index[: len(tokens)], torch.full((len(tokens), top_k), 1 / top_k, dtype=dtype, device=device)
+    index = (
+        torch.stack([torch.randperm(experts)[:top_k] for _ in range(256)])
+        .to(device)
+        .repeat(-(-len(tokens) // 256), 1)
+    )
+    index, weight = (
+        index[: len(tokens)],
+        torch.full((len(tokens), top_k), 1 / top_k, dtype=dtype, device=device),
+    )
     weights = sum(t.numel() * t.element_size() for t in layer.tensors().values())
 
     def collect(needs):
@@ -70,7 +86,10 @@ def measure(shape, arguments):
     size = CHUNK["cpu" if device == "cpu" else "cuda"]
     top = ceiling(hidden, min(size, len(tokens)), dtype, device, arguments.repeats)
     found["ceiling, 10^12 operations a second"] = top / 1e12
-    for name, needs in (("mean outputs", ("usage", "outputs")), ("capture", ("usage", "outputs", "norms", "grams"))):
+    for name, needs in (
+        ("mean outputs", ("usage", "outputs")),
+        ("capture", ("usage", "outputs", "norms", "grams")),
+    ):
         collect(needs)
         if device.startswith("cuda"):
             before = torch.cuda.memory_allocated()
@@ -80,13 +99,18 @@ def measure(shape, arguments):
         found[name] = {"seconds": seconds, "share of the ceiling": flops / seconds / top}
         if device.startswith("cuda"):
             peak = torch.cuda.max_memory_allocated() - before
-            found[name] |= {"peak beside weights and tokens, GB": peak / 1e9, "relative to the weights": peak / weights}
+            found[name] |= {
+                "peak beside weights and tokens, GB": peak / 1e9,
+                "relative to the weights": peak / weights,
+            }
     found["target met"] = found["mean outputs"]["share of the ceiling"] >= TARGET
     return found
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shapes", default="60x2048x1408x4,8x4096x14336x2")
     parser.add_argument("--tokens", type=int, default=65536)
     parser.add_argument("--dtype", default="bfloat16")

@@ -15,8 +15,7 @@ import numpy as np
 import torch
 
 from hcsmoe_core import calibration_tokens, capture, find_moe_layers, load_model, make_plan, save_merged
-from hcsmoe_core.evaluation import versions
-from hcsmoe_core.files import write_json
+from hcsmoe_core._util import versions, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
@@ -56,14 +55,18 @@ def compared(folder, ids, llama_cpp, python, work):
     """Both engines on one checkpoint, in float32."""
     convert(llama_cpp, folder, work / "m.gguf")
     np.save(work / "ids.npy", ids.numpy())
-    subprocess.run([python, "-c", RUN, work / "m.gguf", work / "ids.npy", work / "out.npz", str(NEW)], check=True)
+    subprocess.run(
+        [python, "-c", RUN, work / "m.gguf", work / "ids.npy", work / "out.npz", str(NEW)], check=True
+    )
     theirs = np.load(work / "out.npz")
     model, _ = load_model(folder, dtype="float32")
     half = ids[:, : ids.shape[1] // 2]
     model.generation_config.eos_token_id = None
     with torch.no_grad():
         ours = model(input_ids=ids).logits.numpy()
-        written = model.generate(half, attention_mask=torch.ones_like(half), max_new_tokens=NEW, do_sample=False)
+        written = model.generate(
+            half, attention_mask=torch.ones_like(half), max_new_tokens=NEW, do_sample=False
+        )
     return {
         "largest_difference": float(abs(ours - theirs["logits"]).max()),
         "largest_logit": float(abs(ours).max()),
@@ -86,7 +89,9 @@ def fitted(name, folder):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--python", required=True, help="An interpreter that can import llama_cpp.")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/llama_cpp.json"))
     options = parser.parse_args()
@@ -101,11 +106,15 @@ def main():
             stats = capture(model, tokens, needs=("usage", "outputs", "norms", "sample"), progress=False)
             for kind in ("original", "row-kept", "folded", "pruned"):
                 kept = find_moe_layers(model)[0].num_experts if kind == "original" else experts
-                how = {"original": dict(method="reap"), "pruned": dict(method="reap")}.get(kind, dict(router=kind))
+                how = {"original": dict(method="reap"), "pruned": dict(method="reap")}.get(
+                    kind, dict(router=kind)
+                )
                 plan = make_plan(stats, model, experts=kept, **how)
                 saved = work / f"{name}-{kind}"
                 save_merged(model, plan, saved, stats=stats, tokenizer=tokenizer, router="plain")
-                row = dict(model=name, experts=kept, kind=kind) | compared(saved, ids, llama_cpp, options.python, work)
+                row = dict(model=name, experts=kept, kind=kind) | compared(
+                    saved, ids, llama_cpp, options.python, work
+                )
                 rows.append(row)
                 print(json.dumps(row), flush=True)
     write_json(options.out, {"rows": rows, "llama.cpp": PACKAGE, "versions": versions()})

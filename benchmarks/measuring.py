@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from hcsmoe_core.evaluation import versions
+from hcsmoe_core._util import versions
 
 
 def timed(device, function, *arguments, **keywords):

@@ -28,8 +28,8 @@ from transformers import AutoModelForCausalLM, Qwen2MoeConfig
 
 import hcsmoe_core as core
 from hcsmoe_core.clustering import LINKAGES, by_first_appearance
-from hcsmoe_core.evaluation import task_scores
-from hcsmoe_core.stability import agreement, extra_spread
+from hcsmoe_core.score.evaluation import task_scores
+from hcsmoe_core.studies.stability import agreement, extra_spread
 
 TASK = "demo_facts"
 WAYS = ("same", "every", "stop", "excess", "stop every", "excess every")
@@ -108,7 +108,9 @@ def usual_groups(features, groups):
         best = None
         for i in range(len(members)):
             for j in range(i + 1, len(members)):
-                total = sum(distance[a][b] for a in members[i] for b in members[j]) / (len(members[i]) * len(members[j]))
+                total = sum(distance[a][b] for a in members[i] for b in members[j]) / (
+                    len(members[i]) * len(members[j])
+                )
                 if best is None or total < best[0]:
                     best = total, i, j
         members[best[1]] += members.pop(best[2])
@@ -164,10 +166,14 @@ def steps_of(model, ids, arguments):
     }
     for name, function in ways.items():
         calls[f"{name} capture"] = keep(name, function)
-        calls[f"{name} plan"] = keep(f"plan {name}", lambda name=name: core.make_plan(found[name], experts=groups))
+        calls[f"{name} plan"] = keep(
+            f"plan {name}", lambda name=name: core.make_plan(found[name], experts=groups)
+        )
         calls[f"{name} merge"] = lambda name=name: restored(name)
     every_r = range(arguments.experts // 8, arguments.experts, arguments.experts // 8)
-    calls["study plans"] = keep("study", lambda: len(list(core.make_plans(found["same"], experts=every_r, linkages=LINKAGES))))
+    calls["study plans"] = keep(
+        "study", lambda: len(list(core.make_plans(found["same"], experts=every_r, linkages=LINKAGES)))
+    )
     return calls, found
 
 
@@ -191,10 +197,14 @@ def scored(items):
     found = {}
 
     def score(name, size):
-        found[name] = task_scores(model, tokenizer, [TASK], limit=items, batch_size=size)["tasks"][TASK]["acc"]
+        found[name] = task_scores(model, tokenizer, [TASK], limit=items, batch_size=size)["tasks"][TASK][
+            "acc"
+        ]
 
     task_scores(model, tokenizer, [TASK], limit=1)  # what is imported and read the first time
-    best = interleaved("cpu", {"usual evaluation": lambda: score("usual", 1), "evaluation": lambda: score("ours", 64)}, 1)
+    best = interleaved(
+        "cpu", {"usual evaluation": lambda: score("usual", 1), "evaluation": lambda: score("ours", 64)}, 1
+    )
     return best, found
 
 
@@ -215,7 +225,9 @@ def ratios_of(best, plans):
 def told(found, arguments):
     """What each way took of the tokens, and how its groups agree with the usual way's."""
     rows, same = {}, [p.labels for p in found["plan same"].layers]
-    between = [core.distances(found["same"], layer, similarity="expert-output") for layer in found["same"].layers]
+    between = [
+        core.distances(found["same"], layer, similarity="expert-output") for layer in found["same"].layers
+    ]
     for way in WAYS:
         stats, labels = found[way], [p.labels for p in found[f"plan {way}"].layers]
         row = {"tokens": stats.num_tokens, "agreement with same": agreement(labels, same).round(3).tolist()}
@@ -224,7 +236,10 @@ def told(found, arguments):
         ]
         if stats.stability is not None:
             layers = stats.stability["layers"].values()
-            row |= {"stable": stats.stability["stable"], "tokens needed": [layer["needed"] for layer in layers]}
+            row |= {
+                "stable": stats.stability["stable"],
+                "tokens needed": [layer["needed"] for layer in layers],
+            }
             row["agreement of halves at the end"] = [round(layer["agreement"][-1], 3) for layer in layers]
         rows[way] = row
     equal = sum(p == u for p, u in zip(same, found["usual groups"], strict=True))
@@ -233,7 +248,9 @@ def told(found, arguments):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     sizes = dict(hidden=128, width=88, layers=4, experts=60, tokens=65536, length=512, batch=2, repeats=1)
     sizes |= dict(every=8, families=2, items=15)
     for name, value in sizes.items():

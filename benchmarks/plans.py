@@ -35,11 +35,11 @@ from hcsmoe_core import (
     make_plan,
     make_plans,
 )
+from hcsmoe_core._util import versions
 from hcsmoe_core.clustering import LINKAGES, cuts
-from hcsmoe_core.evaluation import versions
-from hcsmoe_core.methods import steps_of
+from hcsmoe_core.methods.planner import steps_of
 from hcsmoe_core.statistics import NEEDS
-from hcsmoe_core.study import calibration_of
+from hcsmoe_core.studies.cache import calibration_of
 
 
 def large(experts=512, layers=60, hidden=1024):
@@ -48,7 +48,10 @@ def large(experts=512, layers=60, hidden=1024):
 
     def layer():
         usage = torch.randint(0, 100, (1, experts), generator=generator)
-        nothing, square = torch.zeros(1, experts, dtype=torch.float64), torch.zeros(1, experts, experts, dtype=torch.float64)
+        nothing, square = (
+            torch.zeros(1, experts, dtype=torch.float64),
+            torch.zeros(1, experts, experts, dtype=torch.float64),
+        )
         outputs = torch.randn(1, experts, hidden, dtype=torch.float64, generator=generator)
         parts = dict(routing_mass=nothing, score_mass=nothing, logit_gram=square, output_sum=outputs)
         return LayerStatistics(tokens=torch.tensor([1000]), usage_count=usage, **parts)
@@ -59,7 +62,9 @@ def large(experts=512, layers=60, hidden=1024):
     trees, tree_seconds = timed("cpu", lambda: [linkage(d, link) for link in LINKAGES for d in condensed])
     labels, cut_seconds = timed("cpu", lambda: [cuts(tree) for tree in trees])
     counts = range(1, experts + 1, 16)
-    plans, plan_seconds = timed("cpu", lambda: sum(1 for _ in make_plans(stats, experts=counts, linkages=LINKAGES)))
+    plans, plan_seconds = timed(
+        "cpu", lambda: sum(1 for _ in make_plans(stats, experts=counts, linkages=LINKAGES))
+    )
     found = {"experts": experts, "layers": layers, "hidden": hidden, "linkages": list(LINKAGES)}
     steps = {"distances": seconds, "trees": tree_seconds, f"{len(labels)} × {experts} cuts": cut_seconds}
     found["seconds of the processor"] = {name: round(value, 2) for name, value in steps.items()}
@@ -84,7 +89,9 @@ def main():
     sequences = source["sequences"]
     size = dict(sequences=sequences, length=source["length"])
     input_ids = calibration_tokens(source["calibration"], tokenizer, model=model, seed=0, **size)
-    stats = capture(model, input_ids, needs=tuple(NEEDS), domains=domains_of(source["calibration"], sequences))
+    stats = capture(
+        model, input_ids, needs=tuple(NEEDS), domains=domains_of(source["calibration"], sequences)
+    )
     with tempfile.TemporaryDirectory() as folder:
         stats.save(Path(folder) / "s.safetensors")
         stats = load_statistics(Path(folder) / "s.safetensors")
@@ -98,7 +105,9 @@ def main():
     similarities = ("expert-output", "router-logits", "weight", "functional")
     quick += [("hc-smoe", dict(similarity=s, linkage=link)) for s in similarities for link in LINKAGES]
     most = min(layer.num_experts for layer in find_moe_layers(model))
-    wanted = [(name, settings, experts) for experts in range(most, 0, -1) for name, settings in quick][: arguments.plans]
+    wanted = [(name, settings, experts) for experts in range(most, 0, -1) for name, settings in quick][
+        : arguments.plans
+    ]
     seconds = {}
     started = time.perf_counter()
     for name, settings, experts in wanted:

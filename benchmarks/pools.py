@@ -16,8 +16,9 @@ import torch
 from gpu import layer_of
 from measuring import machine, tell, timed
 
-from hcsmoe_core import combining
-from hcsmoe_core.residual import _left
+from hcsmoe_core import merging
+from hcsmoe_core.methods import combine as combining
+from hcsmoe_core.methods.residual import _left
 from hcsmoe_core.statistics import LayerSample
 
 HIDDEN, NOISE, RIDGE = 4096, 0.5, 0.01
@@ -28,7 +29,9 @@ def pair(width, device):
     torch.manual_seed(0)
     layer = layer_of(3, HIDDEN, width, 2, torch.bfloat16, device)  # the third is no member
     for tensor in layer.tensors().values():
-        tensor.data[1] = ((tensor[0].float() + NOISE * tensor[1].float()) / (1 + NOISE**2) ** 0.5).to(tensor.dtype)
+        tensor.data[1] = ((tensor[0].float() + NOISE * tensor[1].float()) / (1 + NOISE**2) ** 0.5).to(
+            tensor.dtype
+        )
     return layer
 
 
@@ -44,34 +47,50 @@ def sample_of(tokens, seed):
 def measure(width, arguments, compare):
     """Seconds of each step, and what is left."""
     layer = pair(width, arguments.device)
-    group = combining.Group(layer, [0, 1], [0.5, 0.5], 0, sample_of(arguments.tokens, 1))
+    group = merging.Group(layer, [0, 1], [0.5, 0.5], 0, sample_of(arguments.tokens, 1))
     rule = {"rule": "selection", "ridge": RIDGE, "pool": "members"}
-    pool, seconds, normal, places = combining._pooled(group), {}, ("normal", "members"), ("chosen", "members", width)
+    pool, seconds, normal, places = (
+        combining._pooled(group),
+        {},
+        ("normal", "members"),
+        ("chosen", "members", width),
+    )
     group.outputs()
     found, seconds["gram"] = timed(arguments.device, combining.normal_equations, group, pool)
     chosen, seconds["choice"] = timed(arguments.device, combining.chosen_columns, *found, width)
     group._found |= {("neurons", "members"): pool, normal: found, places: chosen}
     print(f"{width}: {seconds}", flush=True)
-    expert, seconds["solve"] = timed(arguments.device, combining.combine, group, rule)
-    average = combining.combine(group, {"rule": "average"})
-    held = combining.Group(layer, [0, 1], [0.5, 0.5], 0, sample_of(1024, 2))
+    expert, seconds["solve"] = timed(arguments.device, merging.combine, group, rule)
+    average = merging.combine(group, {"rule": "average"})
+    held = merging.Group(layer, [0, 1], [0.5, 0.5], 0, sample_of(1024, 2))
     energy, left = float(held.outputs().double().pow(2).sum()), _left(held, expert, rule)
-    row = {"width": width, "pool": len(pool.up), "block": max(1, width // combining.STEPS), "seconds": seconds}
+    row = {
+        "width": width,
+        "pool": len(pool.up),
+        "block": max(1, width // combining.STEPS),
+        "seconds": seconds,
+    }
     row["relative squared error, new tokens"] = left / energy
     row["the same of averages"] = _left(held, average, {"rule": "average"}) / energy
     if compare:
-        group._found[places], alone = timed(arguments.device, combining.chosen_columns, *found, width, block=1)
-        row["left by blocks / neuron by neuron"] = left / _left(held, combining.combine(group, rule), rule)
+        group._found[places], alone = timed(
+            arguments.device, combining.chosen_columns, *found, width, block=1
+        )
+        row["left by blocks / neuron by neuron"] = left / _left(held, merging.combine(group, rule), rule)
         row["time of blocks / neuron by neuron"] = seconds["choice"] / alone
     row["peak of the process, GB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     return row
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--widths", type=int, nargs="+", default=[896, 1792], help="in increasing order")
     parser.add_argument("--tokens", type=int, default=8192)
-    parser.add_argument("--compare", action="store_true", help="at the smallest width, choose neuron by neuron, too")
+    parser.add_argument(
+        "--compare", action="store_true", help="at the smallest width, choose neuron by neuron, too"
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", help="file to write")
     arguments = parser.parse_args()

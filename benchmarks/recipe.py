@@ -20,11 +20,16 @@ import numpy as np
 import pandas as pd
 
 import hcsmoe_core as core
-from hcsmoe_core.compare import compare, newest_cells
-from hcsmoe_core.evaluation import paired
+from hcsmoe_core.score.evaluation import paired
+from hcsmoe_core.studies.comparison import compare, newest_cells
 
 MODELS = {"demo-qwen": (16, 8), "demo-mixtral": (4, 2)}
-METHODS = ("hc-smoe", "mergemoe", "trimming", "least-residual")  # the paper's, and the best two of the table of all methods
+METHODS = (
+    "hc-smoe",
+    "mergemoe",
+    "trimming",
+    "least-residual",
+)  # the paper's, and the best two of the table of all methods
 LENGTH = 256
 SHIFTED = ("hc-smoe", "least-residual")  # that are calibrated otherwise, too
 CALIBRATED = {
@@ -85,7 +90,10 @@ def averaged(scores):
     """Scores of several calibration samples as one: each item's mean."""
     items = {}
     for task, first in scores[0]["items"].items():
-        items[task] = {"of": first["of"], "acc": np.mean([s["items"][task]["acc"] for s in scores], axis=0).tolist()}
+        items[task] = {
+            "of": first["of"],
+            "acc": np.mean([s["items"][task]["acc"] for s in scores], axis=0).tolist(),
+        }
     return scores[0] | {"items": items}
 
 
@@ -107,7 +115,10 @@ def ratios(frame, gained):
         row = dict(zip(("model", "experts", "calibrated", "method"), key, strict=True), samples=count)
         row["items"] = 8 * (part["limit"].iloc[0] or 300)
         for name in ("added", "ratio", "retained"):
-            row |= {name: part[name].mean(), f"{name}_interval": wide * part[name].std(ddof=1) if count > 1 else np.nan}
+            row |= {
+                name: part[name].mean(),
+                f"{name}_interval": wide * part[name].std(ddof=1) if count > 1 else np.nan,
+            }
         rows.append(row | gained.get(key, {}))
     return pd.DataFrame(rows)
 
@@ -117,8 +128,12 @@ def main():
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--calibrated", nargs="+", default=list(CALIBRATED), choices=list(CALIBRATED))
     parser.add_argument("--seeds", type=int, default=5, help="calibration samples")
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS, help="hc-smoe, and others")
-    parser.add_argument("--experts", nargs="+", type=int, help="kept in each layer; by default a half and a quarter")
+    parser.add_argument(
+        "--methods", nargs="+", default=list(METHODS), choices=METHODS, help="hc-smoe, and others"
+    )
+    parser.add_argument(
+        "--experts", nargs="+", type=int, help="kept in each layer; by default a half and a quarter"
+    )
     parser.add_argument("--sequences", type=int, help="of 256 tokens; by default 96, or 288 of own text")
     parser.add_argument("--limit", type=int, default=0, help="items of each task; 0 for all 300")
     parser.add_argument("--folder", default="runs/recipe", help="where cells are kept")

@@ -16,8 +16,8 @@ import pandas as pd
 import torch
 
 import hcsmoe_core as core
-from hcsmoe_core import residual
 from hcsmoe_core.merging import apply_layer
+from hcsmoe_core.methods import residual
 from hcsmoe_core.statistics import LayerSample
 
 MODELS = {"demo-qwen": (16, 8), "demo-mixtral": (4, 2)}
@@ -80,7 +80,9 @@ def main():
         model, tokenizer = core.load_model(name, dtype="float32")
         input_ids = core.calibration_tokens("demo", tokenizer, sequences=96, length=256, seed=arguments.seed)
         needs = core.needs_of("recommended")
-        stats = core.capture(model, input_ids, needs=needs, domains=core.domains_of("demo", 96), progress=False)
+        stats = core.capture(
+            model, input_ids, needs=needs, domains=core.domains_of("demo", 96), progress=False
+        )
         original = core.evaluate(model, tokenizer, tasks=[])["mean_loss"]
         for part in arguments.parts:
             constants, steps = PARTS[part]
@@ -98,7 +100,15 @@ def main():
                 added = core.evaluate(model, tokenizer, tasks=[])["mean_loss"] - original
                 core.restore(model)
                 shapes = sorted({(layer.num_groups, layer.width or 0) for layer in plan.layers})
-                rows.append({"model": name, "part": part, "experts": experts, "added": round(added, 5), "shapes": shapes})
+                rows.append(
+                    {
+                        "model": name,
+                        "part": part,
+                        "experts": experts,
+                        "added": round(added, 5),
+                        "shapes": shapes,
+                    }
+                )
                 print(*rows[-1].values(), sep="  ", flush=True)
     if arguments.out:
         pd.DataFrame(rows).to_csv(arguments.out, index=False)

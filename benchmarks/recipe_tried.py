@@ -31,12 +31,14 @@ from scipy.sparse.linalg import LinearOperator, lsqr
 from scipy.spatial.distance import pdist, squareform
 
 import hcsmoe_core as core
-from hcsmoe_core import clustering, combining, residual
+from hcsmoe_core import merging as combining
 from hcsmoe_core.clustering import by_first_appearance
-from hcsmoe_core.combining import Group, combine
-from hcsmoe_core.merging import group_and_options
-from hcsmoe_core.methods import _Maker, steps_of
-from hcsmoe_core.moe import moe_layer
+from hcsmoe_core.families import moe_layer
+from hcsmoe_core.merging import Group, group_and_options
+from hcsmoe_core.merging import combine_group as combine
+from hcsmoe_core.methods import grouping as clustering
+from hcsmoe_core.methods import residual
+from hcsmoe_core.methods.planner import _Maker, steps_of
 from hcsmoe_core.similarity import distances
 
 MODELS = {"demo-qwen": (16, 8), "demo-mixtral": (4, 2)}
@@ -71,7 +73,10 @@ class Case:
         return core.make_plan(self.stats, self.model, experts=experts, **HOW)
 
     def judges(self):
-        return [residual.Judge(layer, self.stats.layers[layer.name], self.decides, "frequency") for layer in self.layers]
+        return [
+            residual.Judge(layer, self.stats.layers[layer.name], self.decides, "frequency")
+            for layer in self.layers
+        ]
 
     def plan_of(self, ways, experts):
         """The plan that takes some way for each layer."""
@@ -91,7 +96,9 @@ def pairs(case, experts):
             how = dict(similarity=name, metric="cosine" if name == "weight" else "", model=case.model)
             square = squareform(distances(case.stats, judge.layer.name, **how))
             np.fill_diagonal(square, np.inf)
-            near = {(min(a, int(b)), max(a, int(b))) for a in range(size) for b in np.argsort(square[a])[:NEAR]}
+            near = {
+                (min(a, int(b)), max(a, int(b))) for a in range(size) for b in np.argsort(square[a])[:NEAR]
+            }
             for a, b in near - set(graph.edges):
                 shares = np.zeros(size)
                 shares[[a, b]] = judge.usage[[a, b]] / judge.usage[[a, b]].sum()
@@ -109,7 +116,8 @@ def budgets(case, experts):
     size = case.layers[0].num_experts
     kept = [size * eighths // 8 for eighths in range(1, 8)]
     tables = [
-        {k: min(j.ways(case.stats, case.model, k).values(), key=lambda w: w.residual) for k in kept} for j in case.judges()
+        {k: min(j.ways(case.stats, case.model, k).values(), key=lambda w: w.residual) for k in kept}
+        for j in case.judges()
     ]
     choices = (c for c in itertools.product(kept, repeat=len(tables)) if sum(c) == experts * len(tables))
     best = min(choices, key=lambda c: sum(table[k].residual for table, k in zip(tables, c, strict=True)))
@@ -127,14 +135,20 @@ def other_tokens(case, experts):
 
         def make():
             all_gates, weight = group.sample.gates[:, group.members], group.sample.weight
-            usual, wanted = float(weight[weight != 0].double().pow(2).mean().sqrt()), OTHERS * group.layer.width
+            usual, wanted = (
+                float(weight[weight != 0].double().pow(2).mean().sqrt()),
+                OTHERS * group.layer.width,
+            )
             inputs, more = [found], [gates]
             for place in range(len(group.members)):
                 rows = (all_gates[:, place] == 0).nonzero()[:, 0]
                 rows = rows[torch.linspace(0, len(rows) - 1, min(wanted, len(rows))).long()]
                 inputs.append(group.sample.inputs[rows].to(found.dtype))
                 more.append(
-                    usual * torch.nn.functional.one_hot(torch.full((len(rows),), place), gates.shape[1]).to(gates.dtype)
+                    usual
+                    * torch.nn.functional.one_hot(torch.full((len(rows),), place), gates.shape[1]).to(
+                        gates.dtype
+                    )
                 )
             return torch.cat(inputs), torch.cat(more)
 
@@ -178,7 +192,11 @@ def shared(case, experts):
     plan, changes = case.plan(experts), []
     for block, layer, left in zip(blocks, case.layers, _left_over(case, plan), strict=True):
         inputs, expert = case.stats.layers[layer.name].sample.inputs.float(), block.shared_expert
-        hidden = expert.act_fn(expert.gate_proj(inputs)) * expert.up_proj(inputs) * block.shared_expert_gate(inputs).sigmoid()
+        hidden = (
+            expert.act_fn(expert.gate_proj(inputs))
+            * expert.up_proj(inputs)
+            * block.shared_expert_gate(inputs).sigmoid()
+        )
         changes.append(_ridge(hidden.double(), left).T.float())
 
     def move(sign):
@@ -207,7 +225,10 @@ def remainders(case, experts, kind):
                 continue
             fitted, rule = group_and_options(layer, layer_plan, place, residual._rows(sample, ~case.decides))
             held, _ = group_and_options(layer, layer_plan, place, residual._rows(sample, case.decides))
-            left += residual._left(held, combine(fitted, rule), rule), kind(layer, layer_plan, rule, fitted, held)
+            left += (
+                residual._left(held, combine(fitted, rule), rule),
+                kind(layer, layer_plan, rule, fitted, held),
+            )
     return left[1] / left[0]
 
 
@@ -258,7 +279,9 @@ def coactivation(case, experts):
         if count < judge.sums.num_experts:
             chosen = judge.sums.sample.chosen.T.double().numpy()
             how = dict(method="average", metric="cosine")
-            found.append(clustering.restricted(pdist(chosen, "cosine"), count, -(-len(chosen) // count), **how))
+            found.append(
+                clustering.restricted(pdist(chosen, "cosine"), count, -(-len(chosen) // count), **how)
+            )
         return found
 
     with mock.patch.object(residual.Judge, "_groupings", groupings):
@@ -269,10 +292,16 @@ class Routed:
     """What a layer with merged experts gives on some tokens as a function of a change of its router's rows."""
 
     def __init__(self, layer, sample, made, labels):
-        self.inputs, self.logits, self.k = sample.inputs.double(), sample.logits.double(), sample.index.shape[1]
+        self.inputs, self.logits, self.k = (
+            sample.inputs.double(),
+            sample.logits.double(),
+            sample.index.shape[1],
+        )
         everyone = list(range(layer.num_experts))
         self.wanted = Group(layer, everyone, [1 / len(everyone)] * len(everyone), 0, sample).outputs()
-        self.given = torch.stack([layer.activate(e, self.inputs) @ e.down.T for e in made], 1)[:, labels]  # [T, E, D]
+        self.given = torch.stack([layer.activate(e, self.inputs) @ e.down.T for e in made], 1)[
+            :, labels
+        ]  # [T, E, D]
         self.normalised = bool((sample.weight.double().sum(1) - 1).abs().max() < 1e-3)
         self.shape = layer.num_experts, self.inputs.shape[1]
         self.none = torch.zeros(self.shape, dtype=torch.float64)
@@ -301,7 +330,9 @@ class Routed:
 
         def backward(flat):
             left = torch.from_numpy(flat).reshape(len(self.inputs), -1)
-            logits = gates * torch.einsum("td,ted->te", left, self.given) - share * (left * mean).sum(1, keepdim=True)
+            logits = gates * torch.einsum("td,ted->te", left, self.given) - share * (left * mean).sum(
+                1, keepdim=True
+            )
             return (logits.T @ self.inputs).flatten().numpy()
 
         size = self.wanted.numel(), self.none.numel()
@@ -314,7 +345,10 @@ def router_rows(case, experts):
     """Squared residual on held-out tokens once the router's rows have moved, over that before."""
     plan, before, after = case.plan(experts), 0.0, 0.0
     for layer, layer_plan in zip(case.layers, plan.layers, strict=True):
-        samples = [residual._rows(case.stats.layers[layer.name].sample, rows) for rows in (~case.decides, case.decides)]
+        samples = [
+            residual._rows(case.stats.layers[layer.name].sample, rows)
+            for rows in (~case.decides, case.decides)
+        ]
         made = combine_all(case, layer, layer_plan, samples[0])
         fitted, held = (Routed(layer, sample, made, layer_plan.labels) for sample in samples)
         steps = [scale * step for step in map(fitted.step, DAMPING) for scale in SCALES]
@@ -338,7 +372,9 @@ ON_TWO = ("the method, without refit", "other tokens")
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--trials", nargs="+", default=list(TRIALS), choices=list(TRIALS))
     parser.add_argument("--seed", type=int, default=0)
@@ -355,7 +391,13 @@ def main():
                 value = measured(case, experts)
                 if value is not None:
                     rows.append(
-                        {"model": name, "calibrated": source, "experts": experts, "trial": trial, what: round(value, 5)}
+                        {
+                            "model": name,
+                            "calibrated": source,
+                            "experts": experts,
+                            "trial": trial,
+                            what: round(value, 5),
+                        }
                     )
                     print(*rows[-1].values(), what, flush=True)
     if arguments.out:

@@ -13,9 +13,8 @@ import torch
 from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 from hcsmoe_core import capture
-from hcsmoe_core.evaluation import versions
-from hcsmoe_core.explore import CutExplorer
-from hcsmoe_core.files import write_json
+from hcsmoe_core._util import versions, write_json
+from hcsmoe_core.ui.widgets import CutExplorer
 
 LAYERS, EXPERTS = 24, 64
 

@@ -6,17 +6,32 @@ python benchmarks/routers.py --out benchmarks/results/routers.json
 import argparse
 from pathlib import Path
 
-from hcsmoe_core import apply_plan, calibration_tokens, capture, domains_of, load_model, make_plan, needs_of, restore
-from hcsmoe_core.evaluation import perplexity, versions
-from hcsmoe_core.files import write_json
+from hcsmoe_core import (
+    apply_plan,
+    calibration_tokens,
+    capture,
+    domains_of,
+    load_model,
+    make_plan,
+    needs_of,
+    restore,
+)
+from hcsmoe_core._util import versions, write_json
 from hcsmoe_core.plan import with_router
+from hcsmoe_core.score.evaluation import perplexity
 
-CASES = [("demo-qwen", "hc-smoe", 16), ("demo-qwen", "hc-least-squares", 8), ("demo-mixtral", "hc-least-squares", 4)]
-ROUTERS = ("map", "row-kept", "average", "folded")
+CASES = [
+    ("demo-qwen", "hc-smoe", 16),
+    ("demo-qwen", "hc-least-squares", 8),
+    ("demo-mixtral", "hc-least-squares", 4),
+]
+ROUTERS = ("mapped", "row-kept", "average", "folded")
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/routers.json"))
     parser.add_argument("--seeds", type=int, default=3)
     options = parser.parse_args()
@@ -35,10 +50,24 @@ def main():
             plan = make_plan(stats, model, experts=experts, method=method)
             for router in ROUTERS:
                 apply_plan(model, with_router(plan, router), stats)
-                row = dict(model=name, method=method, experts=experts, seed=seed, router=router, original=whole, loss=loss())
+                row = dict(
+                    model=name,
+                    method=method,
+                    experts=experts,
+                    seed=seed,
+                    router=router,
+                    original=whole,
+                    loss=loss(),
+                )
                 restore(model)
                 rows.append(row)
-                print({key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()}, flush=True)
+                print(
+                    {
+                        key: round(value, 4) if isinstance(value, float) else value
+                        for key, value in row.items()
+                    },
+                    flush=True,
+                )
     write_json(options.out, {"rows": rows, "versions": versions()})
 
 

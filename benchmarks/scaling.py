@@ -23,8 +23,9 @@ from measuring import machine, tell, timed
 from pipeline import build
 
 import hcsmoe_core as core
-from hcsmoe_core import figures, ranks
-from hcsmoe_core.files import read_json, replacing
+from hcsmoe_core._util import read_json, replacing
+from hcsmoe_core.scale import ranks
+from hcsmoe_core.ui import figures
 
 USUAL = {"tokens": 4096, "experts": 32, "layers": 4, "ranks": 1}
 AXES = {
@@ -49,7 +50,9 @@ def run(tokens, experts, layers):
     seconds = timed("cpu", core.capture, model, ids, **options)[1]
     model_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
     held = model_bytes + memory("VmHWM") - before
-    found = ranks.total(torch.tensor([seconds, held, model_bytes], dtype=torch.float64), largest=True).tolist()
+    found = ranks.total(
+        torch.tensor([seconds, held, model_bytes], dtype=torch.float64), largest=True
+    ).tolist()
     if ranks.left() == 0:
         print(json.dumps(dict(zip(("seconds", "memory", "model"), found, strict=True))))
 
@@ -64,12 +67,23 @@ def point(axis, value):
     sizes = USUAL | {axis: value}
     words = [__file__, "--point", *(str(sizes[name]) for name in ("tokens", "experts", "layers"))]
     if sizes["ranks"] > 1:
-        words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(sizes["ranks"]), *words]
+        words = [
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            str(sizes["ranks"]),
+            *words,
+        ]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, env=environment, check=False)
+    done = subprocess.run(
+        [sys.executable, *words], capture_output=True, text=True, env=environment, check=False
+    )
     if done.returncode:
         raise RuntimeError(done.stderr[-3000:])
-    found = {axis: value} | json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
+    found = {axis: value} | json.loads(
+        next(line for line in done.stdout.splitlines() if line.startswith("{"))
+    )
     print(found, flush=True)
     return found
 
@@ -104,7 +118,9 @@ def draw(rows):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--point", type=int, nargs=3, help="(one point: tokens, experts, layers)")
     parser.add_argument("--draw", type=Path, help="results to draw")
     parser.add_argument("--out")
@@ -116,7 +132,9 @@ def main():
         rows = read_json(arguments.draw)["points"]
     else:
         rows = {axis: [point(axis, value) for value in values] for axis, values in AXES.items()}
-        slopes = {axis: {w: slope(found, axis, w) for w in ("seconds", "memory")} for axis, found in rows.items()}
+        slopes = {
+            axis: {w: slope(found, axis, w) for w in ("seconds", "memory")} for axis, found in rows.items()
+        }
         tell({"slopes": slopes, "points": rows, "usual": USUAL, "machine": machine()}, arguments.out)
     PICTURE.parent.mkdir(parents=True, exist_ok=True)
     with replacing(PICTURE) as part:

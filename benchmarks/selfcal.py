@@ -13,12 +13,21 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from hcsmoe_core import apply_plan, calibration_tokens, capture, domains_of, load_model, make_plan, needs_of, restore
+from hcsmoe_core import (
+    apply_plan,
+    calibration_tokens,
+    capture,
+    domains_of,
+    load_model,
+    make_plan,
+    needs_of,
+    restore,
+)
+from hcsmoe_core._util import read_json, versions, write_json
 from hcsmoe_core.demo import corpus
-from hcsmoe_core.evaluation import perplexity, versions
-from hcsmoe_core.files import read_json, write_json
-from hcsmoe_core.owntext import repetition
-from hcsmoe_core.study import model_size
+from hcsmoe_core.score.evaluation import perplexity
+from hcsmoe_core.studies.tables import model_size
+from hcsmoe_core.text.own_text import repetition
 
 METHODS = ("trimming", "hc-least-squares", "mergemoe", "hc-smoe")
 TWO = ("code", "prose")  # not among the domains that the loss is the mean of
@@ -51,7 +60,9 @@ CASES = {  # source, sequences, length, tokens of the sample of layer inputs
 def tokens_of(source, model, tokenizer, *, sequences, length, seed):
     """Calibration tokens of a case, and the domain of each sequence."""
     if source == "random":
-        ids = torch.randint(1, model.config.vocab_size, (sequences, length), generator=torch.Generator().manual_seed(seed))
+        ids = torch.randint(
+            1, model.config.vocab_size, (sequences, length), generator=torch.Generator().manual_seed(seed)
+        )
         return ids, ["random"] * sequences
     if source == "two":
         every = len(corpus.DOMAINS) * sequences // len(TWO)
@@ -61,7 +72,8 @@ def tokens_of(source, model, tokenizer, *, sequences, length, seed):
         return ids[chosen], [names[i] for i in chosen]
     if "+" in source:
         parts = [
-            tokens_of(part, model, tokenizer, sequences=sequences // 2, length=length, seed=seed) for part in source.split("+")
+            tokens_of(part, model, tokenizer, sequences=sequences // 2, length=length, seed=seed)
+            for part in source.split("+")
         ]
         return torch.cat([ids for ids, _ in parts]), [name for _, names in parts for name in names]
     ids = calibration_tokens(source, tokenizer, model=model, sequences=sequences, length=length, seed=seed)
@@ -75,7 +87,9 @@ def measured(name, model, tokenizer, case, seed, loss):
     needs = tuple(dict.fromkeys(need for method in METHODS for need in needs_of(method)))
     stats = capture(model, ids, needs=needs, sample=sample, domains=domains, progress=False)
     experts = model_size(model)["num_experts"] // 2
-    about = dict(model=name, case=case, seed=seed, source=source, sequences=sequences, length=length, sample=sample)
+    about = dict(
+        model=name, case=case, seed=seed, source=source, sequences=sequences, length=length, sample=sample
+    )
     about |= {"repeated": repetition(ids)}
     for method in METHODS:
         apply_plan(model, make_plan(stats, model, experts=experts, method=method, progress=False), stats)
@@ -88,14 +102,18 @@ def table(rows):
     frame = pd.DataFrame(rows)
     for key in ("loss", "trained"):
         frame[key] -= frame[f"original_{key}"]
-    wide = frame.pivot_table(index=["model", "case"], columns="method", values=["loss", "trained"], sort=False)
+    wide = frame.pivot_table(
+        index=["model", "case"], columns="method", values=["loss", "trained"], sort=False
+    )
     wide["seeds"] = frame.groupby(["model", "case"], sort=False)["seed"].nunique()
     wide["repeated"] = frame.groupby(["model", "case"], sort=False)["repeated"].mean()
     return wide.round(3).to_string()
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/selfcal.json"))
     parser.add_argument("--models", default="demo-qwen,demo-mixtral")
     parser.add_argument("--seeds", default="0")
@@ -114,7 +132,10 @@ def main():
         }
 
         def loss(model=model, texts=texts):
-            return {k: perplexity(model, ids, domains=domains_of("demo", len(ids)))["mean_loss"] for k, ids in texts.items()}
+            return {
+                k: perplexity(model, ids, domains=domains_of("demo", len(ids)))["mean_loss"]
+                for k, ids in texts.items()
+            }
 
         whole = {f"original_{key}": value for key, value in loss().items()}
         todo = [(case, int(seed)) for seed in options.seeds.split(",") for case in cases]

@@ -13,7 +13,7 @@ from measuring import machine, tell, timed
 
 import hcsmoe_core as core
 from hcsmoe_core.demo import models
-from hcsmoe_core.stability import agreement, partitions
+from hcsmoe_core.studies.stability import agreement, partitions
 
 
 def groups_of(stats, experts):
@@ -40,7 +40,9 @@ def measure(name, arguments):
         print(rows[-1], flush=True)
 
     told({}, whole, seconds)
-    until = [{"agreement": wanted} for wanted in (0.8, 0.9, 0.95)] + [{"excess": wanted} for wanted in (0.1, 0.05, 0.02)]
+    until = [{"agreement": wanted} for wanted in (0.8, 0.9, 0.95)] + [
+        {"excess": wanted} for wanted in (0.1, 0.05, 0.02)
+    ]
     for wanted in until:
         stats, taken = timed("cpu", core.capture_until_stable, model, ids, **wanted, experts=[experts], **how)
         layers = stats.stability["layers"].values()
@@ -55,7 +57,9 @@ def measure(name, arguments):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--sequences", type=int, default=128)
     parser.add_argument("--out")
     arguments = parser.parse_args()

@@ -23,14 +23,13 @@ import torch
 from safetensors.torch import save_file
 from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
-from hcsmoe_core.files import sha256_file, write_json
-from hcsmoe_core.study import root
+from hcsmoe_core._util import root, sha256_file, write_json
 
 EXPERTS = 60
 # In its own process, so that the peak is that of one merge.
 RUN = """
 import sys
-from hcsmoe_core.cli import app
+from hcsmoe_core.ui.cli import app
 try:
     app(sys.argv[1:], standalone_mode=False)
 finally:
@@ -77,10 +76,16 @@ def on_disk(name, shape, generator):
     if name.endswith("experts.gate_up_proj"):
         for expert in range(shape[0]):
             for part in ("gate_proj", "up_proj"):
-                yield f"{name.removesuffix('gate_up_proj')}{expert}.{part}.weight", random(shape[1] // 2, shape[2], generator)
+                yield (
+                    f"{name.removesuffix('gate_up_proj')}{expert}.{part}.weight",
+                    random(shape[1] // 2, shape[2], generator),
+                )
     elif name.endswith("experts.down_proj"):
         for expert in range(shape[0]):
-            yield f"{name.removesuffix('down_proj')}{expert}.down_proj.weight", random(shape[1], shape[2], generator)
+            yield (
+                f"{name.removesuffix('down_proj')}{expert}.down_proj.weight",
+                random(shape[1], shape[2], generator),
+            )
     elif "norm" in name:
         yield name, torch.ones(shape, dtype=torch.bfloat16)
     else:
@@ -109,12 +114,19 @@ def merge(folder, ids, out, *options):
     ]
     began = time.perf_counter()
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, "-c", RUN, *words], cwd=root(), env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, *words], cwd=root(), env=environment, capture_output=True, text=True
+    )
     if done.returncode:
         raise RuntimeError(done.stderr[-4000:])
     peak = int(done.stdout.split("VmHWM:")[1].split()[0]) * 1024
     size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
-    return {"seconds": round(time.perf_counter() - began, 1), "peak_memory": peak, "written": size, "options": list(options)}
+    return {
+        "seconds": round(time.perf_counter() - began, 1),
+        "peak_memory": peak,
+        "written": size,
+        "options": list(options),
+    }
 
 
 def hashes(folder):
@@ -122,7 +134,9 @@ def hashes(folder):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--layers", type=int, default=16, help="of the large checkpoint")
     parser.add_argument("--small", type=int, default=2, help="layers of the one that is merged both ways")
     parser.add_argument("--memory", default="3GB", help="what the large one may use")
@@ -133,7 +147,9 @@ def main():
     results = {"machine": {"python": platform.python_version(), "torch": torch.__version__, "threads": 1}}
     try:
         ids = work / "ids.safetensors"
-        save_file({"input_ids": torch.randint(0, 32000, (18, 256), generator=torch.Generator().manual_seed(1))}, ids)
+        save_file(
+            {"input_ids": torch.randint(0, 32000, (18, 256), generator=torch.Generator().manual_seed(1))}, ids
+        )
         for name, layers in (("small", arguments.small), ("large", arguments.layers)):
             size = generate(work / name, layers)
             results[name] = {"layers": layers, "bytes": size}

@@ -7,14 +7,15 @@ under ``runs/theory``, so that it can be stopped and started again.
 import argparse
 from pathlib import Path
 
-from hcsmoe_core import theory
+from hcsmoe_core._util import replacing, versions, write_json
 from hcsmoe_core.demo.models import NAMES
-from hcsmoe_core.evaluation import versions
-from hcsmoe_core.files import replacing, write_json
+from hcsmoe_core.studies import theory
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--models", nargs="+", default=list(NAMES))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
@@ -24,7 +25,9 @@ def main():
         with replacing(options.out / f"theory-{name}.csv") as part:
             frame.round(6).to_csv(part, index=False)
         print(theory.agreement(frame).round(2).to_string(index=False))
-    write_json(options.out / "theory.json", {"seed": options.seed, "methods": theory.PLANNED, "versions": versions()})
+    write_json(
+        options.out / "theory.json", {"seed": options.seed, "methods": theory.PLANNED, "versions": versions()}
+    )
 
 
 if __name__ == "__main__":

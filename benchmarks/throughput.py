@@ -29,16 +29,24 @@ import hcsmoe_core as core
 def run(folder, arguments):
     """Tokens a second of one model, and its memory; printed by the process that a model has to itself."""
     logging.disable_progress_bar()
-    model = core.load_merged(folder) if folder.name == "mapped" else AutoModelForCausalLM.from_pretrained(folder)
+    model = (
+        core.load_merged(folder) if folder.name == "mapped" else AutoModelForCausalLM.from_pretrained(folder)
+    )
     model = model.to(arguments.device).eval()
-    prompt = torch.randint(1, 1024, (arguments.batch, arguments.length), generator=torch.Generator().manual_seed(0))
+    prompt = torch.randint(
+        1, 1024, (arguments.batch, arguments.length), generator=torch.Generator().manual_seed(0)
+    )
     prompt = prompt.to(arguments.device)
     cuda = arguments.device.startswith("cuda")
     best = {"prefill": 0.0, "decoding": 0.0}
     for _ in range(arguments.repeats):
         for name, count in (("prefill", arguments.length), ("decoding", arguments.new)):
             with torch.no_grad():
-                cache = None if name == "prefill" else model(input_ids=prompt[:, :32], use_cache=True).past_key_values
+                cache = (
+                    None
+                    if name == "prefill"
+                    else model(input_ids=prompt[:, :32], use_cache=True).past_key_values
+                )
                 if cuda:
                     torch.cuda.synchronize()
                 clock = time.perf_counter if cuda else time.process_time
@@ -57,14 +65,29 @@ def run(folder, arguments):
     if cuda:
         found["peak, MB"] = round(torch.cuda.max_memory_allocated() / 1e6, 1)
     else:
-        peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+        peak = next(
+            line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")
+        )
         found["peak of the process, MB"] = round(int(peak.split()[1]) * 1024 / 1e6, 1)
     print(json.dumps(found))
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    sizes = dict(hidden=512, width=352, layers=4, experts=60, families=2, batch=8, length=256, new=16, repeats=3, rounds=2)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    sizes = dict(
+        hidden=512,
+        width=352,
+        layers=4,
+        experts=60,
+        families=2,
+        batch=8,
+        length=256,
+        new=16,
+        repeats=3,
+        rounds=2,
+    )
     for name, value in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--noise", type=float, default=0.1)
@@ -82,7 +105,9 @@ def main():
         folder = Path(folder)
         model = build(arguments)
         model.save_pretrained(folder / "original")
-        stats = core.capture(model, torch.randint(0, 1024, (8, 256)), needs=("usage", "outputs", "sample"), progress=False)
+        stats = core.capture(
+            model, torch.randint(0, 1024, (8, 256)), needs=("usage", "outputs", "sample"), progress=False
+        )
         plan = core.make_plan(stats, experts=arguments.experts // 2)
         core.save_merged(model, plan, folder / "mapped", stats=stats)
         core.save_merged(model, plan, folder / "plain", stats=stats, router="folded")
@@ -90,7 +115,11 @@ def main():
         for _ in range(arguments.rounds):  # in turns, so that what else runs meets all of them alike
             for name in ("original", "mapped", "plain"):
                 done = subprocess.run(
-                    [*words, "--run", str(folder / name)], capture_output=True, text=True, env=os.environ, check=False
+                    [*words, "--run", str(folder / name)],
+                    capture_output=True,
+                    text=True,
+                    env=os.environ,
+                    check=False,
                 )
                 if done.returncode:
                     raise RuntimeError(done.stderr[-3000:])
@@ -98,7 +127,9 @@ def main():
                 keep = {key: min if "MB" in key else max for key in new}
                 rows[name] = {key: keep[key](value, old.get(key, value)) for key, value in new.items()}
     for name in ("mapped", "plain"):
-        rows[name] |= {f"{k} / original": round(v / rows["original"][k], 2) for k, v in list(rows[name].items())}
+        rows[name] |= {
+            f"{k} / original": round(v / rows["original"][k], 2) for k, v in list(rows[name].items())
+        }
     settings = {key: value for key, value in vars(arguments).items() if key != "run"}
     tell({"settings": settings, **rows, "machine": machine(arguments.device)}, arguments.out)
 

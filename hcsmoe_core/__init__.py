@@ -11,55 +11,63 @@ The verbs of the library, in the order of the work::
     restore(model)
     save_merged(model, plan, "merged")
 
+Each is imported when it is first used, so that ``import hcsmoe_core`` costs nothing. A folder of this package is a floor and
+imports only what lies below it: ``ui``, ``studies``, ``demo``, ``score``, ``text``, ``methods``, ``scale``, and the files
+beside this one.
+
 Symbols: L layers, E experts, r experts kept, T tokens, D hidden size, I expert width, k experts per token.
 """
 
-from hcsmoe_core.calibration import calibration_tokens, domains_of
-from hcsmoe_core.capture import capture
-from hcsmoe_core.checkpoint import load_merged, load_model, save_merged
-from hcsmoe_core.clustering import cut, linkage
-from hcsmoe_core.evaluation import evaluate, paired
-from hcsmoe_core.merging import apply_plan, restore
-from hcsmoe_core.methods import METHODS, make_plan, make_plans, merge_tree, needs_of
-from hcsmoe_core.moe import MoELayer, find_moe_layers
-from hcsmoe_core.plan import LayerPlan, Plan, load_plan
-from hcsmoe_core.similarity import distances
-from hcsmoe_core.stability import capture_until_stable
-from hcsmoe_core.statistics import LayerStatistics, Statistics, load_statistics
-from hcsmoe_core.streaming import open_model, stream_capture, stream_merged, stream_model
-from hcsmoe_core.version import __version__
+import importlib
 
-__all__ = [
-    "METHODS",
-    "LayerPlan",
-    "LayerStatistics",
-    "MoELayer",
-    "Plan",
-    "Statistics",
-    "__version__",
-    "apply_plan",
-    "calibration_tokens",
-    "capture",
-    "capture_until_stable",
-    "cut",
-    "distances",
-    "domains_of",
-    "evaluate",
-    "find_moe_layers",
-    "linkage",
-    "load_merged",
-    "load_model",
-    "load_plan",
-    "load_statistics",
-    "make_plan",
-    "make_plans",
-    "merge_tree",
-    "needs_of",
-    "open_model",
-    "paired",
-    "restore",
-    "save_merged",
-    "stream_capture",
-    "stream_merged",
-    "stream_model",
-]
+from hcsmoe_core._util import Table
+from hcsmoe_core._version import __version__
+
+# Who fills the tables of steps, calibration sources and tasks that the lower floors look names up in.
+Table.providers += ["hcsmoe_core.methods", "hcsmoe_core.demo"]
+
+_VERBS = {
+    "METHODS": "methods.planner",
+    "LayerPlan": "plan",
+    "LayerStatistics": "statistics",
+    "MoELayer": "moe",
+    "Plan": "plan",
+    "Statistics": "statistics",
+    "apply_plan": "merging",
+    "calibration_tokens": "text.calibration",
+    "capture": "collect",
+    "capture_until_stable": "studies.stability",
+    "cut": "clustering",
+    "distances": "similarity",
+    "domains_of": "text.calibration",
+    "evaluate": "score.evaluation",
+    "find_moe_layers": "families",
+    "linkage": "clustering",
+    "load_merged": "checkpoint",
+    "load_model": "checkpoint",
+    "load_plan": "plan",
+    "load_statistics": "statistics",
+    "make_plan": "methods.planner",
+    "make_plans": "methods.planner",
+    "merge_tree": "methods.planner",
+    "needs_of": "methods.planner",
+    "open_model": "scale.streaming",
+    "paired": "score.evaluation",
+    "restore": "merging",
+    "save_merged": "checkpoint",
+    "stream_capture": "scale.streaming",
+    "stream_merged": "scale.streaming",
+    "stream_model": "scale.streaming",
+}
+__all__ = ["__version__", *_VERBS]
+
+
+def __getattr__(name):
+    if name not in _VERBS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value = getattr(importlib.import_module(f"{__name__}.{_VERBS[name]}"), name)
+    return value
+
+
+def __dir__():
+    return sorted({*globals(), *_VERBS})

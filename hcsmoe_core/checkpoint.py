@@ -13,9 +13,17 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from hcsmoe_core import moe
-from hcsmoe_core.compression import from_saved, saved_tensors, savings
-from hcsmoe_core.demo import models as demo
+from hcsmoe_core import families, moe, replace
+from hcsmoe_core._util import (
+    EMBEDDED,
+    check_absent,
+    check_choice,
+    folder_of,
+    new_folder,
+    replacing,
+    write_json,
+    writing,
+)
 from hcsmoe_core.export import (
     MODELING,
     check_checksums,
@@ -26,23 +34,41 @@ from hcsmoe_core.export import (
     write_checksums,
     write_config,
 )
-from hcsmoe_core.fidelity import fidelity
-from hcsmoe_core.files import check_absent, check_choice, new_folder, replacing, write_json, writing
-from hcsmoe_core.merging import apply_plan, check_unmerged, put_factors, restore
+from hcsmoe_core.families import decoder_layers, find_moe_layers
+from hcsmoe_core.merging import apply_plan, check_fits, check_unmerged, restore
+from hcsmoe_core.methods.factors import from_saved, put_factors, saved_tensors, savings
 from hcsmoe_core.modeling_hcsmoe import VERSION, merged_class, named_alike, room
-from hcsmoe_core.moe import decoder_layers, find_moe_layers
-from hcsmoe_core.plan import JOINED, check_fits, with_router
+from hcsmoe_core.plan import JOINED, with_router
+from hcsmoe_core.score.fidelity import fidelity
 
 ROUTERS = ("plain", "mapped", "row-kept", "folded")
+
+
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
 FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors names them
+
+
 FACTORED = "experts-factored.safetensors"
+
+
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
 # Under which stock loaders do not find what lies beside factors: they would fill the experts with random numbers.
 VARIANT = "factored"
+
+
 HIDDEN = {WEIGHTS: f"model.{VARIANT}.safetensors", INDEX: f"model.safetensors.index.{VARIANT}.json"}
+
+
 SINGLE = 1 << 28  # bytes up to which a checkpoint is one file rather than one a decoder layer
+
+
 DEVICE_MAPS = ("balanced", "balanced_low_0", "sequential")
+
+
 # Quantisations that transformers can undo while it loads.
 DEQUANTISED = ("fp8", "mxfp4", "compressed-tensors")
 
@@ -112,11 +138,6 @@ def skeleton_of(config, *, dtype="auto"):
         return model_class(config)(config).to(kind)
 
 
-def folder_of(model):
-    """Folder of an embedded model; the name or path of any other as it is given."""
-    return demo.folder(model) if model in demo.NAMES else model
-
-
 def load_tokenizer(source):
     """Tokenizer of a folder or hub name, or None if it has none."""
     from transformers import AutoTokenizer
@@ -158,7 +179,9 @@ def model_class(config):
     """
     known = [made for _, made in _auto_classes(config)]
     if not known:
-        raise ValueError(f"transformers has no language model for its configuration ({type(config).__name__}).")
+        raise ValueError(
+            f"transformers has no language model for its configuration ({type(config).__name__})."
+        )
     return next((c for c in known if c.__name__ in (config.architectures or ())), known[0])
 
 
@@ -168,7 +191,9 @@ def _auto_classes(config):
 
     names = ("CausalLM", "ImageTextToText", "MultimodalLM", "TokenClassification")
     autos = [getattr(transformers, f"AutoModelFor{name}") for name in names]
-    return [(auto, auto._model_mapping[type(config)]) for auto in autos if type(config) in auto._model_mapping]
+    return [
+        (auto, auto._model_mapping[type(config)]) for auto in autos if type(config) in auto._model_mapping
+    ]
 
 
 def auto_classes(model):
@@ -202,7 +227,9 @@ def readable_config(source, shown):
 
 def _quantisation(config):
     """What a configuration says of quantised weights, or None."""
-    return getattr(config, "quantization_config", None) or getattr(config.get_text_config(), "quantization_config", None)
+    return getattr(config, "quantization_config", None) or getattr(
+        config.get_text_config(), "quantization_config", None
+    )
 
 
 def loading(dtype, device_map=None):
@@ -247,10 +274,12 @@ class readable:  # noqa: N801 (a context manager, read as a word)
         reason = str(error).strip().splitlines()[0] if str(error).strip() else kind.__name__
         if isinstance(error, OSError) and not here:
             raise FileNotFoundError(
-                f"Cannot load {self.shown!r}: there is no such folder here, it is not {' or '.join(demo.NAMES)}, and the "
+                f"Cannot load {self.shown!r}: there is no such folder here, it is not {' or '.join(EMBEDDED)}, and the "
                 f"Hugging Face hub did not give it ({reason}). Check the name and the network, or give a model folder."
             ) from None
-        if isinstance(error, OSError | SafetensorError | ValueError | KeyError | RuntimeError | json.JSONDecodeError):
+        if isinstance(
+            error, OSError | SafetensorError | ValueError | KeyError | RuntimeError | json.JSONDecodeError
+        ):
             raise ValueError(f"{self.shown} is not a readable checkpoint: {reason}") from None
         return False
 
@@ -261,7 +290,9 @@ def check_report(report, shown, expected=()):
     mismatched = [m[0] if isinstance(m, tuple) else m for m in report.get("mismatched_keys", ())]
     if missing or mismatched:
         names = ", ".join((missing + mismatched)[:3])
-        raise ValueError(f"{shown} lacks {len(missing) + len(mismatched)} of the model's tensors ({names}, …).")
+        raise ValueError(
+            f"{shown} lacks {len(missing) + len(mismatched)} of the model's tensors ({names}, …)."
+        )
 
 
 def _checked_class(base):
@@ -272,7 +303,9 @@ def _checked_class(base):
         def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys=None):
             for _ in on_disk(model, checkpoint_files, load_config):
                 pass
-            report, offloaded = base._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)
+            report, offloaded = base._load_pretrained_model(
+                model, state_dict, checkpoint_files, load_config, expected_keys
+            )
             check_conversion(report, "it")
             return report, offloaded
 
@@ -351,9 +384,6 @@ def device_of(device):
     return device
 
 
-# --- merged checkpoints -----------------------------------------------------------------------------------------------
-
-
 def save_merged(model, plan, folder, *, stats=None, router="", tokenizer=None, heldout=None, about=None):
     """Write a merged or pruned model to a new folder: r experts a layer on disk, in the family's own tensor names.
 
@@ -379,7 +409,7 @@ def save_merged(model, plan, folder, *, stats=None, router="", tokenizer=None, h
         function, else mapped.
     tokenizer : transformers.PreTrainedTokenizerBase, optional
     heldout : (N, S) int64 tensor, optional
-        Tokens on which :func:`hcsmoe_core.fidelity.fidelity` is measured.
+        Tokens on which :func:`hcsmoe_core.score.fidelity.fidelity` is measured.
     about : dict of str to str, optional
         More lines for the model card, such as where the calibration tokens came from.
 
@@ -434,7 +464,7 @@ def exported(plan, router):
     if router in JOINED:
         return with_router(plan, router), "plain"
     if router == "mapped" and any(layer.router in JOINED for layer in plan.layers):
-        return with_router(plan, "map"), router
+        return with_router(plan, "mapped"), router
     return plan, router
 
 
@@ -499,10 +529,18 @@ def target_of(model, plan, router=""):
         records[layer.name] = _record(layer, layer_plan, names)
     config, why = (None, "") if router == "mapped" else _plain_config(model, plan, merged)
     if router == "plain" and config is None:
-        other = ', or make the plan with shape "whole"' if any(layer.width and layer.joins for layer in plan.layers) else ""
-        raise ValueError(f'The "router" argument cannot be "plain" for this plan: {why}. Use "mapped"{other}.')
-    in_hub_layout = config is not None or not moe.other_experts(model)
-    return Target(config, records, original, sum(p.numel() for p in merged.parameters()), top_k, in_hub_layout)
+        other = (
+            ', or make the plan with shape "whole"'
+            if any(layer.width and layer.joins for layer in plan.layers)
+            else ""
+        )
+        raise ValueError(
+            f'The "router" argument cannot be "plain" for this plan: {why}. Use "mapped"{other}.'
+        )
+    in_hub_layout = config is not None or not families.other_experts(model)
+    return Target(
+        config, records, original, sum(p.numel() for p in merged.parameters()), top_k, in_hub_layout
+    )
 
 
 def _record(layer, layer_plan, names):
@@ -511,7 +549,7 @@ def _record(layer, layer_plan, names):
     shapes = layer.shapes(layer_plan.num_groups, layer_plan.width or layer.width)
     tensors = {name: room(tensor, shapes[name]) for name, tensor in layer.tensors().items()}
     rows = None if rows is None else torch.from_numpy(rows)
-    moe.put_experts(layer, tensors, layer_plan.labels, rows=rows, keep=False)
+    replace.put_experts(layer, tensors, layer_plan.labels, rows=rows, keep=False)
     state, shapes, values = layer.experts._merged, {}, {}
     for module, name in state.changed:
         value = getattr(module, name)
@@ -523,7 +561,13 @@ def _record(layer, layer_plan, names):
             value = {key: new for key, new in vars(value).items() if key not in old or old[key] is not new}
         values.setdefault(names[module], {})[name] = value
     mapped = state.handle is not None
-    return {"labels": state.labels, "extra": state.extra, "mapped": mapped, "tensors": shapes, "values": values}
+    return {
+        "labels": state.labels,
+        "extra": state.extra,
+        "mapped": mapped,
+        "tensors": shapes,
+        "values": values,
+    }
 
 
 def parts_of(model, names):
@@ -569,7 +613,9 @@ def write_part(model, tensors, folder, place, count, target):
     part = Path(folder) / f"{place}.part"
     shutil.rmtree(part, ignore_errors=True)
     with writing(part), without_bars():
-        model.save_pretrained(part, state_dict=tensors, max_shard_size=1 << 60, save_original_format=target.hub_layout)
+        model.save_pretrained(
+            part, state_dict=tensors, max_shard_size=1 << 60, save_original_format=target.hub_layout
+        )
     if place == 0:
         for file in part.iterdir():
             if file.name != WEIGHTS:
@@ -590,7 +636,7 @@ def finish(model, folder, target, plan, *, tokenizer=None, measured=None, about=
     plan : Plan
     tokenizer : transformers.PreTrainedTokenizerBase, optional
     measured : dict, optional
-        Of :func:`hcsmoe_core.fidelity.fidelity`.
+        Of :func:`hcsmoe_core.score.fidelity.fidelity`.
     about : dict, optional
         As for :func:`save_merged`.
 
@@ -613,7 +659,12 @@ def finish(model, folder, target, plan, *, tokenizer=None, measured=None, about=
     write_checksums(folder)
     more = {}
     if target.config is None:
-        more["expert_merge"] = {"version": VERSION, "router": "mapped", "factored": factored, "layers": target.records}
+        more["expert_merge"] = {
+            "version": VERSION,
+            "router": "mapped",
+            "factored": factored,
+            "layers": target.records,
+        }
         if not factored:
             more["auto_map"] = dict.fromkeys(autos, f"{MODELING.stem}.Merged{type(model).__name__}")
             shutil.copyfile(MODELING, folder / MODELING.name)
@@ -624,7 +675,12 @@ def finish(model, folder, target, plan, *, tokenizer=None, measured=None, about=
     opener, known = (autos or [type(model).__name__])[0], limits(plan, kind, target.top_k, model.dtype)
     card = dict(kind=kind, opener=opener, sizes=sizes, limits=known, fidelity=measured, about=about)
     write_card(model, folder, plan, **card)
-    written = {"bytes": size, "original": target.original, "parameters": target.parameters, "router": target.router}
+    written = {
+        "bytes": size,
+        "original": target.original,
+        "parameters": target.parameters,
+        "router": target.router,
+    }
     return written | {"limits": known, "fidelity": measured}
 
 
@@ -650,7 +706,7 @@ def _join(folder, parameters):
 
 
 def factored_savings(model):
-    """What MC-SMoE's second step saves of a live merged model; see :func:`hcsmoe_core.compression.savings`."""
+    """What MC-SMoE's second step saves of a live merged model; see :func:`hcsmoe_core.methods.factors.savings`."""
     layers = find_moe_layers(model)
     factors = [layer.experts._merged.factors for layer in layers]
     counts = dict(experts=[layer.num_experts for layer in layers], top_k=[layer.top_k for layer in layers])
@@ -675,7 +731,9 @@ def _plain_config(model, plan, merged):
     counts = {layer.num_groups for layer in plan.layers}
     if plan.compress:
         return None, "experts are written as factors"
-    if any(layer.router == "map" and layer.labels != list(range(len(layer.labels))) for layer in plan.layers):
+    if any(
+        layer.router == "mapped" and layer.labels != list(range(len(layer.labels))) for layer in plan.layers
+    ):
         return None, 'the router keeps rows of experts that are joined, which "row-kept" and "folded" do not'
     if len(counts) > 1:
         return None, f"layers differ in their number of experts ({', '.join(map(str, sorted(counts)))})"
@@ -691,7 +749,10 @@ def _plain_config(model, plan, merged):
         for name in (*moe.ROUTER_GROUPS, *moe.GROUP_CHOICES) if ungrouped else ():
             if isinstance(getattr(holder, name, None), int):
                 setattr(holder, name, 1)
-    shapes, why = {name: tuple(tensor.shape) for name, tensor in merged.state_dict().items()}, "its configuration has no width"
+    shapes, why = (
+        {name: tuple(tensor.shape) for name, tensor in merged.state_dict().items()},
+        "its configuration has no width",
+    )
     for name in ("moe_intermediate_size", "intermediate_size", "expert_dim") if width else ("",):
         tried = copy.deepcopy(config)
         if name:
@@ -715,7 +776,9 @@ def _plain_config(model, plan, merged):
 def counted(config, experts):
     """Where a configuration's text part, or one in it, gives the number of experts: ``[(name, configuration), …]``."""
     holders = _nested(config.get_text_config())
-    named = [(name, holder) for holder in holders for name in moe.COUNTS if name not in type(holder).attribute_map]
+    named = [
+        (name, holder) for holder in holders for name in moe.COUNTS if name not in type(holder).attribute_map
+    ]
     return [(name, holder) for name, holder in named if getattr(holder, name, None) == experts]
 
 
@@ -766,9 +829,13 @@ def load_merged(folder, *, dtype="auto", device="auto", experts_implementation=N
         raise FileNotFoundError(f"There is no folder {folder}.")
     record = merge_record(folder)
     if record is None:
-        raise ValueError(f'{folder} is not a merged checkpoint: its config.json has no "expert_merge". Use load_model.')
+        raise ValueError(
+            f'{folder} is not a merged checkpoint: its config.json has no "expert_merge". Use load_model.'
+        )
     if not isinstance(record, dict) or record.get("version") != VERSION or record.get("router") != "mapped":
-        raise ValueError(f"{folder} was merged by another version of hcsmoe, or its config.json was changed; merge again.")
+        raise ValueError(
+            f"{folder} was merged by another version of hcsmoe, or its config.json was changed; merge again."
+        )
     check_checksums(folder, verify)
     config = readable_config(folder, folder)
     base = model_class(config)
@@ -777,7 +844,7 @@ def load_merged(folder, *, dtype="auto", device="auto", experts_implementation=N
         options = loading(dtype) | ({"variant": VARIANT} if record["factored"] else {})
         loaded, report = merged_class(base).from_pretrained(folder, config=config, **options)
         for name in record["layers"]:
-            moe.adopt(loaded.get_submodule(name))
+            replace.adopt(loaded.get_submodule(name))
         layers = find_moe_layers(loaded)
         factored = [name for layer in layers for name in layer.projections]
         check_report(report, folder, expected=factored if record["factored"] else ())

@@ -7,23 +7,37 @@ import textwrap
 from pathlib import Path
 
 from hcsmoe_core import modeling_hcsmoe
-from hcsmoe_core.demo import models as demo
-from hcsmoe_core.fidelity import odd_widths
-from hcsmoe_core.files import replacing, sha256_file, write_json
+from hcsmoe_core._util import EMBEDDED, folder_of, replacing, sha256_file, write_json
+from hcsmoe_core.plan import odd_widths
 
 MODELING = Path(modeling_hcsmoe.__file__)
+
+
 CHECKSUMS = "SHA256SUMS"
+
+
 CARD = "README.md"
+
+
 # Files that go along unchanged from the original's folder, where it has them and they are not written anew.
 ALONG = (
     "generation_config.json",
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model"),
+    *(
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "tokenizer.model",
+    ),
     *("vocab.json", "vocab.txt", "merges.txt", "tiktoken.model", "chat_template.jinja", "chat_template.json"),
     *("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"),
     *("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE"),
 )
+
+
 # Names for layers that predict further tokens (MTP): transformers does not load them, so that they are not written either.
 FURTHER_LAYERS = ("num_nextn_predict_layers", "num_mtp_layers")
+
 
 # Of a configuration: weights are dequantised by now, and remote code is neither run nor copied.
 GONE = ("quantization_config", "compression_config", "auto_map", "torch_dtype")
@@ -34,7 +48,7 @@ def source_of_files(model):
     from huggingface_hub import snapshot_download
 
     name = str(model.name_or_path)
-    source = Path(demo.folder(name) if name in demo.NAMES else name)
+    source = Path(folder_of(name))
     if not name or source.is_dir():
         return source if name else None
     try:
@@ -48,9 +62,6 @@ def copy_along(source, folder):
     for name in ALONG if source is not None else ():
         if (source / name).is_file() and not (folder / name).exists():
             shutil.copyfile(source / name, folder / name)
-
-
-# --- config.json ------------------------------------------------------------------------------------------------------
 
 
 def write_config(model, folder, config, more, source=None):
@@ -101,9 +112,6 @@ def _carried(original, before, after, config):
     return made
 
 
-# --- checksums --------------------------------------------------------------------------------------------------------
-
-
 def write_checksums(folder):
     """Write ``SHA256SUMS`` of the weight files, which ``sha256sum --check`` reads too."""
     with replacing(folder / CHECKSUMS) as part:
@@ -127,10 +135,9 @@ def check_checksums(folder, verify=True):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} lacks {name}; copy it again, or merge again.")
         if verify and sha256_file(folder / name) != digest:
-            raise ValueError(f"{folder / name} was cut short or changed since it was written; copy it again, or merge again.")
-
-
-# --- model card -------------------------------------------------------------------------------------------------------
+            raise ValueError(
+                f"{folder / name} was cut short or changed since it was written; copy it again, or merge again."
+            )
 
 
 LOADING = {
@@ -159,10 +166,12 @@ LOADING = {
             model = load_merged("path/to/this/folder")
         """,
 }
+
+
 ROUTERS = {
-    "map": "kept as it was, with a map from what it chooses to the merged experts",
-    "drop": "the rows of dropped experts are gone",
-    "average": "one row a group, the mean of its members'",
+    "mapped": "kept as it was, with a map from what it chooses to the merged experts",
+    "dropped": "the rows of dropped experts are gone",
+    "averaged": "one row a group, the mean of its members'",
     "row-kept": "one row a group, that of its dominant expert",
     "folded": "one row a group, fitted to what the calibration tokens were routed to in the group",
 }
@@ -185,11 +194,11 @@ def write_card(model, folder, plan, *, kind, opener, sizes, limits, fidelity=Non
     limits : list of str
         Of :func:`limits`.
     fidelity : dict, optional
-        Of :func:`hcsmoe_core.fidelity.fidelity`.
+        Of :func:`hcsmoe_core.score.fidelity.fidelity`.
     about : dict, optional
         More lines of the summary by name, such as where the calibration tokens came from.
     """
-    local = not model.name_or_path or Path(model.name_or_path).exists() or model.name_or_path in demo.NAMES
+    local = not model.name_or_path or Path(model.name_or_path).exists() or model.name_or_path in EMBEDDED
     shown = Path(model.name_or_path).name if local else model.name_or_path
     head = ["---", "library_name: transformers", "tags:", "- mixture-of-experts", "- merge", "- hcsmoe"]
     head += [] if local else [f"base_model: {shown}"]
@@ -262,14 +271,22 @@ def limits(plan, kind, top_k, dtype):
             'with experts_implementation="eager", or trim to another width.'
         ]
     if kind != "plain":
-        return ["vLLM, SGLang and llama.cpp do not open it: they know no map from a router's choice to fewer experts."]
+        return [
+            "vLLM, SGLang and llama.cpp do not open it: they know no map from a router's choice to fewer experts."
+        ]
     (count,) = {layer.num_groups for layer in plan.layers}
     sizes = [n for n in range(1, count + 1) if count % n == 0]
-    lines = [f"Expert parallelism: {count} experts divide evenly over {', '.join(map(str, sizes))} devices and no others."]
+    lines = [
+        f"Expert parallelism: {count} experts divide evenly over {', '.join(map(str, sizes))} devices and no others."
+    ]
     if count & (count - 1):
-        lines.append("llama.cpp's fastest routing on CUDA wants a power of two; with other numbers it takes a slower one.")
+        lines.append(
+            "llama.cpp's fastest routing on CUDA wants a power of two; with other numbers it takes a slower one."
+        )
     if top_k is not None and count < top_k:
-        lines.append(f"A token goes to all {count} experts, as there are no more, rather than to {top_k} as in the original.")
+        lines.append(
+            f"A token goes to all {count} experts, as there are no more, rather than to {top_k} as in the original."
+        )
     return lines
 
 
@@ -278,7 +295,7 @@ def _number(value):
 
 
 def fidelity_text(fidelity):
-    """What :func:`hcsmoe_core.fidelity.fidelity` measured, as Markdown."""
+    """What :func:`hcsmoe_core.score.fidelity.fidelity` measured, as Markdown."""
     lines = [
         f"On {fidelity['tokens']:,} tokens that were held out of the calibration:",
         "",
@@ -290,12 +307,17 @@ def fidelity_text(fidelity):
         shares = [_number(found.get(key)) for key in ("perplexity", "kl", "kl_from_mapped")]
         lines.append(f"| {name} | {' | '.join(shares)} | {found['agreement']:.1%} |")
     models = list(fidelity["models"])
-    lines += ["", "Relative error of each layer's output: of its MoE block alone on the original's inputs, and of the hidden "]
+    lines += [
+        "",
+        "Relative error of each layer's output: of its MoE block alone on the original's inputs, and of the hidden ",
+    ]
     lines[-1] += "states that leave the decoder layer, all layers before it merged too."
     lines += ["", "| layer | " + " | ".join(f"{m}: block | {m}: hidden states" for m in models) + " |"]
     lines.append("|---" * (1 + 2 * len(models)) + "|")
     for place, name in enumerate(fidelity["layers"]):
-        numbers = [fidelity["models"][m][key][place] for m in models for key in ("block_error", "hidden_error")]
+        numbers = [
+            fidelity["models"][m][key][place] for m in models for key in ("block_error", "hidden_error")
+        ]
         lines.append(f"| {name} | " + " | ".join(f"{n:.3g}" for n in numbers) + " |")
     if fidelity["warning"]:
         lines += ["", f"**{fidelity['warning']}**"]

@@ -3,11 +3,60 @@
 import torch
 from tqdm.auto import tqdm
 
-from hcsmoe_core.combining import Group, combine
-from hcsmoe_core.compression import compress, densified, from_saved, saved_tensors
-from hcsmoe_core.folding import folded_rows
-from hcsmoe_core.moe import all_finite, find_moe_layers, put_experts, set_rows, take_experts
-from hcsmoe_core.plan import check_fits, check_weights
+from hcsmoe_core._util import check_count
+from hcsmoe_core.families import find_moe_layers, model_hash
+from hcsmoe_core.moe import Neurons, all_finite
+from hcsmoe_core.replace import put_experts, take_experts
+from hcsmoe_core.steps import combine, compress, refine, router
+
+
+def check_statistics(stats, model):
+    """Raise ValueError unless the statistics were captured on this model."""
+    if stats.model["hash"] != model_hash(model):
+        raise ValueError(
+            f"These statistics were captured on another model ({stats.model['name']}, {stats.model['class']}) than the one "
+            f"given ({model.name_or_path or 'unnamed'}, {type(model).__name__}); capture on this one."
+        )
+
+
+def check_fits(plan, model):
+    """MoE layers of ``model`` in the order of the plan's.
+
+    Raises
+    ------
+    ValueError
+        If the plan is for other layers, other numbers of experts or other weights than the model has.
+    """
+    layers = {layer.name: layer for layer in find_moe_layers(model)}
+    planned = [layer.name for layer in plan.layers]
+    if planned != list(layers):
+        missing = (
+            [n for n in layers if n not in planned]
+            or [n for n in planned if n not in layers]
+            or ["another order"]
+        )
+        raise ValueError(
+            f"The plan does not fit the model: it has {len(planned)} MoE layers and the model {len(layers)}; they differ "
+            f"in {missing[0]}. Make a plan from this model's statistics."
+        )
+    for layer_plan in plan.layers:
+        experts = layers[layer_plan.name].num_experts
+        if len(layer_plan.labels) != experts:
+            raise ValueError(
+                f"The plan does not fit the model: {layer_plan.name} has {experts} experts, but the plan labels "
+                f"{len(layer_plan.labels)}. Make a plan from this model's statistics."
+            )
+    return [layers[name] for name in planned]
+
+
+def check_weights(plan, model):
+    """Raise ValueError if the plan names the model it was made for, and that is not this one."""
+    if plan.model.get("hash") and plan.model["hash"] != model_hash(model):
+        raise ValueError(
+            f"The plan was made for another model ({plan.model.get('name')}, {plan.model.get('class')}): this one has the "
+            "same shape but other weights. Make a plan from this model's statistics."
+        )
+
 
 BLOCK = 1 << 16  # weights that are summed at once: wide sums of so many stay in a CPU's caches
 
@@ -15,7 +64,7 @@ BLOCK = 1 << 16  # weights that are summed at once: wide sums of so many stay in
 def apply_plan(model, plan, stats=None):
     """Merge or prune the experts of a live model, in place.
 
-    Where the plan keeps the router (``"map"``), what it chooses among E experts is sent through the plan's labels to r
+    Where the plan keeps the router (``"mapped"``), what it chooses among E experts is sent through the plan's labels to r
     merged ones, so that the model computes exactly what E experts would of which those of a group are equal. Where it
     drops rows, the router chooses among those left by the model's own rule. Undone by :func:`restore`; the original
     weights stay in memory until then.
@@ -41,11 +90,13 @@ def apply_plan(model, plan, stats=None):
     """
     layers = check_appliable(model, plan, stats)
     try:
-        bar = tqdm(plan.layers, desc="merge", unit="layer", leave=False, disable=None if plan.needs_sample else True)
+        bar = tqdm(
+            plan.layers, desc="merge", unit="layer", leave=False, disable=None if plan.needs_sample else True
+        )
         for layer, layer_plan in zip(layers, bar, strict=True):
             apply_layer(layer, layer_plan, stats)
         if plan.compress:
-            _compress(layers, plan, stats)
+            compress["low-rank"](layers, plan, stats, **plan.compress)
     except BaseException:
         restore(model)
         raise
@@ -71,40 +122,10 @@ def put_layer(layer, layer_plan, tensors, sample=None):
     """Give one layer its merged experts, as :func:`merge_layer` made them, and the router that the plan says."""
     means = layer_plan.router_rows()
     rows, scales = (None if means is None else torch.from_numpy(means)), None
-    if layer_plan.router == "folded":
-        rows, scales = torch.from_numpy(folded_rows(layer_plan, sample)), rows
+    if layer_plan.router in router:
+        rows, scales = torch.from_numpy(router[layer_plan.router](layer_plan, sample)), rows
     put_experts(layer, tensors, layer_plan.labels, rows=rows, scales=scales)
     layer.experts._merged.plan = layer_plan
-
-
-@torch.no_grad()
-def _compress(layers, plan, stats):
-    """MC-SMoE's second step on merged layers: experts become what their factors, in the model's dtype, multiply out to."""
-    parts = []
-    for layer, layer_plan in zip(layers, plan.layers, strict=True):
-        sample = stats.layers[layer.name].sample
-        inputs, chosen = sample.inputs.to(layer.device), sample.chosen
-        routed = [inputs[chosen[:, members].any(1)] for members in layer_plan.groups()]
-        parts.append(([layer.neurons(g) for g in range(layer_plan.num_groups)], routed, layer.activate))
-    names, dtype = [layer.name for layer in layers], layers[0].tensors()["down_proj"].dtype
-    found = dict(zip(names, compress(parts, **plan.compress), strict=True))
-    put_factors(layers, from_saved(saved_tensors(found, dtype)))
-
-
-def put_factors(layers, factors):
-    """Set the experts of merged layers to what their factors multiply out to; the factors stay with them.
-
-    Parameters
-    ----------
-    layers : list of MoELayer
-        Merged.
-    factors : dict of str to list of dict
-        By layer name; see :func:`hcsmoe_core.compression.compress`.
-    """
-    for layer in layers:
-        experts = [densified(layer.neurons(g), parts) for g, parts in enumerate(factors[layer.name])]
-        set_rows(layer, layer.stacked(experts))
-        layer.experts._merged.factors = factors[layer.name]
 
 
 def restore(model):
@@ -149,7 +170,7 @@ def merge_layer(layer, layer_plan, sample=None):
     """The r experts that a plan leaves of a layer.
 
     Averages, ``W_g = Σ_{e in g} w_e W_e`` (HC-SMoE, arXiv 2410.08589, eq. 6), are summed in float32 (float64 for float32
-    weights) and rounded once to the weights' dtype; for other rules see :func:`hcsmoe_core.combining.combine`. An expert
+    weights) and rounded once to the weights' dtype; for other rules see :func:`hcsmoe_core.merging.combine_group`. An expert
     that is alone in its group is copied, bit for bit, unless it is trimmed.
 
     Parameters
@@ -174,13 +195,19 @@ def merge_layer(layer, layer_plan, sample=None):
         raise ValueError(f'{layer.name}: rule {" and ".join(map(repr, rules))} needs the "sample" argument.')
     merged = {name: _averages(tensor.detach(), layer_plan) for name, tensor in layer.tensors().items()}
     options = layer_plan.combine
-    plain = options["rule"] == "average" and options.get("align", "none") == "none" and not options.get("refit")
+    plain = (
+        options["rule"] == "average" and options.get("align", "none") == "none" and not options.get("refit")
+    )
     if layer_plan.rules or not plain:
         merged |= _combined(layer, layer_plan, sample)
     for name, tensor in merged.items():
         if not all_finite(tensor):
-            members = next(m for row, m in zip(tensor, layer_plan.groups(), strict=True) if not all_finite(row))
-            raise ValueError(f"{layer.name}: {name} of experts {members} merges to values that are not finite.")
+            members = next(
+                m for row, m in zip(tensor, layer_plan.groups(), strict=True) if not all_finite(row)
+            )
+            raise ValueError(
+                f"{layer.name}: {name} of experts {members} merges to values that are not finite."
+            )
     return merged
 
 
@@ -215,13 +242,136 @@ def _combined(layer, layer_plan, sample):
         if len(members) == 1 and layer_plan.width in (None, layer.width):
             made.append(layer.neurons(members[0]))
         else:
-            made.append(combine(*group_and_options(layer, layer_plan, place, sample)))
+            made.append(combine_group(*group_and_options(layer, layer_plan, place, sample)))
     return layer.stacked(made)
 
 
 def group_and_options(layer, layer_plan, place, sample):
-    """One group of a plan, and how it becomes one expert: what :func:`hcsmoe_core.combining.combine` takes."""
+    """One group of a plan, and how it becomes one expert: what :func:`hcsmoe_core.merging.combine_group` takes."""
     members = layer_plan.groups()[place]
     dominant = members[0] if layer_plan.dominant is None else layer_plan.dominant[place]
     width = {} if layer_plan.width is None else {"width": layer_plan.width}
     return Group(layer, members, layer_plan.weights, dominant, sample), layer_plan.rule_of(place) | width
+
+
+class Group:
+    """The experts that become one, and what the calibration sample says about them.
+
+    Attributes
+    ----------
+    layer : MoELayer
+        Not merged.
+    members : list of n int
+    weights : (n,) float64 tensor
+        Of each member in the group; they sum to one.
+    dominant : int
+        Place of the dominant expert among the members.
+    experts : list of n Neurons
+        In float64, or float32 where the model is in 16 bits.
+    """
+
+    def __init__(self, layer, members, weights, dominant, sample):
+        down = layer.tensors()["down_proj"]
+        self.layer, self.members, self.sample = layer, list(members), sample
+        self.dtype = torch.float64 if down.dtype in (torch.float32, torch.float64) else torch.float32
+        self.device = down.device
+        self.weights = torch.tensor([weights[e] for e in members], dtype=torch.float64)
+        self.dominant = self.members.index(dominant)
+        self.experts = [layer.neurons(e, self.dtype) for e in members]
+        self._found = {}
+
+    def once(self, key, make):
+        """What ``make`` gives, worked out the first time only: options are tried one after another on the same group."""
+        if key not in self._found:
+            self._found[key] = make()
+        return self._found[key]
+
+    def tokens(self, members=None):
+        """Sampled tokens that were routed to any of some members (all by default), and the members' gates.
+
+        Parameters
+        ----------
+        members : list of int, optional
+            Places among the group's members.
+
+        Returns
+        -------
+        tokens : (T, D) tensor
+        gates : (T, n) tensor
+            Applied routing weights; zero where a member was not chosen.
+        """
+        chosen = self.members if members is None else [self.members[m] for m in members]
+        gates = self.sample.gates[:, chosen]
+        rows = (gates != 0).any(1)
+        tokens = self.sample.inputs[rows].to(self.device, self.dtype)
+        return tokens, gates[rows].to(self.device, self.dtype)
+
+    def outputs(self, offset=None):
+        """What the members give together on :meth:`tokens`, ``Σ_e g_e f_e(x)``, less what an offset gives, ``(T, D)``."""
+        total = self.once("outputs", lambda: gated_outputs(self))
+        return total if offset is None else total - self.tokens()[1].sum(1, keepdim=True) * offset
+
+    def activations(self, neurons):
+        """What some neurons would give in the group's place on :meth:`tokens`, times the summed gates, ``(T, I')``."""
+        tokens, gates = self.tokens()
+        return self.layer.activate(neurons, tokens) * gates.sum(1, keepdim=True)
+
+    def average(self):
+        """Weighted average of the members as they are, ``Σ_e w_e W_e``."""
+        return mean_of(self.experts, self.weights)
+
+
+def mean_of(experts, weights):
+    """Weighted average of experts whose neurons are in the same order."""
+
+    def add(*tensors):
+        if tensors[0] is None:
+            return None
+        return sum(float(w) * t for w, t in zip(weights, tensors, strict=True))
+
+    columns = ("up", "down", "bias", "offset")
+    return Neurons(*(add(*(getattr(e, c) for e in experts)) for c in columns))
+
+
+def combine_group(group, options):
+    """One expert from a group of several.
+
+    Parameters
+    ----------
+    group : Group
+    options : dict
+        ``rule``, a step of :data:`hcsmoe_core.steps.combine`, with its options; and ``refit``, rounds of fitting what the
+        expert's neurons read as well.
+
+    Returns
+    -------
+    Neurons
+
+    Raises
+    ------
+    ValueError
+        If the rule is unknown, or solves for a projection where that is not possible.
+    """
+    rule, rounds = combine[options["rule"]], check_count("refit", options.get("refit", 0), 0)
+    if group.layer.unsolvable and (rounds or rule.properties.get("solves")):
+        others = ", ".join(f'"{name}"' for name, step in combine.items() if not step.properties.get("solves"))
+        raise ValueError(
+            f'{group.layer.name}: {group.layer.unsolvable}, so that combine "{rule.name}"'
+            f"{' with refit' if rounds else ''} has nothing to solve; use one of {others}, without refit."
+        )
+    neurons = rule(group, **{k: v for k, v in options.items() if k not in ("rule", "refit")})
+    if not rounds:
+        return neurons
+    return refine["refit"](group, neurons, rounds, **{k: v for k, v in options.items() if k == "ridge"})
+
+
+def gated_outputs(group):
+    tokens, gates = group.tokens()
+    total = torch.zeros(len(tokens), group.experts[0].down.shape[0], dtype=group.dtype, device=group.device)
+    for place, expert in enumerate(group.experts):
+        rows = gates[:, place].nonzero()[:, 0]
+        output = group.layer.activate(expert, tokens[rows]) @ expert.down.T
+        total[rows] += gates[rows, place, None] * (
+            output if expert.offset is None else output + expert.offset
+        )
+    return total

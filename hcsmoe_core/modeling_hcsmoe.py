@@ -38,7 +38,9 @@ class ExpertMap:
         """The map as a tensor; experts without weights stay behind those that have some."""
         if device not in self._lookup:
             stored = max(self.labels) + 1
-            self._lookup[device] = torch.tensor([*self.labels, *range(stored, stored + self.extra)], device=device)
+            self._lookup[device] = torch.tensor(
+                [*self.labels, *range(stored, stored + self.extra)], device=device
+            )
         return self._lookup[device]
 
 
@@ -143,13 +145,17 @@ def make_room(model, name, record):
         if record["mapped"]:
             remap(experts)
     except (AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f'config.json: "expert_merge" does not fit {name} ({error!r}); it was changed.') from None
+        raise ValueError(
+            f'config.json: "expert_merge" does not fit {name} ({error!r}); it was changed.'
+        ) from None
 
 
 def room(tensor, shape):
     """Room for a tensor of another shape, of the same kind (parameter or buffer) and on the same device."""
     made = torch.empty(shape, dtype=tensor.dtype, device=tensor.device)
-    return nn.Parameter(made, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made
+    return (
+        nn.Parameter(made, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made
+    )
 
 
 def merged_class(base):

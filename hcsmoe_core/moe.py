@@ -6,22 +6,27 @@ the router chose for each and their weights. The few families that do otherwise 
 (softmax, sigmoid, biases, groups of experts, scaling) happens before that and is never repeated here.
 """
 
-import copy
-import hashlib
-import inspect
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from torch import nn
 
-from hcsmoe_core.modeling_hcsmoe import ExpertMap, remap, repeated
+from hcsmoe_core.modeling_hcsmoe import remap
 
 UP = ("gate_up_proj", "up_proj")
+
+
 DOWN = "down_proj"
+
+
 ROUTER_GROUPS = ("num_group", "n_group")
+
+
 # Groups of experts that such a router chooses first.
 GROUP_CHOICES = ("topk_group",)
+
+
 # What a block, its router or its experts call the number of experts and the experts a token.
 COUNTS = (
     "num_experts",
@@ -34,12 +39,26 @@ COUNTS = (
     "n_total_experts",
     "num_router_classes",
 )
-CHOICES = ("top_k", "num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_top_k", "moe_topk", "moe_k")
+
+
+CHOICES = (
+    "top_k",
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "top_k_experts",
+    "moe_top_k",
+    "moe_topk",
+    "moe_k",
+)
+
+
 WIDTHS = ("intermediate_dim", "intermediate_size", "expert_dim", "ffn_hidden_size")
+
+
 ROUTER_NAMES = ("gate", "router")
+
+
 JOINED = 1 << 27  # numbers that the up projections of several experts make at once on a GPU
-# Parts of a model that text never reaches: their experts are left as they are.
-OTHER_PARTS = ("vision", "visual", "audio", "talker")
 
 
 @dataclass(frozen=True)
@@ -105,7 +124,11 @@ class MoELayer:
             take_router(module, inputs, output)
 
         # Some families read a router's weights without calling the module that has them; then what holds it is listened to.
-        routers = [m for m in self.routing if m is not self.block and any(self.router is inner for inner in m.modules())]
+        routers = [
+            m
+            for m in self.routing
+            if m is not self.block and any(self.router is inner for inner in m.modules())
+        ]
         handles = [router.register_forward_hook(take) for router in routers]
         return [*handles, self.experts.register_forward_pre_hook(take_experts, with_kwargs=True)]
 
@@ -140,15 +163,21 @@ class MoELayer:
             return []
         below = list(self.router.modules())
         return below + [
-            m for m in self.block.modules() if m not in below and any(self.router is inner for inner in m.modules())
+            m
+            for m in self.block.modules()
+            if m not in below and any(self.router is inner for inner in m.modules())
         ]
 
     @property
     def top_k(self):
         """k: experts a token goes to, or None where neither the routing modules nor their configuration say."""
         holders = [*self.routing, self.experts, self.block]
-        named = [(m, "top_k") for m in holders] + [(getattr(m, "config", None), c) for m in holders for c in CHOICES]
-        return next((k for k in (getattr(owner, name, None) for owner, name in named) if isinstance(k, int)), None)
+        named = [(m, "top_k") for m in holders] + [
+            (getattr(m, "config", None), c) for m in holders for c in CHOICES
+        ]
+        return next(
+            (k for k in (getattr(owner, name, None) for owner, name in named) if isinstance(k, int)), None
+        )
 
     @property
     def router_groups(self):
@@ -159,7 +188,11 @@ class MoELayer:
     @property
     def fewest(self):
         """Experts that the router's rule needs: one that chooses among groups first adds up the two best scores of each."""
-        return 2 if any(isinstance(getattr(m, name, None), int) for m in self.routing for name in ROUTER_GROUPS) else 1
+        return (
+            2
+            if any(isinstance(getattr(m, name, None), int) for m in self.routing for name in ROUTER_GROUPS)
+            else 1
+        )
 
     @property
     def affine(self):
@@ -268,7 +301,9 @@ class MoELayer:
         """
         count = self.num_stored
         if tokens.device.type == "cpu":
-            return torch.stack([self.expert_hidden(e, tokens).sum(0, dtype=torch.float64) for e in range(count)])
+            return torch.stack(
+                [self.expert_hidden(e, tokens).sum(0, dtype=torch.float64) for e in range(count)]
+            )
         made, together = [], max(1, JOINED // (len(tokens) * len(self.up_matrix(0))))
         for first in range(0, count, together):
             made.append(self._joined_sums(tokens, first, min(first + together, count)))
@@ -402,7 +437,11 @@ class MoELayer:
         rows = self.neuron_rows(len(neurons.up))
         bias = None if neurons.bias is None else _by_row(neurons.bias, rows)
         with torch.enable_grad():
-            read = nn.functional.linear(tokens.to(neurons.up.dtype), _by_row(neurons.up, rows), bias).detach().requires_grad_()
+            read = (
+                nn.functional.linear(tokens.to(neurons.up.dtype), _by_row(neurons.up, rows), bias)
+                .detach()
+                .requires_grad_()
+            )
             slope = torch.autograd.grad(self._activated(read).sum(), read)[0]
         return torch.stack([slope[:, part] for part in rows.T])
 
@@ -452,7 +491,9 @@ class Neurons:
 
     def take(self, order):
         """The neurons at the places ``order``, in that order."""
-        return Neurons(self.up[order], self.down[:, order], None if self.bias is None else self.bias[order], self.offset)
+        return Neurons(
+            self.up[order], self.down[:, order], None if self.bias is None else self.bias[order], self.offset
+        )
 
     def map(self, function):
         """The same with a function applied to each tensor."""
@@ -467,240 +508,9 @@ def _by_row(parts, rows):
     return made
 
 
-def find_moe_layers(model):
-    """Sparse MoE layers of a model, in the order of its modules.
-
-    Parameters
-    ----------
-    model : transformers.PreTrainedModel
-
-    Returns
-    -------
-    list of MoELayer
-
-    Raises
-    ------
-    ValueError
-        If there is none: the model is dense, or keeps its experts in a way that is not supported.
-    """
-    layers, owners = [], {}
-    for name, module in model.named_modules():
-        if type(module).__name__ in UNSUPPORTED:
-            raise ValueError(f"{name} ({type(module).__name__}) is not supported: {UNSUPPORTED[type(module).__name__]}.")
-        kind = _kind(module)
-        if kind is None or _reads_no_text(name):
-            continue
-        layer = kind.at(model, name, module)
-        shared = owners.setdefault(id(next(module.parameters())), name)
-        if shared != name:
-            raise ValueError(f"{shared} and {name} share their weights; merging them as one is not supported.")
-        layers.append(layer)
-    if not layers:
-        what = getattr(model, "name_or_path", "") or type(model).__name__
-        raise ValueError(
-            f"No MoE layers found in {what} ({type(model).__name__}): it is dense, or its experts are not kept as the "
-            "stacked tensors of transformers 5."
-        )
-    return layers
-
-
-def decoder_layers(model):
-    """Name of the list of decoder layers, the outermost that the first MoE layer lies in; "" if it lies in none.
-
-    Parameters
-    ----------
-    model : transformers.PreTrainedModel
-
-    Returns
-    -------
-    str
-    """
-    path = find_moe_layers(model)[0].name.split(".")
-    names = [".".join(path[:i]) for i in range(1, len(path))]
-    return next((name for name in names if isinstance(model.get_submodule(name), nn.ModuleList)), "")
-
-
-def other_experts(model):
-    """Names of the experts modules that text never reaches, which are left as they are."""
-    return [name for name, module in model.named_modules() if _kind(module) is not None and _reads_no_text(name)]
-
-
-def _reads_no_text(name):
-    return any(part in segment for segment in name.split(".") for part in OTHER_PARTS)
-
-
-def moe_layer(model, name):
-    """The MoE layer of a model that has some name; a streamed model reads its weights.
-
-    Raises
-    ------
-    ValueError
-        If there is none of that name.
-    """
-    found = {layer.name: layer for layer in find_moe_layers(model)}
-    if name not in found:
-        raise ValueError(f'The "model" argument has no MoE layer {name}; it is not the model of these statistics.')
-    if source_of(model) is not None:
-        source_of(model).read_layer(name)
-    return found[name]
-
-
 def source_of(model):
-    """Where a model that is streamed (:mod:`hcsmoe_core.streaming`) reads its layers from; None if it is in memory."""
+    """Where a model that is streamed (:mod:`hcsmoe_core.scale.streaming`) reads its layers from; None if it is in memory."""
     return getattr(model, "_source", None)
-
-
-# --- families whose experts module does not tell enough ---------------------------------------------------------------
-
-
-class _LongcatFlash(MoELayer):
-    """LongCat: the up projection has rows for the identity experts too, which are never read."""
-
-    fewest = 2  # its experts' forward trips over a single choice
-
-    def tensors(self):
-        up, down = self.experts.gate_up_proj, self.experts.down_proj
-        return {"gate_up_proj": up[: len(down)], "down_proj": down}
-
-    def stored(self, tensors):
-        unread = self.experts.gate_up_proj[self.num_stored :]
-        up = tensors["gate_up_proj"]
-        return tensors | {"gate_up_proj": torch.cat([up, unread.new_zeros(len(unread), *up.shape[1:])])}
-
-
-class _Dbrx(MoELayer):
-    """DBRX: gate, up and down projections of all experts flattened into ``[E·I, D]`` each, in a module below."""
-
-    up_name = "gate_proj"
-    transposed = True
-    held = {"gate_proj": "w1", "up_proj": "v1", "down_proj": "w2"}  # noqa: RUF012
-
-    @property
-    def num_stored(self):
-        return self.experts.num_experts
-
-    @property
-    def width(self):
-        return len(self.experts.mlp.w1) // self.num_stored
-
-    @property
-    def hidden_size(self):
-        return self.experts.mlp.w1.shape[1]
-
-    def tensors(self):
-        return {n: getattr(self.experts.mlp, held).unflatten(0, (self.num_stored, -1)) for n, held in self.held.items()}
-
-    def stored(self, tensors):
-        return {f"mlp.{self.held[n]}": t.flatten(0, 1) for n, t in tensors.items()}
-
-    def shapes(self, stored, width):
-        return {name: [stored, width, self.hidden_size] for name in self.held}
-
-    def up_matrix(self, expert):
-        held = self.tensors()
-        return torch.cat([held["gate_proj"][expert], held["up_proj"][expert]])
-
-    def _activated(self, hidden):
-        gate, up = hidden.chunk(2, dim=-1)
-        return self.experts.mlp.activation_fn(gate) * up
-
-    def stacked(self, experts):
-        held = self.tensors()
-        parts = {
-            "gate_proj": [e.up[:, 0] for e in experts],
-            "up_proj": [e.up[:, 1] for e in experts],
-            "down_proj": [e.down.T for e in experts],
-        }
-        return {n: torch.stack(t).to(held[n].dtype) for n, t in parts.items()}
-
-
-class _JetMoe(MoELayer):
-    """JetMoE: the block itself runs its two projections on tokens that its router has sorted by expert.
-
-    Its attention is a mixture of experts too, which is left as it is.
-    """
-
-    @staticmethod
-    def block_of(model, name):
-        return model.get_submodule(name)
-
-    @property
-    def num_stored(self):
-        return len(self.experts.input_linear.weight)
-
-    def tensors(self):
-        return {"gate_up_proj": self.experts.input_linear.weight, "down_proj": self.experts.output_linear.weight}
-
-    def stored(self, tensors):
-        return {"input_linear.weight": tensors["gate_up_proj"], "output_linear.weight": tensors["down_proj"]}
-
-    def _activated(self, hidden):
-        gate, up = hidden.chunk(2, dim=-1)
-        return self.experts.activation(gate) * up
-
-    def listen(self, take_router, take_experts):
-        def take(module, inputs, output):
-            order, _, gates, sizes, logits = output
-            tokens, sorted_experts = inputs[0], repeated(sizes, order.device)
-            index, weight = torch.empty_like(order), torch.empty_like(gates)
-            index[order], weight[order] = sorted_experts, gates
-            take_router(module, inputs, logits)
-            take_experts(module, (tokens, index.reshape(len(tokens), -1), weight.reshape(len(tokens), -1)), {})
-
-        return [self.experts.router.register_forward_hook(take)]
-
-
-class _Llama4(MoELayer):
-    """Llama 4: every expert gets every token, multiplied with the router's score (zero where it was not chosen)."""
-
-    unsolvable = "the router's score multiplies what experts read, not what they write"
-    transposed = True
-
-    def listen(self, take_router, take_experts):
-        def take(module, inputs, output):
-            scores, logits = output
-            index = logits.topk(module.top_k, dim=1).indices
-            take_router(module, inputs, logits)
-            take_experts(module, (inputs[0], index, scores.gather(1, index)), {})
-
-        return [self.router.register_forward_hook(take)]
-
-
-class _Phimoe(MoELayer):
-    """PhiMoE: the router takes the best expert, then the best of the others, whatever its configuration says."""
-
-    fewest = 2
-
-
-UNSUPPORTED = {
-    "DogeCDMoE": "its experts are single neurons, looked up by product keys",
-    "NllbMoeExperts": "transformers one-hot encodes a mask there, so that only experts 0 and 1 are ever run",
-    "SwitchTransformersExperts": "its experts are modules of their own in an encoder and a decoder, and drop tokens that come "
-    "after others in a sequence, so that what an expert does for a token cannot be told from the token",
-}
-ENTRIES = {
-    "LongcatFlashExperts": _LongcatFlash,
-    "DbrxExperts": _Dbrx,
-    "JetMoeMoE": _JetMoe,
-    "Llama4TextExperts": _Llama4,
-    "PhimoeExperts": _Phimoe,
-}
-
-
-def _is_experts(module):
-    held = module._parameters
-    up = next((held[name] for name in UP if held.get(name) is not None), None)
-    down = held.get(DOWN)
-    if up is None or down is None or up.ndim != 3 or down.ndim != 3 or up.shape[0] != down.shape[0]:
-        return False
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
-    parameters = [p for p in inspect.signature(type(module).forward).parameters.values() if p.kind in kinds]
-    return len(parameters) == 4 or any(p.kind == inspect.Parameter.VAR_POSITIONAL for p in parameters)
-
-
-def _kind(module):
-    """The class of MoE layer that an experts module makes, or None if it is none."""
-    return ENTRIES.get(type(module).__name__) or (MoELayer if _is_experts(module) else None)
 
 
 def _find_router(block, experts, count):
@@ -735,19 +545,9 @@ def router_logits(output, experts, extra=0):
             if torch.is_tensor(part) and part.is_floating_point() and part.shape[-1] == wanted:
                 return part.reshape(-1, wanted)
     shapes = [tuple(p.shape) for p in parts if torch.is_tensor(p)]
-    raise ValueError(f"A router of {experts} experts returned tensors of shapes {shapes}, none of which are its logits.")
-
-
-def model_hash(model):
-    """Hash of a model's experts and routers that does not depend on the dtype they were loaded in.
-
-    Covers names, shapes and up to 4,096 evenly spread values of each tensor, rounded to bfloat16, so that it takes no
-    time on a large model. Merged layers count with the experts they had before.
-    """
-    digest, source = hashlib.sha256(), source_of(model)
-    for layer in find_moe_layers(model):
-        digest.update(fingerprint(layer) if source is None else source.fingerprint(layer.name))
-    return digest.hexdigest()
+    raise ValueError(
+        f"A router of {experts} experts returned tensors of shapes {shapes}, none of which are its logits."
+    )
 
 
 def fingerprint(layer):
@@ -780,171 +580,15 @@ def check_loaded(layer):
         named |= {f"(router) {n}": p for n, p in layer.router.named_parameters(recurse=False)}
     for name, tensor in named.items():
         if tensor.is_meta:
-            raise ValueError(f"{layer.name}: {name} is offloaded; load the model without disk or CPU offload.")
+            raise ValueError(
+                f"{layer.name}: {name} is offloaded; load the model without disk or CPU offload."
+            )
         if not tensor.is_floating_point() or tensor.element_size() < 2:
-            raise ValueError(f"{layer.name}: {name} is quantised ({tensor.dtype}); load a 16- or 32-bit checkpoint.")
+            raise ValueError(
+                f"{layer.name}: {name} is quantised ({tensor.dtype}); load a 16- or 32-bit checkpoint."
+            )
         if not all_finite(tensor.detach()):
             raise ValueError(f"{layer.name}: {name} holds NaN or infinite values; the checkpoint is damaged.")
-
-
-# --- replacing the experts of a live model ----------------------------------------------------------------------------
-
-
-class _Merged(ExpertMap):
-    """What :func:`put_experts` leaves on an experts module: the map, and what :func:`take_experts` puts back."""
-
-    def __init__(self, labels, routed, keep, extra):
-        super().__init__(labels, extra)
-        self.routed = routed  # experts that the router now chooses from
-        self.keep = keep
-        self.plan = self.factors = None  # what was applied, for whoever writes the model
-        self.changed = []  # (module, name) of every tensor and attribute that was replaced
-        self.undo = []  # (module, name, tensor or value)
-        self.before = {}  # the layer's tensors, where they are kept
-        self.handle = None
-
-    def set(self, module, name, value):
-        """Replace a tensor or an attribute, and remember what was there."""
-        self.changed.append((module, name))
-        if torch.is_tensor(value):
-            held = module._parameters if name in module._parameters else module._buffers
-            if self.keep:
-                self.undo.append((module, name, held[name]))
-            _set_tensor(module, name, value)
-        else:
-            self.undo.append((module, name, getattr(module, name)))
-            setattr(module, name, value)
-
-    def originals(self, module):
-        """Tensors of a module that were replaced, by name."""
-        return {name: value for owner, name, value in self.undo if owner is module and torch.is_tensor(value)}
-
-
-def put_experts(layer, tensors, labels, *, rows=None, scales=None, keep=True):
-    """Replace a layer's E experts by r.
-
-    Without ``rows`` the router keeps its E outputs and what it chooses goes through ``labels``. A token that picks two
-    experts of one group goes through their expert twice, with both weights: the output is exactly that of E experts of
-    which those of a group are equal. With ``rows`` the router itself has r outputs, and chooses, scores and normalises
-    among them by the model's own rule; a token goes to no more than r.
-
-    Parameters
-    ----------
-    layer : MoELayer
-    tensors : dict of str to tensor
-        For every name of :meth:`MoELayer.tensors`, a tensor with r rows.
-    labels : sequence of E int
-        Group of each expert, from 0 to r − 1; −1 for one that is dropped.
-    rows : (r, E) float tensor, optional
-        Each new row of the router's tensors as a sum of the old ones; a row with a single 1 takes one as it is. Where
-        experts are joined, a router that chooses among groups of experts first chooses among all at once instead.
-    scales : (r, E) float tensor, optional
-        Where ``rows`` were fitted so that the logits alone route as before: how what multiplies each expert's weight is
-        averaged. What is added to the scores for the choice alone becomes zero.
-    keep : bool
-        Keep the original tensors so that :func:`take_experts` can put them back.
-
-    Raises
-    ------
-    ValueError
-        If no router was found, or experts are dropped and its groups of experts would come to be of different sizes.
-    """
-    experts, stored = layer.experts, max(labels) + 1
-    grouped = rows is None or _keeps_groups(layer, labels, rows)
-    state = _Merged(labels, len(labels) if rows is None else stored, keep, layer.extra)
-    state.before = layer.tensors() if keep else {}
-    counts = {len(labels): stored, len(labels) + layer.extra: stored + layer.extra}
-    width, old_width = tensors[DOWN].shape[1 if layer.transposed else 2], layer.width
-    inside = [m for m in experts.modules() if m not in layer.routing]
-    physical = layer.stored(tensors)
-    for module in inside if rows is None else (*inside, *layer.routing):
-        for name in COUNTS:
-            if isinstance(value := getattr(module, name, None), int) and value in counts:
-                state.set(module, name, counts[value])
-    for module in inside:
-        for name in WIDTHS:
-            if getattr(module, name, None) == old_width:
-                state.set(module, name, width)
-    for name, tensor in physical.items():
-        owner, _, attribute = name.rpartition(".")
-        state.set(experts.get_submodule(owner), attribute, tensor)
-    if rows is not None:
-        _put_rows(layer, rows, rows if scales is None else scales, state, counts)
-        _put_tables(layer, state)
-    if not grouped:
-        _ungroup(layer, state)
-    experts._merged = state
-    if rows is None and state.labels != list(range(len(labels))):
-        state.handle = layer.remap()
-
-
-def _put_rows(layer, rows, scales, state, counts):
-    """Give the router r outputs, and let it choose no more than r."""
-    kept, experts = rows.shape
-    for module, name, tensor in routing_tensors(layer, experts):
-        here = rows if _makes_logits(layer, module, name, tensor) else scales
-        if here is scales and scales is not rows and "scale" not in name:
-            here = torch.zeros_like(rows)
-        if experts not in (tensor.numel(), tensor.shape[0]):
-            here = torch.block_diag(here, torch.eye(layer.extra, dtype=rows.dtype, device=rows.device))
-        made = mixed_rows(tensor.detach().reshape(here.shape[1], -1), here)
-        state.set(module, name, made.reshape(1, len(here)) if tensor.shape[0] == 1 else made.reshape(-1, *tensor.shape[1:]))
-    chosen = layer.top_k
-    for module in dict.fromkeys((layer.experts, *layer.routing)):
-        for name in (*CHOICES, *COUNTS):
-            value = getattr(module, name, None)
-            # OpenAI's privacy filter calls the experts a token by a name for all experts, too.
-            if isinstance(value, int) and (name in CHOICES or value == chosen not in counts):
-                state.set(module, name, min(value, kept))
-    for module in _configured(layer):
-        state.set(module, "config", _smaller_config(module.config, counts, kept))
-
-
-def _makes_logits(layer, module, name, tensor):
-    """Whether a tensor of the routing is of the projection that makes the logits, rather than used after it."""
-    return (tensor.ndim == 2 and tensor.shape[0] != 1) or (module is layer.router and name == "bias")
-
-
-def _configured(layer):
-    """Modules that look their counts up in a configuration, of which they then get one of their own."""
-    return [module for module in layer.routing if hasattr(module, "config") and module is not layer.block]
-
-
-def _put_tables(layer, state):
-    """Where a router looks experts up token by token (DeepSeek-V4), let it find the merged ones."""
-    for module, name, table in _tables(layer):
-        state.set(module, name, state.lookup(table.device)[table].to(table.dtype))
-
-
-def _tables(layer):
-    held = [(module, name, table) for module in layer.routing for name, table in module._buffers.items()]
-    return [(m, n, t) for m, n, t in held if t is not None and t.ndim == 2 and not t.is_floating_point()]
-
-
-def _ungroup(layer, state):
-    """Let a router that chooses among groups of experts first choose among all at once."""
-    for module in layer.routing:
-        for name in (*ROUTER_GROUPS, *GROUP_CHOICES):
-            if isinstance(getattr(module, name, None), int):
-                state.set(module, name, 1)
-    for module in _configured(layer):
-        config = copy.copy(module.config)
-        for name in (*ROUTER_GROUPS, *GROUP_CHOICES):
-            if isinstance(getattr(config, name, None), int):
-                setattr(config, name, 1)
-        state.set(module, "config", config)
-
-
-def _smaller_config(config, counts, kept):
-    """A copy of a configuration with another number of experts, and no more choices than those."""
-    config = copy.copy(config)
-    for name in COUNTS:
-        if isinstance(value := getattr(config, name, None), int) and value in counts:
-            setattr(config, name, counts[value])
-    for name in CHOICES:
-        if isinstance(getattr(config, name, None), int):
-            setattr(config, name, min(getattr(config, name), kept))
-    return config
 
 
 def routing_tensors(layer, count):
@@ -963,105 +607,6 @@ def routing_tensors(layer, count):
     return found
 
 
-def mixed_rows(tensor, rows):
-    """``rows @ tensor`` ``[r, …]``; rows that take one row as it is copy it bit for bit."""
-    made = torch.empty(len(rows), *tensor.shape[1:], dtype=tensor.dtype, device=tensor.device)
-    for new, row in zip(made, rows, strict=True):
-        members = row.nonzero()[:, 0].tolist()
-        if len(members) == 1 and row[members[0]] == 1:
-            new.copy_(tensor[members[0]])
-        else:
-            new.copy_((row[members].double().to(tensor.device) @ tensor[members].double().flatten(1)).view_as(new))
-    return made
-
-
-def _keeps_groups(layer, labels, rows):
-    """Whether a router with other rows can still choose among groups of experts first; True where it never did."""
-    if layer.router is None:
-        raise ValueError(f"{layer.name}: no router was found, so that its rows cannot be dropped; use a method that merges.")
-    dropped = min(labels) < 0
-    if len(rows) < layer.fewest:
-        raise ValueError(
-            f"{layer.name}: its router's rule takes {layer.fewest} experts at least, and {len(rows)} would be left; keep more, "
-            'or let the router keep its rows (router "map").'
-        )
-    if dropped and (tables := _tables(layer)):
-        raise ValueError(
-            f"{layer.name}: its router looks experts up in a table ({tables[0][1]}), token by token, so that none of them can "
-            "be dropped; use a method that merges."
-        )
-    if not any(isinstance(getattr(m, name, None), int) for m in layer.routing for name in ROUTER_GROUPS):
-        return True
-    if not dropped:
-        return False
-    groups = layer.router_groups
-    size = rows.shape[1] // groups
-    kept = [int((rows[:, g * size : (g + 1) * size].sum(1) > 0).sum()) for g in range(groups)]
-    # Such a router adds up the two best scores of each group.
-    if len(set(kept)) > 1 or min(kept) < 2:
-        raise ValueError(
-            f"{layer.name}: its router chooses among {groups} groups of experts first, which must stay of one size and have "
-            f"two experts at least, but {kept} of them would be kept; drop as many of each, or use a method that merges."
-        )
-    return True
-
-
-def adopt(experts):
-    """Make the map that a model was loaded with one that knows what was merged; the original experts are not to be had."""
-    found = experts._merged
-    routed = len(found.labels) if found.mapped else max(found.labels) + 1
-    experts._merged = _Merged(found.labels, routed, False, found.extra)
-
-
-def set_rows(layer, tensors):
-    """Replace tensors of a merged layer by others of the same shapes."""
-    for name, tensor in layer.stored(tensors).items():
-        owner, _, attribute = name.rpartition(".")
-        _set_tensor(layer.experts.get_submodule(owner), attribute, tensor)
-
-
-def take_experts(layer):
-    """Put the original experts and router of a merged layer back: the same tensors, to the bit.
-
-    Raises
-    ------
-    ValueError
-        If they were not kept (a model that was loaded merged never had them).
-    """
-    state = layer.experts._merged
-    if not state.keep:
-        raise ValueError(f"{layer.name} was loaded merged; the original experts are in the original checkpoint.")
-    if state.handle is not None:
-        state.handle.remove()
-    for module, name, value in reversed(state.undo):
-        if torch.is_tensor(value):
-            _set_tensor(module, name, value)
-        else:
-            setattr(module, name, value)
-    del layer.experts._merged
-
-
-def lift_experts(layer):
-    """Put the original experts back for a while; what is returned puts the merged ones back, by :func:`lay_experts`."""
-    state = layer.experts._merged
-    values = [(module, name, getattr(module, name)) for module, name in dict.fromkeys(state.changed)]
-    take_experts(layer)
-    return state, values
-
-
-def lay_experts(layer, lifted):
-    """Put back what :func:`lift_experts` took off: the same tensors, without another merge."""
-    state, values = lifted
-    for module, name, value in values:
-        if torch.is_tensor(value):
-            _set_tensor(module, name, value)
-        else:
-            setattr(module, name, value)
-    layer.experts._merged = state
-    if state.handle is not None:
-        state.handle = layer.remap()
-
-
 def original_tensors(layer):
     """Per-expert tensors as they were before :func:`put_experts`, or those held if it was loaded merged."""
     return (layer.merged and layer.experts._merged.before) or layer.tensors()
@@ -1077,7 +622,7 @@ def original_router(layer):
     return held
 
 
-def _set_tensor(module, name, tensor):
+def set_tensor(module, name, tensor):
     if name in module._parameters:
         if not isinstance(tensor, nn.Parameter):
             tensor = nn.Parameter(tensor, requires_grad=False)

@@ -6,20 +6,33 @@ from pathlib import Path
 
 import numpy as np
 
+from hcsmoe_core._util import check_choice, sha256_json, write_json
 from hcsmoe_core.clustering import by_first_appearance
-from hcsmoe_core.files import check_choice, sha256_json, write_json
-from hcsmoe_core.moe import find_moe_layers, model_hash
+from hcsmoe_core.steps import combine
 
 FORMAT = "hcsmoe-plan"
+
+
 VERSION = 3
+
+
 READABLE = (1, 2, 3)
+
+
 MERGES = ("frequency", "average", "routing-mass")
-ROUTERS = ("map", "drop", "average", "row-kept", "folded")
+
+
+ROUTERS = ("mapped", "dropped", "averaged", "row-kept", "folded")
+# What earlier versions of the file called them.
+FORMER_ROUTERS = {"map": "mapped", "drop": "dropped", "average": "averaged"}
+
+
 # Those that give each group of joined experts one row.
-JOINED = ("average", "row-kept", "folded")
+JOINED = ("averaged", "row-kept", "folded")
+
+
+ALIGNED = 16  # bytes, of a row in PyTorch's grouped products
 DROPPED = -1
-# Rules of :mod:`hcsmoe_core.combining` that look at the sample of layer inputs.
-SAMPLED_RULES = ("least-squares", "selection", "trimming")
 
 
 @dataclass(frozen=True)
@@ -36,14 +49,14 @@ class LayerPlan:
         Weight of each expert in its group; they sum to one in each group.
     combine : dict
         How the members of a group become one expert: ``rule`` and its options; see
-        :func:`hcsmoe_core.combining.combine`.
+        :func:`hcsmoe_core.merging.combine`.
     rules : list of r dict, or None
         The same of each group, where groups differ.
-    router : {"map", "drop", "average", "row-kept", "folded"}
-        ``"map"`` keeps all E rows of the router and sends what it chooses through the labels: exact, but no layer of the
-        original family. The others are: ``"drop"`` takes away the rows of dropped experts; ``"average"`` gives each group
+    router : {"mapped", "dropped", "averaged", "row-kept", "folded"}
+        ``"mapped"`` keeps all E rows of the router and sends what it chooses through the labels: exact, but no layer of the
+        original family. The others are: ``"dropped"`` takes away the rows of dropped experts; ``"averaged"`` gives each group
         one row, the mean of its members'; ``"row-kept"`` that of its dominant expert; ``"folded"`` one that is fitted to
-        what the sample's tokens were routed to in the group (:mod:`hcsmoe_core.folding`).
+        what the sample's tokens were routed to in the group (:mod:`hcsmoe_core.methods.router`).
     width : int or None
         Neurons of each expert that is written, where these are fewer than before.
     mixture : list of r lists of E float, or None
@@ -60,7 +73,7 @@ class LayerPlan:
     labels: list
     weights: list
     combine: dict = field(default_factory=lambda: {"rule": "average"})
-    router: str = "map"
+    router: str = "mapped"
     width: int | None = None
     mixture: list | None = None
     dominant: list | None = None
@@ -96,7 +109,7 @@ class LayerPlan:
 
         Of a folded one, the means by the plan's weights that the fit starts from.
         """
-        if self.router == "map":
+        if self.router == "mapped":
             return None
         rows = np.zeros((self.num_groups, len(self.labels)))
         for group, members in enumerate(self.groups()):
@@ -104,7 +117,9 @@ class LayerPlan:
                 largest = max(members, key=lambda e: self.weights[e])
                 rows[group, largest if self.dominant is None else self.dominant[group]] = 1
             else:
-                rows[group, members] = [self.weights[e] for e in members] if self.router == "folded" else 1 / len(members)
+                rows[group, members] = (
+                    [self.weights[e] for e in members] if self.router == "folded" else 1 / len(members)
+                )
         return rows
 
     def groups(self):
@@ -130,7 +145,7 @@ class Plan:
     statistics : dict
         Which calibration tokens it was made from.
     compress : dict or None
-        MC-SMoE's second step, on the experts that are left: see :func:`hcsmoe_core.compression.compress`.
+        MC-SMoE's second step, on the experts that are left: see :func:`hcsmoe_core.methods.factors.compress`.
     """
 
     layers: list
@@ -158,7 +173,7 @@ def with_router(plan, router):
     Parameters
     ----------
     plan : Plan
-    router : {"map", "average", "row-kept", "folded"}
+    router : {"mapped", "averaged", "row-kept", "folded"}
 
     Returns
     -------
@@ -169,19 +184,18 @@ def with_router(plan, router):
     ValueError
         If the plan drops experts, so that no other rule is possible.
     """
-    check_choice("router", router, tuple(r for r in ROUTERS if r != "drop"))
-    if any(layer.router == "drop" for layer in plan.layers):
+    check_choice("router", router, tuple(r for r in ROUTERS if r != "dropped"))
+    if any(layer.router == "dropped" for layer in plan.layers):
         raise ValueError(
             f'The "router" argument cannot be "{router}" for this plan: it drops experts, and their rows with them.'
         )
-    layers = [replace(layer, router=router if layer.joins else "map") for layer in plan.layers]
+    layers = [replace(layer, router=router if layer.joins else "mapped") for layer in plan.layers]
     return replace(plan, layers=layers, settings=plan.settings | {"router": router})
 
 
-def uses_sample(combine):
+def uses_sample(options):
     """Whether a way of combining looks at the sample of layer inputs."""
-    activations = "activations" in (combine.get("align"), *combine.get("features", "").split("+"))
-    return combine["rule"] in SAMPLED_RULES or activations or bool(combine.get("refit"))
+    return bool(options.get("refit")) or "sample" in combine[options["rule"]].needs_for(options)
 
 
 def _without_defaults(layer):
@@ -209,16 +223,22 @@ def load_plan(path):
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"There is no plan {path}; make one with: hcsmoe plan STATISTICS --experts R --out {path}")
+        raise FileNotFoundError(
+            f"There is no plan {path}; make one with: hcsmoe plan STATISTICS --experts R --out {path}"
+        )
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is not a readable plan ({error}); it may be cut short. Make it again.") from None
+        raise ValueError(
+            f"{path} is not a readable plan ({error}); it may be cut short. Make it again."
+        ) from None
     if not isinstance(content, dict) or not isinstance(content.get("layers"), list):
         raise ValueError(f'{path} is not a plan: it has no list "layers". Make one with: hcsmoe plan')
     digest = content.pop("sha256", None)
     if digest is not None and digest != sha256_json(content):
-        raise ValueError(f'{path} was changed since it was written. Make it again, or remove its "sha256" to mean the change.')
+        raise ValueError(
+            f'{path} was changed since it was written. Make it again, or remove its "sha256" to mean the change.'
+        )
     if content.get("format", FORMAT) != FORMAT or content.get("version", VERSION) not in READABLE:
         raise ValueError(f"{path} is no plan of this version of hcsmoe ({FORMAT} {VERSION}); make it again.")
     try:
@@ -239,26 +259,42 @@ def _checked_layer(name, labels, weights, **rest):
             f"dropped; not {labels}."
         )
     if len(weights) != len(labels) or not all(isinstance(w, int | float) and w >= 0 for w in weights):
-        raise ValueError(f"{name}: there must be one weight of at least 0 for each of the {len(labels)} experts.")
+        raise ValueError(
+            f"{name}: there must be one weight of at least 0 for each of the {len(labels)} experts."
+        )
     sums = np.bincount(kept, [w for w, label in zip(weights, labels, strict=True) if label != DROPPED])
     if not np.allclose(sums, 1, rtol=0, atol=1e-6):
-        raise ValueError(f"{name}: the weights of each group must sum to one; they sum to {sums.round(6).tolist()}.")
+        raise ValueError(
+            f"{name}: the weights of each group must sum to one; they sum to {sums.round(6).tolist()}."
+        )
+    rest["router"] = FORMER_ROUTERS.get(rest.get("router"), rest.get("router", "mapped"))
     layer = LayerPlan(name, list(labels), [float(w) for w in weights], **rest)
     check_choice(f"{name}: router", layer.router, ROUTERS)
     if not isinstance(layer.combine, dict) or "rule" not in layer.combine:
         raise ValueError(f'{name}: "combine" must be an object with a "rule"; not {layer.combine!r}.')
     if layer.rules is not None and (
-        len(layer.rules) != layer.num_groups or not all(isinstance(rule, dict) and "rule" in rule for rule in layer.rules)
+        len(layer.rules) != layer.num_groups
+        or not all(isinstance(rule, dict) and "rule" in rule for rule in layer.rules)
     ):
-        raise ValueError(f'{name}: "rules" must be one object with a "rule" for each of the {layer.num_groups} groups.')
-    if len(kept) < len(labels) and layer.router != "drop":
-        raise ValueError(f'{name}: experts are dropped, so that the router must be "drop"; not {layer.router!r}.')
+        raise ValueError(
+            f'{name}: "rules" must be one object with a "rule" for each of the {layer.num_groups} groups.'
+        )
+    if len(kept) < len(labels) and layer.router != "dropped":
+        raise ValueError(
+            f'{name}: experts are dropped, so that the router must be "dropped"; not {layer.router!r}.'
+        )
     if layer.dominant is not None and [labels[e] for e in layer.dominant] != list(range(layer.num_groups)):
-        raise ValueError(f"{name}: there must be one dominant expert of each group, in order; not {layer.dominant}.")
+        raise ValueError(
+            f"{name}: there must be one dominant expert of each group, in order; not {layer.dominant}."
+        )
     if layer.mixture is not None:
         mixture = np.asarray(layer.mixture, dtype=np.float64)
-        if mixture.shape != (layer.num_groups, len(labels)) or not np.allclose(mixture.sum(1), 1, rtol=0, atol=1e-6):
-            raise ValueError(f"{name}: the mixture must be one row of {len(labels)} weights that sum to one for each group.")
+        if mixture.shape != (layer.num_groups, len(labels)) or not np.allclose(
+            mixture.sum(1), 1, rtol=0, atol=1e-6
+        ):
+            raise ValueError(
+                f"{name}: the mixture must be one row of {len(labels)} weights that sum to one for each group."
+            )
     return layer
 
 
@@ -289,109 +325,8 @@ def merge_weights(labels, sums, merge):
     return np.where(kept, share / np.bincount(labels[kept], share[kept])[labels], 0.0)
 
 
-def summarise(stats, layer, labels):
-    """What joining experts does to a layer, from its statistics alone.
-
-    Parameters
-    ----------
-    stats : Statistics
-    layer : int or str
-    labels : (E,) sequence of int
-        Group of each expert.
-
-    Returns
-    -------
-    dict
-        ``groups``; ``saved``, the share of the layer's expert weights that is saved; ``moved``, the share of the routing mass
-        that goes to experts that are joined with others or dropped; ``entropy`` and ``entropy_after``, of the routing mass over
-        experts and over groups, in nats; ``function_error``, the distance of the experts' outputs, token by token, from their
-        group's frequency-weighted mean output, weighted by usage and relative to the outputs themselves: a prediction, as
-        averaged weights do not give the mean output (NaN where the statistics hold no Grams);
-        ``output_error``, the distance of the experts' mean outputs from their group's frequency-weighted mean, weighted
-        by usage and relative to the mean outputs themselves: 0 if all that join have the same mean output; NaN where
-        the statistics hold no mean outputs.
-    """
-    sums = stats.layer(layer)
-    labels, mass = np.asarray(labels), sums.routing_mass.sum(0).numpy()
-    kept, groups = labels != DROPPED, int(labels.max() + 1)
-    joined = ~kept | (np.bincount(labels[kept])[labels] > 1)
-    return {
-        "groups": groups,
-        "saved": 1 - groups / len(labels),
-        "moved": float(mass[joined].sum() / mass.sum()),
-        "entropy": _entropy(mass),
-        "entropy_after": _entropy(np.bincount(labels[kept], mass[kept])),
-        "function_error": float("nan") if sums.output_gram is None else function_error(sums, labels),
-        "output_error": float("nan") if sums.output_sum is None else _output_error(sums, labels),
-    }
-
-
-def _entropy(mass):
-    share = mass / mass.sum()
-    return float(-(share[share > 0] * np.log(share[share > 0])).sum())
-
-
-def function_error(sums, labels):
-    """``function_error`` of :func:`summarise`.
-
-    From the Gram matrix G of the outputs: ``‖f_e − Σ_k w_k f_k‖² = G_ee − 2 Σ_k w_k G_ek + Σ_kl w_k w_l G_kl``.
-    """
-    gram, share = sums.output_gram.sum(0).numpy(), sums.frequency.numpy()
-    weights = merge_weights(labels, sums, "frequency")
-    mixed = np.where((labels[:, None] == labels) & (labels != DROPPED), weights, 0.0)  # row e: the weights of e's group
-    lost = np.diag(gram) - 2 * (mixed * gram).sum(1) + ((mixed @ gram) * mixed).sum(1)
-    return float(np.sqrt(np.maximum(share @ lost, 0) / (share @ np.diag(gram))))
-
-
-def _output_error(sums, labels):
-    kept = labels != DROPPED
-    outputs, share = sums.mean_output.numpy(), sums.frequency.numpy()
-    weights = merge_weights(labels, sums, "frequency")
-    centres = np.zeros((labels.max() + 1, outputs.shape[1]))
-    np.add.at(centres, labels[kept], (weights[:, None] * outputs)[kept])
-    lost = share @ ((outputs - np.where(kept[:, None], centres[labels], 0)) ** 2).sum(1)
-    return float(np.sqrt(lost / (share @ (outputs**2).sum(1))))
-
-
-def check_statistics(stats, model):
-    """Raise ValueError unless the statistics were captured on this model."""
-    if stats.model["hash"] != model_hash(model):
-        raise ValueError(
-            f"These statistics were captured on another model ({stats.model['name']}, {stats.model['class']}) than the one "
-            f"given ({model.name_or_path or 'unnamed'}, {type(model).__name__}); capture on this one."
-        )
-
-
-def check_fits(plan, model):
-    """MoE layers of ``model`` in the order of the plan's.
-
-    Raises
-    ------
-    ValueError
-        If the plan is for other layers, other numbers of experts or other weights than the model has.
-    """
-    layers = {layer.name: layer for layer in find_moe_layers(model)}
-    planned = [layer.name for layer in plan.layers]
-    if planned != list(layers):
-        missing = [n for n in layers if n not in planned] or [n for n in planned if n not in layers] or ["another order"]
-        raise ValueError(
-            f"The plan does not fit the model: it has {len(planned)} MoE layers and the model {len(layers)}; they differ "
-            f"in {missing[0]}. Make a plan from this model's statistics."
-        )
-    for layer_plan in plan.layers:
-        experts = layers[layer_plan.name].num_experts
-        if len(layer_plan.labels) != experts:
-            raise ValueError(
-                f"The plan does not fit the model: {layer_plan.name} has {experts} experts, but the plan labels "
-                f"{len(layer_plan.labels)}. Make a plan from this model's statistics."
-            )
-    return [layers[name] for name in planned]
-
-
-def check_weights(plan, model):
-    """Raise ValueError if the plan names the model it was made for, and that is not this one."""
-    if plan.model.get("hash") and plan.model["hash"] != model_hash(model):
-        raise ValueError(
-            f"The plan was made for another model ({plan.model.get('name')}, {plan.model.get('class')}): this one has the "
-            "same shape but other weights. Make a plan from this model's statistics."
-        )
+def odd_widths(plan, dtype):
+    """Widths of trimmed experts that are not a multiple of 16 bytes."""
+    return sorted(
+        {layer.width for layer in plan.layers if layer.width and layer.width * dtype.itemsize % ALIGNED}
+    )

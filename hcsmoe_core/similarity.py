@@ -6,8 +6,9 @@ import numpy as np
 import torch
 from scipy.spatial.distance import pdist, squareform
 
-from hcsmoe_core.files import check_choice
-from hcsmoe_core.moe import moe_layer, original_tensors
+from hcsmoe_core._util import check_choice
+from hcsmoe_core.families import moe_layer
+from hcsmoe_core.moe import original_tensors
 
 FEATURES = {
     "expert-output": "mean outputs",
@@ -18,8 +19,14 @@ FEATURES = {
     "pairwise-cosine": "mean cosine of outputs",
     "cka": "centred kernel alignment of outputs",
 }
+
+
 SIMILARITIES = tuple(FEATURES)
+
+
 METRICS = ("euclidean", "cosine")
+
+
 # What each similarity can be measured with, its usual one first. Ward's method and k-means need distances between
 # points: of the metrics, those of EMBEDDED (as they are, or as the square root of twice the distance).
 ALLOWED = {
@@ -31,6 +38,8 @@ ALLOWED = {
     "pairwise-cosine": ("cosine",),
     "cka": ("cka",),
 }
+
+
 NEEDED = {
     "expert-output": ("outputs",),
     "router-logits": ("usage",),
@@ -40,8 +49,14 @@ NEEDED = {
     "pairwise-cosine": ("grams",),
     "cka": ("sample",),
 }
+
+
 FROM_MODEL = ("weight", "cka")  # similarities that look at the experts' weights
+
+
 WEIGHT_CHUNK = 1 << 22  # columns of the flattened weights that are compared at once
+
+
 CKA_TOKENS = 2048
 
 
@@ -68,7 +83,9 @@ def parts_of(similarity):
         except ValueError:
             value = 0.0
         if not 0 < value < float("inf"):
-            raise ValueError(f'The "similarity" argument weights {name.strip()} by {weight!r}; give a positive number.')
+            raise ValueError(
+                f'The "similarity" argument weights {name.strip()} by {weight!r}; give a positive number.'
+            )
         parts.append((name.strip(), value))
     if len({name for name, _ in parts}) < len(parts):
         raise ValueError(f'The "similarity" argument names one similarity twice: {similarity!r}.')
@@ -109,7 +126,9 @@ def metric_of(similarity, metric=""):
         if metric and metric not in allowed and len(allowed) > 1:
             check_choice("metric", metric, allowed)
         if metric and metric not in allowed and "+" not in str(similarity):
-            raise ValueError(f'The "metric" argument must be {allowed[0]!r} for similarity {name!r}; not {metric!r}.')
+            raise ValueError(
+                f'The "metric" argument must be {allowed[0]!r} for similarity {name!r}; not {metric!r}.'
+            )
         own.append(metric if metric in allowed else allowed[0])
     return own[0] if len(set(own)) == 1 and (len(own) == 1 or own[0] == "euclidean") else "mixed"
 
@@ -235,7 +254,7 @@ def coordinates(condensed, metric):
     if metric not in EMBEDDED:
         raise ValueError(
             f'These distances ("{metric}") are not distances between points, which k-means needs; use a similarity with '
-            'metric "euclidean" or "cosine", or grouping "hierarchical".'
+            'metric "euclidean" or "cosine", or group "hierarchical".'
         )
     square = squareform(condensed**2 if metric == "euclidean" else 2 * condensed)
     centred = square - square.mean(0) - square.mean(1)[:, None] + square.mean()
@@ -301,7 +320,9 @@ def _by_cka(sums, name, metric, model):
 
 def _layer_of(model, name):
     if model is None:
-        raise ValueError('Similarities "weight" and "cka" look at the experts themselves; give the "model" argument.')
+        raise ValueError(
+            'Similarities "weight" and "cka" look at the experts themselves; give the "model" argument.'
+        )
     return moe_layer(model, name)
 
 

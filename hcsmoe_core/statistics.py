@@ -19,9 +19,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from hcsmoe_core.files import check_count, replacing, sha256_json
+from hcsmoe_core._util import check_count, replacing, sha256_json
 
 FORMAT = "hcsmoe-statistics-2"
+
+
 # What can be collected, by name, with the sums that each is made of; "sample" is no sum.
 NEEDS = {
     "usage": ("tokens", "usage_count", "routing_mass", "score_mass", "logit_gram"),
@@ -30,7 +32,12 @@ NEEDS = {
     "grams": ("output_gram", "routed_gram", "routed_square", "cosine_sum"),
     "sample": (),
 }
+
+
 DEFAULT_NEEDS = ("usage", "outputs", "norms", "grams")
+
+
+OWN_TEXT = "self"  # domain of text that the model wrote itself
 SAMPLE = 32768  # what is solved for has thousands of unknowns in each expert
 
 
@@ -163,7 +170,7 @@ class Statistics:
     sampled : (R, 3) int64 tensor or None
         Of each token of the sample: place of its sequence, position in it, and place of its domain.
     stability : dict or None
-        Where the capture stopped by itself, when and why: :func:`hcsmoe_core.stability.capture_until_stable`.
+        Where the capture stopped by itself, when and why: :func:`hcsmoe_core.studies.stability.capture_until_stable`.
     """
 
     layers: dict
@@ -202,7 +209,11 @@ class Statistics:
         """Names of :data:`NEEDS` that these statistics hold."""
         sums = next(iter(self.layers.values()))
         held = sums.held()
-        return tuple(n for n, keys in NEEDS.items() if (all(k in held for k in keys) if keys else sums.sample is not None))
+        return tuple(
+            n
+            for n, keys in NEEDS.items()
+            if (all(k in held for k in keys) if keys else sums.sample is not None)
+        )
 
     def check(self, needs, what):
         """Raise ValueError unless everything that ``what`` needs was collected."""
@@ -235,7 +246,9 @@ class Statistics:
             )
         shared = sum((Counter(self.sequences) & Counter(other.sequences)).values())
         if shared:
-            warnings.warn(f"{shared} calibration sequences are in both statistics and now count twice.", stacklevel=2)
+            warnings.warn(
+                f"{shared} calibration sequences are in both statistics and now count twice.", stacklevel=2
+            )
         domains = list(dict.fromkeys(self.domains + other.domains))
         sequences = self.sequences + other.sequences
         sampled, order = _joined_sample(self, other, domains, sequences)
@@ -243,7 +256,10 @@ class Statistics:
         for name, mine in self.layers.items():
             theirs = other.layers[name]
             both = [key for key in mine.held() if key in theirs.held()]
-            sums = {key: _joined(self, other, key, getattr(mine, key), getattr(theirs, key), domains) for key in both}
+            sums = {
+                key: _joined(self, other, key, getattr(mine, key), getattr(theirs, key), domains)
+                for key in both
+            }
             if sampled is not None:
                 pairs = {key: (getattr(mine.sample, key), getattr(theirs.sample, key)) for key in SAMPLED}
                 sums["sample"] = LayerSample(**{key: torch.cat(pair)[order] for key, pair in pairs.items()})
@@ -252,15 +268,26 @@ class Statistics:
 
     def save(self, path):
         """Write to a ``.safetensors`` file, in full or not at all."""
-        tensors = {f"{name}/{key}": value for name, sums in self.layers.items() for key, value in sums.held().items()}
+        tensors = {
+            f"{name}/{key}": value for name, sums in self.layers.items() for key, value in sums.held().items()
+        }
         if self.sampled is not None:
             tensors["sampled"] = self.sampled
-            tensors |= {f"{name}/sample/{k}": getattr(s.sample, k) for name, s in self.layers.items() for k in SAMPLED}
-        about = {"model": self.model, "domains": self.domains, "sequences": self.sequences, "layers": list(self.layers)}
+            tensors |= {
+                f"{name}/sample/{k}": getattr(s.sample, k) for name, s in self.layers.items() for k in SAMPLED
+            }
+        about = {
+            "model": self.model,
+            "domains": self.domains,
+            "sequences": self.sequences,
+            "layers": list(self.layers),
+        }
         if self.stability is not None:
             about["stability"] = self.stability
         header = json.dumps({"format": FORMAT, "about": about, "sha256": _digest(tensors, about)})
-        with replacing(path) as part:  # one key: safetensors writes several in an order that changes from run to run
+        with replacing(
+            path
+        ) as part:  # one key: safetensors writes several in an order that changes from run to run
             save_file({n: t.contiguous() for n, t in tensors.items()}, part, metadata={"hcsmoe": header})
 
 
@@ -315,7 +342,9 @@ def _mixed(x):
 
 def sample_of(hashes, length, size):
     """Which tokens of sequences ``[N, S]`` are the sample: ``(min(size, N·S), 2)`` int64 of sequence and position."""
-    places = np.stack(np.meshgrid(np.arange(len(hashes)), np.arange(length), indexing="ij"), -1).reshape(-1, 2)
+    places = np.stack(np.meshgrid(np.arange(len(hashes)), np.arange(length), indexing="ij"), -1).reshape(
+        -1, 2
+    )
     keys = sample_keys(np.asarray(hashes)[places[:, 0]], places[:, 1])
     return torch.from_numpy(places[np.argsort(keys, kind="stable")[:size]])
 
@@ -341,7 +370,9 @@ def load_statistics(path):
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"There is no statistics file {path}; make one with: hcsmoe capture MODEL --out {path}")
+        raise FileNotFoundError(
+            f"There is no statistics file {path}; make one with: hcsmoe capture MODEL --out {path}"
+        )
     try:
         with safe_open(path, "pt") as file:
             header = json.loads((file.metadata() or {}).get("hcsmoe", "{}"))
@@ -360,7 +391,12 @@ def load_statistics(path):
             sums["sample"] = LayerSample(**{key: tensors[f"{name}/sample/{key}"] for key in SAMPLED})
         layers[name] = LayerStatistics(**sums)
     return Statistics(
-        layers, about["domains"], about["model"], about["sequences"], tensors.get("sampled"), about.get("stability")
+        layers,
+        about["domains"],
+        about["model"],
+        about["sequences"],
+        tensors.get("sampled"),
+        about.get("stability"),
     )
 
 

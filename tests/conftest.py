@@ -46,7 +46,9 @@ def tiny_model(family, dtype=torch.float32, seed=0, implementation="eager"):
     import transformers as t
 
     configurations = {
-        "mixtral": lambda: t.MixtralConfig(intermediate_size=24, num_local_experts=EXPERTS, num_experts_per_tok=2, **TINY),
+        "mixtral": lambda: t.MixtralConfig(
+            intermediate_size=24, num_local_experts=EXPERTS, num_experts_per_tok=2, **TINY
+        ),
         "qwen2_moe": lambda: t.Qwen2MoeConfig(
             intermediate_size=48,
             moe_intermediate_size=24,
@@ -57,9 +59,16 @@ def tiny_model(family, dtype=torch.float32, seed=0, implementation="eager"):
             **TINY,
         ),
         "qwen3_moe": lambda: t.Qwen3MoeConfig(
-            intermediate_size=48, moe_intermediate_size=24, num_experts=EXPERTS, num_experts_per_tok=3, head_dim=8, **TINY
+            intermediate_size=48,
+            moe_intermediate_size=24,
+            num_experts=EXPERTS,
+            num_experts_per_tok=3,
+            head_dim=8,
+            **TINY,
         ),
-        "olmoe": lambda: t.OlmoeConfig(intermediate_size=24, num_experts=EXPERTS, num_experts_per_tok=2, **TINY),
+        "olmoe": lambda: t.OlmoeConfig(
+            intermediate_size=24, num_experts=EXPERTS, num_experts_per_tok=2, **TINY
+        ),
         # Beyond the four that are proven: a sigmoid router with a correction bias, groups and a dense first layer, and
         # transposed projections with biases, a clamp and interleaved halves.
         "deepseek_v3": lambda: t.DeepseekV3Config(
@@ -78,12 +87,19 @@ def tiny_model(family, dtype=torch.float32, seed=0, implementation="eager"):
             v_head_dim=8,
         ),
         "gpt_oss": lambda: t.GptOssConfig(
-            **TINY, intermediate_size=24, num_local_experts=EXPERTS, num_experts_per_tok=2, head_dim=8, sliding_window=16
+            **TINY,
+            intermediate_size=24,
+            num_local_experts=EXPERTS,
+            num_experts_per_tok=2,
+            head_dim=8,
+            sliding_window=16,
         ),
     }
     torch.manual_seed(seed)
     config = configurations[family]()
-    model = t.AutoModelForCausalLM.from_config(config, dtype=torch.float32, experts_implementation=implementation)
+    model = t.AutoModelForCausalLM.from_config(
+        config, dtype=torch.float32, experts_implementation=implementation
+    )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "bias" in name or "sinks" in name:
@@ -97,7 +113,11 @@ def tiny_model(family, dtype=torch.float32, seed=0, implementation="eager"):
 MATCHING = [  # ways of combining that match neurons, as a plan says them
     {"rule": "average", "align": "weights"},
     {"rule": "average", "align": "activations"},
-    *({"rule": r, "features": f} for r in ("fix-dom", "zipit") for f in ("activations", "weights", "activations+weights")),
+    *(
+        {"rule": r, "features": f}
+        for r in ("fix-dom", "zipit")
+        for f in ("activations", "weights", "activations+weights")
+    ),
 ]
 
 FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe")

@@ -84,7 +84,10 @@ def hits(model, tokenizer, items, delimiter=""):
         scores, choices = [], item["choices"]
         prompts = item["prompt"] if isinstance(item["prompt"], list) else [item["prompt"]] * len(choices)
         for before, choice in zip(prompts, choices, strict=True):
-            prompt, whole = tokenizer(before)["input_ids"], tokenizer(before + delimiter + choice)["input_ids"]
+            prompt, whole = (
+                tokenizer(before)["input_ids"],
+                tokenizer(before + delimiter + choice)["input_ids"],
+            )
             with torch.no_grad():
                 logprobs = model(torch.tensor([whole])).logits[0].double().log_softmax(-1)
             scores.append(sum(logprobs[i - 1, whole[i]].item() for i in range(len(prompt), len(whole))))
@@ -169,7 +172,10 @@ def routed(logits, kept, rule):
         return {e: rule["scale"] * score[e] / total for e in chosen}
     chosen = sorted(kept, key=lambda e: -logits[e])[:k]
     power = {e: np.exp(logits[e] - max(logits[c] for c in kept)) for e in kept}
-    normalised = rule["family"] in ("mixtral", "gpt_oss")  # softmax over the winners; else over all that are kept
+    normalised = rule["family"] in (
+        "mixtral",
+        "gpt_oss",
+    )  # softmax over the winners; else over all that are kept
     total = sum(power[e] for e in (chosen if normalised else kept))
     return {e: power[e] / total for e in chosen}
 
@@ -226,9 +232,15 @@ def agglomerated(square, groups, largest, linkage):
         best = None
         for i in range(len(clusters)):
             for j in range(i + 1, len(clusters)):
-                rest = [len(c) for at, c in enumerate(clusters) if at not in (i, j)] + [len(clusters[i]) + len(clusters[j])]
+                rest = [len(c) for at, c in enumerate(clusters) if at not in (i, j)] + [
+                    len(clusters[i]) + len(clusters[j])
+                ]
                 distance = reduce([square[a, b] for a in clusters[i] for b in clusters[j]])
-                if (best is None or distance < best[0]) and max(rest) <= largest and packable(rest, groups, largest):
+                if (
+                    (best is None or distance < best[0])
+                    and max(rest) <= largest
+                    and packable(rest, groups, largest)
+                ):
                     best = distance, i, j
         _, i, j = best
         clusters[i] += clusters.pop(j)

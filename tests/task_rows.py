@@ -17,7 +17,10 @@ ARC = [
     arc("Which one of these is alive?", ["a brick", "a spoon", "a tree"], "C"),
     arc("How many legs has a spider?", ["2", "4", "6", "8"], "D"),
 ]
-BOOLQ = [{"question": f"is {n} even", "passage": f"The number {n} is halved.", "idx": n, "label": 1 - n % 2} for n in range(4)]
+BOOLQ = [
+    {"question": f"is {n} even", "passage": f"The number {n} is halved.", "idx": n, "label": 1 - n % 2}
+    for n in range(4)
+]
 ENDINGS = ["boils.", "sings a song.", "reads [a] book.", "is a mountain in winter."]
 HELLASWAG = [
     {
@@ -45,23 +48,36 @@ RTE = [
 ]
 CUP = "Cup {} did not fit in the box because the _ was too {}."
 WINOGRANDE = [
-    {"sentence": CUP.format(i, "big" if a == "1" else "small"), "option1": "cup", "option2": "box", "answer": a}
+    {
+        "sentence": CUP.format(i, "big" if a == "1" else "small"),
+        "option1": "cup",
+        "option2": "box",
+        "answer": a,
+    }
     for i, a in enumerate("12212")
 ]
 WIKITEXT = [{"page": f" = Page {i} = \n A page of {i} words , and of @-@ signs . \n"} for i in range(3)]
-MMLU = [("How many hours has a day?", ["ten", "24", "7", "60"]), ("Three and two?", list("4567")), ("Who asks?", list("wxyz"))]
+MMLU = [
+    ("How many hours has a day?", ["ten", "24", "7", "60"]),
+    ("Three and two?", list("4567")),
+    ("Who asks?", list("wxyz")),
+]
 GSM8K = [{"question": f"What is {n} plus 1?", "answer": f"It is {n + 1}.\n#### {n + 1}"} for n in range(6)]
 
 # By data set and configuration: the rows of each split.
 SETS = {
-    "allenai/ai2_arc": {name: dict(train=ARC, validation=ARC, test=ARC) for name in ("ARC-Easy", "ARC-Challenge")},
+    "allenai/ai2_arc": {
+        name: dict(train=ARC, validation=ARC, test=ARC) for name in ("ARC-Easy", "ARC-Challenge")
+    },
     "aps/super_glue": {"boolq": dict(train=BOOLQ, validation=BOOLQ)},
     "Rowan/hellaswag": {"default": dict(train=HELLASWAG, validation=HELLASWAG)},
     "allenai/openbookqa": {"main": dict(train=OPENBOOKQA, validation=OPENBOOKQA, test=OPENBOOKQA)},
     "openai/gsm8k": {"main": dict(train=GSM8K, test=GSM8K)},
     "nyu-mll/glue": {"rte": dict(train=RTE, validation=RTE)},
     "allenai/winogrande": {"winogrande_xl": dict(train=WINOGRANDE, validation=WINOGRANDE)},
-    "EleutherAI/wikitext_document_level": {"wikitext-2-raw-v1": dict(train=WIKITEXT, validation=WIKITEXT, test=WIKITEXT)},
+    "EleutherAI/wikitext_document_level": {
+        "wikitext-2-raw-v1": dict(train=WIKITEXT, validation=WIKITEXT, test=WIKITEXT)
+    },
 }
 
 

@@ -6,8 +6,10 @@ import pytest
 import torch
 from conftest import tiny_model, tokens
 
-from hcsmoe_core import anatomy, capture, explore, figures, make_plan
-from hcsmoe_core.moe import find_moe_layers
+from hcsmoe_core import capture, make_plan
+from hcsmoe_core.families import find_moe_layers
+from hcsmoe_core.ui import anatomy, figures
+from hcsmoe_core.ui import widgets as explore
 
 NEEDS = ("usage", "outputs", "sample")
 DOMAINS = ["x", "y", "y", "z", "x", "z"]
@@ -42,7 +44,9 @@ def test_errors_are_of_what_the_group_gives_together(measured):
     for domain in ("all", "x", "y", "z"):
         of = torch.tensor([domain in ("all", stats.domains[d]) for d in stats.sampled[:, 2]]) & routed
         assert found.loc[domain, "tokens"] == int(of.sum())
-        assert found.loc[domain, "error"] == pytest.approx(float(lost[of].norm() / together[of].norm()), rel=1e-9)
+        assert found.loc[domain, "error"] == pytest.approx(
+            float(lost[of].norm() / together[of].norm()), rel=1e-9
+        )
     whole = table[table["domain"] == "all"].set_index("way")["error"]
     assert whole["least-squares"] < whole["average"]
 
@@ -57,7 +61,9 @@ def test_a_permuted_twin_matches_in_full_once_aligned(measured):
             getattr(layer.experts, name)[5] = tensor[0]
     try:
         stats = capture(model, tokens(), needs=NEEDS)
-        apart, together = (anatomy.neuron_matches(stats, model, 0, [2, 5], align=a) for a in ("none", "activations"))
+        apart, together = (
+            anatomy.neuron_matches(stats, model, 0, [2, 5], align=a) for a in ("none", "activations")
+        )
         ((member, before),), ((_, after),) = apart.items(), together.items()
         assert member in (2, 5)
         moving = np.abs(before).max(1) > 0
@@ -114,7 +120,9 @@ def test_tokens_of_an_expert_are_those_that_the_router_sent_to_it():
     frame = anatomy.expert_tokens(stats, 1, expert, ids, Words(), context=3)
     assert len(frame) == int(taken.sum())
     weights = torch.where(chosen["index"] == expert, chosen["weight"], 0).sum(-1)
-    assert frame["weight"].tolist() == pytest.approx(weights[taken].sort(descending=True)[0].tolist(), abs=1e-6)
+    assert frame["weight"].tolist() == pytest.approx(
+        weights[taken].sort(descending=True)[0].tolist(), abs=1e-6
+    )
     best = int(weights.argmax())
     sequence, position = divmod(best, ids.shape[1])
     row, around = frame.iloc[0], ids[sequence].tolist()
@@ -124,11 +132,15 @@ def test_tokens_of_an_expert_are_those_that_the_router_sent_to_it():
     assert row["after"] == Words().decode(around[position + 1 : position + 4])
     shares = anatomy.token_shares(stats, 1, expert, ids, Words(), least=2).set_index("token")
     values, counts = ids.unique(return_counts=True)
-    assert set(shares.index) == {f"w{v}" for v, c in zip(values.tolist(), counts.tolist(), strict=True) if c >= 2}
+    assert set(shares.index) == {
+        f"w{v}" for v, c in zip(values.tolist(), counts.tolist(), strict=True) if c >= 2
+    }
     for value, count in zip(values.tolist(), counts.tolist(), strict=True):
         if count >= 2:
             assert shares.loc[f"w{value}", "count"] == count
-            assert shares.loc[f"w{value}", "share"] == pytest.approx(float(taken[ids == value].double().mean()))
+            assert shares.loc[f"w{value}", "share"] == pytest.approx(
+                float(taken[ids == value].double().mean())
+            )
     assert shares["share"].is_monotonic_decreasing
 
 

@@ -8,8 +8,8 @@ from conftest import tiny_model  # noqa: F401 (shared fixtures)
 from safetensors.torch import save_file
 
 from hcsmoe_core import calibration_tokens, domains_of
-from hcsmoe_core.calibration import local_files
 from hcsmoe_core.demo import corpus, models
+from hcsmoe_core.text.calibration import local_files
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +20,9 @@ def tokenizer():
 
 
 def written(tmp_path, texts):
-    (tmp_path / "docs.jsonl").write_text("".join(json.dumps({"text": t, "id": i}) + "\n" for i, t in enumerate(texts)))
+    (tmp_path / "docs.jsonl").write_text(
+        "".join(json.dumps({"text": t, "id": i}) + "\n" for i, t in enumerate(texts))
+    )
     return tmp_path / "docs.jsonl"
 
 
@@ -47,11 +49,15 @@ def test_the_papers_recipe(tokenizer, monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", shard)
     got = calibration_tokens("c4", tokenizer, sequences=2, length=128, seed=42)
-    assert asked == {"path": "allenai/c4", "data_files": "en/c4-train.00000-of-01024.json.gz", "split": "train"}
+    assert asked == {
+        "path": "allenai/c4",
+        "data_files": "en/c4-train.00000-of-01024.json.gz",
+        "split": "train",
+    }
     order = np.random.default_rng(42).permutation(3000)[:32]
     joined = [t for i in order for t in tokenizer(texts[i])["input_ids"]]
     assert got.flatten().tolist() == joined[:256]
-    monkeypatch.setattr("hcsmoe_core.calibration.DOCUMENTS_PER_BATCH", 1)
+    monkeypatch.setattr("hcsmoe_core.text.calibration.DOCUMENTS_PER_BATCH", 1)
     first = tokenizer(texts[order[0]])["input_ids"]
     again = calibration_tokens("c4", tokenizer, sequences=2, length=len(first) - 5, seed=42)
     assert again.tolist()[0] == first[:-5]
@@ -120,7 +126,9 @@ def test_the_papers_recipe_step_by_step(tokenizer, monkeypatch):
     """Against datasets' own batched map: 16 documents a block, batches of 1,000, of each the whole blocks."""
     import datasets
 
-    shard = datasets.Dataset.from_dict({"text": [f"{i} is a number. " * (1 + i % 7) for i in range(2500)], "url": ["u"] * 2500})
+    shard = datasets.Dataset.from_dict(
+        {"text": [f"{i} is a number. " * (1 + i % 7) for i in range(2500)], "url": ["u"] * 2500}
+    )
     monkeypatch.setattr(datasets, "load_dataset", lambda **_: shard)
     blocks, length = 70, 96  # 1,120 documents, of which the last 120 are a batch of their own
     chosen = shard.select(np.random.default_rng(42).permutation(2500)[: 16 * blocks])
@@ -140,7 +148,9 @@ ROWS = {
     "EleutherAI/wikitext_document_level": {"page": ["An article."]},
     "allenai/tulu-3-sft-personas-math": {
         "prompt": ["Two and two?"],
-        "messages": [[{"role": "user", "content": "Two and two?"}, {"role": "assistant", "content": "Four."}]],
+        "messages": [
+            [{"role": "user", "content": "Two and two?"}, {"role": "assistant", "content": "Four."}]
+        ],
     },
     "theblackcat102/evol-codealpaca-v1": {"instruction": ["Add."], "output": ["a + b"]},
     "some/data": {"question": ["Why?"], "answer": ["So."], "year": [1999]},
@@ -186,7 +196,9 @@ def test_a_mixture_takes_each_parts_share_and_keeps_its_statistics_apart(tokeniz
     words.write_text("the table of the house is the place of the people " * 400)
     source = f"0.7*{numbers}+0.3*{words}"
     got = calibration_tokens(source, tokenizer, sequences=10, length=32)
-    apart = [calibration_tokens(path, tokenizer, sequences=n, length=32) for path, n in ((numbers, 7), (words, 3))]
+    apart = [
+        calibration_tokens(path, tokenizer, sequences=n, length=32) for path, n in ((numbers, 7), (words, 3))
+    ]
     assert torch.equal(got, torch.cat(apart))
     assert domains_of(source, 10) == ["numbers"] * 7 + ["words"] * 3
     assert local_files(source) == [numbers, words]
@@ -198,9 +210,15 @@ def test_a_mixture_takes_each_parts_share_and_keeps_its_statistics_apart(tokeniz
         for name, sums in alone.layers.items():
             assert torch.equal(stats.layers[name].usage_count[i], sums.usage_count[0])
     assert domains_of("demo+wikitext", 14) == [*corpus.DOMAINS][:7] + ["wikitext"] * 7
-    for weights, sequences, counts in (((1, 1, 1), 4, (2, 1, 1)), ((98, 1, 1), 10, (8, 1, 1)), ((2, 1), 6, (4, 2))):
+    for weights, sequences, counts in (
+        ((1, 1, 1), 4, (2, 1, 1)),
+        ((98, 1, 1), 10, (8, 1, 1)),
+        ((2, 1), 6, (4, 2)),
+    ):
         parts = "+".join(f"{w}*{name}" for w, name in zip(weights, ("c4", "math", "code"), strict=False))
-        assert [domains_of(parts, sequences).count(name) for name in ("c4", "math", "code")[: len(weights)]] == list(counts)
+        assert [
+            domains_of(parts, sequences).count(name) for name in ("c4", "math", "code")[: len(weights)]
+        ] == list(counts)
 
 
 @pytest.mark.parametrize(
@@ -221,7 +239,9 @@ def test_what_is_no_mixture_is_refused(tokenizer, source, sequences, message):
 
 def test_bad_input_is_refused(tokenizer, tmp_path, monkeypatch):
     path = written(tmp_path, TEXTS[:2])
-    with pytest.raises(ValueError, match=r"gives \d+ blocks of 64 tokens from 2 documents, but 32 were asked for"):
+    with pytest.raises(
+        ValueError, match=r"gives \d+ blocks of 64 tokens from 2 documents, but 32 were asked for"
+    ):
         calibration_tokens(path, tokenizer, length=64)
     with pytest.raises(ValueError, match="no tokenizer"):
         calibration_tokens(path)
@@ -234,6 +254,11 @@ def test_bad_input_is_refused(tokenizer, tmp_path, monkeypatch):
         with pytest.raises(ValueError, match="must be a whole number"):
             calibration_tokens("demo", tokenizer, **bad)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    for name, shown in (("nobody/no-such-data", "nobody/no-such-data"), ("math", "allenai/tulu-3-sft-personas-math")):
-        with pytest.raises(FileNotFoundError, match=f"Cannot load calibration data '{name}'.* did not give {shown}"):
+    for name, shown in (
+        ("nobody/no-such-data", "nobody/no-such-data"),
+        ("math", "allenai/tulu-3-sft-personas-math"),
+    ):
+        with pytest.raises(
+            FileNotFoundError, match=f"Cannot load calibration data '{name}'.* did not give {shown}"
+        ):
             calibration_tokens(name, tokenizer, sequences=1, length=8)

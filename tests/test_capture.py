@@ -8,7 +8,7 @@ from conftest import FAMILIES, OTHERS, tiny_model, tokens
 from safetensors.torch import load_file, save_file
 
 from hcsmoe_core import Statistics, capture, load_statistics
-from hcsmoe_core.moe import find_moe_layers
+from hcsmoe_core.families import find_moe_layers
 
 
 def router_name(layer_name, family):
@@ -28,7 +28,9 @@ def test_statistics_equal_a_naive_run(name, input_ids):
         count, mass = naive.usage(trace.index[layer], trace.weight[layer], 8)
         assert sums.usage_count.sum(0).tolist() == count.tolist()
         assert sums.tokens.tolist() == [input_ids.numel()]
-        torch.testing.assert_close(sums.mean_output, naive.outputs(model.get_submodule(layer), x).mean(1), **close)
+        torch.testing.assert_close(
+            sums.mean_output, naive.outputs(model.get_submodule(layer), x).mean(1), **close
+        )
         np.testing.assert_allclose(sums.routing_mass.sum(0), mass, rtol=1e-6)
         logits = trace.logits[layer].double()
         torch.testing.assert_close(sums.logit_gram[0], logits.T @ logits, **close)
@@ -61,7 +63,9 @@ def test_sums_of_parts_are_the_sums_of_all(mixtral):
     for name, sums in whole.layers.items():
         assert torch.equal(sums.usage_count, parts.layers[name].usage_count)
         for key in ("output_sum", "logit_gram", "routing_mass"):
-            torch.testing.assert_close(getattr(parts.layers[name], key), getattr(sums, key), rtol=1e-6, atol=1e-5)
+            torch.testing.assert_close(
+                getattr(parts.layers[name], key), getattr(sums, key), rtol=1e-6, atol=1e-5
+            )
 
 
 def test_domains_are_kept_apart(mixtral):
@@ -155,7 +159,7 @@ def test_offloaded_weights_are_refused(mixtral, input_ids):
 def test_chunks_do_not_change_the_sums(input_ids, monkeypatch):
     model = tiny_model("mixtral", torch.float64)
     whole = capture(model, input_ids)
-    monkeypatch.setattr(sys.modules["hcsmoe_core.capture"], "CHUNK", {"cpu": 3})
+    monkeypatch.setattr(sys.modules["hcsmoe_core.collect"], "CHUNK", {"cpu": 3})
     parts = capture(model, input_ids)
     for name, sums in whole.layers.items():
         torch.testing.assert_close(sums.output_sum, parts.layers[name].output_sum, rtol=1e-12, atol=1e-12)
@@ -166,7 +170,10 @@ def test_experts_joined_in_one_product_are_those_alone(name, input_ids):
     layer = find_moe_layers(tiny_model(name, torch.float64))[0]
     x = torch.randn(11, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        alone, joined = layer.hidden_sums(x), torch.cat([layer._joined_sums(x, 0, 5), layer._joined_sums(x, 5, 8)])
+        alone, joined = (
+            layer.hidden_sums(x),
+            torch.cat([layer._joined_sums(x, 0, 5), layer._joined_sums(x, 5, 8)]),
+        )
     torch.testing.assert_close(joined, alone, rtol=1e-12, atol=1e-12)
 
 
@@ -181,7 +188,9 @@ def test_experts_on_some_tokens_estimate_sums_over_all():
     for name, sums in stats.layers.items():
         assert torch.equal(sums.usage_count, whole.layers[name].usage_count)
         torch.testing.assert_close(sums.routing_mass, whole.layers[name].routing_mass, rtol=1e-12, atol=0)
-        outputs = naive.outputs(model.get_submodule(name), trace.inputs[name]).unflatten(1, (5, 17))  # [E, N, S, D]
+        outputs = naive.outputs(model.get_submodule(name), trace.inputs[name]).unflatten(
+            1, (5, 17)
+        )  # [E, N, S, D]
         for domain, sequences in enumerate(([0, 2, 3], [1, 4])):
             rows = torch.cat([outputs[:, n][:, torch.tensor(chosen[n])] for n in sequences], 1)
             share = 17 * len(sequences) / rows.shape[1]

@@ -8,7 +8,7 @@ from conftest import FAMILIES, OTHERS, ROOT, logits, tiny_model
 from safetensors.torch import load_file, save_file
 
 from hcsmoe_core import apply_plan, capture, load_merged, load_model, make_plan, restore, save_merged
-from hcsmoe_core.moe import find_moe_layers
+from hcsmoe_core.families import find_moe_layers
 
 
 @pytest.mark.parametrize("name", FAMILIES + OTHERS)
@@ -27,11 +27,20 @@ def test_round_trip_is_exact_and_really_smaller(name, dtype, input_ids, tmp_path
     parameters = sum(p.numel() for p in model.parameters())
     assert size["parameters"] == parameters == sum(p.numel() for p in loaded.parameters())
     on_disk = sum(
-        t.numel() * t.element_size() for f in (tmp_path / "merged").glob("*.safetensors") for t in load_file(f).values()
+        t.numel() * t.element_size()
+        for f in (tmp_path / "merged").glob("*.safetensors")
+        for t in load_file(f).values()
     )
     assert on_disk == sum(t.numel() * t.element_size() for t in model.state_dict().values())
     names = sorted(p.name for p in (tmp_path / "merged").iterdir() if "generation" not in p.name)
-    assert names == ["README.md", "SHA256SUMS", "config.json", "model.safetensors", "modeling_hcsmoe.py", "plan.json"]
+    assert names == [
+        "README.md",
+        "SHA256SUMS",
+        "config.json",
+        "model.safetensors",
+        "modeling_hcsmoe.py",
+        "plan.json",
+    ]
 
 
 def test_layers_may_keep_different_numbers(mixtral, input_ids, tmp_path):
@@ -69,7 +78,8 @@ def test_generation_from_a_loaded_model(family, input_ids, tmp_path):
     apply_plan(model, plan)
     options = dict(attention_mask=torch.ones(2, 6), max_new_tokens=6, do_sample=False, eos_token_id=None)
     assert torch.equal(
-        load_merged(tmp_path / "m").generate(input_ids[:2, :6], **options), model.generate(input_ids[:2, :6], **options)
+        load_merged(tmp_path / "m").generate(input_ids[:2, :6], **options),
+        model.generate(input_ids[:2, :6], **options),
     )
 
 
@@ -109,7 +119,9 @@ def test_no_pickle_is_read_or_written(mixtral, input_ids, tmp_path):
         "pickle.load = pickle.loads = torch.load = no\n"
         "print(sum(p.numel() for p in load_merged(sys.argv[1]).parameters()))"
     )
-    out = subprocess.run([sys.executable, "-c", script, tmp_path / "m"], capture_output=True, text=True, cwd=ROOT, check=True)
+    out = subprocess.run(
+        [sys.executable, "-c", script, tmp_path / "m"], capture_output=True, text=True, cwd=ROOT, check=True
+    )
     assert int(out.stdout.split()[-1]) > 0
     assert not [p for p in (tmp_path / "m").iterdir() if p.suffix in {".bin", ".pt", ".pth", ".pkl"}]
 
@@ -152,8 +164,14 @@ def test_damaged_and_foreign_checkpoints_are_refused(mixtral, tmp_path):
     weights.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match="not a readable checkpoint"):
         load_model(tmp_path / "plain")
-    save_file({n: t for n, t in tensors.items() if "layers.1.self_attn.q_proj" not in n}, weights, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"lacks 1 of the model's tensors \(model.layers.1.self_attn.q_proj.weight"):
+    save_file(
+        {n: t for n, t in tensors.items() if "layers.1.self_attn.q_proj" not in n},
+        weights,
+        metadata={"format": "pt"},
+    )
+    with pytest.raises(
+        ValueError, match=r"lacks 1 of the model's tensors \(model.layers.1.self_attn.q_proj.weight"
+    ):
         load_model(tmp_path / "plain")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="not a readable checkpoint"):

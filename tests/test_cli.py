@@ -16,7 +16,7 @@ import hcsmoe_core.families
 
 def hcsmoe(*arguments, fails=False, **environment):
     done = subprocess.run(
-        [sys.executable, "-m", "hcsmoe_core.cli", *map(str, arguments)],
+        [sys.executable, "-m", "hcsmoe_core.ui.cli", *map(str, arguments)],
         capture_output=True,
         text=True,
         cwd=ROOT,
@@ -37,7 +37,15 @@ def work(tmp_path_factory):
     ids = torch.randint(0, 96, (6, 20), generator=torch.Generator().manual_seed(1))
     save_file({"input_ids": ids}, folder / "ids.safetensors")
     size = ("--sequences", 6, "--length", 20)
-    hcsmoe("capture", folder / "model", "--calibration", folder / "ids.safetensors", *size, "--out", folder / "s.safetensors")
+    hcsmoe(
+        "capture",
+        folder / "model",
+        "--calibration",
+        folder / "ids.safetensors",
+        *size,
+        "--out",
+        folder / "s.safetensors",
+    )
     return folder
 
 
@@ -48,7 +56,9 @@ def test_capture_plan_merge_step_by_step_and_in_one_go(work):
     stats = core.load_statistics(work / "s.safetensors")
     direct = core.capture(model, ids)
     assert all(torch.equal(direct.layers[n].usage_count, s.usage_count) for n, s in stats.layers.items())
-    table = hcsmoe("plan", work / "s.safetensors", "--experts", 4, "--linkage", "single", "--out", work / "p.json")
+    table = hcsmoe(
+        "plan", work / "s.safetensors", "--experts", 4, "--linkage", "single", "--out", work / "p.json"
+    )
     assert "model.layers.2.mlp.experts" in table
     plan = core.load_plan(work / "p.json")
     assert plan.layers == core.make_plan(stats, experts=4, linkage="single").layers
@@ -56,7 +66,16 @@ def test_capture_plan_merge_step_by_step_and_in_one_go(work):
     assert "4 experts a layer" in said
     wanted = logits(core.apply_plan(model, plan), ids)
     assert torch.equal(logits(core.load_merged(work / "m"), ids), wanted)
-    options = ("--calibration", work / "ids.safetensors", "--sequences", 6, "--length", 20, "--linkage", "single")
+    options = (
+        "--calibration",
+        work / "ids.safetensors",
+        "--sequences",
+        6,
+        "--length",
+        20,
+        "--linkage",
+        "single",
+    )
     hcsmoe("merge", work / "model", "--experts", 4, *options, "--out", work / "m2")
     assert (work / "m2/model.safetensors").read_bytes() == (work / "m/model.safetensors").read_bytes()
     by_weight = ("--similarity", "weight", "--model", work / "model")
@@ -80,12 +99,30 @@ def test_capture_until_stable_says_what_each_layer_needed(work):
 
 @pytest.mark.slow
 def test_capture_stops_by_what_groups_cost(work):
-    options = ("--calibration", work / "ids.safetensors", "--sequences", 6, "--length", 20, "--until-excess", 50)
+    options = (
+        "--calibration",
+        work / "ids.safetensors",
+        "--sequences",
+        6,
+        "--length",
+        20,
+        "--until-excess",
+        50,
+    )
     said = hcsmoe("capture", work / "model", *options, "--out", work / "excess.safetensors")
     stats = core.load_statistics(work / "excess.safetensors")
     assert stats.stability["excess"] == 50
     assert f"stable after {stats.num_tokens} of 120 tokens" in said
-    refused = hcsmoe("capture", work / "model", *options, "--until-stable", 0.5, "--out", work / "no.safetensors", fails=True)
+    refused = hcsmoe(
+        "capture",
+        work / "model",
+        *options,
+        "--until-stable",
+        0.5,
+        "--out",
+        work / "no.safetensors",
+        fails=True,
+    )
     assert "--until-stable" in refused
     assert not (work / "no.safetensors").exists()
 
@@ -95,10 +132,24 @@ def test_evaluate_an_embedded_model_with_a_plan(tmp_path):
     size = ("--sequences", 12, "--length", 64, "--dtype", "float32")
     hcsmoe("capture", "demo-mixtral", *size, "--out", tmp_path / "s.safetensors")
     hcsmoe("plan", tmp_path / "s.safetensors", "--experts", 4, "--out", tmp_path / "p.json")
-    options = ("--tasks", "demo_units,demo_largest", "--limit", 12, "--sequences", 12, "--length", 64, "--dtype", "float32")
+    options = (
+        "--tasks",
+        "demo_units,demo_largest",
+        "--limit",
+        12,
+        "--sequences",
+        12,
+        "--length",
+        64,
+        "--dtype",
+        "float32",
+    )
     options += ("--answers", "none")
     said = [
-        hcsmoe("evaluate", "demo-mixtral", "--plan", tmp_path / "p.json", *options, "--out", tmp_path / "r.json") for _ in "ab"
+        hcsmoe(
+            "evaluate", "demo-mixtral", "--plan", tmp_path / "p.json", *options, "--out", tmp_path / "r.json"
+        )
+        for _ in "ab"
     ]
     assert said[0] == said[1]  # the same digits on every run
     results = json.loads((tmp_path / "r.json").read_text())
@@ -111,19 +162,48 @@ def test_evaluate_an_embedded_model_with_a_plan(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("plan", "{s}", "--experts", 0, "--out", "{new}"), '"experts" argument must be a whole number from 1 to 8; not 0'),
-        (("plan", "{s}", "--experts", 9, "--out", "{new}"), '"experts" argument must be a whole number from 1 to 8; not 9'),
-        (("plan", "{s}", "--experts", 4, "--linkage", "centroid", "--out", "{new}"), 'one of "average", "complete", "single"'),
-        (("plan", "{s}", "--experts", 4, "--similarity", "x", "--out", "{new}"), 'one of "expert-output", "router-logits"'),
+        (
+            ("plan", "{s}", "--experts", 0, "--out", "{new}"),
+            '"experts" argument must be a whole number from 1 to 8; not 0',
+        ),
+        (
+            ("plan", "{s}", "--experts", 9, "--out", "{new}"),
+            '"experts" argument must be a whole number from 1 to 8; not 9',
+        ),
+        (
+            ("plan", "{s}", "--experts", 4, "--linkage", "centroid", "--out", "{new}"),
+            'one of "average", "complete", "single"',
+        ),
+        (
+            ("plan", "{s}", "--experts", 4, "--similarity", "x", "--out", "{new}"),
+            'one of "expert-output", "router-logits"',
+        ),
         (("plan", "{s}", "--experts", 4, "--merge", "x", "--out", "{new}"), 'one of "frequency", "average"'),
-        (("plan", "{s}", "--experts", 4, "--similarity", "weight", "--out", "{new}"), 'give the "model" argument'),
+        (
+            ("plan", "{s}", "--experts", 4, "--similarity", "weight", "--out", "{new}"),
+            'give the "model" argument',
+        ),
         (("plan", "{cut}", "--experts", 4, "--out", "{new}"), "not a readable statistics file"),
-        (("plan", "{s}", "--experts", 4, "--model", "{other}", "--out", "{new}"), "captured on another model"),
+        (
+            ("plan", "{s}", "--experts", 4, "--model", "{other}", "--out", "{new}"),
+            "captured on another model",
+        ),
         (("merge", "{model}", "--plan", "{cut}", "--out", "{new}"), "not a readable plan"),
         (("merge", "{model}", "--experts", 4, "--out", "{model}"), "exists; remove it"),
         (("merge", "{model}", "--out", "{new}"), "Give either --plan PLAN or --experts R"),
         (
-            ("merge", "{model}", "--experts", 4, "--method", "recommended", "--linkage", "ward", "--out", "{new}"),
+            (
+                "merge",
+                "{model}",
+                "--experts",
+                4,
+                "--method",
+                "recommended",
+                "--linkage",
+                "ward",
+                "--out",
+                "{new}",
+            ),
             "have no part in method",
         ),
         (("merge", "{model}", "--experts", 99, "--out", "{new}"), "from 1 to 8; not 99"),
@@ -132,18 +212,44 @@ def test_evaluate_an_embedded_model_with_a_plan(tmp_path):
             ("capture", "{model}", "--calibration", "{ids}", "--sequences", 60, "--out", "{new}"),
             "holds 6 sequences of 20 tokens",
         ),
-        (("capture", "{nan}", "--calibration", "{ids}", "--sequences", 6, "--length", 20, "--out", "{new}"), "holds NaN"),
+        (
+            (
+                "capture",
+                "{nan}",
+                "--calibration",
+                "{ids}",
+                "--sequences",
+                6,
+                "--length",
+                20,
+                "--out",
+                "{new}",
+            ),
+            "holds NaN",
+        ),
         (("capture", "nobody/nothing", "--out", "{new}"), "no such folder here"),
         (("evaluate", "{model}"), "needs the model's tokenizer"),
         (("evaluate", "{broken}"), "the checkpoint is damaged"),
         (("demo", "--models", "demo-gpt"), '"models" argument must be one of'),
-        (("sweep", "linkge", "--model", "demo-qwen", "--out", "{new}"), "no grid linkge; give a .yml file, all, or one of"),
-        (("sweep", "linkage", "--model", "demo-qwen", "-p", "lmit=3", "--out", "{new}"), "'lmit' is unknown; allowed are"),
-        (("sweep", "linkage", "--model", "demo-qwen", "--slurm", "--workers", 2), "Give one of --workers, --scheduler and"),
+        (
+            ("sweep", "linkge", "--model", "demo-qwen", "--out", "{new}"),
+            "no grid linkge; give a .yml file, all, or one of",
+        ),
+        (
+            ("sweep", "linkage", "--model", "demo-qwen", "-p", "lmit=3", "--out", "{new}"),
+            "'lmit' is unknown; allowed are",
+        ),
+        (
+            ("sweep", "linkage", "--model", "demo-qwen", "--slurm", "--workers", 2),
+            "Give one of --workers, --scheduler and",
+        ),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(work, arguments, message, tmp_path):
-    paths = {k: work / v for k, v in dict(s="s.safetensors", model="model", ids="ids.safetensors", cut="cut").items()}
+    paths = {
+        k: work / v
+        for k, v in dict(s="s.safetensors", model="model", ids="ids.safetensors", cut="cut").items()
+    }
     paths |= {k: work / k for k in ("other", "dense", "nan", "broken")} | {"new": tmp_path / "new"}
     prepare(work)
     before = sorted(work.rglob("*"))
@@ -167,7 +273,9 @@ def prepare(work):
     with torch.no_grad():
         damaged.model.layers[0].mlp.experts.gate_up_proj[0, 0, 0] = torch.nan
     damaged.save_pretrained(work / "nan")
-    small = dict(vocab_size=96, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    small = dict(
+        vocab_size=96, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
     LlamaForCausalLM(LlamaConfig(**small)).save_pretrained(work / "dense")
     (work / "broken").mkdir()
     (work / "broken/config.json").write_text('{"model_type": "mixtral", ')

@@ -20,7 +20,8 @@ def test_partitions_are_scipys_and_scikit_learns(method, experts):
         got = cut(tree, groups)
         assert got.max() + 1 == groups
         assert np.array_equal(
-            got, by_first_appearance(hierarchy.fcluster(hierarchy.linkage(points, method), groups, "maxclust"))
+            got,
+            by_first_appearance(hierarchy.fcluster(hierarchy.linkage(points, method), groups, "maxclust")),
         )
         other = AgglomerativeClustering(groups, linkage=method).fit_predict(points)
         assert adjusted_rand_score(got, other) == 1
@@ -61,7 +62,8 @@ def test_one_expert_is_one_group():
 
 def test_bad_input_is_refused():
     with pytest.raises(
-        ValueError, match='"linkage" argument must be one of "average", "complete", "single", "ward"; not \'avg\''
+        ValueError,
+        match='"linkage" argument must be one of "average", "complete", "single", "ward"; not \'avg\'',
     ):
         linkage(np.ones(3), "avg")
     with pytest.raises(ValueError, match='linkage "ward" needs Euclidean distances, but these are cosine'):

@@ -18,7 +18,8 @@ import pytest
 from conftest import ROOT
 
 import hcsmoe_core as core
-from hcsmoe_core import grids, study, sweep
+from hcsmoe_core.studies import cache, grids, sweep
+from hcsmoe_core.studies import tables as study
 
 pytestmark = pytest.mark.slow
 MODEL = "demo-mixtral"
@@ -39,7 +40,13 @@ def study_of(folder, axes, exclude=()):
     first, last = (nbformat.v4.new_code_cell(MARK.replace("{event}", event)) for event in ("start", "end"))
     notebook.cells = [*notebook.cells[:2], first, *notebook.cells[2:], last]
     nbformat.write(notebook, folder / "marked.ipynb")
-    content = {"title": "Some", "notebook": "marked.ipynb", "base": SMALL, "axes": axes, "exclude": list(exclude)}
+    content = {
+        "title": "Some",
+        "notebook": "marked.ipynb",
+        "base": SMALL,
+        "axes": axes,
+        "exclude": list(exclude),
+    }
     (folder / "some.yml").write_text(yaml.safe_dump(content))
     return folder / "some.yml"
 
@@ -73,13 +80,18 @@ def started(folder, *command):
     with (folder / f"{count}.said").open("w") as said:
         environment = os.environ | {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
         return subprocess.Popen(
-            [str(c) for c in command], stdout=said, stderr=subprocess.STDOUT, start_new_session=True, env=environment, cwd=ROOT
+            [str(c) for c in command],
+            stdout=said,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env=environment,
+            cwd=ROOT,
         )
 
 
 def hcsmoe(folder, *options):
     figures = f"figures={folder / 'figures'}"
-    command = [sys.executable, "-m", "hcsmoe_core.cli", "sweep", folder / "some.yml", "--model", MODEL]
+    command = [sys.executable, "-m", "hcsmoe_core.ui.cli", "sweep", folder / "some.yml", "--model", MODEL]
     return started(folder, *command, "--out", folder / "out", "-p", figures, *options)
 
 
@@ -108,7 +120,7 @@ def measured_here(cells):
     torch.set_num_threads(1)
     moe, tokenizer = core.load_model(MODEL, dtype="float32")
     source = {name: SMALL[name] for name in ("sequences", "length")}
-    stats = study.statistics(moe, tokenizer, seed=42, **source)
+    stats = cache.statistics(moe, tokenizer, seed=42, **source)
     found = {}
     for cell in cells:
         if cell.given["experts"]:
@@ -124,7 +136,12 @@ def measured_here(cells):
 
 def measured_there(folder):
     """The same table of the cells of a sweep."""
-    columns = [*(f"acc_{task}" for task in SMALL["tasks"].split(",")), "mean_acc", "mean_acc_stderr", "weights"]
+    columns = [
+        *(f"acc_{task}" for task in SMALL["tasks"].split(",")),
+        "mean_acc",
+        "mean_acc_stderr",
+        "weights",
+    ]
     frame = sweep.collect(folder / "out", grid="some", model=MODEL)
     names = [done.stem.rpartition("-")[2] for done in sweep.cells_of(folder / "out", "some", MODEL)]
     return dict(zip(names, frame[columns].values.tolist(), strict=True))
@@ -138,10 +155,21 @@ def dask(tmp_path):
         address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
     run = [sys.executable, "-m"]
     here = ["--host", "127.0.0.1", "--no-dashboard"]
-    processes = [started(tmp_path, *run, "distributed.cli.dask_scheduler", *here, "--port", address.rpartition(":")[2])]
+    processes = [
+        started(tmp_path, *run, "distributed.cli.dask_scheduler", *here, "--port", address.rpartition(":")[2])
+    ]
 
     def worker():
-        scratch = ["--nthreads", "1", "--nworkers", "1", "--local-directory", tmp_path / "scratch", "--death-timeout", "60"]
+        scratch = [
+            "--nthreads",
+            "1",
+            "--nworkers",
+            "1",
+            "--local-directory",
+            tmp_path / "scratch",
+            "--death-timeout",
+            "60",
+        ]
         processes.append(started(tmp_path, *run, "distributed.cli.dask_worker", address, *here, *scratch))
 
     try:
@@ -228,14 +256,25 @@ def command_line(name):
 @pytest.fixture
 def slurm(monkeypatch):
     """SLURM on this one node, by Debian's slurm-wlm and munge; its folder."""
-    absent = [name for name in ("munged", "slurmctld", "slurmd", "sbatch", "scancel", "squeue") if not command_line(name)]
+    absent = [
+        name
+        for name in ("munged", "slurmctld", "slurmd", "sbatch", "scancel", "squeue")
+        if not command_line(name)
+    ]
     if absent:
         say = pytest.fail if os.environ.get("HCSMOE_REQUIRE_SLURM") == "1" else pytest.skip
-        say(f"SLURM NOT TESTED: there is no {', '.join(absent)} on this machine (apt-get install slurm-wlm munge)")
+        say(
+            f"SLURM NOT TESTED: there is no {', '.join(absent)} on this machine (apt-get install slurm-wlm munge)"
+        )
     folder, free = Path(tempfile.mkdtemp(prefix="hcsmoe-")), [socket.socket() for _ in range(2)]
     for port in free:
         port.bind(("127.0.0.1", 0))
-    known = dict(host=socket.gethostname().partition(".")[0], user=getpass.getuser(), cpus=os.cpu_count(), folder=folder)
+    known = dict(
+        host=socket.gethostname().partition(".")[0],
+        user=getpass.getuser(),
+        cpus=os.cpu_count(),
+        folder=folder,
+    )
     (folder / "slurm.conf").write_text(SLURM.format(ports=[port.getsockname()[1] for port in free], **known))
     for port in free:
         port.close()
@@ -273,8 +312,16 @@ def job_of(pid):
 def test_slurm_jobs_may_be_cancelled(tmp_path, slurm):
     path = study_of(tmp_path, {"experts": ["1/2", "1/4"], "linkage": ["average", "single"]})
     cells = grids.cells_of(grids.load(path), MODEL, {"figures": str(tmp_path / "figures")})
-    given = ("queue=debug", "memory=1GB", "walltime=00:30:00", "interface=lo", f"directory={tmp_path / 'scratch'}")
-    driver = hcsmoe(tmp_path, "--slurm", "--jobs", "2", *(o for option in given for o in ("--slurm-options", option)))
+    given = (
+        "queue=debug",
+        "memory=1GB",
+        "walltime=00:30:00",
+        "interface=lo",
+        f"directory={tmp_path / 'scratch'}",
+    )
+    driver = hcsmoe(
+        tmp_path, "--slurm", "--jobs", "2", *(o for option in given for o in ("--slurm-options", option))
+    )
     try:
         job = job_of(next_started(tmp_path, 1))
         assert job in asked("squeue", "-h", "-o", "%A").split()

@@ -11,9 +11,10 @@ from conftest import FAMILIES, MATCHING, OTHERS, TINY, logits, tiny_model, token
 from scipy.optimize import linear_sum_assignment
 
 from hcsmoe_core import apply_plan, capture, make_plan, restore
-from hcsmoe_core.combining import OPTIONS
-from hcsmoe_core.moe import find_moe_layers
+from hcsmoe_core.families import find_moe_layers
+from hcsmoe_core.methods.planner import options_of
 from hcsmoe_core.plan import LayerPlan, Plan
+from hcsmoe_core.steps import combine as COMBINE
 
 NEEDS = ("usage", "outputs", "norms", "grams", "sample")
 ROUTER = {"gpt_oss": "router"}  # beside the experts; "gate" elsewhere
@@ -259,7 +260,12 @@ class Case:
 
     def plan(self, combine, labels=LABELS, dominant=None, **rest):
         dominant = dominant or self.dominant(labels)
-        return Plan([LayerPlan(n, labels, self.weights(n, labels), combine, dominant=dominant, **rest) for n in self.names])
+        return Plan(
+            [
+                LayerPlan(n, labels, self.weights(n, labels), combine, dominant=dominant, **rest)
+                for n in self.names
+            ]
+        )
 
     @staticmethod
     def dominant(labels):
@@ -324,10 +330,16 @@ def test_averages_by_what_was_counted_naively(case, merge):
     apply_plan(case.model, make_plan(case.stats, case.model, experts=3, merge=merge))
     for layer in find_moe_layers(case.model):
         plan, name = layer.experts._merged.plan, layer.name
-        worth = {"frequency": case.count[name], "average": np.ones(8), "routing-mass": case.gates[name].sum(0)}[merge]
+        worth = {
+            "frequency": case.count[name],
+            "average": np.ones(8),
+            "routing-mass": case.gates[name].sum(0),
+        }[merge]
         for g, members in enumerate(plan.groups()):
             share = worth[members] / worth[members].sum()
-            group = Group([case.experts[name][e] for e in members], share, 0, case.x[name], case.gates[name][:, members])
+            group = Group(
+                [case.experts[name][e] for e in members], share, 0, case.x[name], case.gates[name][:, members]
+            )
             same_expert(expert_of(held(case.model, name), g), group.mean())
 
 
@@ -337,12 +349,18 @@ def test_alignment_is_the_best_of_all_permutations(how):
 
     torch.manual_seed(4)
     config = MixtralConfig(**TINY, intermediate_size=5, num_local_experts=4, num_experts_per_tok=2)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float64, experts_implementation="eager").eval()
+    model = AutoModelForCausalLM.from_config(
+        config, dtype=torch.float64, experts_implementation="eager"
+    ).eval()
     stats = capture(model, tokens(), needs=NEEDS)
     originals = [[expert_of(layer.tensors(), e) for e in range(4)] for layer in find_moe_layers(model)]
     combine = {"rule": "average", "align": how}
     names = [layer.name for layer in find_moe_layers(model)]
-    apply_plan(model, Plan([LayerPlan(n, [0, 1, 1, 0], [0.3, 0.6, 0.4, 0.7], combine, dominant=[3, 1]) for n in names]), stats)
+    apply_plan(
+        model,
+        Plan([LayerPlan(n, [0, 1, 1, 0], [0.3, 0.6, 0.4, 0.7], combine, dominant=[3, 1]) for n in names]),
+        stats,
+    )
     moved = 0
     for layer, experts in zip(find_moe_layers(model), originals, strict=True):
         sample = stats.layers[layer.name].sample
@@ -355,7 +373,9 @@ def test_alignment_is_the_best_of_all_permutations(how):
                     score[p, q] = a.gate[p] @ b.gate[q] + a.up[p] @ b.up[q] + a.down[:, p] @ b.down[:, q]
                 else:
                     score[p, q] = np.corrcoef(a.hidden(x)[:, p], b.hidden(x)[:, q])[0, 1]
-            best = max(itertools.permutations(range(5)), key=lambda o, s=score: sum(s[p, q] for p, q in enumerate(o)))
+            best = max(
+                itertools.permutations(range(5)), key=lambda o, s=score: sum(s[p, q] for p, q in enumerate(o))
+            )
             moved += list(best) != list(range(5))
             wanted = share * a.rows() + (1 - share) * b.ordered(list(best)).rows()
             close(expert_of(layer.tensors(), g).rows(), wanted)
@@ -365,7 +385,9 @@ def test_alignment_is_the_best_of_all_permutations(how):
 @pytest.mark.parametrize("width", [6, 13])
 def test_trimming_equals_naive_selection_of_one(case, width):
     labels = list(range(8))
-    layers = [LayerPlan(n, labels, [1.0] * 8, {"rule": "trimming", "ridge": 0.02}, width=width) for n in case.names]
+    layers = [
+        LayerPlan(n, labels, [1.0] * 8, {"rule": "trimming", "ridge": 0.02}, width=width) for n in case.names
+    ]
     apply_plan(case.model, Plan(layers), case.stats)
     many = [(name, e) for name in case.names for e in range(8) if case.count[name][e] >= 2 * 13]
     assert len(many) >= 8
@@ -382,7 +404,11 @@ def test_the_ridge_is_relative_and_pulls_to_the_average(case):
     x, gate, target = regression(group, group.mean().offset)
     found = {}
     for ridge in (1e12, 1e-3, 0.05):
-        apply_plan(case.model, case.plan({"rule": "least-squares", "align": "none", "ridge": ridge}, labels), case.stats)
+        apply_plan(
+            case.model,
+            case.plan({"rule": "least-squares", "align": "none", "ridge": ridge}, labels),
+            case.stats,
+        )
         found[ridge] = expert_of(held(case.model, name), 0)
         restore(case.model)
     same_expert(found[1e12], group.mean())
@@ -449,13 +475,15 @@ def test_averaged_routers_are_those_of_a_smaller_model(family):
 
     model, ids = tiny_model(family, torch.float64), tokens()
     plan = make_plan(capture(model, ids, needs=NEEDS), model, experts=3, method="dek")
-    assert all(layer.router == "average" and layer.num_groups == 3 for layer in plan.layers)
+    assert all(layer.router == "averaged" and layer.num_groups == 3 for layer in plan.layers)
     config = type(model.config).from_dict(model.config.to_dict())
     for count in ("num_experts", "num_local_experts"):
         if hasattr(config, count):
             setattr(config, count, 3)
     config.num_experts_per_tok = min(config.num_experts_per_tok, 3)
-    small = AutoModelForCausalLM.from_config(config, dtype=torch.float64, experts_implementation="eager").eval()
+    small = AutoModelForCausalLM.from_config(
+        config, dtype=torch.float64, experts_implementation="eager"
+    ).eval()
     weights = model.state_dict()
     for layer in plan.layers:
         block = layer.name.rpartition(".")[0]
@@ -493,10 +521,14 @@ def test_neurons_and_back(family):
             assert not torch.equal(shuffled["down_proj"], tensors["down_proj"])
             close(expert_of(shuffled, e)(x.numpy()), wanted, 1e-12)
             same_expert(expert_of(fewer, e), own.ordered(order[:9].numpy()), 0)
-            close(layer.activate(neurons[e].take(order[:9]), x).numpy(), own.hidden(x.numpy())[:, order[:9]], 1e-12)
+            close(
+                layer.activate(neurons[e].take(order[:9]), x).numpy(),
+                own.hidden(x.numpy())[:, order[:9]],
+                1e-12,
+            )
 
 
-ALL_RULES = [{"rule": rule} | options for rule, options in OPTIONS.items() if rule != "trimming"] + RULES[1:5]
+ALL_RULES = [{"rule": rule} | options_of(rule) for rule in COMBINE if rule != "trimming"] + RULES[1:5]
 
 
 @pytest.mark.parametrize("family", FAMILIES + OTHERS)

@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 from test_cli import hcsmoe
 
-from hcsmoe_core import compare as comparison
-from hcsmoe_core import figures, sweep
+from hcsmoe_core.studies import comparison, sweep
+from hcsmoe_core.ui import figures
 
 SMALL = dict(limit=2, sequences=12, length=64, dtype="float32")
 
@@ -17,7 +17,14 @@ def frame(losses):
     """Cells of made-up losses: {(method, seed): loss}."""
     rows = []
     for (method, seed), loss in losses.items():
-        row = dict(method=method, experts=8 if method == "original" else 4, seed=seed, limit=10, accuracy=0.5, item_error=0.1)
+        row = dict(
+            method=method,
+            experts=8 if method == "original" else 4,
+            seed=seed,
+            limit=10,
+            accuracy=0.5,
+            item_error=0.1,
+        )
         row |= dict(loss=loss, plan_seconds=1.0, merge_seconds=1.0, peak_mb=1.0, expert_bytes=1e6)
         rows.append(row | {"refused": "no such budget" if loss is None else None})
     return pd.DataFrame(rows)
@@ -45,7 +52,9 @@ def test_verdicts_are_paired_over_the_samples():
 
 
 def test_a_kept_table_is_read_as_the_cells_are(tmp_path):
-    cells = frame({("original", 0): 1.0, ("hc-smoe", 0): 2.0, ("reap", 0): 2.5}).reindex(columns=comparison.COLUMNS)
+    cells = frame({("original", 0): 1.0, ("hc-smoe", 0): 2.0, ("reap", 0): 2.5}).reindex(
+        columns=comparison.COLUMNS
+    )
     cells.to_csv(tmp_path / "compare-some.csv", index=False)
     read = comparison.cells(f"{tmp_path}/compare-{{model}}.csv", "folder/some")
     assert comparison.table(read) == comparison.table(cells)
@@ -54,9 +63,13 @@ def test_a_kept_table_is_read_as_the_cells_are(tmp_path):
 
 
 def test_dots_are_drawn_for_every_method():
-    losses = {(m, s): 2.0 + i + 0.1 * s for i, m in enumerate(("hc-smoe", "reap", "trimming")) for s in (0, 1)}
+    losses = {
+        (m, s): 2.0 + i + 0.1 * s for i, m in enumerate(("hc-smoe", "reap", "trimming")) for s in (0, 1)
+    }
     table = comparison.summary(frame(losses)).assign(kind="one")
-    figure = figures.method_dots(table, value="loss", error="loss_sd", kind="kind", reference=(1.0, "original"), log=True)
+    figure = figures.method_dots(
+        table, value="loss", error="loss_sd", kind="kind", reference=(1.0, "original"), log=True
+    )
     axes = figure.axes[0]
     assert [t.get_text() for t in axes.get_yticklabels()] == ["hc-smoe", "reap", "trimming"]
     assert list(axes.lines[0].get_xdata()) == pytest.approx([2.05, 3.05, 4.05])
@@ -87,7 +100,11 @@ def test_cells_are_measured_once_and_shown_in_the_notebook(tmp_path, monkeypatch
     monkeypatch.setattr(comparison, "_measured", lambda *_, **__: pytest.fail("measured twice"))
     again = comparison.compare("demo-mixtral", **how, **SMALL)
     assert json.loads(again.to_json()) == json.loads(first.to_json())
-    parameters = {"model": "demo-mixtral", "compared": str(tmp_path / "c"), "figures": str(tmp_path / "figures")}
+    parameters = {
+        "model": "demo-mixtral",
+        "compared": str(tmp_path / "c"),
+        "figures": str(tmp_path / "figures"),
+    }
     sweep.run_cell(sweep.notebook_path("08_methods"), parameters, tmp_path / "out")
     drawn = sorted(p.name for p in (tmp_path / "figures" / "demo-mixtral").iterdir())
     assert drawn == [f"08_{name}.{kind}" for name in ("accuracy", "loss") for kind in ("pdf", "png")]
@@ -99,22 +116,50 @@ def test_the_command_compares_lists_and_captures_for_methods(tmp_path):
     assert "m-smoe: groups around dominant experts" in said
     size = ("--sequences", 12, "--length", 64, "--dtype", "float32")
     said = hcsmoe(
-        "capture", "demo-mixtral", *size, "--for", "reap,trimming", "--for", "hc-smoe", "--out", tmp_path / "s.safetensors"
+        "capture",
+        "demo-mixtral",
+        *size,
+        "--for",
+        "reap,trimming",
+        "--for",
+        "hc-smoe",
+        "--out",
+        tmp_path / "s.safetensors",
     )
     assert said.startswith("collecting usage, norms, sample, outputs: ")
     plan = ("plan", tmp_path / "s.safetensors", "--experts", 4)
     hcsmoe(*plan, "--method", "trimming", "--set", "ridge=0.1", "--out", tmp_path / "p.json")
-    assert json.loads((tmp_path / "p.json").read_text())["layers"][0]["combine"] == {"rule": "trimming", "ridge": 0.1}
+    assert json.loads((tmp_path / "p.json").read_text())["layers"][0]["combine"] == {
+        "rule": "trimming",
+        "ridge": 0.1,
+    }
     merge = ("merge", "demo-mixtral", "--dtype", "float32", "--plan", tmp_path / "p.json")
     error = hcsmoe(*merge, "--out", tmp_path / "m", fails=True)
     assert "give the statistics it was made from" in error
     said = hcsmoe(*merge, "--statistics", tmp_path / "s.safetensors", "--out", tmp_path / "m")
     assert "plain; load it with any loader" in said
     assert "needs 'grams'" in hcsmoe(*plan, "--method", "sub-moe", "--out", tmp_path / "q.json", fails=True)
-    assert "--set takes name=value" in hcsmoe(*plan, "--set", "linkages=x", "--out", tmp_path / "q.json", fails=True)
-    said = hcsmoe("merge", "demo-mixtral", *size, "--experts", 4, "--method", "mc-smoe", "--out", tmp_path / "mc")
+    assert "--set takes name=value" in hcsmoe(
+        *plan, "--set", "linkages=x", "--out", tmp_path / "q.json", fails=True
+    )
+    said = hcsmoe(
+        "merge", "demo-mixtral", *size, "--experts", 4, "--method", "mc-smoe", "--out", tmp_path / "mc"
+    )
     assert "multiply-accumulates a token" in said
-    few = ("--methods", "reap", "--experts", "4", "--seeds", "0", "--limit", 2, "--sequences", 12, "--length", 64)
+    few = (
+        "--methods",
+        "reap",
+        "--experts",
+        "4",
+        "--seeds",
+        "0",
+        "--limit",
+        2,
+        "--sequences",
+        12,
+        "--length",
+        64,
+    )
     said = hcsmoe("compare", "demo-mixtral", *few, "--dtype", "float32", "--out", tmp_path / "c")
     assert "4 experts a layer" in said
     assert (tmp_path / "c" / "demo-mixtral.csv").exists()

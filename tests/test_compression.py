@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save, save_file
 
-from hcsmoe_core.compression import (
+from hcsmoe_core.families import find_moe_layers
+from hcsmoe_core.methods.factors import (
     Factors,
     compress,
     densified,
@@ -18,7 +19,8 @@ from hcsmoe_core.compression import (
     savings,
     second_moment,
 )
-from hcsmoe_core.moe import Neurons, find_moe_layers, put_experts
+from hcsmoe_core.moe import Neurons
+from hcsmoe_core.replace import put_experts
 
 
 def normal(*shape, seed=0, dtype=torch.float64):
@@ -115,7 +117,9 @@ def flat(made):
 def test_second_moment(ridge):
     x = normal(40, 6) + 1
     np.testing.assert_allclose(second_moment(x, ridge).numpy(), naive_moment(x, ridge), rtol=1e-12)
-    np.testing.assert_allclose(second_moment(x.bfloat16(), ridge).numpy(), naive_moment(x.bfloat16(), ridge), rtol=1e-12)
+    np.testing.assert_allclose(
+        second_moment(x.bfloat16(), ridge).numpy(), naive_moment(x.bfloat16(), ridge), rtol=1e-12
+    )
 
 
 def test_second_moment_defaults_and_nothing_to_see():
@@ -137,8 +141,12 @@ def test_error_is_the_tail_of_the_whitened_singular_values(shape, rank):
     assert found.rows.dtype == torch.int64
     residual = (w - found.A @ found.B).numpy()
     tail = np.linalg.svd(w.numpy() @ naive_root(moment.numpy()), compute_uv=False)[rank:]
-    np.testing.assert_allclose(np.trace(residual @ moment.numpy() @ residual.T), (tail**2).sum(), rtol=1e-9, atol=1e-18)
-    np.testing.assert_allclose(found.dense().numpy(), naive_product(w.numpy(), moment.numpy(), rank), atol=1e-9)
+    np.testing.assert_allclose(
+        np.trace(residual @ moment.numpy() @ residual.T), (tail**2).sum(), rtol=1e-9, atol=1e-18
+    )
+    np.testing.assert_allclose(
+        found.dense().numpy(), naive_product(w.numpy(), moment.numpy(), rank), atol=1e-9
+    )
 
 
 def test_no_other_product_of_that_rank_is_nearer():
@@ -152,7 +160,9 @@ def test_no_other_product_of_that_rank_is_nearer():
     u, s, v = np.linalg.svd(w, full_matrices=False)
     assert error(u[:, :rank] * s[:rank] @ v[:rank]) > 1.05 * best
     rng = np.random.default_rng(0)
-    for _ in range(5):  # least squares, one side at a time, from anywhere: comes down to the same error and not below
+    for _ in range(
+        5
+    ):  # least squares, one side at a time, from anywhere: comes down to the same error and not below
         b = rng.normal(size=(rank, 7))
         for _ in range(3000):
             a = w @ moment @ b.T @ np.linalg.inv(b @ moment @ b.T)
@@ -243,7 +253,9 @@ def test_raw_importances_are_compared_over_layers():
     layers = [random_layer(seed=1), random_layer(seed=2, scale=100.0)]
     made = compress(layers, share=0.5, rank=0)
     assert sum(len(f.rows) for e in made[0] for f in e.values()) == 0
-    assert sum(f.numbers for e in made[1] for f in e.values()) == sum(np.prod(f.shape) for e in made[1] for f in e.values())
+    assert sum(f.numbers for e in made[1] for f in e.values()) == sum(
+        np.prod(f.shape) for e in made[1] for f in e.values()
+    )
 
 
 @pytest.mark.parametrize(("dtype", "ridge"), [(torch.float32, 1e-3), (torch.bfloat16, 0.2)])
@@ -268,14 +280,17 @@ def test_default_rank(rank_share):
 
 @settings(max_examples=60, deadline=None)
 @given(
-    sizes=st.lists(st.tuples(*[st.integers(1, 9)] * 2, st.integers(1, 3), st.integers(1, 2)), min_size=1, max_size=3),
+    sizes=st.lists(
+        st.tuples(*[st.integers(1, 9)] * 2, st.integers(1, 3), st.integers(1, 2)), min_size=1, max_size=3
+    ),
     percent=st.integers(1, 100),
     rank=st.none() | st.integers(0, 2),
     seed=st.integers(0, 99),
 )
 def test_budget_is_kept_and_used(sizes, percent, rank, seed):
     layers = [
-        random_layer(experts=e, hidden=d, width=i, parts=p, tokens=4, seed=seed + n) for n, (d, i, e, p) in enumerate(sizes)
+        random_layer(experts=e, hidden=d, width=i, parts=p, tokens=4, seed=seed + n)
+        for n, (d, i, e, p) in enumerate(sizes)
     ]
     share, total = percent / 100, count_weights(layers)
     budget = percent * total // 100
@@ -310,7 +325,14 @@ def test_ties_go_to_the_first():
     # Of 1440 numbers, 68 · 8 go to the rows of twos. The others are worth 1 a number: 66 · 8 to the first expert's gate
     # and up, 7 · 50 to its down, of which no other row fits in the 18 left, and 2 · 8 to the second expert's gate.
     twos, every = list(range(0, 50, 3)), list(range(50))
-    assert [f.rows.tolist() for f in made.values()] == [every, every, list(range(7)), sorted([*twos, 1, 2]), twos, []]
+    assert [f.rows.tolist() for f in made.values()] == [
+        every,
+        every,
+        list(range(7)),
+        sorted([*twos, 1, 2]),
+        twos,
+        [],
+    ]
 
 
 def test_everything_is_kept_at_share_one_without_products():
@@ -323,7 +345,9 @@ def test_everything_is_kept_at_share_one_without_products():
 
 
 def test_a_matrix_of_that_rank_is_given_back():
-    experts = [Neurons((normal(20, 2, 3) @ normal(3, 24, seed=1)), normal(24, 3, seed=2) @ normal(3, 20, seed=3))]
+    experts = [
+        Neurons((normal(20, 2, 3) @ normal(3, 24, seed=1)), normal(24, 3, seed=2) @ normal(3, 20, seed=3))
+    ]
     factors = compress([(experts, [normal(50, 24, seed=4)], gated)], share=0.4, rank=3)[0][0]
     torch.testing.assert_close(densified(experts[0], factors).up, experts[0].up, rtol=0, atol=1e-10)
     torch.testing.assert_close(densified(experts[0], factors).down, experts[0].down, rtol=0, atol=1e-10)
@@ -333,7 +357,9 @@ def test_same_input_same_bytes_and_input_untouched():
     layers = uneven_layers()
     before = save(saved_layers(layers))
     first, second = (
-        save(saved_tensors({str(at): layer for at, layer in enumerate(compress(x, share=0.6))}, torch.float64))
+        save(
+            saved_tensors({str(at): layer for at, layer in enumerate(compress(x, share=0.6))}, torch.float64)
+        )
         for x in (layers, uneven_layers())
     )
     assert first == second
@@ -358,7 +384,9 @@ def model_layers(model, tokens=40):
     data = []
     for n, layer in enumerate(layers):
         neurons = [layer.neurons(e, torch.float64) for e in range(layer.num_experts)]
-        data.append((neurons, [normal(tokens, 32, seed=9 * n + e) for e in range(len(neurons))], layer.activate))
+        data.append(
+            (neurons, [normal(tokens, 32, seed=9 * n + e) for e in range(len(neurons))], layer.activate)
+        )
     return layers, data
 
 
@@ -367,7 +395,9 @@ def test_everything_kept_leaves_a_model_as_it_is(name):
     model, ids = tiny_model(name, torch.float64), torch.arange(60).reshape(3, 20)
     before = logits(model, ids)
     layers, data = model_layers(model)
-    for layer, (neurons, tokens, _), factors in zip(layers, data, compress(data, share=1.0, rank=0), strict=True):
+    for layer, (neurons, tokens, _), factors in zip(
+        layers, data, compress(data, share=1.0, rank=0), strict=True
+    ):
         made = [densified(e, f) for e, f in zip(neurons, factors, strict=True)]
         for e, (expert, x) in enumerate(zip(made, tokens, strict=True)):
             hidden = layer.expert_hidden(e, x)
@@ -385,7 +415,13 @@ def test_half_kept_of_a_model_equals_the_naive_half(name):
     made = compress(data, share=0.5, rank=2)
     # The family's own forward for the activations, with its biases and in its own layout.
     own = [
-        (experts, tokens, lambda neurons, x, layer=layer, experts=experts: layer.expert_hidden(position(neurons, experts), x))
+        (
+            experts,
+            tokens,
+            lambda neurons, x, layer=layer, experts=experts: layer.expert_hidden(
+                position(neurons, experts), x
+            ),
+        )
         for layer, (experts, tokens, _) in zip(layers, data, strict=True)
     ]
     dense, rows, _ = naive_compress(own, count_weights(data) // 2, 2)
@@ -453,36 +489,77 @@ def test_saved_without_products(tmp_path):
     factors = {"x": compress([random_layer()], share=0.5, rank=0)[0]}
     save_file(saved_tensors(factors, torch.float64), tmp_path / "f")
     back = from_saved(load_file(tmp_path / "f"))
-    assert all(torch.equal(back["x"][g][m].dense(), f.dense()) for (_, g, m), f in flat(factors.values()).items())
+    assert all(
+        torch.equal(back["x"][g][m].dense(), f.dense()) for (_, g, m), f in flat(factors.values()).items()
+    )
 
 
 DAMAGES = {
     "missing part": (lambda t: t.pop("x.1.up.0.S"), r"x\.1\.up\.0\.S is missing"),
-    "missing matrix": (lambda t: [t.pop(f"x.1.up.1.{p}") for p in ("A", "B", "S", "rows")], r"x\.1\.up\.1\.A is missing"),
-    "missing down": (lambda t: [t.pop(f"x.0.down.{p}") for p in ("A", "B", "S", "rows")], r"x\.0\.down\.A is missing"),
-    "missing expert": (lambda t: [t.pop(n) for n in list(t) if n.startswith("x.0.")], r"x\.0\.up\.0\.A is missing"),
-    "far matrix": (lambda t: t.update({"x.0.up.999999999999.A": t["x.0.up.0.A"]}), r"x\.0\.up\.2\.A is missing"),
+    "missing matrix": (
+        lambda t: [t.pop(f"x.1.up.1.{p}") for p in ("A", "B", "S", "rows")],
+        r"x\.1\.up\.1\.A is missing",
+    ),
+    "missing down": (
+        lambda t: [t.pop(f"x.0.down.{p}") for p in ("A", "B", "S", "rows")],
+        r"x\.0\.down\.A is missing",
+    ),
+    "missing expert": (
+        lambda t: [t.pop(n) for n in list(t) if n.startswith("x.0.")],
+        r"x\.0\.up\.0\.A is missing",
+    ),
+    "far matrix": (
+        lambda t: t.update({"x.0.up.999999999999.A": t["x.0.up.0.A"]}),
+        r"x\.0\.up\.2\.A is missing",
+    ),
     "unknown part": (lambda t: t.update({"x.0.up.0.C": t["x.0.up.0.A"]}), r"x\.0\.up\.0\.C is no part"),
     "unknown matrix": (lambda t: t.update({"x.0.gate.A": t["x.0.up.0.A"]}), r"x\.0\.gate\.A is no part"),
     "leading zero": (lambda t: t.update({"x.00.up.0.A": t["x.0.up.0.A"]}), r"x\.00\.up\.0\.A is no part"),
     "no layer": (lambda t: t.update({"0.up.0.A": t["x.0.up.0.A"]}), r"0\.up\.0\.A is no part"),
     "row too high": (lambda t: t["x.0.down.rows"].__setitem__(-1, 8), r"x\.0\.down\.rows .* 0 to 7"),
     "row negative": (lambda t: t["x.0.down.rows"].__setitem__(0, -1), r"x\.0\.down\.rows .* 0 to 7"),
-    "row twice": (lambda t: t["x.0.down.rows"].__setitem__(1, int(t["x.0.down.rows"][0])), r"x\.0\.down\.rows"),
-    "rows of floats": (lambda t: t.update({"x.0.down.rows": t["x.0.down.rows"].double()}), r"x\.0\.down\.rows .*int64"),
-    "rows of int32": (lambda t: t.update({"x.0.down.rows": t["x.0.down.rows"].int()}), r"x\.0\.down\.rows .*int64"),
-    "rows as a column": (lambda t: t.update({"x.0.down.rows": t["x.0.down.rows"][:, None]}), r"x\.0\.down\.rows .*int64"),
+    "row twice": (
+        lambda t: t["x.0.down.rows"].__setitem__(1, int(t["x.0.down.rows"][0])),
+        r"x\.0\.down\.rows",
+    ),
+    "rows of floats": (
+        lambda t: t.update({"x.0.down.rows": t["x.0.down.rows"].double()}),
+        r"x\.0\.down\.rows .*int64",
+    ),
+    "rows of int32": (
+        lambda t: t.update({"x.0.down.rows": t["x.0.down.rows"].int()}),
+        r"x\.0\.down\.rows .*int64",
+    ),
+    "rows as a column": (
+        lambda t: t.update({"x.0.down.rows": t["x.0.down.rows"][:, None]}),
+        r"x\.0\.down\.rows .*int64",
+    ),
     "fewer rows": (lambda t: t.update({"x.0.down.rows": t["x.0.down.rows"][1:]}), r"x\.0\.down\.S must be"),
     "narrow S": (lambda t: t.update({"x.0.down.S": t["x.0.down.S"][:, 1:]}), r"x\.0\.down\.S must be"),
-    "flat A": (lambda t: t.update({"x.1.up.1.A": t["x.1.up.1.A"].reshape(-1)}), r"x\.1\.up\.1\.A must be a matrix"),
-    "A of whole numbers": (lambda t: t.update({"x.1.up.1.A": t["x.1.up.1.A"].long()}), r"x\.1\.up\.1\.A must be .*floating"),
-    "B of another rank": (lambda t: t.update({"x.1.up.1.B": t["x.1.up.1.B"][:0]}), r"x\.1\.up\.1\.B must have 1 rows"),
-    "B of another dtype": (lambda t: t.update({"x.1.up.1.B": t["x.1.up.1.B"].float()}), r"x\.1\.up\.1\.B must be"),
+    "flat A": (
+        lambda t: t.update({"x.1.up.1.A": t["x.1.up.1.A"].reshape(-1)}),
+        r"x\.1\.up\.1\.A must be a matrix",
+    ),
+    "A of whole numbers": (
+        lambda t: t.update({"x.1.up.1.A": t["x.1.up.1.A"].long()}),
+        r"x\.1\.up\.1\.A must be .*floating",
+    ),
+    "B of another rank": (
+        lambda t: t.update({"x.1.up.1.B": t["x.1.up.1.B"][:0]}),
+        r"x\.1\.up\.1\.B must have 1 rows",
+    ),
+    "B of another dtype": (
+        lambda t: t.update({"x.1.up.1.B": t["x.1.up.1.B"].float()}),
+        r"x\.1\.up\.1\.B must be",
+    ),
     "matrix of another dtype": (
         lambda t: t.update({f"x.1.up.1.{p}": t[f"x.1.up.1.{p}"].float() for p in "ABS"}),
         r"x\.1\.up\.1\.A is torch.float32",
     ),
-    "short A": (lambda t: t.update({"x.1.down.A": torch.cat([t["x.1.down.A"]] * 2)}), r"x\.1\.down\.A and B make"),
+    "short A": (
+        lambda t: t.update({"x.1.down.A": torch.cat([t["x.1.down.A"]] * 2)}),
+        r"x\.1\.down\.A and B make",
+    ),
     "not finite": (lambda t: t["x.1.down.A"].__setitem__((0, 0), float("nan")), r"x\.1\.down\.A holds NaN"),
 }
 
@@ -525,7 +602,11 @@ def test_savings_by_hand():
     factors = [[made_up(1, (2, 0, 3)), made_up(1, (0, 0, 1))], [made_up(2, (0, 5, 0), width=6)]]
     # numbers kept: 3·13 + 2·8 + 3·5 = 70; 3·13 + 5 = 44; 3·2·14 + 5·8 = 124; an expert of 3·8·5 = 120 or 3·8·6 = 144
     report = savings(factors, experts=[4, 3], top_k=[2, 1], dtype=torch.float32)
-    assert report["weights"] == {"original": 4 * 120 + 3 * 144, "merged": 2 * 120 + 144, "compressed": 70 + 44 + 124}
+    assert report["weights"] == {
+        "original": 4 * 120 + 3 * 144,
+        "merged": 2 * 120 + 144,
+        "compressed": 70 + 44 + 124,
+    }
     assert report["bytes"] == {"original": 4 * 912, "merged": 4 * 384, "compressed": 4 * 238 + 8 * 11}
     assert report["multiply_accumulates"] == {"original": 384, "merged": 384, "compressed": 2 * 57 + 124}
     assert report["saved"]["weights"] == {"merged": 1 - 384 / 912, "compressed": 1 - 238 / 912}
@@ -538,14 +619,22 @@ def test_savings_by_usage_width_and_dtype():
     report = savings(factors, experts=[4], top_k=[2], usage=[[30, 10]], widths=[7])
     assert report["weights"] == {"original": 4 * 168, "merged": 240, "compressed": 114}
     assert report["bytes"] == {"original": 8 * 168, "merged": 480, "compressed": 2 * 114 + 8 * 6}
-    assert report["multiply_accumulates"] == {"original": 336, "merged": 240, "compressed": 2 * (0.75 * 70 + 0.25 * 44)}
+    assert report["multiply_accumulates"] == {
+        "original": 336,
+        "merged": 240,
+        "compressed": 2 * (0.75 * 70 + 0.25 * 44),
+    }
 
 
 def test_savings_keep_to_the_share():
     layers = uneven_layers()
     report = savings(compress(layers, share=0.6), experts=[8, 6], top_k=[2, 2])
     assert report["weights"]["merged"] == count_weights(layers)
-    assert 0.6 * report["weights"]["merged"] - 4 < report["weights"]["compressed"] <= 0.6 * report["weights"]["merged"]
+    assert (
+        0.6 * report["weights"]["merged"] - 4
+        < report["weights"]["compressed"]
+        <= 0.6 * report["weights"]["merged"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -574,7 +663,10 @@ def test_wrong_savings(wrong, message):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        *(({"share": s}, f'"share" argument .* not {s!r}') for s in (0, -0.1, 1.01, float("nan"), True, "half")),
+        *(
+            ({"share": s}, f'"share" argument .* not {s!r}')
+            for s in (0, -0.1, 1.01, float("nan"), True, "half")
+        ),
         *(({"rank_share": s}, '"rank_share"') for s in (-0.1, 1.01, float("nan"))),
         *(({"ridge": r}, '"ridge"') for r in (-1e-3, float("nan"), float("inf"), None)),
         *(({"rank": q}, '"rank" argument must be a whole number from 0 to 5') for q in (-1, 6, 1.5, True)),
@@ -607,8 +699,12 @@ def test_wrong_layers():
         r"layers\[0\] must have tokens for each expert; not 1 for 2": [(experts, tokens[:1], activate)],
         r"layers\[0\] must have tokens": [([], [], activate)],
         r"layers\[0\], expert 0: tokens must be \[T, 8\]": [(experts, [t[:, 1:] for t in tokens], activate)],
-        r"layers\[0\], expert 0: tokens must be a floating": [(experts, [t.long() for t in tokens], activate)],
-        r"layers\[0\], expert 0: down must be \[8, 5\]": [([Neurons(e.up, e.down.T) for e in experts], tokens, activate)],
+        r"layers\[0\], expert 0: tokens must be a floating": [
+            (experts, [t.long() for t in tokens], activate)
+        ],
+        r"layers\[0\], expert 0: down must be \[8, 5\]": [
+            ([Neurons(e.up, e.down.T) for e in experts], tokens, activate)
+        ],
         r"layers\[0\], expert 0: the activations must be \[30, 5\]": [(experts, tokens, lambda e, x: x)],
     }
     for message, layers in cases.items():

@@ -54,7 +54,9 @@ def sources(folder):
 def convert(llama_cpp, folder, out):
     """Convert a model folder with llama.cpp's own converter."""
     options = [llama_cpp, folder, "--outfile", out, "--outtype", "f32"]
-    done = subprocess.run([sys.executable, "-c", CONVERT, *map(str, options)], capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run(
+        [sys.executable, "-c", CONVERT, *map(str, options)], capture_output=True, text=True, cwd=ROOT
+    )
     if done.returncode:
         raise RuntimeError(done.stderr[-2000:])
 
@@ -78,7 +80,10 @@ def test_llama_cpp_converts_it(llama_cpp, kind, tmp_path):
     save_merged(model, plan, tmp_path / "m", stats=stats, tokenizer=tokenizer, router="plain")
     convert(llama_cpp, tmp_path / "m", tmp_path / "m.gguf")
     read = subprocess.run(
-        [sys.executable, "-c", READ, str(llama_cpp), str(tmp_path / "m.gguf")], capture_output=True, text=True, check=True
+        [sys.executable, "-c", READ, str(llama_cpp), str(tmp_path / "m.gguf")],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     fields, tensors = json.loads(read.stdout)
     assert fields["qwen2moe.expert_count"] == 16
@@ -87,7 +92,10 @@ def test_llama_cpp_converts_it(llama_cpp, kind, tmp_path):
     for layer in range(model.config.num_hidden_layers):
         for ours, theirs in (("gate", "gate_exps"), ("up", "up_exps"), ("down", "down_exps")):
             shape, total = tensors[f"blk.{layer}.ffn_{theirs}.weight"]
-            named = [written[f"model.layers.{layer}.mlp.experts.{e}.{ours}_proj.weight"].double() for e in range(16)]
+            named = [
+                written[f"model.layers.{layer}.mlp.experts.{e}.{ours}_proj.weight"].double()
+                for e in range(16)
+            ]
             assert shape == [*reversed(named[0].shape), 16]
             assert total == pytest.approx(sum(float(t.abs().sum()) for t in named))
         shape, total = tensors[f"blk.{layer}.ffn_gate_inp.weight"]

@@ -9,14 +9,17 @@ import torch
 from sklearn.metrics import adjusted_rand_score, mutual_info_score
 
 import hcsmoe_core as core
-from hcsmoe_core import study
-from hcsmoe_core.demo import corpus, models, tasks, train
+from hcsmoe_core.demo import corpus, models, tasks
+from hcsmoe_core.studies import tables as study
+from tools import train
 
 
 @pytest.mark.parametrize("domain", corpus.PROCEDURAL)
 def test_splits_never_overlap(domain):
     rng = random.Random(0)
-    prompts = {split: {corpus.draw(domain, rng, split).prompt for _ in range(1500)} for split in corpus.SPLITS}
+    prompts = {
+        split: {corpus.draw(domain, rng, split).prompt for _ in range(1500)} for split in corpus.SPLITS
+    }
     assert not prompts["train"] & prompts["calibration"]
     assert not prompts["train"] & prompts["heldout"]
     assert not prompts["calibration"] & prompts["heldout"]
@@ -27,7 +30,9 @@ def test_library_text_is_split_by_file():
     texts = corpus.stdlib_texts()
     for domain in corpus.STDLIB:
         assert min(len(t) for t in texts[domain].values()) > 50_000
-        lines = {s: {x.strip() for x in t.splitlines() if len(x.strip()) > 60} for s, t in texts[domain].items()}
+        lines = {
+            s: {x.strip() for x in t.splitlines() if len(x.strip()) > 60} for s, t in texts[domain].items()
+        }
         assert not lines["train"] & lines["heldout"]
         assert not lines["train"] & lines["calibration"]
         assert not lines["calibration"] & lines["heldout"]
@@ -87,7 +92,12 @@ def test_items_made_again(tmp_path):
 def embedded(request):
     model, tokenizer = core.load_model(request.param, dtype="float32")
     input_ids = core.calibration_tokens("demo", tokenizer, sequences=96, length=256)
-    return request.param, model, tokenizer, core.capture(model, input_ids, domains=core.domains_of("demo", 96))
+    return (
+        request.param,
+        model,
+        tokenizer,
+        core.capture(model, input_ids, domains=core.domains_of("demo", 96)),
+    )
 
 
 def test_weights_are_small_bfloat16_and_stock(embedded):
@@ -102,7 +112,11 @@ def test_weights_are_small_bfloat16_and_stock(embedded):
     assert tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True) == text
     config = model.config
     if name == "demo-qwen":
-        assert (config.num_experts, config.num_experts_per_tok, config.shared_expert_intermediate_size) == (32, 4, 128)
+        assert (config.num_experts, config.num_experts_per_tok, config.shared_expert_intermediate_size) == (
+            32,
+            4,
+            128,
+        )
     else:
         assert (config.num_local_experts, config.num_experts_per_tok) == (8, 2)
 
@@ -168,7 +182,9 @@ def test_training_resumed_gives_the_same_weights(tmp_path, monkeypatch):
     again = train.train("demo-qwen", tmp_path / "stopped", recipe, every=100)
     assert again["final_training_loss"] == whole["final_training_loss"]
     for file in ("model.safetensors", "families.json", "tokenizer.json"):
-        assert (tmp_path / "whole/model" / file).read_bytes() == (tmp_path / "stopped/model" / file).read_bytes()
+        assert (tmp_path / "whole/model" / file).read_bytes() == (
+            tmp_path / "stopped/model" / file
+        ).read_bytes()
     with pytest.raises(ValueError, match="written by another recipe"):
         train.train("demo-qwen", tmp_path / "stopped", train.Recipe(stages=((1, 2),)))
 

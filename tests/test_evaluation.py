@@ -9,7 +9,7 @@ from conftest import tiny_model, tokens
 
 import hcsmoe_core as core
 from hcsmoe_core.demo import tasks
-from hcsmoe_core.evaluation import paired_table, perplexity, score_table
+from hcsmoe_core.score.evaluation import paired_table, perplexity, score_table
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,9 @@ def test_perplexity_equals_a_naive_one():
     for domain, values in loss.items():
         assert got["loss"][domain] == pytest.approx(np.mean(values), rel=1e-5)
         assert got["perplexity"][domain] == pytest.approx(math.exp(np.mean(values)), rel=1e-5)
-    assert got["mean_loss"] == pytest.approx((np.mean(loss["x"]) + np.mean(loss["y"])) / 2, rel=1e-5)  # code is left out
+    assert got["mean_loss"] == pytest.approx(
+        (np.mean(loss["x"]) + np.mean(loss["y"])) / 2, rel=1e-5
+    )  # code is left out
 
 
 def test_merged_models_are_scored_alike_live_and_loaded(embedded, tmp_path):
@@ -66,7 +68,10 @@ def test_merged_models_are_scored_alike_live_and_loaded(embedded, tmp_path):
 
 def made_up(items, *, groups=None, of="1"):
     """Scores as evaluate gives them, of made-up items."""
-    scores = {"items": {task: {"of": of, "acc": list(values)} for task, values in items.items()}, "groups": groups or {}}
+    scores = {
+        "items": {task: {"of": of, "acc": list(values)} for task, values in items.items()},
+        "groups": groups or {},
+    }
     inside = {task for group in scores["groups"].values() for task in group["tasks"]}
     return scores | {"tasks": {task: {} for task in (*scores["groups"], *items) if task not in inside}}
 
@@ -83,10 +88,15 @@ def test_paired_differences_equal_naive_ones():
     for task in "ab":
         assert table.loc[task, "difference"] == pytest.approx(np.mean(one[task]) - np.mean(other[task]))
         assert table.loc[task, "error"] == pytest.approx(error[task])
-        assert [table.loc[task, k] for k in ("won", "lost")] == [(change[task] == 1).sum(), (change[task] == -1).sum()]
+        assert [table.loc[task, k] for k in ("won", "lost")] == [
+            (change[task] == 1).sum(),
+            (change[task] == -1).sum(),
+        ]
     unpaired = np.hypot(*(np.std(found["a"], ddof=1) / np.sqrt(50) for found in (one, other)))
     assert table.loc["a", "error"] < 0.6 * unpaired
-    assert table.loc["g", "difference"] == pytest.approx(np.mean(np.concatenate([change["g1"], change["g2"]])))
+    assert table.loc["g", "difference"] == pytest.approx(
+        np.mean(np.concatenate([change["g1"], change["g2"]]))
+    )
     within = sum(((change[t] - change[t].mean()) ** 2).sum() for t in ("g1", "g2")) / (42 - 2)
     assert table.loc["g", "error"] == pytest.approx(np.sqrt(within / 42))
     assert table.loc["h", "difference"] == pytest.approx((change["h1"].mean() + change["h2"].mean()) / 2)
@@ -121,7 +131,9 @@ def test_a_model_is_asked_once_and_answers_are_kept_by_what_they_depend_on(embed
     whole, start = ids(item["prompt"] + item["choices"][0]), len(ids(item["prompt"]))
     with torch.no_grad():
         logprobs = model(torch.tensor([whole])).logits[0].double().log_softmax(-1)
-    assert answer == pytest.approx(sum(logprobs[i - 1, whole[i]].item() for i in range(start, len(whole))), rel=1e-5)
+    assert answer == pytest.approx(
+        sum(logprobs[i - 1, whole[i]].item() for i in range(start, len(whole))), rel=1e-5
+    )
     assert greedy == all(logprobs[i - 1].argmax() == whole[i] for i in range(start, len(whole)))
     assert len(kept["answers"]) == 40
 

@@ -14,7 +14,6 @@ from conftest import ROOT, logits, tiny_model, tokens
 from hcsmoe_core import (
     apply_plan,
     capture,
-    families,
     find_moe_layers,
     load_merged,
     load_model,
@@ -23,9 +22,11 @@ from hcsmoe_core import (
     restore,
     save_merged,
 )
-from hcsmoe_core.fidelity import fidelity, unseen
-from hcsmoe_core.folding import PENALTY, folded_rows
+from hcsmoe_core.methods.router import PENALTY, folded_rows
 from hcsmoe_core.plan import LayerPlan, Plan, load_plan, with_router
+from hcsmoe_core.score.fidelity import fidelity, unseen
+from hcsmoe_core.ui import family_table
+from tools import family_table as families
 
 NEEDS = ("usage", "outputs", "norms", "grams", "sample")
 
@@ -64,7 +65,9 @@ def test_kept_rows_over_experts_that_stand_for_their_group_are_a_pruned_model(mo
     for layer in merged.layers:
         kept = sorted(layer.dominant)
         labels = [kept.index(e) if e in kept else -1 for e in range(len(layer.labels))]
-        pruned.append(LayerPlan(layer.name, labels, [float(e in kept) for e in range(len(labels))], router="drop"))
+        pruned.append(
+            LayerPlan(layer.name, labels, [float(e in kept) for e in range(len(labels))], router="dropped")
+        )
     alone = []
     for layer in merged.layers:
         weights = [float(e in layer.dominant) for e in range(len(layer.labels))]
@@ -97,13 +100,17 @@ def test_groups_that_a_router_chooses_first_become_one(input_ids, tmp_path):
 def naive_loss(rows, start, sample, labels, scoring, normalised):
     """Mean cross-entropy of a token between where it went and where the new rows send it, token by token in float64."""
     total = 0.0
-    for logit, index, weight in zip(sample.logits.double(), sample.index, sample.weight.double(), strict=True):
+    for logit, index, weight in zip(
+        sample.logits.double(), sample.index, sample.weight.double(), strict=True
+    ):
         target = torch.zeros(len(rows), dtype=torch.float64)
         if scoring == "softmax" and not normalised:
             for expert, share in enumerate(logit.softmax(0)):
                 target[labels[expert]] += share
         else:
-            for expert, share in zip(index.tolist(), weight if scoring == "softmax" else logit.sigmoid()[index], strict=True):
+            for expert, share in zip(
+                index.tolist(), weight if scoring == "softmax" else logit.sigmoid()[index], strict=True
+            ):
                 target[labels[expert]] += share
             target = target / (target.sum() if scoring == "softmax" else target.max().clamp(min=1))
         new = rows @ logit
@@ -116,7 +123,12 @@ def naive_loss(rows, start, sample, labels, scoring, normalised):
 
 @pytest.mark.parametrize(
     ("name", "scoring", "normalised"),
-    [("mixtral", "softmax", True), ("olmoe", "softmax", False), ("qwen3_moe", "softmax", False), ("laguna", "sigmoid", True)],
+    [
+        ("mixtral", "softmax", True),
+        ("olmoe", "softmax", False),
+        ("qwen3_moe", "softmax", False),
+        ("laguna", "sigmoid", True),
+    ],
 )
 def test_folded_rows_are_the_best_there_are(name, scoring, normalised):
     """The loss is convex: where a naive one, differentiated by PyTorch, has no slope, there is nothing better."""
@@ -159,9 +171,12 @@ def test_folding_is_nearer_to_the_exact_merge_than_keeping_rows(tmp_path):
     found = {}
     for router in ("row-kept", "average", "folded"):
         plan = make_plan(stats, model, experts=16, router=router)
-        found[router] = fidelity(model, plan, unseen(rows, stats.sequences, length=128), stats=stats, progress=False)
+        found[router] = fidelity(
+            model, plan, unseen(rows, stats.sequences, length=128), stats=stats, progress=False
+        )
     own = [
-        found[r]["models"][n]["kl_from_mapped"] for r, n in zip(found, ("row-kept", "router averaged", "folded"), strict=True)
+        found[r]["models"][n]["kl_from_mapped"]
+        for r, n in zip(found, ("row-kept", "router averaged", "folded"), strict=True)
     ]
     assert own[2] < 0.5 * min(own[:2])
     assert len({f["models"]["mapped"]["kl"] for f in found.values()}) == 1
@@ -190,8 +205,12 @@ def test_rows_of_experts_that_stay_apart_are_left_alone(model, stats, tmp_path):
     plan = make_plan(stats, model, experts=4, method="trimming")
     assert with_router(plan, "folded").layers == plan.layers
     for router in ("", "folded", "row-kept"):
-        assert save_merged(model, plan, tmp_path / f"m{router}", stats=stats, router=router)["router"] == "plain"
-    written = [(tmp_path / f"m{router}/model.safetensors").read_bytes() for router in ("", "folded", "row-kept")]
+        assert (
+            save_merged(model, plan, tmp_path / f"m{router}", stats=stats, router=router)["router"] == "plain"
+        )
+    written = [
+        (tmp_path / f"m{router}/model.safetensors").read_bytes() for router in ("", "folded", "row-kept")
+    ]
     assert written[0] == written[1] == written[2]
 
 
@@ -244,7 +263,9 @@ def naive_fidelity(model, plan, stats, ids):
     return error, drift, loss, kl, float((logs.argmax(-1) == logs_2.argmax(-1)).double().mean())
 
 
-@pytest.mark.parametrize(("method", "router"), [("hc-smoe", ""), ("hc-smoe", "folded"), ("reap", ""), ("trimming", "")])
+@pytest.mark.parametrize(
+    ("method", "router"), [("hc-smoe", ""), ("hc-smoe", "folded"), ("reap", ""), ("trimming", "")]
+)
 def test_fidelity_is_that_of_a_naive_comparison(model, stats, method, router):
     plan, ids = (
         make_plan(stats, model, experts=3, method=method, **({"router": router} if router else {})),
@@ -260,7 +281,7 @@ def test_fidelity_is_that_of_a_naive_comparison(model, stats, method, router):
     assert made["kl"] == pytest.approx(kl, rel=1e-4)
     assert made["agreement"] == pytest.approx(agreement)
     if router:
-        exact = naive_fidelity(model, with_router(plan, "map"), stats, ids)
+        exact = naive_fidelity(model, with_router(plan, "mapped"), stats, ids)
         assert found["models"]["mapped"]["kl"] == pytest.approx(exact[3], rel=1e-4)
 
 
@@ -286,7 +307,7 @@ def test_the_layer_that_ruins_a_model_is_named(model, input_ids, tmp_path, capsy
     original = found["original"]["perplexity"]
     assert bool(found["warning"]) == (made["perplexity"] > 2 * original)
     found["models"]["mapped"]["perplexity"] = 3 * original
-    from hcsmoe_core.fidelity import _warning
+    from hcsmoe_core.score.fidelity import _warning
 
     assert "rises most in model.layers.1.mlp.experts" in _warning(found)
 
@@ -306,7 +327,13 @@ def test_the_card_tells_what_was_done(model, stats, tmp_path):
     model.name_or_path = "someone/mixture"
     plan = make_plan(stats, model, experts=5, linkage="complete")
     written = save_merged(
-        model, plan, tmp_path / "m", stats=stats, router="folded", heldout=tokens(2, seed=9), about={"calibration": "of mine"}
+        model,
+        plan,
+        tmp_path / "m",
+        stats=stats,
+        router="folded",
+        heldout=tokens(2, seed=9),
+        about={"calibration": "of mine"},
     )
     _, head, text = (tmp_path / "m" / "README.md").read_text().split("---\n", 2)
     assert yaml.safe_load(head)["base_model"] == "someone/mixture"
@@ -332,7 +359,9 @@ def test_the_card_of_a_model_from_a_folder_shows_no_path(input_ids, tmp_path):
 
 
 def test_fewer_experts_than_a_token_goes_to_are_told(model, stats, tmp_path):
-    written = save_merged(model, make_plan(stats, model, experts=1, router="row-kept"), tmp_path / "m", stats=stats)
+    written = save_merged(
+        model, make_plan(stats, model, experts=1, router="row-kept"), tmp_path / "m", stats=stats
+    )
     assert any("rather than to 2" in line for line in written["limits"])
     assert json.loads((tmp_path / "m" / "config.json").read_text())["num_experts_per_tok"] == 1
 
@@ -340,7 +369,9 @@ def test_fewer_experts_than_a_token_goes_to_are_told(model, stats, tmp_path):
 def test_checksums_are_those_of_the_files(model, stats, tmp_path):
     save_merged(model, make_plan(stats, model, experts=4), tmp_path / "m")
     listed = dict(line.split("  ")[::-1] for line in (tmp_path / "m" / "SHA256SUMS").read_text().splitlines())
-    held = {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in (tmp_path / "m").glob("*.safetensors")}
+    held = {
+        f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in (tmp_path / "m").glob("*.safetensors")
+    }
     assert listed == held
 
 
@@ -350,7 +381,12 @@ def test_the_original_configuration_is_carried_over(input_ids, tmp_path):
     tiny_model("qwen3_moe").save_pretrained(folder)
     before = json.loads((folder / "config.json").read_text())
     config = {key: value for key, value in before.items() if key not in ("num_local_experts", "dtype")}
-    config |= {"num_experts": 8, "torch_dtype": "float32", "their_own": {"a": 1}, "num_nextn_predict_layers": 2}
+    config |= {
+        "num_experts": 8,
+        "torch_dtype": "float32",
+        "their_own": {"a": 1},
+        "num_nextn_predict_layers": 2,
+    }
     config["auto_map"] = {"AutoModelForCausalLM": "modeling_theirs.Theirs"}
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "LICENSE").write_text("theirs")
@@ -370,7 +406,9 @@ def test_the_original_configuration_is_carried_over(input_ids, tmp_path):
     assert (tmp_path / "m" / "LICENSE").read_text() == "theirs"
     assert (tmp_path / "m" / "chat_template.jinja").read_text() == "{{ messages }}"
     assert not (tmp_path / "m" / "secret.txt").exists()
-    assert [layer.num_stored for layer in find_moe_layers(load_model(tmp_path / "m")[0])] == [4] * len(find_moe_layers(model))
+    assert [layer.num_stored for layer in find_moe_layers(load_model(tmp_path / "m")[0])] == [4] * len(
+        find_moe_layers(model)
+    )
 
 
 # --- without us --------------------------------------------------------------------------------------------------------
@@ -389,7 +427,7 @@ for folder, name, ours in json.loads(sys.argv[1]):
     torch.save(logits, folder + "/logits.pt")
 """
 KINDS = ("mapped", "row-kept", "folded", "pruned", "trimmed")
-SUPPORTED = [row["family"] for row in families.committed()[1] if not row["mapped"] and not row["whole"]]
+SUPPORTED = [row["family"] for row in family_table.committed()[1] if not row["mapped"] and not row["whole"]]
 
 
 def plan_of(kind, stats, model):
@@ -407,7 +445,14 @@ def write_all(family, folder, ids):
         try:
             plan = plan_of(kind, stats, model)
             router = "mapped" if kind == "mapped" else "plain"
-            save_merged(model, plan, folder / kind, stats=stats, router=router, heldout=families.tiny_tokens(1, 8, seed=3))
+            save_merged(
+                model,
+                plan,
+                folder / kind,
+                stats=stats,
+                router=router,
+                heldout=families.tiny_tokens(1, 8, seed=3),
+            )
             apply_plan(model, plan, stats)
         except ValueError as error:
             refused[kind] = str(error)
@@ -420,7 +465,10 @@ def write_all(family, folder, ids):
 
 # Why some families have no plain checkpoint of some kind: their configuration or their router has no room for it.
 REFUSED = {
-    "deepseek_v4": ("row-kept, pruned", "tid2eid"),  # a table of each token's experts, as many as in the original
+    "deepseek_v4": (
+        "row-kept, pruned",
+        "tid2eid",
+    ),  # a table of each token's experts, as many as in the original
     "ernie4_5_vl_moe": ("row-kept, folded, pruned", "counts other tensors along"),
     "jetmoe": ("row-kept, folded, pruned", "counts other tensors along"),
 }
@@ -434,7 +482,10 @@ def test_every_kind_of_every_family_opens_without_us(tmp_path, part):
         made, refused = write_all(family, tmp_path / family, ids)
         assert "mapped" in made
         kinds, reason = REFUSED.get(family, ("", ""))
-        assert {k for k in refused if k != "trimmed"} == set(filter(None, kinds.split(", "))), (family, refused)
+        assert {k for k in refused if k != "trimmed"} == set(filter(None, kinds.split(", "))), (
+            family,
+            refused,
+        )
         assert all(reason in refused[k] for k in refused if k != "trimmed")
         auto = families.model_of(family)[2].__name__
         for kind, outputs in made.items():
@@ -461,7 +512,9 @@ def test_a_mapped_model_that_stock_transformers_saved_again(model, stats, input_
     ):
         torch.testing.assert_close(logits(loaded, input_ids), live)
     prompt = input_ids[:2, :6]
-    options = dict(attention_mask=torch.ones_like(prompt), max_new_tokens=6, do_sample=False, eos_token_id=None)
+    options = dict(
+        attention_mask=torch.ones_like(prompt), max_new_tokens=6, do_sample=False, eos_token_id=None
+    )
     assert torch.equal(opened.generate(prompt, **options), model.generate(prompt, **options))
 
 
@@ -506,7 +559,18 @@ def test_records_that_do_not_fit_are_refused_by_the_file_in_the_folder(model, st
 def test_the_command_writes_every_kind(tmp_path):
     def run(*words):
         out = subprocess.run(
-            [sys.executable, "-m", "hcsmoe_core.cli", "merge", "demo-mixtral", "--sequences", "20", "--length", "64", *words],
+            [
+                sys.executable,
+                "-m",
+                "hcsmoe_core.ui.cli",
+                "merge",
+                "demo-mixtral",
+                "--sequences",
+                "20",
+                "--length",
+                "64",
+                *words,
+            ],
             capture_output=True,
             text=True,
             cwd=ROOT,
@@ -514,7 +578,16 @@ def test_the_command_writes_every_kind(tmp_path):
         return out.returncode, out.stdout, out.stderr
 
     code, said, warned = run(
-        "--experts", "4", "--method", "hc-smoe", "--router", "folded", "--out", tmp_path / "folded", "--fidelity", "2"
+        "--experts",
+        "4",
+        "--method",
+        "hc-smoe",
+        "--router",
+        "folded",
+        "--out",
+        tmp_path / "folded",
+        "--fidelity",
+        "2",
     )
     assert code == 0
     assert "plain; load it with any loader of the original family" in said
@@ -523,7 +596,9 @@ def test_the_command_writes_every_kind(tmp_path):
     assert "WARNING: Off a cliff" in warned  # half of unrelated experts, averaged
     assert "Off a cliff" not in said
     assert "calibrated on 1,280 tokens; domains: " in said
-    code, said, _ = run("--plan", tmp_path / "folded" / "plan.json", "--out", tmp_path / "again", "--router", "mapped")
+    code, said, _ = run(
+        "--plan", tmp_path / "folded" / "plan.json", "--out", tmp_path / "again", "--router", "mapped"
+    )
     assert code == 0
     assert "| mapped |" in said
     code, said, _ = run("--experts", "4", "--out", tmp_path / "best", "--fidelity", "0")

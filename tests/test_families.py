@@ -7,20 +7,24 @@ import pytest
 import torch
 import transformers
 
-from hcsmoe_core import capture, families, make_plan, moe, needs_of, save_merged
-from hcsmoe_core.families import EXPERTS, KEPT, outputs, tiny_model, tiny_tokens
+from hcsmoe_core import capture, make_plan, needs_of, replace, save_merged
+from hcsmoe_core.ui import family_table
+from tools import family_table as families
+from tools.family_table import EXPERTS, KEPT, outputs, tiny_model, tiny_tokens
 
-VERSION, ROWS = families.committed()
+VERSION, ROWS = family_table.committed()
 SUPPORTED = [row["family"] for row in ROWS if not row["mapped"] and not row["whole"]]
 IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
 LABELS = [0, 1, 2, 1, 3, 4, 0, 5, 6, 7]  # 3 joins 1, and 6 joins 0
 FIRST = [0, 1, 2, 4, 5, 7, 8, 9]
-same_version = pytest.mark.skipif(transformers.__version__ != VERSION, reason=f"the table is of transformers {VERSION}")
+same_version = pytest.mark.skipif(
+    transformers.__version__ != VERSION, reason=f"the table is of transformers {VERSION}"
+)
 
 
 def switchable(model):
     """Whether transformers can run its experts in several ways."""
-    return all(hasattr(layer.experts, "is_concatenated") for layer in moe.find_moe_layers(model))
+    return all(hasattr(layer.experts, "is_concatenated") for layer in families.find_moe_layers(model))
 
 
 def built(family, dtype=torch.float32, implementation="eager"):
@@ -30,7 +34,9 @@ def built(family, dtype=torch.float32, implementation="eager"):
         pytest.skip("its experts have one implementation alone")
     if switchable(model):
         model.set_experts_implementation(implementation)
-        assert {layer.experts.config._experts_implementation for layer in moe.find_moe_layers(model)} == {implementation}
+        assert {
+            layer.experts.config._experts_implementation for layer in families.find_moe_layers(model)
+        } == {implementation}
     return model
 
 
@@ -45,8 +51,8 @@ def written(model):
 
 
 def put(model, labels, rows):
-    for layer in moe.find_moe_layers(model):
-        moe.put_experts(layer, {n: t.detach()[rows].clone() for n, t in layer.tensors().items()}, labels)
+    for layer in families.find_moe_layers(model):
+        replace.put_experts(layer, {n: t.detach()[rows].clone() for n, t in layer.tensors().items()}, labels)
 
 
 @same_version
@@ -92,17 +98,17 @@ def test_twins_share_one_expert(family, implementation):
     model = built(family, torch.float64 if wide else torch.float32, implementation)
     ids = tiny_tokens()
     with torch.no_grad():
-        for layer in moe.find_moe_layers(model):
+        for layer in families.find_moe_layers(model):
             for tensor in layer.tensors().values():
                 tensor[3], tensor[6] = tensor[1], tensor[0]
     before, text = outputs(model, ids), written(model)
     put(model, LABELS, FIRST)
-    layers = moe.find_moe_layers(model)
+    layers = families.find_moe_layers(model)
     assert {(layer.num_stored, layer.num_experts) for layer in layers} == {(8, EXPERTS)}
     assert (outputs(model, ids) - before).abs().max() <= 2e-5 * before.abs().max()
     assert text is None or torch.equal(written(model), text)
     for layer in layers:
-        moe.take_experts(layer)
+        replace.take_experts(layer)
     assert torch.equal(outputs(model, ids), before)
 
 
@@ -111,14 +117,20 @@ class Trace:
 
     def __init__(self, model, ids):
         self.tokens, self.chosen, handles = {}, {}, []
-        for layer in moe.find_moe_layers(model):
+        for layer in families.find_moe_layers(model):
             kind = type(layer.experts).__name__
             name = layer.name
             if kind == "JetMoeMoE":
-                handles.append(layer.experts.router.register_forward_hook(lambda _, i, o, n=name: self.take(n, i[0], o[0])))
+                handles.append(
+                    layer.experts.router.register_forward_hook(
+                        lambda _, i, o, n=name: self.take(n, i[0], o[0])
+                    )
+                )
             elif kind == "Llama4TextExperts":
                 handles.append(
-                    layer.router.register_forward_hook(lambda _, i, o, n=name: self.take(n, i[0], o[0].nonzero()[:, 1]))
+                    layer.router.register_forward_hook(
+                        lambda _, i, o, n=name: self.take(n, i[0], o[0].nonzero()[:, 1])
+                    )
                 )
             else:
                 handles.append(
@@ -145,7 +157,10 @@ def alone(experts, expert, tokens):
         gate, up = torch.nn.functional.linear(tokens, experts.input_linear.weight[expert]).chunk(2, -1)
         return torch.nn.functional.linear(experts.activation(gate) * up, experts.output_linear.weight[expert])
     # Twice, once with weight zero: LongCat's forward trips over a single choice.
-    index, weight = torch.full((len(tokens), 2), expert), torch.eye(2, dtype=tokens.dtype)[:1].repeat(len(tokens), 1)
+    index, weight = (
+        torch.full((len(tokens), 2), expert),
+        torch.eye(2, dtype=tokens.dtype)[:1].repeat(len(tokens), 1),
+    )
     if kind == "DbrxExperts":
         return experts(tokens[None], index, weight)[0]
     return experts(tokens, index, weight)
@@ -155,16 +170,18 @@ def alone(experts, expert, tokens):
 @pytest.mark.parametrize("family", SUPPORTED)
 def test_mean_outputs_are_those_of_a_dense_pass(family):
     model, ids = built(family), tiny_tokens()
-    wide = {layer.name: copy.deepcopy(layer.experts).double() for layer in moe.find_moe_layers(model)}
+    wide = {layer.name: copy.deepcopy(layer.experts).double() for layer in families.find_moe_layers(model)}
     for implementation in IMPLEMENTATIONS if switchable(model) else ("eager",):
         if implementation != "eager":
             model.set_experts_implementation(implementation)
         trace = Trace(model, ids)
         stats = capture(model, ids, needs=("usage", "outputs"), progress=False, batch_size=len(ids))
         assert list(stats.layers) == list(trace.tokens)
-        for layer in moe.find_moe_layers(model):
+        for layer in families.find_moe_layers(model):
             sums, tokens = stats.layers[layer.name], trace.tokens[layer.name].double()
-            dense = torch.stack([alone(wide[layer.name], expert, tokens).mean(0) for expert in range(EXPERTS)])
+            dense = torch.stack(
+                [alone(wide[layer.name], expert, tokens).mean(0) for expert in range(EXPERTS)]
+            )
             assert (sums.mean_output - dense).abs().max() <= 1e-5 * dense.abs().max()
             assert layer.router is not None
             assert int(sums.tokens.sum()) == ids.numel() == len(tokens)
@@ -189,7 +206,7 @@ def test_a_checkpoint_that_computes_something_else_is_told(monkeypatch):
     def wrong(folder):
         model = right(folder)
         with torch.no_grad():
-            moe.find_moe_layers(model)[0].experts.down_proj[0, 0, 0] += 1
+            families.find_moe_layers(model)[0].experts.down_proj[0, 0, 0] += 1
         return model
 
     monkeypatch.setattr(families, "load_merged", wrong)
@@ -199,7 +216,9 @@ def test_a_checkpoint_that_computes_something_else_is_told(monkeypatch):
 @pytest.mark.parametrize("family", ["llama4", "muse_spark"])
 def test_experts_that_nothing_can_be_solved_for_say_so(family):
     model, ids = tiny_model(family), tiny_tokens()
-    stats = capture(model, ids, needs=("usage", "outputs", "norms", "grams", "sample"), sample=64, progress=False)
+    stats = capture(
+        model, ids, needs=("usage", "outputs", "norms", "grams", "sample"), sample=64, progress=False
+    )
     plan = make_plan(stats, model, experts=KEPT, method="hc-least-squares")
     with pytest.raises(ValueError, match='so that combine "least-squares" has nothing to solve'):
         families.apply_plan(model, plan, stats)
@@ -208,19 +227,21 @@ def test_experts_that_nothing_can_be_solved_for_say_so(family):
 @pytest.mark.parametrize("family", ["dbrx", "jetmoe", "longcat_flash", "gpt_oss", "nemotron_h"])
 def test_odd_layouts_are_read_and_written_neuron_by_neuron(family):
     model = built(family, torch.float64)
-    layer = moe.find_moe_layers(model)[0]
-    tokens = torch.randn(5, layer.hidden_size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    layer = families.find_moe_layers(model)[0]
+    tokens = torch.randn(
+        5, layer.hidden_size, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    )
     wanted = [alone(layer.experts, expert, tokens) for expert in range(EXPERTS)]
     order = torch.randperm(layer.width, generator=torch.Generator().manual_seed(1))
     shuffled = [layer.neurons(expert).take(order) for expert in range(EXPERTS)]
     for neurons, output in zip(shuffled, wanted, strict=True):
         offset = 0 if neurons.offset is None else neurons.offset
         torch.testing.assert_close(layer.activate(neurons, tokens) @ neurons.down.T + offset, output)
-    moe.put_experts(layer, layer.stacked(shuffled), list(range(EXPERTS)))
+    replace.put_experts(layer, layer.stacked(shuffled), list(range(EXPERTS)))
     for expert, output in enumerate(wanted):
         torch.testing.assert_close(alone(layer.experts, expert, tokens), output)
     narrow = [neurons.take(order[:7]) for neurons in shuffled]
-    moe.take_experts(layer)
+    replace.take_experts(layer)
     made = layer.stacked(narrow)
     assert {name: list(tensor.shape) for name, tensor in made.items()} == layer.shapes(EXPERTS, 7)
 

@@ -9,21 +9,12 @@ from conftest import tiny_model, tokens
 from matplotlib.figure import Figure
 from scipy.cluster import hierarchy
 
-from hcsmoe_core import (
-    capture,
-    cut,
-    distances,
-    explore,
-    figures,
-    find_moe_layers,
-    linkage,
-    load_plan,
-    make_plan,
-    merge_tree,
-    study,
-)
+from hcsmoe_core import capture, cut, distances, find_moe_layers, linkage, load_plan, make_plan, merge_tree
 from hcsmoe_core.clustering import by_first_appearance
 from hcsmoe_core.statistics import LayerStatistics, Statistics
+from hcsmoe_core.studies import tables as study
+from hcsmoe_core.ui import figures
+from hcsmoe_core.ui import widgets as explore
 
 
 @pytest.fixture(scope="module")
@@ -35,9 +26,16 @@ def measured():
 def drawn(stats):
     condensed = [distances(stats, name) for name in stats.layers]
     trees = [linkage(c) for c in condensed]
-    frame = pd.DataFrame({"r": [2, 4, 2, 4], "acc": [0.5, 0.6, 0.4, 0.7], "se": [0.1] * 4, "linkage": ["a", "a", "b", "b"]})
+    frame = pd.DataFrame(
+        {"r": [2, 4, 2, 4], "acc": [0.5, 0.6, 0.4, 0.7], "se": [0.1] * 4, "linkage": ["a", "a", "b", "b"]}
+    )
     tokens_taken = pd.DataFrame({"token": ["$a", " b"], "count": [9, 6], "share": [0.5, 0.1]})
-    scores = {"tasks": {"demo_units": {"acc": 0.5, "acc_stderr": 0.02}, "demo_largest": {"acc": 0.7, "acc_stderr": 0.02}}}
+    scores = {
+        "tasks": {
+            "demo_units": {"acc": 0.5, "acc_stderr": 0.02},
+            "demo_largest": {"acc": 0.7, "acc_stderr": 0.02},
+        }
+    }
     return {
         "heatmap": figures.similarity_heatmap(condensed[0], trees[0], groups=4, title="t"),
         "dendrogram": figures.dendrogram(trees[0], groups=3, usage=stats.layer(0).frequency.numpy()),
@@ -47,7 +45,9 @@ def drawn(stats):
         "labelled": figures.similarity_heatmap(
             condensed[0], trees[0], usage=stats.layer(0).frequency.numpy(), mix=study.domain_mix(stats, 0)
         ),
-        "cut": figures.cut_view(condensed[0], trees[0], [np.linspace(1, 0, 8)] * 3, [4, 5, 3], layer=0, uniform=4),
+        "cut": figures.cut_view(
+            condensed[0], trees[0], [np.linspace(1, 0, 8)] * 3, [4, 5, 3], layer=0, uniform=4
+        ),
         "expert": figures.expert_profile({"a": 0.2, "b": 0.4}, tokens_taken, expected=0.25),
         "usage": figures.usage_by_domain(stats, 0),
         "curve": figures.curve(
@@ -103,7 +103,9 @@ def test_groups_are_coloured_alike_in_tree_and_heatmap():
 def test_usage_is_shown_in_per_cent_of_a_domain():
     count = torch.tensor([[1, 3], [5, 5]])
     mass = count.double()
-    layer = LayerStatistics(torch.tensor([4, 10]), count, mass, mass, torch.ones(2, 2, 2), output_sum=torch.ones(2, 2, 3))
+    layer = LayerStatistics(
+        torch.tensor([4, 10]), count, mass, mass, torch.ones(2, 2, 2), output_sum=torch.ones(2, 2, 3)
+    )
     stats = Statistics({"m": layer}, ["x", "y"], {}, [])
     image = figures.usage_by_domain(stats, 0).axes[0].images[0].get_array()
     np.testing.assert_allclose(image, [[25, 75], [50, 50]])
@@ -173,7 +175,9 @@ def test_cuts_are_drawn_by_hand_and_saved_as_a_plan(measured, tmp_path, monkeypa
     assert controls["experts"].value == 4  # each layer has its own
     tree = merge_tree(stats, 1)
     for groups in range(8, 0, -1):  # dragging the cut from the bottom of the tree to its top
-        controls["height"].value = (tree[8 - groups, 2] if groups > 1 else tree[-1, 2] * 1.04) / (tree[-1, 2] * 1.05) - 2e-3
+        controls["height"].value = (tree[8 - groups, 2] if groups > 1 else tree[-1, 2] * 1.04) / (
+            tree[-1, 2] * 1.05
+        ) - 2e-3
         wanted = cut(tree, cutting.counts[1]).tolist()
         height = controls["height"].value * tree[-1, 2] * 1.05
         assert wanted == by_first_appearance(hierarchy.fcluster(tree, height, "distance")).tolist()
@@ -190,7 +194,11 @@ def test_cuts_are_drawn_by_hand_and_saved_as_a_plan(measured, tmp_path, monkeypa
     saved = load_plan(tmp_path / "p.json")
     assert [layer.num_groups for layer in saved.layers] == cutting.counts == [2, 5, 4]
     assert saved.layers == make_plan(stats, experts=[2, 5, 4]).layers
-    monkeypatch.setattr(explore, "evaluate", lambda model, *_, **__: {"mean_loss": float(find_moe_layers(model)[0].num_stored)})
+    monkeypatch.setattr(
+        explore,
+        "evaluate",
+        lambda model, *_, **__: {"mean_loss": float(find_moe_layers(model)[0].num_stored)},
+    )
     cutting._buttons["apply and score"].click()
     assert "Loss 8.0000 before, 2.0000 with this plan (11 experts in all)" in cutting._said.value
     assert not find_moe_layers(model)[0].merged

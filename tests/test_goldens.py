@@ -9,9 +9,19 @@ from conftest import logits
 from safetensors.torch import load_file
 from scipy.spatial.distance import pdist
 
-from hcsmoe_core import apply_plan, capture, distances, load_merged, load_model, make_plan, restore, save_merged
-from hcsmoe_core.clustering import by_first_appearance, kmeans, single_shot
-from hcsmoe_core.moe import find_moe_layers
+from hcsmoe_core import (
+    apply_plan,
+    capture,
+    distances,
+    load_merged,
+    load_model,
+    make_plan,
+    restore,
+    save_merged,
+)
+from hcsmoe_core.clustering import by_first_appearance
+from hcsmoe_core.families import find_moe_layers
+from hcsmoe_core.methods.grouping import kmeans, single_shot
 from hcsmoe_core.plan import LayerPlan, Plan
 from hcsmoe_core.similarity import coordinates
 
@@ -38,7 +48,9 @@ def measured(goldens):
 
 def test_the_model_computes_what_it_did(measured):
     model, _, data = measured
-    torch.testing.assert_close(logits(model, data["eval_ids"].long()), data["original_logits"], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        logits(model, data["eval_ids"].long()), data["original_logits"], rtol=1e-4, atol=1e-5
+    )
 
 
 def test_counts_are_exact_and_features_close(measured, goldens):
@@ -46,24 +58,36 @@ def test_counts_are_exact_and_features_close(measured, goldens):
     wanted = load_file(goldens / "stats.safetensors")
     for place, sums in enumerate(stats.layers.values()):
         assert (
-            sums.usage_count[0].tolist() == wanted[f"counts_topk.{place}"].tolist() == wanted[f"counts_top2.{place}"].tolist()
+            sums.usage_count[0].tolist()
+            == wanted[f"counts_topk.{place}"].tolist()
+            == wanted[f"counts_top2.{place}"].tolist()
         )
-        torch.testing.assert_close(sums.frequency.float(), wanted[f"usage_frequency.{place}"].float(), rtol=1e-6, atol=0)
+        torch.testing.assert_close(
+            sums.frequency.float(), wanted[f"usage_frequency.{place}"].float(), rtol=1e-6, atol=0
+        )
         features = wanted[f"features.expert-output.{place}"].double()
         assert (sums.mean_output - features).norm() / features.norm() < 1e-5
         torch.testing.assert_close(sums.mean_output, features, rtol=1e-5, atol=1e-6)
         scores = wanted["router_logits"][place].double()
-        np.testing.assert_allclose(distances(stats, place, similarity="router-logits"), pdist(scores.T), rtol=1e-4)
+        np.testing.assert_allclose(
+            distances(stats, place, similarity="router-logits"), pdist(scores.T), rtol=1e-4
+        )
 
 
 def test_groups_are_the_authors(measured, goldens):
     model, stats, _ = measured
     compared = 0
     for record in json.loads((goldens / "clusters.json").read_text()):
-        wanted = (record["base"] in SIMILARITIES, record["cluster"], record.get("linkage") in ("single", "average"))
+        wanted = (
+            record["base"] in SIMILARITIES,
+            record["cluster"],
+            record.get("linkage") in ("single", "average"),
+        )
         if wanted != (True, "hierarchical", True) or record["margin"] <= MARGIN:
             continue
-        plan = make_plan(stats, model, experts=record["r"], similarity=record["base"], linkage=record["linkage"])
+        plan = make_plan(
+            stats, model, experts=record["r"], similarity=record["base"], linkage=record["linkage"]
+        )
         assert plan.layers[record["layer"]].labels == record["labels"], record
         compared += 1
     assert compared == 72
@@ -84,7 +108,9 @@ def test_merged_weights_and_logits_are_the_authors(measured, goldens, case, tmp_
                 for name, tensor in (("w1", gate), ("w3", up), ("w2", layer.experts.down_proj.detach())):
                     theirs = wanted[f"layer{place}.group{group}.{name}"]
                     assert (tensor[group] - theirs).norm() / theirs.norm() < 1e-5
-        torch.testing.assert_close(logits(model, data["eval_ids"].long()), wanted["logits"], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            logits(model, data["eval_ids"].long()), wanted["logits"], rtol=1e-4, atol=1e-4
+        )
     finally:
         restore(model)
     save_merged(model, plan, tmp_path / "m")
@@ -99,7 +125,11 @@ def test_complete_and_ward_follow_the_definitions_and_not_the_authors(measured, 
     model, stats, _ = measured
     differ = {"complete": 0, "ward": 0}
     for record in json.loads((goldens / "clusters.json").read_text()):
-        if record["cluster"] != "hierarchical" or record["linkage"] not in differ or record["base"] != "expert-output":
+        if (
+            record["cluster"] != "hierarchical"
+            or record["linkage"] not in differ
+            or record["base"] != "expert-output"
+        ):
             continue
         plan = make_plan(stats, model, experts=record["r"], linkage=record["linkage"])
         got = plan.layers[record["layer"]].labels
@@ -143,8 +173,12 @@ def test_single_shot_groups_are_the_authors(measured, goldens):
             continue
         base, metric, limit = record["base"], record["metric"], record["group_limit"]
         ours = None
-        if base in COSINE and metric == "cosine" and limit * (record["r"] - 1) >= 8:  # what the budget leaves, holds all
-            how = dict(similarity=base, metric=metric, grouping="single-shot", group_limit=limit, budget="frequency")
+        if (
+            base in COSINE and metric == "cosine" and limit * (record["r"] - 1) >= 8
+        ):  # what the budget leaves, holds all
+            how = dict(
+                similarity=base, metric=metric, group="single-shot", group_limit=limit, budget="frequency"
+            )
             ours = make_plan(stats, model, experts=record["r"], **how)
             assert sum(layer.num_groups for layer in ours.layers) == 3 * record["r"]
         for place in range(3):
@@ -174,7 +208,10 @@ def test_kmeans_is_lloyds_and_not_the_authors(measured, goldens):
     model, stats, _ = measured
     compared, same = 0, 0
     for record in json.loads((goldens / "clusters.json").read_text()):
-        if record["cluster"] not in ("kmeans", "kmeans-init0", "hirarchical") or record["base"] not in SIMILARITIES:
+        if (
+            record["cluster"] not in ("kmeans", "kmeans-init0", "hirarchical")
+            or record["base"] not in SIMILARITIES
+        ):
             continue
         condensed = distances(stats, record["layer"], similarity=record["base"], model=model)
         points, labels = coordinates(condensed, "euclidean"), by_first_appearance(record["labels"]).tolist()
@@ -212,7 +249,9 @@ def _plan_of(record, stats, combine, weight):
     """A plan by the authors' groups and dominant experts; ``weight(sums, expert, dominant)`` is shared out in each group."""
     layers = []
     for sums, (name, labels, dominant) in zip(
-        stats.layers.values(), zip(stats.layers, record["labels"], record["dominant_experts"], strict=True), strict=True
+        stats.layers.values(),
+        zip(stats.layers, record["labels"], record["dominant_experts"], strict=True),
+        strict=True,
     ):
         share = np.array([weight(sums, e, dominant) for e in range(8)], dtype=np.float64)
         share = share / np.bincount(labels, share)[labels]
@@ -272,7 +311,9 @@ def test_weighted_and_fixed_dominant_weights_are_the_authors(measured, sampled, 
                 ours = layer.expert_output(group, layer.expert_hidden(group, probe)).detach()
                 assert (ours - theirs).norm() / theirs.norm() < tolerance
         if tolerance < 1e-4:
-            torch.testing.assert_close(logits(model, data["eval_ids"].long()), wanted["logits"], rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(
+                logits(model, data["eval_ids"].long()), wanted["logits"], rtol=1e-4, atol=1e-4
+            )
     finally:
         restore(model)
     assert compared == 36
@@ -297,7 +338,9 @@ def test_zipped_experts_compute_what_the_authors_do(measured, sampled, goldens, 
                 ours = layer.expert_output(group, layer.expert_hidden(group, probe)).detach()
                 assert (ours - theirs).norm() / theirs.norm() < 1e-4
                 compared += 1
-        torch.testing.assert_close(logits(model, data["eval_ids"].long()), wanted["logits"], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            logits(model, data["eval_ids"].long()), wanted["logits"], rtol=1e-4, atol=1e-4
+        )
     finally:
         restore(model)
     assert compared == 12
@@ -310,7 +353,7 @@ def test_pruned_logits_are_the_authors(measured, goldens):
     layers = []
     for name, kept in zip(stats.layers, record["dominant_experts"], strict=True):
         labels = [kept.index(e) if e in kept else -1 for e in range(8)]
-        layers.append(LayerPlan(name, labels, [float(e in kept) for e in range(8)], router="drop"))
+        layers.append(LayerPlan(name, labels, [float(e in kept) for e in range(8)], router="dropped"))
     apply_plan(model, Plan(layers))
     try:
         for place, layer in enumerate(find_moe_layers(model)):
@@ -319,6 +362,8 @@ def test_pruned_logits_are_the_authors(measured, goldens):
             for e in range(4):
                 for name, tensor in (("w1", gate), ("w3", up), ("w2", layer.experts.down_proj.detach())):
                     assert torch.equal(tensor[e], wanted[f"layer{place}.expert{e}.{name}"])
-        torch.testing.assert_close(logits(model, data["eval_ids"].long()), wanted["logits"], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            logits(model, data["eval_ids"].long()), wanted["logits"], rtol=1e-4, atol=1e-4
+        )
     finally:
         restore(model)

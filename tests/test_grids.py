@@ -7,8 +7,9 @@ import pandas as pd
 import pytest
 import yaml
 
-from hcsmoe_core import grids, paper, showcase, sweep
-from hcsmoe_core.methods import steps_of
+from hcsmoe_core.methods.planner import steps_of
+from hcsmoe_core.studies import grids, paper, sweep
+from hcsmoe_core.ui import showcase
 
 DEFAULTS = sweep.parameters_of(sweep.notebook_path("05_accuracy"))
 
@@ -37,7 +38,9 @@ def test_the_projects_studies_can_be_run(name, model):
 @pytest.mark.parametrize("model", ["demo-qwen", "demo-mixtral"])
 def test_together_they_have_all_that_the_papers_tables_compare(model):
     def key(cell):
-        return cell["experts"], cell["experts"] and steps_of(cell.get("method", "hc-smoe"), **sweep.chosen_steps(cell)).plain()
+        return cell["experts"], cell["experts"] and steps_of(
+            cell.get("method", "hc-smoe"), **sweep.chosen_steps(cell)
+        ).plain()
 
     have = {key(cell.given) for _, _, cells in grids.plans(["all"], [model]) for cell in cells}
     assert {key(cell) for cell in paper.wanted(32 if model == "demo-qwen" else 8)} <= have
@@ -47,11 +50,17 @@ def test_together_they_have_all_that_the_papers_tables_compare(model):
 
 
 def test_cells_are_every_combination_for_every_sample_with_the_unmerged_model_once(tmp_path):
-    axes = {"experts": ["3/4", 4], "linkage": ["average", "ward"], "settings": [{"merge": "average"}, {"method": "zipit"}]}
+    axes = {
+        "experts": ["3/4", 4],
+        "linkage": ["average", "ward"],
+        "settings": [{"merge": "average"}, {"method": "zipit"}],
+    }
     excluded = [{"linkage": "ward", "experts": 4}, {"method": "zipit", "linkage": "ward"}]
     study = grids.load(written(tmp_path, axes=axes, exclude=excluded, seeds=[1, 2], base={"limit": 7}))
     cells = grids.cells_of(study, "demo-mixtral", {"text": "none"})
-    found = [tuple(c.given.get(k, "") for k in ("experts", "linkage", "method", "merge", "seed")) for c in cells]
+    found = [
+        tuple(c.given.get(k, "") for k in ("experts", "linkage", "method", "merge", "seed")) for c in cells
+    ]
     wanted = itertools.product((6, 4), ("average", "ward"), (("", "average"), ("zipit", "")), (1, 2))
     wanted = [(r, linkage, *how, seed) for r, linkage, how, seed in wanted]
     kept = [w for w in wanted if not (w[1] == "ward" and (w[0] == 4 or w[2] == "zipit"))]
@@ -66,10 +75,18 @@ def test_shares_are_of_the_models_experts_and_of_the_sources_sequences(tmp_path)
     for model, kept in (("demo-mixtral", (6, 3)), ("demo-qwen", (24, 12))):
         found = [(c.given["experts"], c.given["sequences"]) for c in grids.cells_of(study, model)[1:]]
         assert found == list(itertools.product(kept, (12, 192, 5)))
-    c4 = grids.load(written(tmp_path, axes={"experts": [2], "sequences": ["1/8"]}, base={"calibration": "c4"}))
+    c4 = grids.load(
+        written(tmp_path, axes={"experts": [2], "sequences": ["1/8"]}, base={"calibration": "c4"})
+    )
     assert grids.cells_of(c4, "demo-mixtral")[1].given["sequences"] == 4
-    embedded = written(tmp_path, axes={"experts": [2], "calibration": ["c4", "math"]}, embedded={"calibration": ["demo:units"]})
-    assert [c.given["calibration"] for c in grids.cells_of(grids.load(embedded), "demo-qwen")[1:]] == ["demo:units"]
+    embedded = written(
+        tmp_path,
+        axes={"experts": [2], "calibration": ["c4", "math"]},
+        embedded={"calibration": ["demo:units"]},
+    )
+    assert [c.given["calibration"] for c in grids.cells_of(grids.load(embedded), "demo-qwen")[1:]] == [
+        "demo:units"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -118,9 +135,13 @@ def test_what_is_wrong_is_told_before_anything_runs(tmp_path, content, message):
 def test_a_key_that_is_there_twice_is_an_error(tmp_path):
     path = tmp_path / "some.yml"
     path.write_text("title: t\naxes:\n  experts: [2]\n  linkage: [ward]\n  linkage: [single]\n")
-    with pytest.raises(ValueError, match="some.yml is not readable YAML: the key 'linkage' is there twice .*line 3"):
+    with pytest.raises(
+        ValueError, match="some.yml is not readable YAML: the key 'linkage' is there twice .*line 3"
+    ):
         grids.load(path)
-    with pytest.raises(FileNotFoundError, match="no grid linkge; give a .yml file, all, or one of budgets, .*linkage"):
+    with pytest.raises(
+        FileNotFoundError, match="no grid linkge; give a .yml file, all, or one of budgets, .*linkage"
+    ):
         grids.load("linkge")
 
 
@@ -136,14 +157,18 @@ def test_what_does_not_suit_the_model_or_is_an_axis_is_refused(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             grids.cells_of(study, "demo-qwen", given)
-    assert grids.overrides_from(["limit=3", "guard=on", "text=none"]) == {"limit": 3, "guard": True, "text": "none"}
+    assert grids.overrides_from(["limit=3", "guard=on", "text=none"]) == {
+        "limit": 3,
+        "guard": True,
+        "text": "none",
+    }
 
 
 SAME = [  # cells of which each pair makes the same plan and scores it alike
     ({}, {"linkage": "average", "merge": "frequency", "similarity": "expert-output"}),
     ({}, {"method": "hc-smoe", "plan_seed": 5, "metric": "euclidean"}),
     ({}, {"calibration": "demo", "sequences": 96, "length": 256, "seed": 42}),
-    ({"method": "k-means"}, {"grouping": "k-means", "linkage": "ward"}),
+    ({"method": "k-means"}, {"group": "k-means", "linkage": "ward"}),
     ({"method": "reap"}, {"method": "reap", "linkage": "single", "merge": "average", "plan_seed": 3}),
     ({"combine": "fix-dom", "merge": "average"}, {"method": "fix-dom", "merge": "average"}),
     ({"steps": "budget=merge-cost guard=on"}, {"budget": "merge-cost", "guard": True}),
@@ -157,7 +182,10 @@ OTHER = [
     ({"method": "k-means"}, {"method": "k-means", "plan_seed": 1}),
     ({"method": "k-means", "centres": "first"}, {"method": "k-means"}),
     ({"budget": "merge-cost"}, {"budget": "merge-cost", "linkage": "single"}),
-    ({"method": "k-means", "budget": "merge-cost"}, {"method": "k-means", "budget": "merge-cost", "linkage": "single"}),
+    (
+        {"method": "k-means", "budget": "merge-cost"},
+        {"method": "k-means", "budget": "merge-cost", "linkage": "single"},
+    ),
 ]
 
 
@@ -176,7 +204,9 @@ def test_a_canonical_cell_makes_the_plan_of_the_cell_as_it_was_given():
     for pair in SAME + OTHER:
         for given in pair:
             made = DEFAULTS | sweep.canonical({"model": "demo-mixtral", "experts": 4} | given, DEFAULTS)
-            steps = [steps_of(p.get("method", "hc-smoe"), **sweep.chosen_steps(p)).plain() for p in (made, given)]
+            steps = [
+                steps_of(p.get("method", "hc-smoe"), **sweep.chosen_steps(p)).plain() for p in (made, given)
+            ]
             assert steps[0] == steps[1], given
 
 
@@ -211,7 +241,7 @@ def measured(folder, cells, name="some", model="demo-mixtral"):
 CELLS = {
     "a": ({"experts": 0}, 0.9),
     "b": ({"experts": 4, "method": "hc-smoe", "linkage": "average"}, 0.5),
-    "c": ({"experts": 4, "method": "hc-smoe", "grouping": "k-means", "plan_seed": 1}, 0.6),
+    "c": ({"experts": 4, "method": "hc-smoe", "group": "k-means", "plan_seed": 1}, 0.6),
     "d": ({"experts": 4, "method": "hc-smoe", "sequences": 24}, 0.4),
     "e": ({"experts": 4, "method": "reap"}, None),
     "f": ({"experts": 2, "method": "reap"}, None),
@@ -226,11 +256,14 @@ def test_the_table_has_every_setting_and_what_is_missing_is_told_against_the_gri
         "original", "hc-smoe, 96 sequences", "hc-smoe, grouping k-means, 96 sequences", "hc-smoe, 24 sequences"
     ]  # fmt: skip
     assert frame["linkage"].fillna("").tolist() == ["", "average", "average", "average"]
-    assert frame["grouping"].fillna("").tolist() == ["", "hierarchical", "k-means", "hierarchical"]
+    assert frame["group"].fillna("").tolist() == ["", "hierarchical", "k-means", "hierarchical"]
     assert frame["calibration"].tolist() == ["", "demo", "demo", "demo"]
     assert frame["sequences"].tolist() == [0, 96, 96, 24]
     missing = sweep.missing_of(tmp_path, "some", "demo-mixtral")
-    assert missing[["state", "experts", "method"]].values.tolist() == [["failed", 4, "reap"], ["missing", 2, "reap"]]
+    assert missing[["state", "experts", "method"]].values.tolist() == [
+        ["failed", 4, "reap"],
+        ["missing", 2, "reap"],
+    ]
     row = sweep.status(tmp_path).iloc[0]
     assert row[["cells", *sweep.STATES]].tolist() == [6, 4, 1, 0, 0, 1]
     assert sweep.failures(tmp_path)[0].endswith("ValueError: no good")
@@ -239,7 +272,7 @@ def test_the_table_has_every_setting_and_what_is_missing_is_told_against_the_gri
 
 
 def test_a_process_that_died_is_told_from_one_that_runs(tmp_path):
-    from hcsmoe_core.files import held
+    from hcsmoe_core._util import held
 
     done = tmp_path / "05_accuracy-a.ipynb"
     part = tmp_path / ".05_accuracy-a.part.ipynb"
@@ -258,7 +291,7 @@ def test_a_process_that_died_is_told_from_one_that_runs(tmp_path):
 
 
 def test_grids_share_cells_and_tables_are_csv_and_latex(tmp_path):
-    from hcsmoe_core.study import write_table
+    from hcsmoe_core.studies.tables import write_table
 
     measured(tmp_path, {k: CELLS[k] for k in "abc"})
     measured(tmp_path, {k: CELLS[k] for k in "bd"}, name="other")
@@ -278,9 +311,11 @@ def test_grids_share_cells_and_tables_are_csv_and_latex(tmp_path):
 
 
 def test_options_of_slurm_jobs(tmp_path):
-    from hcsmoe_core.engines import job_options
+    from hcsmoe_core.studies.engines import job_options
 
-    made = job_options(["walltime=1-02:00:00", "cores=4", "gpus=1", "queue=fast", "directives=--constraint=a;--exclusive"])
+    made = job_options(
+        ["walltime=1-02:00:00", "cores=4", "gpus=1", "queue=fast", "directives=--constraint=a;--exclusive"]
+    )
     assert made["queue"] == "fast"
     assert (made["cores"], made["processes"], made["job_cpu"]) == (1, 1, 4)  # one cell at a time on all cores
     assert made["job_extra_directives"] == ["--constraint=a", "--exclusive", "--gpus=1"]
@@ -301,10 +336,16 @@ def test_options_of_slurm_jobs(tmp_path):
 def test_cells_ask_for_a_gpu_where_workers_offer_one(resources):
     from distributed import Client, LocalCluster
 
-    from hcsmoe_core.engines import scheduler
+    from hcsmoe_core.studies.engines import scheduler
 
-    how = dict(n_workers=1, processes=False, threads_per_worker=1, dashboard_address=":0", resources=resources)
-    with LocalCluster(**how) as cluster, Client(cluster) as client, scheduler(client.scheduler.address) as engine:
+    how = dict(
+        n_workers=1, processes=False, threads_per_worker=1, dashboard_address=":0", resources=resources
+    )
+    with (
+        LocalCluster(**how) as cluster,
+        Client(cluster) as client,
+        scheduler(client.scheduler.address) as engine,
+    ):
         assert engine.dashboard.startswith("http")
         assert engine.executor.submit(resources_of_this_task).result(timeout=60) == resources
 

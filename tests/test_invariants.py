@@ -11,16 +11,23 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hcsmoe_core import METHODS, apply_plan, capture, load_plan, load_statistics, make_plan, restore
-from hcsmoe_core.budget import BUDGETS
-from hcsmoe_core.combining import OPTIONS, Group, combine
-from hcsmoe_core.methods import steps_of
-from hcsmoe_core.moe import Neurons, find_moe_layers
+from hcsmoe_core.families import find_moe_layers
+from hcsmoe_core.merging import Group
+from hcsmoe_core.merging import combine_group as combine
+from hcsmoe_core.methods.budget import BUDGETS
+from hcsmoe_core.methods.planner import steps_of
+from hcsmoe_core.methods.saliency import super_experts
+from hcsmoe_core.moe import Neurons
 from hcsmoe_core.plan import DROPPED, LayerPlan, Plan
-from hcsmoe_core.pruning import super_experts
 from hcsmoe_core.statistics import SAMPLED, LayerStatistics, Statistics
+from hcsmoe_core.steps import combine as COMBINE
 
 NEEDS = ("usage", "outputs", "norms", "grams", "sample")
-IDS = {"mixtral": tokens(10, 24, seed=4), "qwen2_moe": tokens(10, 24, seed=4), "gpt_oss": tokens(10, 24, seed=2)}
+IDS = {
+    "mixtral": tokens(10, 24, seed=4),
+    "qwen2_moe": tokens(10, 24, seed=4),
+    "gpt_oss": tokens(10, 24, seed=2),
+}
 ALIGNING = [
     *MATCHING,
     {"rule": "least-squares", "align": "weights"},
@@ -42,7 +49,11 @@ def few(examples):
         max_examples=examples,
         deadline=None,
         derandomize=True,
-        suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
+        suppress_health_check=[
+            HealthCheck.function_scoped_fixture,
+            HealthCheck.too_slow,
+            HealthCheck.data_too_large,
+        ],
     )
 
 
@@ -67,7 +78,7 @@ def check_layer(layer, experts, method):
     assert list(dict.fromkeys(kept)) == list(range(layer.num_groups))
     assert len(kept) == experts or steps_of(method).grouping == "prune"
     if steps_of(method).grouping == "prune":
-        assert layer.router == "drop"
+        assert layer.router == "dropped"
         assert len(kept) == layer.num_groups  # nothing is joined
     members = [e for group in layer.groups() for e in group]
     assert sorted(members) == layer.kept
@@ -108,24 +119,31 @@ def test_every_plan_is_a_partition_with_the_exact_total(method):
     model, stats = measured("mixtral")
     for budget in (b for m, b in PAIRS if m == method):
         for experts in range(1, 9):
-            plan = make_plan(stats, model, experts=experts, method=method, budget=budget, subsets=50, progress=False)
+            plan = make_plan(
+                stats, model, experts=experts, method=method, budget=budget, subsets=50, progress=False
+            )
             for layer in plan.layers:
                 check_layer(layer, 8, method)
             if method == "trimming":
-                assert all(layer.width == 24 * experts // 8 and layer.num_groups == 8 for layer in plan.layers)
+                assert all(
+                    layer.width == 24 * experts // 8 and layer.num_groups == 8 for layer in plan.layers
+                )
                 continue
             counts = [layer.num_groups for layer in plan.layers]
             if method == "least-residual":  # fewer experts, or more and narrower ones
                 assert len(set(counts)) == 1
                 assert all(
-                    count * (layer.width or 24) <= 24 * experts for count, layer in zip(counts, plan.layers, strict=True)
+                    count * (layer.width or 24) <= 24 * experts
+                    for count, layer in zip(counts, plan.layers, strict=True)
                 )
                 continue
             assert sum(counts) == 3 * experts
             assert budget != "uniform" or counts == [experts] * 3
 
 
-WEIGHTLESS = [m for m in METHODS if "sample" not in steps_of(m).needs() or steps_of(m).grouping == "hierarchical"]
+WEIGHTLESS = [
+    m for m in METHODS if "sample" not in steps_of(m).needs() or steps_of(m).grouping == "hierarchical"
+]
 WEIGHTLESS = [m for m in WEIGHTLESS if not steps_of(m).needs_model() and m != "trimming"]
 
 
@@ -136,7 +154,9 @@ def synthetic(draw):
     layers, hidden = {}, draw(st.integers(1, 4))
     for place in range(draw(st.integers(1, 4))):
         experts, count = draw(st.integers(1, 9)), int(generator.integers(3, 12))
-        kinds = generator.integers(0, draw(st.integers(1, 9)), experts)  # experts of one kind compute the same
+        kinds = generator.integers(
+            0, draw(st.integers(1, 9)), experts
+        )  # experts of one kind compute the same
         outputs = generator.integers(-2, 3, (9, count, hidden))[kinds].astype(float)
         outputs[:, 0, 0] = 3.0 + kinds  # none is zero everywhere
         gates = generator.integers(0, 3, (count, experts)) / 4
@@ -160,9 +180,13 @@ def synthetic(draw):
             routed_square=np.einsum("ti,jt->ij", gates, norms**2),
             cosine_sum=np.einsum("itd,jtd->ij", outputs / safe, outputs / safe),
         )
-        layers[f"layers.{place}.experts"] = LayerStatistics(**{k: torch.as_tensor(v)[None] for k, v in sums.items()})
+        layers[f"layers.{place}.experts"] = LayerStatistics(
+            **{k: torch.as_tensor(v)[None] for k, v in sums.items()}
+        )
     about = {n: {"top_k": 2, "router_groups": 1, "width": 8} for n in layers}
-    return Statistics(layers, ["all"], {"name": "made up", "class": "X", "hash": "0", "layers": about}, ["00" * 8])
+    return Statistics(
+        layers, ["all"], {"name": "made up", "class": "X", "hash": "0", "layers": about}, ["00" * 8]
+    )
 
 
 @few(150)
@@ -173,7 +197,9 @@ def test_made_up_statistics_give_partitions_with_the_exact_total(stats, data):
     budget = data.draw(st.sampled_from([b for m, b in PAIRS if m == method]))
     experts = data.draw(st.integers(1, min(sizes)))
     how = dict(experts=experts, method=method, budget=budget, seed=data.draw(st.integers(0, 9)))
-    protected = super_experts(stats) if steps_of(method).grouping != "fuzzy" and data.draw(st.booleans()) else {}
+    protected = (
+        super_experts(stats) if steps_of(method).grouping != "fuzzy" and data.draw(st.booleans()) else {}
+    )
     fewest = [min(len(p) + 1, size) for p, size in zip(protected.values(), sizes, strict=bool(protected))]
     if sum(fewest) > experts * len(sizes) or (budget == "uniform" and max(fewest, default=0) > experts):
         with pytest.raises(ValueError, match='"experts" argument'):
@@ -217,7 +243,9 @@ def test_an_expert_and_its_shuffled_twin_merge_without_error(family, order, weig
     model = tiny_model(family, torch.float64, seed=seed)
     for layer in find_moe_layers(model):
         copy_expert(layer, 2, 5, torch.tensor(order))
-    x = torch.randn(30, TINY["hidden_size"], dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    x = torch.randn(
+        30, TINY["hidden_size"], dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
+    )
     stats = capture(model, tokens(seed=seed), needs=("usage", "sample"))
     originals = {layer.name: output(layer, 2, x) for layer in find_moe_layers(model)}
     labels, weights = [0, 1, 2, 3, 4, 2, 5, 6], [1, 1, weight, 1, 1, 1 - weight, 1, 1]
@@ -235,7 +263,12 @@ def test_an_expert_and_its_shuffled_twin_merge_without_error(family, order, weig
 @given(
     family=st.sampled_from(["mixtral", "gpt_oss", "qwen2_moe", "deepseek_v3"]),
     labels=st.sampled_from(
-        [[0, 0, 0, 0, 0, 0, 0, 0], [0, 1, 0, 1, 2, 2, 3, 0], [0, 1, 2, 0, 1, 2, 0, 1], [0, 0, 1, 2, 3, 4, 5, 6]]
+        [
+            [0, 0, 0, 0, 0, 0, 0, 0],
+            [0, 1, 0, 1, 2, 2, 3, 0],
+            [0, 1, 2, 0, 1, 2, 0, 1],
+            [0, 0, 1, 2, 3, 4, 5, 6],
+        ]
     ),
     seed=st.integers(0, 5),
 )
@@ -258,8 +291,12 @@ def test_merging_identical_experts_changes_no_logit(family, labels, seed):
             continue
         layers = [LayerPlan(name, labels, share, rule, dominant=dominant) for name in stats.layers]
         apply_plan(model, Plan(layers), stats)
-        torch.testing.assert_close(logits(model, ids), before, rtol=1e-8, atol=1e-8, msg=lambda m, r=rule: f"{r}: {m}")
-        torch.testing.assert_close(logits(model, others), elsewhere, rtol=1e-8, atol=1e-8, msg=lambda m, r=rule: f"{r}: {m}")
+        torch.testing.assert_close(
+            logits(model, ids), before, rtol=1e-8, atol=1e-8, msg=lambda m, r=rule: f"{r}: {m}"
+        )
+        torch.testing.assert_close(
+            logits(model, others), elsewhere, rtol=1e-8, atol=1e-8, msg=lambda m, r=rule: f"{r}: {m}"
+        )
         restore(model)
     trimmed = [LayerPlan(n, list(range(8)), [1.0] * 8, {"rule": "trimming"}, width=24) for n in stats.layers]
     apply_plan(model, Plan(trimmed), stats)
@@ -301,18 +338,34 @@ def relabelled(family, order):
 def described(layer, names):
     """A layer's plan by what experts are called, whatever their numbers are."""
     groups = [frozenset(names[e] for e in group) for group in layer.groups()]
-    dominant = None if layer.dominant is None else {g: names[e] for g, e in zip(groups, layer.dominant, strict=True)}
+    dominant = (
+        None if layer.dominant is None else {g: names[e] for g, e in zip(groups, layer.dominant, strict=True)}
+    )
     dropped = {names[e] for e, label in enumerate(layer.labels) if label == DROPPED}
     mixture = None
     if layer.mixture is not None:
         rows = [[row[list(names).index(e)] for e in range(len(names))] for row in layer.mixture]
         mixture = np.array(sorted(rows))
     weights = np.array([layer.weights[list(names).index(e)] for e in range(len(names))])
-    return set(groups), dominant, dropped, {names[e] for e in layer.protected}, layer.width, layer.router, weights, mixture
+    return (
+        set(groups),
+        dominant,
+        dropped,
+        {names[e] for e in layer.protected},
+        layer.width,
+        layer.router,
+        weights,
+        mixture,
+    )
 
 
 SETTINGS = {  # beside each method's own
-    "hc-smoe": [dict(guard=True), dict(linkage="ward", budget="merge-cost"), dict(largest=4), dict(budget="silhouette")],
+    "hc-smoe": [
+        dict(guard=True),
+        dict(linkage="ward", budget="merge-cost"),
+        dict(largest=4),
+        dict(budget="silhouette"),
+    ],
     "k-means": [dict(similarity="functional"), dict(budget="grape")],
     "m-smoe": [dict(group_limit=4, budget="uniform")],
     "o-prune": [dict(loss="frobenius")],
@@ -393,7 +446,9 @@ def test_parts_add_up_to_the_whole(family, cut, second, size, batch, domains):
     assert total.sequences == whole.sequences
     assert total.needs == whole.needs
     assert torch.equal(total.sampled[:size], whole.sampled)
-    assert len(total.sampled) == size or all(len(range(a, b)) * 20 <= size for a, b in itertools.pairwise(cuts))
+    assert len(total.sampled) == size or all(
+        len(range(a, b)) * 20 <= size for a, b in itertools.pairwise(cuts)
+    )
     for name, sums in whole.layers.items():
         parts = total.layers[name]
         assert parts.held().keys() == sums.held().keys()
@@ -401,14 +456,18 @@ def test_parts_add_up_to_the_whole(family, cut, second, size, batch, domains):
             scale = float(wanted.abs().max())
             torch.testing.assert_close(getattr(parts, key), wanted, rtol=1e-12, atol=1e-12 * scale)
         for key in SAMPLED:
-            torch.testing.assert_close(getattr(parts.sample, key)[:size], getattr(sums.sample, key), rtol=1e-12, atol=1e-12)
+            torch.testing.assert_close(
+                getattr(parts.sample, key)[:size], getattr(sums.sample, key), rtol=1e-12, atol=1e-12
+            )
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
 def test_parts_give_the_plans_of_the_whole(family, tmp_path):
     """And so does the file that the whole was written to."""
     model, whole = measured(family)
-    parts = capture(model, IDS[family][:3], needs=NEEDS) + capture(model, IDS[family][3:], needs=NEEDS, batch_size=2)
+    parts = capture(model, IDS[family][:3], needs=NEEDS) + capture(
+        model, IDS[family][3:], needs=NEEDS, batch_size=2
+    )
     whole.save(tmp_path / "s.safetensors")
     again = load_statistics(tmp_path / "s.safetensors")
     assert again.identity() == whole.identity()
@@ -417,7 +476,9 @@ def test_parts_give_the_plans_of_the_whole(family, tmp_path):
     for name, sums in whole.layers.items():
         for key, value in sums.held().items():
             assert torch.equal(getattr(again.layers[name], key), value)
-        assert all(torch.equal(getattr(again.layers[name].sample, k), getattr(sums.sample, k)) for k in SAMPLED)
+        assert all(
+            torch.equal(getattr(again.layers[name].sample, k), getattr(sums.sample, k)) for k in SAMPLED
+        )
     for method in METHODS:
         plan = make(method, whole, model)
         assert make(method, again, model) == plan, method
@@ -433,7 +494,9 @@ def test_parts_give_the_plans_of_the_whole(family, tmp_path):
 def test_restoring_brings_every_bit_back_after_any_plan(family, dtype):
     model, ids = tiny_model(family, dtype), tokens()
     stats, before = capture(model, ids, needs=NEEDS), logits(model, ids)
-    modules = {name: {k: v for k, v in vars(m).items() if isinstance(v, int)} for name, m in model.named_modules()}
+    modules = {
+        name: {k: v for k, v in vars(m).items() if isinstance(v, int)} for name, m in model.named_modules()
+    }
     held = {n: t.clone() for n, t in [*model.named_parameters(), *model.named_buffers()]}
     hooks = sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules())
     for method in METHODS:
@@ -446,10 +509,12 @@ def test_restoring_brings_every_bit_back_after_any_plan(family, dtype):
         now = dict([*model.named_parameters(), *model.named_buffers()])
         assert now.keys() == held.keys()
         assert all(torch.equal(now[n], t) and now[n].dtype == t.dtype for n, t in held.items()), method
-        assert modules == {n: {k: v for k, v in vars(m).items() if isinstance(v, int)} for n, m in model.named_modules()}
+        assert modules == {
+            n: {k: v for k, v in vars(m).items() if isinstance(v, int)} for n, m in model.named_modules()
+        }
         assert hooks == sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules())
         assert torch.equal(logits(model, ids), before)
 
 
 def test_every_rule_is_among_those_tried():
-    assert {rule["rule"] for rule in EVERY_RULE} | {"trimming"} == set(OPTIONS)
+    assert {rule["rule"] for rule in EVERY_RULE} | {"trimming"} == set(COMBINE)

@@ -20,7 +20,7 @@ import pytest
 from conftest import ROOT
 
 import hcsmoe_core as core
-from hcsmoe_core import sweep
+from hcsmoe_core.studies import sweep
 
 pytestmark = pytest.mark.slow
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -45,7 +45,13 @@ def lab(tmp_path_factory):
         port = free.getsockname()[1]
     token, log = secrets.token_hex(), folder / "lab.log"
     own = {f"JUPYTER_{kind}_DIR": str(folder / kind.lower()) for kind in ("CONFIG", "DATA", "RUNTIME")}
-    options = ["--no-browser", "--allow-root", "--ServerApp.ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0"]
+    options = [
+        "--no-browser",
+        "--allow-root",
+        "--ServerApp.ip=127.0.0.1",
+        f"--port={port}",
+        "--ServerApp.port_retries=0",
+    ]
     server = subprocess.Popen(
         [sys.executable, *job["JOBS"]["lab"], *options, f"--LabApp.app_settings_dir={folder / 'settings'}"],
         cwd=folder,
@@ -53,7 +59,9 @@ def lab(tmp_path_factory):
         stdout=log.open("w"),
         stderr=subprocess.STDOUT,
     )
-    found = SimpleNamespace(folder=folder, notebooks=folder / "notebooks", log=log, url=f"http://127.0.0.1:{port}", token=token)
+    found = SimpleNamespace(
+        folder=folder, notebooks=folder / "notebooks", log=log, url=f"http://127.0.0.1:{port}", token=token
+    )
     try:
         _until(lambda: _answers(found) or server.poll() is not None, "JupyterLab to answer")
         assert server.poll() is None, log.read_text()
@@ -82,7 +90,9 @@ def _until(true, what):
 
 def _ask(lab, path, method="GET"):
     headers = {"Authorization": f"token {lab.token}"}
-    with urllib.request.urlopen(urllib.request.Request(lab.url + path, method=method, headers=headers), timeout=60) as answer:
+    with urllib.request.urlopen(
+        urllib.request.Request(lab.url + path, method=method, headers=headers), timeout=60
+    ) as answer:
         return json.loads(answer.read() or "null")
 
 
@@ -106,17 +116,23 @@ def window(lab, name):
         browser = playwright.chromium.launch(executable_path=CHROMIUM)
         page = browser.new_page(viewport={"width": 1400, "height": 1600})
         page.set_default_timeout(PATIENCE * 1000)
-        page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
+        page.on(
+            "console", lambda message: complaints.append(message.text) if message.type == "error" else None
+        )
         page.on("pageerror", lambda error: complaints.append(str(error)))
         try:
             page.goto(f"{lab.url}/lab/tree/{name}?reset&token={lab.token}")
-            page.get_by_text(re.compile(r"\| Idle$")).wait_for()  # of the kernel; what is sent to it earlier is lost
+            page.get_by_text(
+                re.compile(r"\| Idle$")
+            ).wait_for()  # of the kernel; what is sent to it earlier is lost
             yield page
             assert not complaints
         except Exception as error:
             picture = lab.folder / f"{Path(name).stem}.png"
             page.screenshot(path=picture)
-            said = "\n".join([*complaints, f"Picture: {picture}", "The server said:", lab.log.read_text()[-4000:]])
+            said = "\n".join(
+                [*complaints, f"Picture: {picture}", "The server said:", lab.log.read_text()[-4000:]]
+            )
             raise AssertionError(f"{error}\nThe browser complained: {said}") from error
         finally:
             browser.close()
@@ -145,7 +161,9 @@ def save(page):
 
 def explorer(page, label):
     """The cell whose controls have one of that name."""
-    return page.locator(".jp-CodeCell", has=page.locator(".jupyter-widgets label", has_text=re.compile(f"^{label}$")))
+    return page.locator(
+        ".jp-CodeCell", has=page.locator(".jupyter-widgets label", has_text=re.compile(f"^{label}$"))
+    )
 
 
 def slider(cell, label):
@@ -254,8 +272,10 @@ def test_a_cut_drawn_in_the_notebook_is_merged_by_the_command(lab):
         assert cell.get_by_text("This layer:").inner_text() == numbers
         expect(slider(cell, "experts kept here")).to_have_attribute("aria-valuetext", str(kept - 1))
         expect(page.get_by_text("Error displaying widget")).to_have_count(0)
-    words = shlex.split(told.removeprefix("Saved; hcsmoe").replace("MODEL", "demo-qwen").replace("FOLDER", "merged"))
-    subprocess.run([sys.executable, "-m", "hcsmoe_core.cli", *words], check=True, cwd=lab.folder)
+    words = shlex.split(
+        told.removeprefix("Saved; hcsmoe").replace("MODEL", "demo-qwen").replace("FOLDER", "merged")
+    )
+    subprocess.run([sys.executable, "-m", "hcsmoe_core.ui.cli", *words], check=True, cwd=lab.folder)
     plan = core.load_plan(words[words.index("--plan") + 1])
     assert plan.settings["linkage"] == "ward"
     stored = [layer.num_stored for layer in core.find_moe_layers(core.load_merged(lab.folder / "merged"))]
@@ -264,7 +284,9 @@ def test_a_cut_drawn_in_the_notebook_is_merged_by_the_command(lab):
 
 def test_a_notebook_that_papermill_ran_shows_its_pictures_unrun(lab):
     done = sweep.run_cell(
-        sweep.notebook_path("01_similarity"), SMALL | {"figures": str(lab.folder / "figures")}, lab.notebooks / "papermill"
+        sweep.notebook_path("01_similarity"),
+        SMALL | {"figures": str(lab.folder / "figures")},
+        lab.notebooks / "papermill",
     )
     with window(lab, f"papermill/{done.name}") as page:
         shown = page.locator(".jp-OutputArea img")

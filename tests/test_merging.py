@@ -6,8 +6,9 @@ import torch
 from conftest import FAMILIES, OTHERS, logits, tiny_model
 
 from hcsmoe_core import apply_plan, capture, load_plan, make_plan, restore
-from hcsmoe_core.moe import find_moe_layers
-from hcsmoe_core.plan import LayerPlan, Plan, summarise
+from hcsmoe_core.families import find_moe_layers
+from hcsmoe_core.methods.summary import summarise
+from hcsmoe_core.plan import LayerPlan, Plan
 
 
 @pytest.mark.parametrize("name", FAMILIES + OTHERS)
@@ -144,7 +145,9 @@ def test_plans_read_back(mixtral, input_ids, tmp_path):
     assert load_plan(tmp_path / "p.json") == plan
     content = json.loads((tmp_path / "p.json").read_text())
     assert list(content["layers"][0]) == ["name", "labels", "weights", "combine"]
-    assert [layer["name"] for layer in content["layers"]] == [f"model.layers.{i}.mlp.experts" for i in range(3)]
+    assert [layer["name"] for layer in content["layers"]] == [
+        f"model.layers.{i}.mlp.experts" for i in range(3)
+    ]
     assert content["settings"]["linkage"] == "ward"
     by_hand = tmp_path / "hand.json"
     by_hand.write_text(json.dumps({"layers": content["layers"]}))
@@ -172,7 +175,15 @@ def test_damaged_plans_are_refused(mixtral, input_ids, tmp_path):
     with pytest.raises(ValueError, match="must sum to one"):
         load_plan(path)
     layer = content["layers"][0]
-    for labels in ([1, 0, 0, 0, 0, 0, 0, 0], [0, 2, 1, 0, 0, 0, 0, 0], [0.0] * 8, [], ["0"] * 8, [-1] * 8, [1, -1] * 4):
+    for labels in (
+        [1, 0, 0, 0, 0, 0, 0, 0],
+        [0, 2, 1, 0, 0, 0, 0, 0],
+        [0.0] * 8,
+        [],
+        ["0"] * 8,
+        [-1] * 8,
+        [1, -1] * 4,
+    ):
         path.write_text(json.dumps({"layers": [layer | {"labels": labels}]}))
         with pytest.raises(ValueError, match="order of first appearance"):
             load_plan(path)

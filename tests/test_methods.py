@@ -21,14 +21,19 @@ from hcsmoe_core import (
     restore,
     save_merged,
 )
-from hcsmoe_core.capture import expected_bytes
-from hcsmoe_core.methods import method_table, steps_of
-from hcsmoe_core.moe import find_moe_layers, routing_tensors
-from hcsmoe_core.plan import summarise
+from hcsmoe_core.collect import expected_bytes
+from hcsmoe_core.families import find_moe_layers
+from hcsmoe_core.methods.planner import method_table, steps_of
+from hcsmoe_core.methods.summary import summarise
+from hcsmoe_core.moe import routing_tensors
 from hcsmoe_core.statistics import NEEDS
 
 ALL = tuple(NEEDS)
-PLAIN = [name for name, method in METHODS.items() if method.steps.router != "map" or method.steps.grouping == "none"]
+PLAIN = [
+    name
+    for name, method in METHODS.items()
+    if method.steps.router != "mapped" or method.steps.group == "none"
+]
 OPTIONS = {"o-prune": {"subsets": 50}}
 
 
@@ -106,11 +111,15 @@ def test_written_models_compute_what_the_live_one_did(method, family, measured, 
     assert sum(f.stat().st_size for f in (tmp_path / "m").glob("*.safetensors")) == written["bytes"]
     apart = not any(layer.joins for layer in plan.layers)  # as least-residual may decide
     narrow = any(layer.width for layer in plan.layers)
-    if (method in PLAIN or apart) and not (narrow and family == "deepseek_v3"):  # whose shared experts share the width
+    if (method in PLAIN or apart) and not (
+        narrow and family == "deepseek_v3"
+    ):  # whose shared experts share the width
         from transformers import AutoModelForCausalLM
 
         assert written["router"] == "plain"
-        stock = AutoModelForCausalLM.from_pretrained(tmp_path / "m", experts_implementation="eager", dtype="float32")
+        stock = AutoModelForCausalLM.from_pretrained(
+            tmp_path / "m", experts_implementation="eager", dtype="float32"
+        )
         assert torch.equal(logits(stock.eval(), tokens(seed=2)), live)
         assert "expert_merge" not in json.loads((tmp_path / "m" / "config.json").read_text())
     else:
@@ -118,7 +127,9 @@ def test_written_models_compute_what_the_live_one_did(method, family, measured, 
         assert written["parameters"] == sum(p.numel() for p in again.parameters()) or plan.compress
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if m not in ("fuzzy", "mc-smoe")])  # which change every expert
+@pytest.mark.parametrize(
+    "method", [m for m in METHODS if m not in ("fuzzy", "mc-smoe")]
+)  # which change every expert
 def test_keeping_every_expert_changes_no_bit(method, measured):
     model, stats = measured("qwen2_moe")
     before = logits(model, tokens())
@@ -136,7 +147,9 @@ def test_mapped_on_request(method, measured, tmp_path):
     apply_plan(model, plan, stats)
     live = logits(model, tokens(seed=2))
     restore(model)
-    assert torch.equal(logits(load_merged(tmp_path / "m", experts_implementation="eager"), tokens(seed=2)), live)
+    assert torch.equal(
+        logits(load_merged(tmp_path / "m", experts_implementation="eager"), tokens(seed=2)), live
+    )
 
 
 def test_non_uniform_pruning_is_written_mapped(measured, tmp_path):
@@ -151,7 +164,9 @@ def test_non_uniform_pruning_is_written_mapped(measured, tmp_path):
         save_merged(model, plan, tmp_path / "p", router="plain")
     save_merged(model, plan, tmp_path / "m")
     restore(model)
-    assert torch.equal(logits(load_merged(tmp_path / "m", experts_implementation="eager"), tokens(seed=2)), live)
+    assert torch.equal(
+        logits(load_merged(tmp_path / "m", experts_implementation="eager"), tokens(seed=2)), live
+    )
 
 
 def test_factors_are_smaller_on_disk(measured, tmp_path):
@@ -192,9 +207,9 @@ def test_the_size_of_a_statistics_file_is_known_beforehand(measured, tmp_path):
 def test_steps_that_do_not_go_together_are_refused():
     refused = {
         'linkage "ward" needs Euclidean': dict(method="hc-smoe", linkage="ward", metric="cosine"),
-        'grouping "k-means" needs points': dict(method="k-means", similarity="functional-routed"),
-        'combine "trimming" goes with grouping "none"': dict(method="hc-smoe", combine="trimming"),
-        'router "drop" goes with grouping "prune"': dict(method="hc-smoe", router="drop"),
+        'group "k-means" needs points': dict(method="k-means", similarity="functional-routed"),
+        'combine "trimming" goes with group "none"': dict(method="hc-smoe", combine="trimming"),
+        'router "dropped" goes with group "prune"': dict(method="hc-smoe", router="dropped"),
         'budget "saliency" goes with': dict(method="o-prune", budget="saliency"),
         "keeps the router and every expert at one width": dict(method="trimming", guard=True),
         '"method" argument must be one of "hc-smoe"': dict(method="hcsmoe"),
@@ -210,7 +225,9 @@ def test_steps_that_do_not_go_together_are_refused():
 
 def test_more_experts_than_a_group_limit_holds_are_refused_first(measured):
     stats = measured("mixtral")[1]
-    with pytest.raises(ValueError, match='"group_limit" argument is 2, but 3 groups of at most 2 hold only 6 of 8 experts'):
+    with pytest.raises(
+        ValueError, match='"group_limit" argument is 2, but 3 groups of at most 2 hold only 6 of 8 experts'
+    ):
         make_plan(stats, experts=3, method="m-smoe", budget="uniform", group_limit=2)
     plan = make_plan(stats, experts=4, method="m-smoe", budget="uniform", group_limit=2)
     assert all(len(members) == 2 for layer in plan.layers for members in layer.groups())
@@ -301,7 +318,9 @@ def test_correction_biases_are_dropped_wherever_a_family_keeps_them(family, tmp_
     extra = {
         "Ernie4_5_Moe": dict(moe_num_experts=8, moe_k=2, moe_layer_start_index=0, moe_num_shared_experts=1),
         "MiniMaxM2": dict(num_local_experts=8, rotary_dim=8),
-        "Lfm2Moe": dict(num_experts=8, num_dense_layers=1, layer_types=["full_attention"] * 3, use_expert_bias=True),
+        "Lfm2Moe": dict(
+            num_experts=8, num_dense_layers=1, layer_types=["full_attention"] * 3, use_expert_bias=True
+        ),
     }[family]
     torch.manual_seed(0)
     config = getattr(t, f"{family}Config")(**TINY | sizes | extra)
@@ -328,16 +347,22 @@ def test_correction_biases_are_dropped_wherever_a_family_keeps_them(family, tmp_
         restore(model)
         if family != "Ernie4_5_Moe":  # whose softmax, before the bias is added, is over fewer
             torch.testing.assert_close(live, wanted, rtol=1e-4, atol=1e-4)
-        again = t.AutoModelForCausalLM.from_pretrained(tmp_path / method, experts_implementation="eager", dtype="float32")
+        again = t.AutoModelForCausalLM.from_pretrained(
+            tmp_path / method, experts_implementation="eager", dtype="float32"
+        )
         assert torch.equal(logits(again.eval(), tokens(seed=2)), live)
 
 
-@pytest.mark.parametrize("settings", [{}, {"guard": True}, {"largest": 3}, {"method": "k-means"}, {"budget": "merge-cost"}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"guard": True}, {"largest": 3}, {"method": "k-means"}, {"budget": "merge-cost"}]
+)
 def test_many_plans_are_those_made_one_by_one(settings, measured):
     model, stats = measured("mixtral")
     linkages = ["average", "ward"]
     counts = [3, 5] if "budget" in settings else [3, 5, [6, 4, 8]]
     made = list(make_plans(stats, model, experts=counts, linkages=linkages, **settings))
-    alone = [make_plan(stats, model, experts=n, linkage=link, **settings) for link in linkages for n in counts]
+    alone = [
+        make_plan(stats, model, experts=n, linkage=link, **settings) for link in linkages for n in counts
+    ]
     assert made == alone
     assert len(made) == 2 * len(counts)

@@ -19,12 +19,31 @@ from scipy.spatial.distance import pdist, squareform
 from sklearn.metrics import silhouette_score
 from test_capture import router_name
 
-from hcsmoe_core import LayerPlan, Plan, apply_plan, capture, cut, distances, linkage, load_statistics, make_plan, restore
-from hcsmoe_core import budget as budgets
-from hcsmoe_core.clustering import LINKAGES, by_first_appearance, fuzzy_cmeans, kmeans, random_groups, restricted, single_shot
-from hcsmoe_core.methods import steps_of
-from hcsmoe_core.moe import find_moe_layers
-from hcsmoe_core.pruning import DropLoss, best_kept, output_grams, routing_rule, saliency, super_experts
+from hcsmoe_core import (
+    LayerPlan,
+    Plan,
+    apply_plan,
+    capture,
+    cut,
+    distances,
+    linkage,
+    load_statistics,
+    make_plan,
+    restore,
+)
+from hcsmoe_core.clustering import LINKAGES, by_first_appearance
+from hcsmoe_core.families import find_moe_layers
+from hcsmoe_core.methods import budget as budgets
+from hcsmoe_core.methods.grouping import fuzzy_cmeans, kmeans, random_groups, restricted, single_shot
+from hcsmoe_core.methods.planner import steps_of
+from hcsmoe_core.methods.saliency import (
+    DropLoss,
+    best_kept,
+    output_grams,
+    routing_rule,
+    saliency,
+    super_experts,
+)
 from hcsmoe_core.similarity import coordinates, metric_of, parts_of, scale_of
 from hcsmoe_core.statistics import DEFAULT_NEEDS, NEEDS, LayerStatistics, Statistics
 
@@ -70,12 +89,18 @@ def run(family):
         g, chosen = naive.gates(trace.index[layer.name], trace.weight[layer.name], E)
         l = trace.logits[layer.name].double().numpy()  # noqa: E741
         y = np.einsum("te,etd->td", g, f)
-        seen[layer.name] = SimpleNamespace(f=f, g=g, chosen=chosen, l=l, y=y, rule=rule_of(family, layer.router))
-    return SimpleNamespace(model=model, ids=ids, names=names, trace=trace, stats=stats, seen=seen, batch_size=batch_size)
+        seen[layer.name] = SimpleNamespace(
+            f=f, g=g, chosen=chosen, l=l, y=y, rule=rule_of(family, layer.router)
+        )
+    return SimpleNamespace(
+        model=model, ids=ids, names=names, trace=trace, stats=stats, seen=seen, batch_size=batch_size
+    )
 
 
 def close(got, wanted, rtol=1e-9, atol=0.0):
-    np.testing.assert_allclose(np.asarray(got, dtype=np.float64), np.asarray(wanted, dtype=np.float64), rtol=rtol, atol=atol)
+    np.testing.assert_allclose(
+        np.asarray(got, dtype=np.float64), np.asarray(wanted, dtype=np.float64), rtol=rtol, atol=atol
+    )
 
 
 def random_distances(rng, experts, dimensions=3):
@@ -83,7 +108,9 @@ def random_distances(rng, experts, dimensions=3):
 
 
 def partition(labels):
-    return sorted(sorted(np.flatnonzero(np.asarray(labels) == g).tolist()) for g in set(np.asarray(labels).tolist()))
+    return sorted(
+        sorted(np.flatnonzero(np.asarray(labels) == g).tolist()) for g in set(np.asarray(labels).tolist())
+    )
 
 
 # --- sums -------------------------------------------------------------------------------------------------------------
@@ -129,7 +156,7 @@ def test_norms_of_routed_tokens_alone_are_the_same(family):
 
 def test_chunks_do_not_change_grams_and_norms(monkeypatch):
     r = run("qwen2_moe")
-    monkeypatch.setattr(sys.modules["hcsmoe_core.capture"], "DENSE", 7 * E * 32)
+    monkeypatch.setattr(sys.modules["hcsmoe_core.collect"], "DENSE", 7 * E * 32)
     parts = capture(r.model, r.ids, needs=ALL_NEEDS, sample=50, batch_size=4, domains=DOMAINS)
     for name in r.names:
         for key, value in r.stats.layers[name].held().items():
@@ -143,7 +170,9 @@ def test_chunks_do_not_change_grams_and_norms(monkeypatch):
 def test_the_sample_is_the_tokens_with_the_smallest_hashes(family):
     r = run(family)
     length = r.ids.shape[1]
-    every = [(naive.token_key(r.stats.sequences[s], p), s, p) for s in range(len(r.ids)) for p in range(length)]
+    every = [
+        (naive.token_key(r.stats.sequences[s], p), s, p) for s in range(len(r.ids)) for p in range(length)
+    ]
     wanted = [(s, p, r.stats.domains.index(DOMAINS[s])) for _, s, p in sorted(every)[:50]]
     assert [tuple(row) for row in r.stats.sampled.tolist()] == wanted
     for name in r.names:
@@ -164,7 +193,12 @@ def test_the_sample_does_not_depend_on_batches():
         assert torch.equal(other.sampled, r.stats.sampled)
         for name in r.names:
             for key in ("inputs", "logits", "index", "weight"):
-                close(getattr(other.layers[name].sample, key), getattr(r.stats.layers[name].sample, key), 1e-6, 1e-9)
+                close(
+                    getattr(other.layers[name].sample, key),
+                    getattr(r.stats.layers[name].sample, key),
+                    1e-6,
+                    1e-9,
+                )
 
 
 def test_a_sample_of_all_tokens_and_more():
@@ -240,9 +274,17 @@ def test_functional_distances_equal_naive_ones(family):
     for name in r.names:
         features = naive_features(r, name, "functional")
         close(distances(r.stats, name, similarity="functional"), naive.pairwise(features), rtol=1e-7)
-        close(distances(r.stats, name, similarity="functional", metric="cosine"), pdist(features, "cosine"), rtol=1e-7)
+        close(
+            distances(r.stats, name, similarity="functional", metric="cosine"),
+            pdist(features, "cosine"),
+            rtol=1e-7,
+        )
         for similarity in ("functional-routed", "pairwise-cosine"):
-            close(distances(r.stats, name, similarity=similarity), naive_distances(r, name, similarity), rtol=1e-7)
+            close(
+                distances(r.stats, name, similarity=similarity),
+                naive_distances(r, name, similarity),
+                rtol=1e-7,
+            )
 
 
 @pytest.mark.parametrize("family", RUN)
@@ -253,7 +295,11 @@ def test_cka_equals_a_naive_one_with_few_tokens_and_with_many(family, size):
     rows = stats.sampled[:, 0] * r.ids.shape[1] + stats.sampled[:, 1]
     assert len(rows) == size
     for name in r.names:
-        close(distances(stats, name, similarity="cka", model=r.model), naive_cka(r.seen[name].f[:, rows]), rtol=1e-7)
+        close(
+            distances(stats, name, similarity="cka", model=r.model),
+            naive_cka(r.seen[name].f[:, rows]),
+            rtol=1e-7,
+        )
 
 
 def test_cka_looks_at_2048_tokens_at_most(monkeypatch):
@@ -284,7 +330,10 @@ def test_experts_that_no_token_is_routed_to_are_compared_unweighted():
     [
         ("expert-output+weight", {"expert-output": 0.5, "weight": 0.5}),
         ("0.7*functional+0.3*router-logits", {"functional": 0.7, "router-logits": 0.3}),
-        ("2 * expert-output + functional + 1*weight", {"expert-output": 0.5, "functional": 0.25, "weight": 0.25}),
+        (
+            "2 * expert-output + functional + 1*weight",
+            {"expert-output": 0.5, "functional": 0.25, "weight": 0.25},
+        ),
     ],
 )
 @pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
@@ -315,7 +364,9 @@ def test_mixed_combinations_are_weighted_sums_relative_to_the_mean():
     ):
         assert metric_of(similarity, metric) == "mixed"
         wanted = sum(w * d / d.mean() for w, d in parts)
-        close(distances(r.stats, name, similarity=similarity, metric=metric, model=r.model), wanted, rtol=1e-7)
+        close(
+            distances(r.stats, name, similarity=similarity, metric=metric, model=r.model), wanted, rtol=1e-7
+        )
         assert scale_of(r.stats, name, similarity=similarity, metric=metric, model=r.model) == 1
 
 
@@ -358,13 +409,16 @@ def test_coordinates_are_at_the_distances(family):
 
 def test_similarities_that_cannot_be_are_refused():
     for bad, message in (
-        ({"similarity": "functional", "metric": "cosine", "linkage": "ward"}, 'linkage "ward" needs Euclidean distances'),
+        (
+            {"similarity": "functional", "metric": "cosine", "linkage": "ward"},
+            'linkage "ward" needs Euclidean distances',
+        ),
         ({"similarity": "functional-routed", "linkage": "ward"}, "are routing-weighted"),
         ({"similarity": "functional+pairwise-cosine", "linkage": "ward"}, "are mixed"),
         ({"similarity": "cka", "linkage": "ward"}, "are cka"),
-        ({"similarity": "functional-routed", "grouping": "k-means"}, 'grouping "k-means" needs points'),
-        ({"similarity": "expert-output+cka", "grouping": "k-means"}, "are mixed"),
-        ({"similarity": "functional-routed", "grouping": "fuzzy"}, 'grouping "fuzzy" needs points'),
+        ({"similarity": "functional-routed", "group": "k-means"}, 'group "k-means" needs points'),
+        ({"similarity": "expert-output+cka", "group": "k-means"}, "are mixed"),
+        ({"similarity": "functional-routed", "group": "fuzzy"}, 'group "fuzzy" needs points'),
         ({"similarity": "output"}, '"similarity" argument must be one of "expert-output"'),
         ({"similarity": "weight+weights"}, '"similarity" argument must be one of'),
         ({"similarity": "weight+weight"}, "names one similarity twice"),
@@ -404,12 +458,19 @@ def test_what_is_missing_is_named():
         ("cka", "sample"),
         ("weight+functional", "grams"),
     ):
-        with pytest.raises(ValueError, match=f"needs '{missing}'.*hold usage only; capture again with needs=.*'{missing}'"):
+        with pytest.raises(
+            ValueError, match=f"needs '{missing}'.*hold usage only; capture again with needs=.*'{missing}'"
+        ):
             distances(stats, 0, similarity=similarity, model=r.model)
     for name in ("reap", "ean", "man"):
         with pytest.raises(ValueError, match="needs 'norms'"):
             saliency(stats, 0, name)
-    for method, missing in (("hc-smoe", "outputs"), ("reap", "norms"), ("o-prune", "sample"), ("dek", "sample")):
+    for method, missing in (
+        ("hc-smoe", "outputs"),
+        ("reap", "norms"),
+        ("o-prune", "sample"),
+        ("dek", "sample"),
+    ):
         with pytest.raises(ValueError, match=f"needs '{missing}'"):
             make_plan(stats, r.model, experts=4, method=method)
     for similarity in ("weight", "cka"):
@@ -432,7 +493,10 @@ def test_restricted_groups_equal_naive_ones(method, seed):
         if groups * largest < experts or (groups + largest) % 2:  # half of them, for time
             continue
         got = restricted(condensed, groups, largest, method)
-        assert partition(got) == naive.agglomerated(squareform(condensed), groups, largest, method), (groups, largest)
+        assert partition(got) == naive.agglomerated(squareform(condensed), groups, largest, method), (
+            groups,
+            largest,
+        )
         assert np.array_equal(got, by_first_appearance(got))
 
 
@@ -479,8 +543,12 @@ def test_kmeans_from_given_centres_is_lloyds(seed):
     points = rng.normal(size=(20, 4)) + 2 * rng.normal(size=(4, 4))[rng.integers(0, 4, 20)]
     for groups in (2, 4, 7):
         centres = rng.choice(20, groups, replace=False).tolist()
-        assert partition(kmeans(points, groups, centres=centres)) == partition(naive.lloyd(points, points[centres])[0])
-        assert partition(kmeans(points, groups, centres="first")) == partition(naive.lloyd(points, points[:groups])[0])
+        assert partition(kmeans(points, groups, centres=centres)) == partition(
+            naive.lloyd(points, points[centres])[0]
+        )
+        assert partition(kmeans(points, groups, centres="first")) == partition(
+            naive.lloyd(points, points[:groups])[0]
+        )
 
 
 def inertia(points, labels):
@@ -532,7 +600,15 @@ def test_single_shot_groups_equal_the_published_procedure(limit):
 def test_m_smoe_groups_by_cosines_of_logits():
     r = run("qwen2_moe")
     for groups, limit in ((3, 0), (3, 3), (4, 2)):
-        plan = make_plan(r.stats, r.model, experts=groups, method="m-smoe", budget="uniform", align="none", group_limit=limit)
+        plan = make_plan(
+            r.stats,
+            r.model,
+            experts=groups,
+            method="m-smoe",
+            budget="uniform",
+            align="none",
+            group_limit=limit,
+        )
         for layer in plan.layers:
             rows = r.seen[layer.name].l.T
             unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
@@ -619,7 +695,9 @@ def test_scores_budget_is_the_naive_sort(case):
     scores = [rng.integers(0, 4, experts) / 4 if ties else rng.random(experts) for _ in range(layers)]
     got = budgets.by_score(scores, total, least)
     check_budget(got, total, least, experts)
-    must = {(a, e) for a in range(layers) for e in sorted(range(experts), key=lambda e: -scores[a][e])[: least[a]]}
+    must = {
+        (a, e) for a in range(layers) for e in sorted(range(experts), key=lambda e: -scores[a][e])[: least[a]]
+    }
     rest = [(a, e) for a in range(layers) for e in range(experts) if (a, e) not in must]
     rest.sort(key=lambda place: (-scores[place[0]][place[1]], place))
     kept = must | set(rest[: total - len(must)])
@@ -715,7 +793,9 @@ def test_silhouette_budget_keeps_exactly_the_total(case):
     rng, layers, experts, least, total, _ = case
     condensed = [random_distances(rng, experts) for _ in range(layers)]
     trees = [linkage(d) for d in condensed]
-    check_budget(budgets.by_silhouette(condensed, trees, total, least, [experts] * layers), total, least, experts)
+    check_budget(
+        budgets.by_silhouette(condensed, trees, total, least, [experts] * layers), total, least, experts
+    )
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -757,10 +837,14 @@ def test_layers_that_are_alike_keep_alike():
 @pytest.mark.parametrize("budget", ["uniform", "frequency", "merge-cost", "silhouette", "grape"])
 def test_more_protected_experts_than_are_kept_are_refused(monkeypatch, budget):
     r = run("mixtral")
-    monkeypatch.setattr("hcsmoe_core.pruning.super_experts", lambda stats: {n: [0, 1, 2] for n in stats.layers})
+    monkeypatch.setattr(
+        "hcsmoe_core.methods.saliency.super_experts", lambda stats: {n: [0, 1, 2] for n in stats.layers}
+    )
 
     grape = budgets.grape
-    monkeypatch.setattr(budgets, "grape", lambda s, total, least, **how: grape(s, total, Limited(least), **how))
+    monkeypatch.setattr(
+        budgets, "grape", lambda s, total, least, **how: grape(s, total, Limited(least), **how)
+    )
     with pytest.raises(ValueError, match='"experts" argument'):
         make_plan(r.stats, r.model, experts=2, budget=budget, guard=True)
 
@@ -798,7 +882,11 @@ def naive_saliency(seen, name, family):
         elif name == "frequency":
             worth[e] = count[e] / count.sum()
         elif rows.any():
-            of = {"reap": (seen.g * norm)[rows, e].mean(), "ean": norm[rows, e].sum(), "man": norm[rows, e].mean()}
+            of = {
+                "reap": (seen.g * norm)[rows, e].mean(),
+                "ean": norm[rows, e].sum(),
+                "man": norm[rows, e].mean(),
+            }
             worth[e] = of[name]
     return worth
 
@@ -821,7 +909,7 @@ def test_saliencies_and_what_they_keep_equal_naive_ones(family, name):
                 best += sorted(members.tolist(), key=lambda e: -worth[e])[: experts // groups]
             assert layer.kept == sorted(best)
             assert [layer.labels[e] for e in layer.kept] == list(range(experts))
-            assert layer.router == "drop"
+            assert layer.router == "dropped"
 
 
 @pytest.mark.parametrize("method", ["f-prune", "s-prune"])
@@ -856,9 +944,12 @@ def test_unused_experts_are_worth_nothing():
 def test_random_pruning_goes_by_the_seed():
     r = run("mixtral")
     kept = [
-        [tuple(layer.kept) for layer in make_plan(r.stats, experts=4, method="random-prune", seed=s).layers] for s in range(9)
+        [tuple(layer.kept) for layer in make_plan(r.stats, experts=4, method="random-prune", seed=s).layers]
+        for s in range(9)
     ]
-    assert kept[3] == [tuple(layer.kept) for layer in make_plan(r.stats, experts=4, method="random-prune", seed=3).layers]
+    assert kept[3] == [
+        tuple(layer.kept) for layer in make_plan(r.stats, experts=4, method="random-prune", seed=3).layers
+    ]
     assert len(set(map(tuple, kept))) > 6
     assert any(len(set(layers)) > 1 for layers in kept)  # layers are not pruned alike
     assert sorted(saliency(r.stats, 0, "random", seed=2)) == list(range(8))
@@ -892,11 +983,19 @@ def test_drop_loss_is_what_really_happens(family):
         assert rule.scale == pytest.approx(2.5 if family == "deepseek_flat" else 1, rel=1e-6)
         grams = output_grams(layer, part.inputs)
         close(grams, np.einsum("itd,jtd->tij", seen.f[:, rows], seen.f[:, rows]), rtol=1e-9, atol=1e-9)
-        losses = [DropLoss(grams, part, rule, loss=loss, sequences=sequences) for loss in ("squared", "frobenius")]
-        for kept in (s for size in (1, 2, 3, 5, 7) for s in list(itertools.combinations(range(E), size))[::3]):
+        losses = [
+            DropLoss(grams, part, rule, loss=loss, sequences=sequences) for loss in ("squared", "frobenius")
+        ]
+        for kept in (
+            s for size in (1, 2, 3, 5, 7) for s in list(itertools.combinations(range(E), size))[::3]
+        ):
             mask = torch.zeros(1, E, dtype=torch.bool)
             mask[0, list(kept)] = True
-            close(rule.gates(part.logits.double(), mask)[0], naive.rerouted(seen.l[rows], kept, seen.rule), rtol=1e-6)
+            close(
+                rule.gates(part.logits.double(), mask)[0],
+                naive.rerouted(seen.l[rows], kept, seen.rule),
+                rtol=1e-6,
+            )
             wanted = naive_losses(seen, rows, kept, sequences.numpy())
             for loss, value in zip(losses, wanted, strict=True):
                 close(loss(mask)[0], value, rtol=1e-6)
@@ -932,7 +1031,11 @@ def test_experts_that_are_never_chosen_are_not_kept_alone():
     alone = torch.zeros(1, E, dtype=torch.bool)
     alone[0, 5] = True
     close(loss(alone)[0], torch.einsum("te,tef,tf->", change, grams, change), rtol=1e-9)
-    assert [layer.kept for layer in make_plan(stats, model, experts=1, method="o-prune").layers if layer.kept == [5]] == []
+    assert [
+        layer.kept
+        for layer in make_plan(stats, model, experts=1, method="o-prune").layers
+        if layer.kept == [5]
+    ] == []
 
 
 def test_drop_loss_in_parts_is_the_same(monkeypatch):
@@ -942,7 +1045,7 @@ def test_drop_loss_in_parts_is_the_same(monkeypatch):
     kept = torch.rand(40, E, generator=torch.Generator().manual_seed(0)) < 0.6
     kept[:, 0] = True
     whole = loss(kept)
-    monkeypatch.setattr("hcsmoe_core.pruning.BATCH", 3 * 30 * E)
+    monkeypatch.setattr("hcsmoe_core.methods.saliency.BATCH", 3 * 30 * E)
     close(loss(kept), whole, rtol=1e-12)
 
 
@@ -976,7 +1079,10 @@ def test_o_prune_plans_keep_what_brute_force_keeps(how):
     rows = sequences * r.ids.shape[1] + r.stats.sampled[:, 1].numpy()
     for layer in make_plan(r.stats, r.model, experts=5, method="o-prune", loss=how).layers:
         subsets = itertools.combinations(range(E), 5)
-        value = {kept: naive_losses(r.seen[layer.name], rows, kept, sequences)[how == "frobenius"] for kept in subsets}
+        value = {
+            kept: naive_losses(r.seen[layer.name], rows, kept, sequences)[how == "frobenius"]
+            for kept in subsets
+        }
         assert tuple(layer.kept) == min(value, key=value.get)
 
 
@@ -1013,7 +1119,9 @@ def test_the_search_among_many_experts_ends_where_no_swap_helps(protected):
         mask[kept] = True
         final = float(loss(mask[None])[0])
         assert final <= float(values.min())
-        for out, into in itertools.product(set(kept.tolist()) - set(protected), set(range(experts)) - set(kept.tolist())):
+        for out, into in itertools.product(
+            set(kept.tolist()) - set(protected), set(range(experts)) - set(kept.tolist())
+        ):
             swapped = mask.clone()
             swapped[out], swapped[into] = False, True
             assert float(loss(swapped[None])[0]) >= final * (1 - 1e-9)
@@ -1078,7 +1186,7 @@ def test_a_search_over_more_than_16_experts_in_a_plan():
 def test_protected_experts_are_kept_by_every_pruning(monkeypatch):
     r = run("qwen2_moe")
     worst = {n: [int(saliency(r.stats, n, "reap").argmin()), 7] for n in r.names}
-    monkeypatch.setattr("hcsmoe_core.pruning.super_experts", lambda stats: worst)
+    monkeypatch.setattr("hcsmoe_core.methods.saliency.super_experts", lambda stats: worst)
     for method in ("reap", "ean", "man", "random-prune", "o-prune", "f-prune", "s-prune"):
         plan = make_plan(r.stats, r.model, experts=4, method=method, guard=True)
         for layer in plan.layers:
@@ -1092,7 +1200,9 @@ def test_protected_experts_are_kept_by_every_pruning(monkeypatch):
 
 def test_protected_experts_of_one_router_group_are_kept(monkeypatch):
     r = run("deepseek_v3")
-    monkeypatch.setattr("hcsmoe_core.pruning.super_experts", lambda stats: {n: [0, 1, 2] for n in stats.layers})
+    monkeypatch.setattr(
+        "hcsmoe_core.methods.saliency.super_experts", lambda stats: {n: [0, 1, 2] for n in stats.layers}
+    )
     try:
         plan = make_plan(r.stats, r.model, experts=4, method="reap", guard=True)
     except ValueError:
@@ -1142,7 +1252,10 @@ def test_planted_super_experts_are_found():
     largest[2, 3] = 90.0  # less than a tenth of the largest
     assert {n: e for n, e in super_experts(with_largest(largest)).items() if e} == {"layer.1": [10]}
     largest[5, [0, 1]], largest[7, 5] = 500.0, 1.0  # the sixth of eight is the last that counts
-    assert {n: e for n, e in super_experts(with_largest(largest)).items() if e} == {"layer.1": [10], "layer.5": [0, 1]}
+    assert {n: e for n, e in super_experts(with_largest(largest)).items() if e} == {
+        "layer.1": [10],
+        "layer.5": [0, 1],
+    }
     largest[6] = 600.0  # many outliers: the percentile is among them
     assert {n: e for n, e in super_experts(with_largest(largest)).items() if e} == {"layer.1": [10]}
 
@@ -1157,7 +1270,11 @@ def test_super_experts_equal_naive_ones(seed, layers, experts):
     low = math.floor(place)
     percentile = ordered[low] + (place - low) * (ordered[min(low + 1, len(ordered) - 1)] - ordered[low])
     for a, found in enumerate(super_experts(with_largest(largest)).values()):
-        wanted = [e for e in range(experts) if largest[a, e] > percentile * (1 + 1e-12) and largest[a, e] > ordered[-1] / 10]
+        wanted = [
+            e
+            for e in range(experts)
+            if largest[a, e] > percentile * (1 + 1e-12) and largest[a, e] > ordered[-1] / 10
+        ]
         assert found == (wanted if a < 0.75 * layers else [])
 
 
@@ -1182,7 +1299,7 @@ def drop_plan(names, kept):
     layers = []
     for name, keep in zip(names, kept, strict=True):
         labels = [sorted(keep).index(e) if e in keep else -1 for e in range(E)]
-        layers.append(LayerPlan(name, labels, [float(e in keep) for e in range(E)], router="drop"))
+        layers.append(LayerPlan(name, labels, [float(e in keep) for e in range(E)], router="dropped"))
     return Plan(layers)
 
 

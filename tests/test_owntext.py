@@ -10,10 +10,12 @@ from naive import written
 from safetensors.torch import load_file, save_file
 from scipy.stats import chisquare
 
-from hcsmoe_core import apply_plan, calibration_tokens, capture, domains_of, evaluate, make_plan, owntext, study
-from hcsmoe_core.evaluation import perplexity
-from hcsmoe_core.owntext import LOOP, PERIOD, own_text, repetition, writing_of
-from hcsmoe_core.streaming import stream_model
+from hcsmoe_core import apply_plan, calibration_tokens, capture, domains_of, evaluate, make_plan
+from hcsmoe_core.scale.streaming import stream_model
+from hcsmoe_core.score.evaluation import perplexity
+from hcsmoe_core.studies import cache, cost
+from hcsmoe_core.text import own_text as owntext
+from hcsmoe_core.text.own_text import LOOP, PERIOD, own_text, repetition, writing_of
 
 WORDS = [f"w{i}" for i in range(84)]
 SPECIAL = ["<s>", "</s>", "<|start|>", "<|end|>"]
@@ -27,7 +29,9 @@ def writer(family="mixtral", ends=(1, 3, 17, 40), **how):
     """A tiny model in float64, whose documents are short and whose generation settings would spoil the text."""
     model = tiny_model(family, torch.float64, **how)
     model.config.bos_token_id, model.config.eos_token_id = 0, None
-    model.generation_config.update(eos_token_id=list(ends), top_k=1, repetition_penalty=3.0, do_sample=True, max_length=7)
+    model.generation_config.update(
+        eos_token_id=list(ends), top_k=1, repetition_penalty=3.0, do_sample=True, max_length=7
+    )
     return model
 
 
@@ -60,7 +64,9 @@ def test_it_is_what_a_naive_sampler_writes(family):
     how = dict(sequences=3, length=40, seed=5, temperature=1.5, batch=3, folder=None)
     got = own_text(model, start="token", **how)
     for row, ids in enumerate(got.tolist()):
-        assert ids == written(model, numbers(5, row, 40), 1.5, lambda u: [0, known[int(u * len(known))]], ends)
+        assert ids == written(
+            model, numbers(5, row, 40), 1.5, lambda u: [0, known[int(u * len(known))]], ends
+        )
     assert own_text(model, **how)[2].tolist() == written(model, numbers(5, 2, 40), 1.5, lambda _: [0], ends)
     assert got.dtype == torch.int64
     assert model.generation_config.top_k == 1  # set aside, not away
@@ -70,7 +76,9 @@ def test_it_is_what_a_naive_sampler_writes(family):
 def test_a_chat_model_writes_both_turns(tokenizer):
     """The user's turn after the template's beginning, the rest of the template, the answer; every second sequence."""
     model = writer(ends=(3, 30, 31))
-    chat = tokenizer.__class__(tokenizer_object=tokenizer.backend_tokenizer, bos_token="<s>", eos_token="</s>")
+    chat = tokenizer.__class__(
+        tokenizer_object=tokenizer.backend_tokenizer, bos_token="<s>", eos_token="</s>"
+    )
     chat.add_special_tokens({"additional_special_tokens": SPECIAL[2:]})
     chat.chat_template = TEMPLATE
     ends, turn = (1, 3, 30, 31), [3, 2, 5]
@@ -98,7 +106,9 @@ def test_documents_begin_with_tokens_of_the_vocabulary_drawn_evenly(tokenizer):
     got = own_text(model, tokenizer, sequences=1720, length=2, batch=1720, start="token", folder=None)
     assert set(got[:, 0].tolist()) == {0}
     counts = torch.bincount(got[:, 1], minlength=96)
-    assert counts[:4].sum() + counts[90:].sum() == 0  # neither special nor added ones, nor rows without a token
+    assert (
+        counts[:4].sum() + counts[90:].sum() == 0
+    )  # neither special nor added ones, nor rows without a token
     assert chisquare(counts[4:90]).pvalue > 1e-3
 
 
@@ -121,19 +131,27 @@ def test_without_temperature_it_is_greedy():
     model = writer(ends=())
     got = own_text(model, sequences=4, length=30, temperature=1e-6, start="bos", batch=4, folder=None)
     model.generation_config = type(model.generation_config)()
-    greedy = model.generate(torch.zeros(1, 1, dtype=torch.int64), do_sample=False, max_new_tokens=29, eos_token_id=None)
+    greedy = model.generate(
+        torch.zeros(1, 1, dtype=torch.int64), do_sample=False, max_new_tokens=29, eos_token_id=None
+    )
     assert got.tolist() == greedy.tolist() * 4
 
 
 def test_a_document_that_runs_in_a_circle_is_ended():
     model = writer(ends=(95,))
-    for layer in model.model.layers:  # without attention a token follows from the one before: greedy text is a circle
+    for (
+        layer
+    ) in model.model.layers:  # without attention a token follows from the one before: greedy text is a circle
         layer.self_attn.o_proj.weight.data.zero_()
     with pytest.warns(UserWarning, match=r"% of the 8-grams that .* wrote are repetitions"):
         ids = own_text(model, sequences=4, length=128, temperature=1e-6, batch=4, folder=None)
     looked_at = range(LOOP + PERIOD, 128, PERIOD)
     for row in ids.tolist():
-        circles = [t for t in looked_at if any(row[t - LOOP : t] == row[t - LOOP - p : t - p] for p in range(1, PERIOD + 1))]
+        circles = [
+            t
+            for t in looked_at
+            if any(row[t - LOOP : t] == row[t - LOOP - p : t - p] for p in range(1, PERIOD + 1))
+        ]
         assert circles
         assert all(row[t : t + 2] == [95, 0] for t in circles)
 
@@ -179,7 +197,9 @@ def test_what_is_written_is_kept_and_an_interrupted_run_goes_on(tmp_path, monkey
     damaged.write_bytes(damaged.read_bytes()[:50])
     assert torch.equal(own_text(model, folder=tmp_path, **how), wanted)
     assert len(calls) == 5
-    assert torch.equal(torch.cat([load_file(path)["input_ids"] for path in sorted(folder.iterdir())])[:10], wanted)
+    assert torch.equal(
+        torch.cat([load_file(path)["input_ids"] for path in sorted(folder.iterdir())])[:10], wanted
+    )
     for other in (dict(seed=1), dict(temperature=0.9), dict(length=15), dict(start="token")):
         own_text(model, folder=tmp_path, **how | other)
     assert len(list(tmp_path.iterdir())) == 5
@@ -203,7 +223,9 @@ def test_ranks_share_the_batches_and_all_have_the_text(tmp_path, monkeypatch):
 
     def both(folders):
         models = [writer() for _ in folders]
-        threads = [threading.Thread(target=run, args=each) for each in zip((0, 1), models, folders, strict=True)]
+        threads = [
+            threading.Thread(target=run, args=each) for each in zip((0, 1), models, folders, strict=True)
+        ]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -223,7 +245,9 @@ def test_a_streamed_model_has_what_it_wrote_when_it_was_whole(tmp_path):
     model.save_pretrained(tmp_path / "m")
     streamed, _ = stream_model(tmp_path / "m")
     how = dict(sequences=2, length=8, batch=2, folder=tmp_path / "kept")
-    with pytest.raises(ValueError, match="is streamed, and cannot write .* bring runs/own-text here, or give a data set"):
+    with pytest.raises(
+        ValueError, match="is streamed, and cannot write .* bring runs/own-text here, or give a data set"
+    ):
         own_text(streamed, **how)
     model.name_or_path = str(tmp_path / "m")
     assert torch.equal(own_text(model, **how), own_text(streamed, **how))
@@ -246,20 +270,26 @@ def test_it_is_a_source_by_name_and_a_part_of_mixtures(tmp_path):
 
 def test_notebooks_take_it(tmp_path, monkeypatch):
     """Statistics captured on it are those of its tokens, and its cost is told beforehand."""
-    monkeypatch.setattr("hcsmoe_core.owntext.place", lambda path: tmp_path / path)
+    monkeypatch.setattr("hcsmoe_core.text.own_text.place", lambda path: tmp_path / path)
     model = tiny_model("qwen2_moe")
     model.save_pretrained(tmp_path / "m")
     model.name_or_path = str(tmp_path / "m")
     source = dict(calibration="self:batch=4", sequences=6, length=20)
-    stats = study.statistics(model, None, folder=tmp_path / "s", seed=9, **source)
-    wanted = capture(model, own_text(model, sequences=6, length=20, seed=9, batch=4, folder=None), progress=False)
+    stats = cache.statistics(model, None, folder=tmp_path / "s", seed=9, **source)
+    wanted = capture(
+        model, own_text(model, sequences=6, length=20, seed=9, batch=4, folder=None), progress=False
+    )
     assert stats.sequences == wanted.sequences
-    told = study.forecast(str(tmp_path / "m"), **source).splitlines()
+    told = cost.forecast(str(tmp_path / "m"), **source).splitlines()
     assert told[2].startswith("own text     160 tokens, one after another: ")  # whole batches
-    assert study.calibration_of("demo-qwen", "self") == {"calibration": "self", "sequences": 288, "length": 256}
-    assert study.calibration_of("demo-qwen", "self+notes.txt")["length"] == 256
-    assert study.calibration_of("demo-qwen") == {"calibration": "demo", "sequences": 96, "length": 256}
-    assert study.calibration_of("x", "self") == {"calibration": "self", "sequences": 32, "length": 2048}
+    assert cache.calibration_of("demo-qwen", "self") == {
+        "calibration": "self",
+        "sequences": 288,
+        "length": 256,
+    }
+    assert cache.calibration_of("demo-qwen", "self+notes.txt")["length"] == 256
+    assert cache.calibration_of("demo-qwen") == {"calibration": "demo", "sequences": 96, "length": 256}
+    assert cache.calibration_of("x", "self") == {"calibration": "self", "sequences": 32, "length": 2048}
 
 
 def no_data(monkeypatch):
@@ -271,15 +301,20 @@ def no_data(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", load)
 
 
-def test_without_data_it_is_offered_and_taken_only_where_none_were_named(tmp_path, monkeypatch, capsys, tokenizer):
-    from hcsmoe_core import cli, load_statistics
+def test_without_data_it_is_offered_and_taken_only_where_none_were_named(
+    tmp_path, monkeypatch, capsys, tokenizer
+):
+    from hcsmoe_core import load_statistics
+    from hcsmoe_core.ui import cli
 
     no_data(monkeypatch)
-    monkeypatch.setattr("hcsmoe_core.owntext.place", lambda path: tmp_path / path)
+    monkeypatch.setattr("hcsmoe_core.text.own_text.place", lambda path: tmp_path / path)
     tiny_model("mixtral").save_pretrained(tmp_path / "m")
     tokenizer.save_pretrained(tmp_path / "m")
     how = dict(out=tmp_path / "s.safetensors", sequences=3, length=12)
-    with pytest.raises(FileNotFoundError, match=r"write the text itself, which needs no data \(--calibration self\)"):
+    with pytest.raises(
+        FileNotFoundError, match=r"write the text itself, which needs no data \(--calibration self\)"
+    ):
         cli.capture(str(tmp_path / "m"), calibration="c4", **how)
     cli.capture(str(tmp_path / "m"), **how)
     said = capsys.readouterr()
@@ -289,9 +324,10 @@ def test_without_data_it_is_offered_and_taken_only_where_none_were_named(tmp_pat
 
 
 def test_merge_holds_out_other_sequences_and_says_what_they_are(tmp_path, monkeypatch):
-    from hcsmoe_core import cli, fidelity
+    from hcsmoe_core.score import fidelity
+    from hcsmoe_core.ui import cli
 
-    monkeypatch.setattr("hcsmoe_core.owntext.place", lambda path: tmp_path / path)
+    monkeypatch.setattr("hcsmoe_core.text.own_text.place", lambda path: tmp_path / path)
     tiny_model("mixtral").save_pretrained(tmp_path / "m")
     asked, usual = [], fidelity.unseen
 
@@ -338,7 +374,9 @@ def test_what_is_no_way_of_writing_is_refused(source, message, mixtral):
 
 def test_who_cannot_write_is_refused(mixtral, tmp_path):
     assert writing_of("self:temperature=0.8:start=bos:batch=2").temperature == 0.8
-    with pytest.raises(ValueError, match='text that the model writes itself; give it as the "model" argument'):
+    with pytest.raises(
+        ValueError, match='text that the model writes itself; give it as the "model" argument'
+    ):
         calibration_tokens("self", sequences=4, length=8)
     mixtral.config.bos_token_id = mixtral.config.eos_token_id = mixtral.generation_config.eos_token_id = None
     with pytest.raises(ValueError, match="has no token that begins a text"):
@@ -355,7 +393,7 @@ def test_who_cannot_write_is_refused(mixtral, tmp_path):
 
 
 def test_a_merged_model_is_scored_on_what_the_original_wrote(tmp_path, monkeypatch, tokenizer):
-    monkeypatch.setattr("hcsmoe_core.owntext.place", lambda path: tmp_path / path)
+    monkeypatch.setattr("hcsmoe_core.text.own_text.place", lambda path: tmp_path / path)
     model = tiny_model("mixtral")
     how = dict(tasks=[], text="self:batch=4", sequences=4, length=12)
     before = evaluate(model, tokenizer, **how)

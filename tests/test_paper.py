@@ -7,9 +7,10 @@ import pandas as pd
 import pytest
 import torch
 
-from hcsmoe_core import figures, paper, sweep
 from hcsmoe_core.demo import tasks as demo_tasks
 from hcsmoe_core.statistics import LayerStatistics, Statistics
+from hcsmoe_core.studies import paper, sweep
+from hcsmoe_core.ui import figures
 
 QWEN, MIXTRAL = "Qwen/Qwen1.5-MoE-A2.7B-Chat", "mistralai/Mixtral-8x7B-v0.1"
 SIZE = {"demo-qwen": 32, "demo-mixtral": 8, QWEN: 60, MIXTRAL: 8}
@@ -18,10 +19,18 @@ SIZE = {"demo-qwen": 32, "demo-mixtral": 8, QWEN: 60, MIXTRAL: 8}
 def cell(model, experts, score, *, seed=42, tasks=None, **steps):
     """A results.json of 05_accuracy as it would be; ``tasks`` are all scored the same."""
     tasks = tasks or (demo_tasks.NAMES if model.startswith("demo") else paper.table_of("qwen")["tasks"])
-    parameters = dict(model=model, dtype="float32", calibration="", sequences=0, length=0, seed=seed, experts=experts)
-    parameters |= dict(method="hc-smoe", similarity="", linkage="", merge="", tasks="", limit=0, text="demo") | steps
-    size = dict(num_experts=SIZE[model], weights=1000 + 100 * (experts or SIZE[model]), expert_weights=1, bytes=2**30)
-    scores = dict(tasks={t: {"acc": score, "acc_stderr": 0.01} for t in tasks}, mean_acc=score, mean_acc_stderr=0.01)
+    parameters = dict(
+        model=model, dtype="float32", calibration="", sequences=0, length=0, seed=seed, experts=experts
+    )
+    parameters |= (
+        dict(method="hc-smoe", similarity="", linkage="", merge="", tasks="", limit=0, text="demo") | steps
+    )
+    size = dict(
+        num_experts=SIZE[model], weights=1000 + 100 * (experts or SIZE[model]), expert_weights=1, bytes=2**30
+    )
+    scores = dict(
+        tasks={t: {"acc": score, "acc_stderr": 0.01} for t in tasks}, mean_acc=score, mean_acc_stderr=0.01
+    )
     return {"parameters": parameters, "scores": scores | {"mean_loss": 1.5}, "size": size}
 
 
@@ -39,16 +48,26 @@ def row(frame, method, experts):
 
 
 def test_published_values_are_those_of_the_paper():
-    value = {(n, r["method"], r["experts"]): r for n in ("qwen", "mixtral") for r in paper.table_of(n)["rows"]}
-    assert value["qwen", "hc-smoe-average", 45]["average"] == 0.5716  # 2.14 % above the best baseline, says the abstract
+    value = {
+        (n, r["method"], r["experts"]): r for n in ("qwen", "mixtral") for r in paper.table_of(n)["rows"]
+    }
+    assert (
+        value["qwen", "hc-smoe-average", 45]["average"] == 0.5716
+    )  # 2.14 % above the best baseline, says the abstract
     assert value["qwen", "f-prune", 45]["average"] == 0.5502
-    assert value["qwen", "hc-smoe-average", 30]["average"] - value["qwen", "f-prune", 30]["average"] == pytest.approx(0.0695)
+    assert value["qwen", "hc-smoe-average", 30]["average"] - value["qwen", "f-prune", 30][
+        "average"
+    ] == pytest.approx(0.0695)
     assert value["mixtral", "hc-smoe-average", 6]["scores"]["boolq"] == 0.8554
     assert value["mixtral", "hc-smoe-single", 4]["average"] == 0.5877
     linkage = {r["method"]: r["average"] for r in paper.table_of("linkage")["rows"]}
     assert linkage["average, expert-output"] == 0.5459
     assert linkage["average, router-logits"] == 0.3153
-    assert [paper.table_of(n)["number"] for n in ("qwen", "mixtral", "merging")] == ["Table 2", "Table 3", "Table 7"]
+    assert [paper.table_of(n)["number"] for n in ("qwen", "mixtral", "merging")] == [
+        "Table 2",
+        "Table 3",
+        "Table 7",
+    ]
     for name in ("qwen", "mixtral"):
         for line in paper.table_of(name)["rows"]:
             assert len(line["scores"]) == 8
@@ -56,7 +75,9 @@ def test_published_values_are_those_of_the_paper():
 
 
 def test_a_table_over_four_tasks_agrees_with_the_main_table():
-    main = next(r for r in paper.table_of("qwen")["rows"] if r["experts"] == 45 and r["method"] == "hc-smoe-average")
+    main = next(
+        r for r in paper.table_of("qwen")["rows"] if r["experts"] == 45 and r["method"] == "hc-smoe-average"
+    )
     four = np.mean([main["scores"][t] for t in paper.table_of("linkage")["tasks"]])
     assert four == pytest.approx(0.5459, abs=5e-5)
 
@@ -79,7 +100,11 @@ def test_models_are_matched_by_their_last_component_to_the_letter(model, same):
 
 
 def test_rows_line_up_one_to_one_on_the_papers_model(tmp_path):
-    scored = [cell(QWEN, 0, 0.6), cell(QWEN, 45, 0.5, method="f-prune"), cell(QWEN, 30, 0.4, linkage="single")]
+    scored = [
+        cell(QWEN, 0, 0.6),
+        cell(QWEN, 45, 0.5, method="f-prune"),
+        cell(QWEN, 30, 0.4, linkage="single"),
+    ]
     # Three samples, one of them twice: once with a step spelt out that is the method's own.
     scored += [cell(QWEN, 45, s, seed=i) for i, s in enumerate((0.55, 0.57, 0.59))]
     scored += [cell(QWEN, 45, 0.59, seed=2, linkage="average", merge="frequency")]
@@ -133,7 +158,10 @@ def test_embedded_models_line_up_by_share(model, kept, tmp_path):
 
 
 def test_every_row_of_every_table_has_its_place(tmp_path):
-    frames = {n: paper.line_up(collected(tmp_path, [cell("demo-qwen", 0, 0.8)]), n) for n in paper.published()["tables"]}
+    frames = {
+        n: paper.line_up(collected(tmp_path, [cell("demo-qwen", 0, 0.8)]), n)
+        for n in paper.published()["tables"]
+    }
     assert {n: len(f) for n, f in frames.items()} == {
         "qwen": 13, "mixtral": 13, "linkage": 9, "clustering": 6, "merging": 6, "extreme": 1
     }  # fmt: skip
@@ -179,7 +207,9 @@ def statistics(layers, experts, domains):
     for i in range(layers):
         count = torch.from_numpy(rng.integers(1, 100, (len(domains), experts)))
         mass = count.double()
-        sums[f"l{i}"] = LayerStatistics(count.sum(1), count, mass, mass, torch.ones(len(domains), experts, experts))
+        sums[f"l{i}"] = LayerStatistics(
+            count.sum(1), count, mass, mass, torch.ones(len(domains), experts, experts)
+        )
     return Statistics(sums, list(domains), {}, [])
 
 
@@ -199,7 +229,11 @@ def test_bars_stand_for_shares_of_routed_tokens():
 
 
 def test_published_is_drawn_beside_ours(tmp_path):
-    cells = [cell("demo-qwen", 0, 0.8), cell("demo-qwen", 24, 0.7, seed=1), cell("demo-qwen", 24, 0.74, seed=2)]
+    cells = [
+        cell("demo-qwen", 0, 0.8),
+        cell("demo-qwen", 24, 0.7, seed=1),
+        cell("demo-qwen", 24, 0.74, seed=2),
+    ]
     frame = paper.line_up(collected(tmp_path, cells), "qwen")
     for width, panels in ((figures.PAGE, 2), (figures.COLUMN, 2)):
         figure = figures.published_beside_ours(frame, width=width)
@@ -217,7 +251,9 @@ def test_published_is_drawn_beside_ours(tmp_path):
 
 @pytest.mark.slow
 def test_figures_are_not_blank_and_the_same_bytes_each_time(tmp_path):
-    frame = paper.line_up(collected(tmp_path / "cells", [cell("demo-qwen", 0, 0.8), cell("demo-qwen", 16, 0.6)]), "qwen")
+    frame = paper.line_up(
+        collected(tmp_path / "cells", [cell("demo-qwen", 0, 0.8), cell("demo-qwen", 16, 0.6)]), "qwen"
+    )
     for folder in ("first", "second"):
         for width in (figures.COLUMN, figures.PAGE):
             drawn = {
@@ -226,9 +262,13 @@ def test_figures_are_not_blank_and_the_same_bytes_each_time(tmp_path):
                 "dots": figures.published_beside_ours(frame, title="a title " * 10, width=width),
             }
             for name, figure in drawn.items():
-                picture = matplotlib.image.imread(figures.save(figure, tmp_path / folder / f"{name}-{width}")[0])
+                picture = matplotlib.image.imread(
+                    figures.save(figure, tmp_path / folder / f"{name}-{width}")[0]
+                )
                 assert picture[..., :3].std() > 0.05
-                assert picture.shape[1] <= 220 * (width + 0.1)  # nothing sticks out of the width that was asked for
+                assert picture.shape[1] <= 220 * (
+                    width + 0.1
+                )  # nothing sticks out of the width that was asked for
     for path in (tmp_path / "first").iterdir():
         assert path.read_bytes() == (tmp_path / "second" / path.name).read_bytes(), path.name
 
@@ -237,20 +277,34 @@ def test_figures_are_not_blank_and_the_same_bytes_each_time(tmp_path):
 @pytest.mark.parametrize("model", ["demo-qwen", "demo-mixtral"])
 def test_the_notebook_shows_every_table_of_a_sweep_that_has_some_rows(model, tmp_path):
     half, source = SIZE[model] // 2, {"calibration": "demo", "sequences": 12, "length": 64}
-    cells = [cell(model, 0, 0.8), cell(model, half, 0.6, **source), cell(model, half, 0.5, method="m-smoe", **source)]
-    cells.append(cell(model, half, 0.1, method="m-smoe"))  # calibrated on another source, which is not looked at
+    cells = [
+        cell(model, 0, 0.8),
+        cell(model, half, 0.6, **source),
+        cell(model, half, 0.5, method="m-smoe", **source),
+    ]
+    cells.append(
+        cell(model, half, 0.1, method="m-smoe")
+    )  # calibrated on another source, which is not looked at
     collected(tmp_path / "cells", cells)
-    parameters = {"model": model, "sweep": str(tmp_path / "cells"), "figures": str(tmp_path / "figures")} | source
+    parameters = {
+        "model": model,
+        "sweep": str(tmp_path / "cells"),
+        "figures": str(tmp_path / "figures"),
+    } | source
     path = sweep.run_cell(sweep.notebook_path("07_paper"), parameters, tmp_path / "runs")
     outputs = {c.id: c.outputs for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code"}
     assert not [o for found in outputs.values() for o in found if o.output_type == "error"]
     for name in (*paper.published()["tables"], "efficiency"):
         text = "".join(o.text for o in outputs[name] if o.output_type == "stream")
         assert f"The models differ: {model} is not" in text, name
-    pictures = [name for name, found in outputs.items() if any("image/png" in o.get("data", {}) for o in found)]
+    pictures = [
+        name for name, found in outputs.items() if any("image/png" in o.get("data", {}) for o in found)
+    ]
     assert pictures == ["qwen-figure", "mixtral-figure", "frequencies"]
     files = {p.name for p in (tmp_path / "figures" / model).iterdir()}
-    assert files == {f"07_{name}.{kind}" for name in ("qwen", "mixtral", "frequencies") for kind in ("png", "pdf")}
+    assert files == {
+        f"07_{name}.{kind}" for name in ("qwen", "mixtral", "frequencies") for kind in ("png", "pdf")
+    }
     results = json.loads(path.with_suffix(".json").read_text())
     assert len(results["tables"]) == 48
     measured = [r for r in results["tables"] if r["table"] == "qwen" and r["ours"] is not None]

@@ -126,7 +126,7 @@ def test_nothing_is_unpickled():
 
 
 def test_names_of_notebooks_are_known():
-    from hcsmoe_core.study import NOTEBOOKS as KNOWN
+    from hcsmoe_core.ui.notebook import NOTEBOOKS as KNOWN
 
     assert tuple(p.stem for p in NOTEBOOKS) == KNOWN
 

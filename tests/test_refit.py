@@ -6,9 +6,11 @@ import torch
 from conftest import EXPERTS, OTHERS, tiny_model, tokens
 
 import hcsmoe_core as core
-from hcsmoe_core import combining, residual
-from hcsmoe_core.combining import Group, combine
-from hcsmoe_core.moe import moe_layer
+from hcsmoe_core.families import moe_layer
+from hcsmoe_core.merging import Group
+from hcsmoe_core.merging import combine_group as combine
+from hcsmoe_core.methods import combine as combining
+from hcsmoe_core.methods import residual
 from hcsmoe_core.statistics import LayerSample
 
 FAMILIES = ("mixtral", "qwen2_moe", *OTHERS)
@@ -81,7 +83,9 @@ def test_a_step_solves_the_ridge_regression_on_slopes(family, monkeypatch):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(("members", "rule"), [([3], NARROW), ([1, 4], JOINED), ([0, 2, 5], {"rule": "average"})])
+@pytest.mark.parametrize(
+    ("members", "rule"), [([3], NARROW), ([1, 4], JOINED), ([0, 2, 5], {"rule": "average"})]
+)
 def test_rounds_leave_less_each(family, members, rule):
     group = group_of(family, members)
     left = [left_by(group, combine(group, rule | {"refit": rounds})) for rounds in (0, 1, 2, 3)]
@@ -99,7 +103,10 @@ def test_what_is_exact_stays_and_nothing_seen_changes_nothing():
     assert torch.equal(refitted.down, average.down)
     unseen = group_of("mixtral", [1, 4])
     unseen.sample = LayerSample(
-        *(t[:0] for t in (unseen.sample.inputs, unseen.sample.logits, unseen.sample.index, unseen.sample.weight))
+        *(
+            t[:0]
+            for t in (unseen.sample.inputs, unseen.sample.logits, unseen.sample.index, unseen.sample.weight)
+        )
     )
     made = combine(unseen, NARROW | {"rule": "selection", "pool": "members", "refit": 2})
     assert torch.equal(made.up, combine(unseen, NARROW | {"rule": "selection", "pool": "members"}).up)
@@ -137,9 +144,14 @@ def test_a_group_is_refitted_where_that_leaves_less_on_held_out_tokens():
             if len(members) == 1 and after.width is None:
                 continue
             dominant = members[0] if after.dominant is None else after.dominant[place]
-            groups = [Group(moe_layer(model, after.name), members, after.weights, dominant, rows) for rows in (fitted, held)]
+            groups = [
+                Group(moe_layer(model, after.name), members, after.weights, dominant, rows)
+                for rows in (fitted, held)
+            ]
             rule = before.rules[place] | ({} if after.width is None else {"width": after.width})
-            without, refitted = (left_by(groups[1], combine(groups[0], rule | more)) for more in ({}, {"refit": 2}))
+            without, refitted = (
+                left_by(groups[1], combine(groups[0], rule | more)) for more in ({}, {"refit": 2})
+            )
             assert after.rules[place] == before.rules[place] | ({"refit": 2} if refitted < without else {})
             seen.add(refitted < without)
     assert seen  # that some group was looked at
@@ -181,10 +193,10 @@ def test_it_goes_with_other_methods_and_is_written(method, settings, tmp_path):
 )
 def test_what_it_does_not_go_with(method, settings, message):
     with pytest.raises(ValueError, match=message):
-        core.methods.steps_of(method, **settings)
+        core.methods.planner.steps_of(method, **settings)
 
 
 def test_it_is_a_setting_on_the_command_line():
-    assert core.methods.settings_from(["refit=3"]) == {"refit": 3}
+    assert core.methods.planner.settings_from(["refit=3"]) == {"refit": 3}
     with pytest.raises(ValueError, match="takes a number"):
-        core.methods.settings_from(["refit=twice"])
+        core.methods.planner.settings_from(["refit=twice"])

@@ -6,7 +6,7 @@ import pytest
 from test_cli import hcsmoe
 
 import hcsmoe_core as core
-from hcsmoe_core import paper, reproduce, sweep
+from hcsmoe_core.studies import paper, reproduce, sweep
 
 TOKENS = 32 * 2048
 # Of the two models: layers, experts, hidden size, expert width, experts a token; weights of one layer's attention, and of
@@ -19,7 +19,14 @@ SHAPES = {
 }
 # Items of the split that is scored and choices of each, as the data sets have them.
 ITEMS = dict(
-    arc_challenge=1172, arc_easy=2376, boolq=3270, hellaswag=10042, mmlu=14042, openbookqa=500, rte=277, winogrande=1267
+    arc_challenge=1172,
+    arc_easy=2376,
+    boolq=3270,
+    hellaswag=10042,
+    mmlu=14042,
+    openbookqa=500,
+    rte=277,
+    winogrande=1267,
 )
 CHOICES = dict.fromkeys(ITEMS, 4) | dict(boolq=2, rte=2, winogrande=2)
 SIZES = {"mixtral-8x7b": (6, 4), "qwen1.5-moe": (45, 30)}
@@ -42,7 +49,14 @@ def test_every_step_is_told_with_its_costs(name):
     assert round(weights(shape, sizes[1]) / 1e9, 1) == {"mixtral-8x7b": 24.2, "qwen1.5-moe": 8.1}[name]
     assert found["active"] == active
     steps = found["steps"]
-    settings = [("o-prune",), ("f-prune",), ("s-prune",), ("m-smoe",), ("hc-smoe",), ("hc-smoe, linkage single",)]
+    settings = [
+        ("o-prune",),
+        ("f-prune",),
+        ("s-prune",),
+        ("m-smoe",),
+        ("hc-smoe",),
+        ("hc-smoe, linkage single",),
+    ]
     merged = [f"{s}, {r} of {shape['experts']} experts" for r in sizes for (s,) in settings]
     wanted = [("evaluate", f"original, {shape['experts']} of {shape['experts']} experts")]
     wanted += [(step, what) for what in merged for step in ("plan", "merge", "evaluate")]
@@ -64,7 +78,9 @@ def test_every_step_is_told_with_its_costs(name):
             assert step["bytes"] == 2 * experts + 2 * experts * kept // shape["experts"]
             assert (step["processor"] > 0) == ("m-smoe" in step["what"])  # whose neurons are matched
     assert max(s.get("processor", 0) for s in steps if "o-prune" in s["what"]) > 0
-    told = sum(s.get("operations", 0) / 50e12 + s.get("bytes", 0) / 4e9 + s.get("processor", 0) for s in steps)
+    told = sum(
+        s.get("operations", 0) / 50e12 + s.get("bytes", 0) / 4e9 + s.get("processor", 0) for s in steps
+    )
     assert found["seconds"] == pytest.approx(told)
     largest = 2 * weights(shape, sizes[0])
     assert found["memory"]["whole"] >= largest + 2 * experts > found["memory"]["streamed"] >= largest
@@ -74,7 +90,14 @@ def test_every_step_is_told_with_its_costs(name):
 
 
 def test_other_settings_cost_what_they_should():
-    how = dict(model="demo-qwen", calibration="demo", sequences=12, length=64, tasks=["demo_units", "demo_facts"], limit=7)
+    how = dict(
+        model="demo-qwen",
+        calibration="demo",
+        sequences=12,
+        length=64,
+        tasks=["demo_units", "demo_facts"],
+        limit=7,
+    )
     found = reproduce.estimate("qwen1.5-moe", **how)
     model, _ = core.load_model("demo-qwen", dtype="float32")
     assert found["weights"] == sum(p.numel() for p in model.parameters())
@@ -86,7 +109,9 @@ def test_other_settings_cost_what_they_should():
     more = reproduce.estimate("mixtral-8x7b", tasks=["mmlu", "gsm8k"], limit=10)
     assert more["steps"][2] == subjects
     assert "not counted: gsm8k" in reproduce.step_table(more)
-    with pytest.raises(ValueError, match='"name" argument must be one of "qwen1.5-moe", "mixtral-8x7b"; not \'mixtral\''):
+    with pytest.raises(
+        ValueError, match='"name" argument must be one of "qwen1.5-moe", "mixtral-8x7b"; not \'mixtral\''
+    ):
         reproduce.estimate("mixtral")
 
 
@@ -106,12 +131,18 @@ def test_a_dry_run_needs_neither_network_nor_weights(name, size, tmp_path):
     assert "must be one of" in hcsmoe("reproduce", "mixtral-8x22b", "--dry-run", fails=True, **nothing)
 
 
-SMALL = dict(model="demo-mixtral", tasks=["demo_units", "demo_largest"], limit=6, dtype="float32", device="cpu")
+SMALL = dict(
+    model="demo-mixtral", tasks=["demo_units", "demo_largest"], limit=6, dtype="float32", device="cpu"
+)
 SMALL |= dict(calibration="demo", sequences=12, length=64)
 
 
 def measured(folder):
-    return {sweep.setting_name(p) + str(p["experts"]): c["scores"] for c in cells(folder) for p in [c["parameters"]]}
+    return {
+        sweep.setting_name(p) + str(p["experts"]): c["scores"]
+        for c in cells(folder)
+        for p in [c["parameters"]]
+    }
 
 
 def cells(folder):
@@ -129,7 +160,9 @@ def test_cells_are_measured_once_whole_or_streamed(tmp_path, monkeypatch):
         return plan(*args, **options)
 
     monkeypatch.setattr(reproduce, "make_plan", planned)
-    with pytest.raises(RuntimeError, match=r"2 of 13 cells could not be measured; .*\n  s-prune, 6 of 8 experts: not today\n"):
+    with pytest.raises(
+        RuntimeError, match=r"2 of 13 cells could not be measured; .*\n  s-prune, 6 of 8 experts: not today\n"
+    ):
         reproduce.run("mixtral-8x7b", **SMALL, folder=tmp_path / "whole")
     out = reproduce.run("mixtral-8x7b", **SMALL, folder=tmp_path / "whole")
     assert len(asked) == 12 + 2  # what was done is not planned again
@@ -156,6 +189,8 @@ def test_cells_are_measured_once_whole_or_streamed(tmp_path, monkeypatch):
     assert {c["size"]["num_experts"] for c in cells(streamed)} == {8}
     assert not (streamed / "merged").exists()
     monkeypatch.setattr(reproduce, "free_memory", lambda _: 1000)
-    with pytest.raises(RuntimeError, match=r"original, 8 of 8 experts: its .* do not fit into the 1 kB of memory"):
+    with pytest.raises(
+        RuntimeError, match=r"original, 8 of 8 experts: its .* do not fit into the 1 kB of memory"
+    ):
         reproduce.run("mixtral-8x7b", **SMALL, folder=tmp_path / "small", load="streamed")
     assert not list((tmp_path / "small").rglob("*.safetensors"))

@@ -8,10 +8,12 @@ import torch
 from conftest import EXPERTS, OTHERS, tiny_model, tokens
 
 import hcsmoe_core as core
-from hcsmoe_core import combining, residual
-from hcsmoe_core.combining import chosen_columns, forward_selection
+from hcsmoe_core.families import moe_layer
 from hcsmoe_core.merging import merge_layer
-from hcsmoe_core.moe import MoELayer, moe_layer
+from hcsmoe_core.methods import combine as combining
+from hcsmoe_core.methods import residual
+from hcsmoe_core.methods.combine import chosen_columns, forward_selection
+from hcsmoe_core.moe import MoELayer
 from hcsmoe_core.plan import LayerPlan
 
 NEEDS = ("usage", "outputs", "grams", "sample")
@@ -28,7 +30,9 @@ def recommended(model, stats, experts, **settings):
 # --- shapes, and what is held out -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("experts", "kept", "width"), itertools.product((8, 60, 128), (1, 3, 5, 7), (24, 1408, 14336)))
+@pytest.mark.parametrize(
+    ("experts", "kept", "width"), itertools.product((8, 60, 128), (1, 3, 5, 7), (24, 1408, 14336))
+)
 def test_shapes_take_no_more_bytes(experts, kept, width):
     found = residual.shapes(experts, kept, width)
     assert found[0] == (kept, width)
@@ -83,7 +87,9 @@ def test_held_out_domains_are_whole(mixtral):
 )
 def test_of_few_domains_some_are_held_out_unless_one_is_own_text(mixtral, domains, by):
     stats = captured(mixtral, domains=domains * (12 // len(domains)))
-    assert torch.equal(residual.held_out(stats.sampled, "auto", stats.domains), residual.held_out(stats.sampled, by))
+    assert torch.equal(
+        residual.held_out(stats.sampled, "auto", stats.domains), residual.held_out(stats.sampled, by)
+    )
 
 
 # --- the residual itself ----------------------------------------------------------------------------------------------
@@ -100,9 +106,13 @@ def test_the_residual_is_that_of_the_layer_made_so(family, experts):
     decides = residual.held_out(stats.sampled, "sequences")
     ways = residual.Judge(layer, sums, decides, "frequency").ways(stats, model, experts)
     inputs, gates = sums.sample.inputs[decides], sums.sample.gates[decides]
-    outputs = torch.stack([layer.expert_output(e, layer.expert_hidden(e, inputs)) for e in range(EXPERTS)]).detach()
+    outputs = torch.stack(
+        [layer.expert_output(e, layer.expert_hidden(e, inputs)) for e in range(EXPERTS)]
+    ).detach()
     energy = float((torch.einsum("te,etd->td", gates, outputs) ** 2).sum())
-    fitted = type(sums.sample)(*(getattr(sums.sample, k)[~decides] for k in ("inputs", "logits", "index", "weight")))
+    fitted = type(sums.sample)(
+        *(getattr(sums.sample, k)[~decides] for k in ("inputs", "logits", "index", "weight"))
+    )
     for (count, width), way in ways.items():
         assert way.labels.max() + 1 == count
         plan = LayerPlan(
@@ -211,7 +221,9 @@ def test_experts_with_idle_neurons_are_trimmed():
     with torch.no_grad():
         for layer in core.find_moe_layers(model):
             for e in range(EXPERTS):
-                layer.tensors()["down_proj"][e, :, torch.randperm(24, generator=torch.Generator().manual_seed(e))[:12]] = 0
+                layer.tensors()["down_proj"][
+                    e, :, torch.randperm(24, generator=torch.Generator().manual_seed(e))[:12]
+                ] = 0
     stats, before = captured(model, sequences=40), model(input_ids=tokens(), use_cache=False).logits
     plan = recommended(model, stats, 4)
     for layer in plan.layers:
@@ -233,7 +245,9 @@ def _residual(pool, target, chosen):
 def test_blocks_leave_nearly_what_the_greedy_choice_does():
     generator = torch.Generator().manual_seed(0)
     base = torch.randn(600, 40, generator=generator, dtype=torch.float64)
-    pool = torch.cat([base, base + 0.05 * torch.randn(600, 40, generator=generator, dtype=torch.float64)], 1)  # near-copies
+    pool = torch.cat(
+        [base, base + 0.05 * torch.randn(600, 40, generator=generator, dtype=torch.float64)], 1
+    )  # near-copies
     target = base @ torch.randn(40, 12, generator=generator, dtype=torch.float64)
     greedy = forward_selection(pool, target, 24, block=1)
     for block in (2, 5, 8):
@@ -249,12 +263,18 @@ def test_blocks_leave_nearly_what_the_greedy_choice_does():
 @pytest.mark.parametrize("count", [3, 9, 12, 16])
 def test_where_the_sample_tells_no_more_copies_come_last(monkeypatch, count):
     monkeypatch.setattr(combining, "BATCH", 3)
-    unit = torch.nn.functional.normalize(torch.randn(16, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
+    unit = torch.nn.functional.normalize(
+        torch.randn(16, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    )
     unit = unit[[0, 1, 2, 3, 4, 5, 1, 7, 8, 1, 10, 11, 12, 1, 1, 15]]  # copies, some of another batch
     order, taken = torch.randperm(16, generator=torch.Generator().manual_seed(1)).tolist(), [9, 4]
     wanted = list(taken)
     for place in order:
-        if len(wanted) < count and place not in wanted and all(float(unit[place] @ unit[one]) < 1 - 1e-6 for one in wanted):
+        if (
+            len(wanted) < count
+            and place not in wanted
+            and all(float(unit[place] @ unit[one]) < 1 - 1e-6 for one in wanted)
+        ):
             wanted.append(place)
     assert combining._unlike(unit, taken, order, count) == wanted
     assert len(wanted) == min(count, 12)
@@ -266,7 +286,9 @@ def test_greedy_steps_are_those_of_a_naive_search():
     target = torch.randn(60, 3, generator=generator, dtype=torch.float64)
     naive = []
     for _ in range(6):
-        naive.append(min((i for i in range(10) if i not in naive), key=lambda i: _residual(pool, target, [*naive, i])))
+        naive.append(
+            min((i for i in range(10) if i not in naive), key=lambda i: _residual(pool, target, [*naive, i]))
+        )
     assert forward_selection(pool, target, 6, block=1) == naive
 
 
@@ -293,13 +315,19 @@ def test_written_and_loaded_alike(family, tmp_path):
         again.set_experts_implementation("eager")  # widths here are none that grouped products take
         written = plan if router != "folded" else core.plan.with_router(plan, "folded")
         core.apply_plan(model, written, stats)
-        assert torch.equal(again(input_ids=tokens(), use_cache=False).logits, model(input_ids=tokens(), use_cache=False).logits)
+        assert torch.equal(
+            again(input_ids=tokens(), use_cache=False).logits,
+            model(input_ids=tokens(), use_cache=False).logits,
+        )
         core.restore(model)
 
 
 def test_the_same_plan_each_time_and_its_settings(mixtral):
     stats = captured(mixtral)
-    first, second = recommended(mixtral, stats, 3), core.make_plan(stats, mixtral, experts=3, method="least-residual")
+    first, second = (
+        recommended(mixtral, stats, 3),
+        core.make_plan(stats, mixtral, experts=3, method="least-residual"),
+    )
     assert first == second
     assert first.settings["method"] == "least-residual"
     assert first.settings["shape"] == "uniform"
@@ -319,14 +347,14 @@ def test_what_cannot_be_solved_for_is_averaged(monkeypatch):
     [
         ({"budget": "frequency"}, 'budget must be "uniform"'),
         ({"guard": True}, "guard off"),
-        ({"combine": "average"}, 'goes with grouping "residual"'),
+        ({"combine": "average"}, 'goes with group "residual"'),
         ({"shape": "square"}, '"shape" argument must be one of "uniform", "by-layer"'),
         ({"holdout": "tokens"}, '"holdout" argument must be one of "auto", "sequences", "domains"'),
     ],
 )
 def test_steps_that_do_not_go_together(settings, message):
     with pytest.raises(ValueError, match=message):
-        core.methods.steps_of("recommended", **settings)
+        core.methods.planner.steps_of("recommended", **settings)
 
 
 def test_it_wants_the_model_and_the_sample(mixtral):

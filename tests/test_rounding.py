@@ -8,7 +8,7 @@ import torch
 from conftest import FAMILIES, OTHERS, logits, tiny_model, tokens
 
 from hcsmoe_core import apply_plan, capture, find_moe_layers, make_plan, restore
-from hcsmoe_core.rounding import expert_bytes, expert_flops, rounded, rounded_weights
+from hcsmoe_core.studies.rounding import expert_bytes, expert_flops, rounded, rounded_weights
 
 
 def naive(row, bits):
@@ -91,7 +91,10 @@ def test_a_model_stays_as_it_was_where_rounding_fails(mixtral, input_ids):
         pass
     down[0, 0, 0] = kept
     assert torch.equal(logits(mixtral, input_ids), before)
-    with pytest.raises(ValueError, match='"bits" argument must be one of "16", "8", "4", "3", "2"; not 5'), rounded(mixtral, 5):
+    with (
+        pytest.raises(ValueError, match='"bits" argument must be one of "16", "8", "4", "3", "2"; not 5'),
+        rounded(mixtral, 5),
+    ):
         pass
     with pytest.raises(ValueError, match='"bits" argument'):
         expert_bytes(mixtral, 7)
@@ -106,12 +109,16 @@ def test_bytes_count_weights_scales_and_zero_points():
     assert expert_bytes(model, 4) == matrices / 2 + groups * 20 / 8
     assert expert_bytes(model, 3) == math.ceil((3 * matrices + 19 * groups) / 8)
     biased = tiny_model("gpt_oss")
-    assert expert_bytes(biased) == 2 * sum(t.numel() for layer in find_moe_layers(biased) for t in layer.tensors().values())
+    assert expert_bytes(biased) == 2 * sum(
+        t.numel() for layer in find_moe_layers(biased) for t in layer.tensors().values()
+    )
 
 
 def test_operations_follow_what_a_token_goes_through(input_ids):
     model = tiny_model("qwen2_moe")  # 4 of 8 experts
-    stats = capture(model, input_ids, needs=("usage", "outputs", "norms", "grams", "sample"), sample=999, progress=False)
+    stats = capture(
+        model, input_ids, needs=("usage", "outputs", "norms", "grams", "sample"), sample=999, progress=False
+    )
     whole = 3 * 4 * 2 * (48 * 32 + 32 * 24)
     assert expert_flops(model) == expert_flops(model, stats) == whole
     plan = make_plan(stats, model, experts=3)
@@ -125,7 +132,9 @@ def test_operations_follow_what_a_token_goes_through(input_ids):
     assert expert_flops(model, stats) < whole
     restore(model)
     apply_plan(model, make_plan(stats, model, experts=3, method="f-prune", budget="uniform"))
-    assert expert_flops(model, stats) == expert_flops(model) == whole * 3 / 4  # three experts are left to choose from
+    assert (
+        expert_flops(model, stats) == expert_flops(model) == whole * 3 / 4
+    )  # three experts are left to choose from
     restore(model)
     apply_plan(model, make_plan(stats, model, experts=4, method="trimming"), stats)
     assert expert_flops(model, stats) == whole / 2

@@ -7,7 +7,7 @@ from scipy.spatial.distance import pdist
 from test_capture import router_name
 
 from hcsmoe_core import apply_plan, capture, distances, make_plan
-from hcsmoe_core.moe import find_moe_layers
+from hcsmoe_core.families import find_moe_layers
 
 
 @pytest.fixture
@@ -25,7 +25,9 @@ def features(model, trace, name, similarity):
         return naive.outputs(experts, trace.inputs[name]).mean(1).numpy()
     if similarity == "router-logits":
         return trace.logits[name].double().T.numpy()
-    return np.concatenate([p.detach().double().flatten(1).numpy() for p in (experts.gate_up_proj, experts.down_proj)], 1)
+    return np.concatenate(
+        [p.detach().double().flatten(1).numpy() for p in (experts.gate_up_proj, experts.down_proj)], 1
+    )
 
 
 @pytest.mark.parametrize("similarity", ["expert-output", "router-logits", "weight"])
@@ -69,7 +71,9 @@ def test_original_weights_are_compared_on_a_merged_model(mixtral, input_ids):
 
 def test_bad_choices_are_named(mixtral, input_ids):
     stats = capture(mixtral, input_ids)
-    with pytest.raises(ValueError, match='"similarity" argument must be one of "expert-output", "router-logits", "weight",'):
+    with pytest.raises(
+        ValueError, match='"similarity" argument must be one of "expert-output", "router-logits", "weight",'
+    ):
         distances(stats, 0, similarity="outputs")
     with pytest.raises(ValueError, match='"metric" argument must be one of "euclidean", "cosine"'):
         distances(stats, 0, metric="manhattan")

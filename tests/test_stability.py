@@ -14,13 +14,13 @@ from hcsmoe_core import (
     capture,
     cut,
     distances,
-    figures,
     find_moe_layers,
     load_statistics,
     merge_tree,
-    stability,
 )
 from hcsmoe_core.clustering import LINKAGES
+from hcsmoe_core.studies import stability
+from hcsmoe_core.ui import figures
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,9 @@ def naive_cophenetic(tree, condensed):
     experts = len(tree) + 1
     heights = []
     for a, b in itertools.combinations(range(experts), 2):
-        together = [t for t in range(experts - 1) if cut(tree, experts - 1 - t)[a] == cut(tree, experts - 1 - t)[b]]
+        together = [
+            t for t in range(experts - 1) if cut(tree, experts - 1 - t)[a] == cut(tree, experts - 1 - t)[b]
+        ]
         heights.append(tree[together[0], 2])
     return np.corrcoef(heights, condensed)[0, 1]
 
@@ -55,7 +57,10 @@ def naive_davies_bouldin(points, labels):
     groups = sorted(set(labels.tolist()))
     centres = [points[labels == g].mean(0) for g in groups]
     spread = [np.mean([np.linalg.norm(p - centres[g]) for p in points[labels == g]]) for g in groups]
-    worst = [max((spread[g] + spread[h]) / np.linalg.norm(centres[g] - centres[h]) for h in groups if h != g) for g in groups]
+    worst = [
+        max((spread[g] + spread[h]) / np.linalg.norm(centres[g] - centres[h]) for h in groups if h != g)
+        for g in groups
+    ]
     return np.mean(worst)
 
 
@@ -68,7 +73,9 @@ def test_quality_follows_the_definitions(measured):
         tree = merge_tree(stats, row["layer"], linkage=row["linkage"])
         labels = cut(tree, 3)
         assert row["cophenetic correlation"] == pytest.approx(naive_cophenetic(tree, pdist(points)), rel=1e-9)
-        assert row["silhouette"] == pytest.approx(naive_silhouette(squareform(pdist(points)), labels), rel=1e-9)
+        assert row["silhouette"] == pytest.approx(
+            naive_silhouette(squareform(pdist(points)), labels), rel=1e-9
+        )
         assert row["Davies-Bouldin"] == pytest.approx(naive_davies_bouldin(points, labels), rel=1e-6)
         assert row["largest"] == max(np.bincount(labels))
         assert row["alone"] == sum(np.bincount(labels) == 1)
@@ -106,13 +113,17 @@ def test_growing_parts_add_up_to_the_sample(measured, tmp_path):
     for name, sums in whole.layers.items():
         assert torch.equal(parts[-1].layers[name].usage_count, sums.usage_count)
         torch.testing.assert_close(parts[-1].layers[name].output_sum, sums.output_sum, rtol=1e-4, atol=1e-4)
-    table = stability.agreement_over_size(parts, model, similarity="expert-output", linkages=["average"], groups=4)
+    table = stability.agreement_over_size(
+        parts, model, similarity="expert-output", linkages=["average"], groups=4
+    )
     assert sorted(set(table["tokens"])) == [24, 60]
     assert len(table) == 2 * 3
     for row in table.to_dict("records"):
         part = parts[0] if row["tokens"] == 24 else parts[1]
         between = distances(parts[-1], row["layer"], similarity="expert-output")
-        mine, theirs = (naive_spread(cut(merge_tree(s, row["layer"]), 4).tolist(), between) for s in (part, parts[-1]))
+        mine, theirs = (
+            naive_spread(cut(merge_tree(s, row["layer"]), 4).tolist(), between) for s in (part, parts[-1])
+        )
         assert row["excess"] == pytest.approx(mine / theirs - 1)
 
 
@@ -126,9 +137,13 @@ def test_turning_branches_keeps_the_tree(measured):
             assert cut(turned, groups).tolist() == cut(tree, groups).tolist()
         assert np.array_equal(turned[:, 2:], tree[:, 2:])
         again = figures.untangled(turned, figures.leaf_order(tree))
-        assert figures.leaf_order(again) == figures.leaf_order(tree)  # the order asked for, where the tree allows it
+        assert figures.leaf_order(again) == figures.leaf_order(
+            tree
+        )  # the order asked for, where the tree allows it
     a, b = [3, 1, 0, 2], [0, 1, 2, 3]
-    brute = sum((a.index(i) < a.index(j)) != (b.index(i) < b.index(j)) for i, j in itertools.combinations(range(4), 2))
+    brute = sum(
+        (a.index(i) < a.index(j)) != (b.index(i) < b.index(j)) for i, j in itertools.combinations(range(4), 2)
+    )
     assert figures.crossings(a, b) == brute
     assert figures.crossings(a, a) == 0
 
@@ -195,7 +210,9 @@ def test_looks_are_those_of_a_naive_run(tmp_path):
         )
     found = list(stats.stability["layers"].values())
     assert stats.stability["tokens"] == [24, 48, 96, 156]
-    assert [layer["agreement"] for layer in found] == [pytest.approx(list(row)) for row in zip(*looks, strict=True)]
+    assert [layer["agreement"] for layer in found] == [
+        pytest.approx(list(row)) for row in zip(*looks, strict=True)
+    ]
     assert min(min(row) for row in looks) < 1
     whole = capture(model, ids[both], domains=[domains[i] for i in both], needs=needs, sample=60)
     assert stats.sequences == whole.sequences
@@ -241,14 +258,18 @@ def test_stopping_by_what_groups_cost():
             for groups in (5, 3):
                 first, second = (cut(merge_tree(p, layer), groups).tolist() for p in parts)
                 crossed = naive_spread(first, between[1]) + naive_spread(second, between[0])
-                values.append(crossed / (naive_spread(first, between[0]) + naive_spread(second, between[1])) - 1)
+                values.append(
+                    crossed / (naive_spread(first, between[0]) + naive_spread(second, between[1])) - 1
+                )
             row.append(max(values))
         looks.append(row)
         if max(row) <= wanted:
             break
     found = list(stats.stability["layers"].values())
     assert len(looks) > 1  # or nothing was decided
-    assert [layer["excess"] for layer in found] == [pytest.approx(list(row), rel=1e-4) for row in zip(*looks, strict=True)]
+    assert [layer["excess"] for layer in found] == [
+        pytest.approx(list(row), rel=1e-4) for row in zip(*looks, strict=True)
+    ]
     assert stats.num_tokens == 24 * end
     assert stats.stability["stable"] == (max(looks[-1]) <= wanted)
     assert stats.stability["excess"] == wanted

@@ -19,7 +19,6 @@ from safetensors.torch import load_file, save_file
 from hcsmoe_core import (
     capture,
     capture_until_stable,
-    families,
     find_moe_layers,
     load_merged,
     load_model,
@@ -30,9 +29,11 @@ from hcsmoe_core import (
     stream_capture,
     stream_merged,
     stream_model,
-    streaming,
 )
 from hcsmoe_core.plan import with_router
+from hcsmoe_core.scale import streaming
+from hcsmoe_core.ui import family_table
+from tools import family_table as families
 
 ALL = ("usage", "outputs", "norms", "grams", "sample")
 OPTIONS = dict(needs=ALL, sample=50, batch_size=4, domains=["a", "b", "a", "c", "b", "a"])
@@ -75,20 +76,30 @@ def test_streamed_statistics_and_checkpoints_are_those_of_the_whole_model(name, 
     for kind, plan in plans.items():
         options = dict(stats=wanted, heldout=heldout)
         said = save_merged(whole, plan, tmp_path / kind, **options)
-        assert stream_merged(streamed, plan, tmp_path / f"{kind}-2", tmp_path / f"work-{kind}", **options) == said
+        assert (
+            stream_merged(streamed, plan, tmp_path / f"{kind}-2", tmp_path / f"work-{kind}", **options)
+            == said
+        )
         same_files(tmp_path / kind, tmp_path / f"{kind}-2")
         if name in FAMILIES:
             assert said["router"] == ("mapped" if kind == "mapped" else "plain")
     assert torch.equal(
-        logits(load_model(tmp_path / "pruned-2")[0], input_ids), logits(load_model(tmp_path / "pruned")[0], input_ids)
+        logits(load_model(tmp_path / "pruned-2")[0], input_ids),
+        logits(load_model(tmp_path / "pruned")[0], input_ids),
     )
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", [row["family"] for row in families.committed()[1] if not row["mapped"] and not row["whole"]])
+@pytest.mark.parametrize(
+    "family", [row["family"] for row in family_table.committed()[1] if not row["mapped"] and not row["whole"]]
+)
 def test_every_family_streamed_is_what_it_is_whole(family, tmp_path):
     families.tiny_model(family, torch.bfloat16).save_pretrained(tmp_path / "model")
-    whole, streamed, ids = load_model(tmp_path / "model")[0], stream_model(tmp_path / "model")[0], families.tiny_tokens()
+    whole, streamed, ids = (
+        load_model(tmp_path / "model")[0],
+        stream_model(tmp_path / "model")[0],
+        families.tiny_tokens(),
+    )
     stats = capture(whole, ids, needs=ALL, sample=32)
     stats.save(tmp_path / "wanted")
     stream_capture(streamed, ids, tmp_path / "work", needs=ALL, sample=32).save(tmp_path / "found")
@@ -128,12 +139,17 @@ def test_large_checkpoints_have_a_shard_a_layer(stored, input_ids, tmp_path, mon
     index = json.loads((tmp_path / "a/model.safetensors.index.json").read_text())
     held = {n: f.name for f in (tmp_path / "a").glob("*.safetensors") for n in load_file(f)}
     assert index["weight_map"] == held
-    size = sum(t.numel() * t.element_size() for f in (tmp_path / "a").glob("*.safetensors") for t in load_file(f).values())
+    size = sum(
+        t.numel() * t.element_size()
+        for f in (tmp_path / "a").glob("*.safetensors")
+        for t in load_file(f).values()
+    )
     assert index["metadata"]["total_size"] == size
     loaded = load_merged(tmp_path / "a", experts_implementation="eager")
     save_merged(tiny_model("mixtral"), plan, tmp_path / "c")
     assert torch.equal(
-        logits(loaded, input_ids), logits(load_merged(tmp_path / "c", experts_implementation="eager"), input_ids)
+        logits(loaded, input_ids),
+        logits(load_merged(tmp_path / "c", experts_implementation="eager"), input_ids),
     )
 
 
@@ -162,7 +178,11 @@ def test_one_decoder_layer_is_in_memory_at_a_time(stored, input_ids, tmp_path):
     seen = []
 
     def look(*_):
-        held = [i for i, layer in enumerate(streamed.model.layers) if not all(p.is_meta for p in layer.parameters())]
+        held = [
+            i
+            for i, layer in enumerate(streamed.model.layers)
+            if not all(p.is_meta for p in layer.parameters())
+        ]
         seen.append((held, streamed.lm_head.weight.is_meta))
 
     for layer in find_moe_layers(streamed):
@@ -177,9 +197,15 @@ def test_whole_if_it_fits_and_streamed_if_not(stored, monkeypatch):
     size = sum(p.numel() * p.element_size() for p in tiny_model("mixtral").parameters())
     assert not next(open_model(stored)[0].model.layers.parameters()).is_meta
     assert next(open_model(stored, load="streamed")[0].model.layers.parameters()).is_meta
-    assert next(open_model(stored, memory=f"{2.7 * size / 1e3 + 1000:.1f}KB")[0].model.layers.parameters()).is_meta
-    assert not next(open_model(stored, memory=f"{(2.8 * size + 1e6) / 1024:.1f} KiB")[0].model.layers.parameters()).is_meta
-    with pytest.raises(ValueError, match='"memory" argument is 1MB, but with the largest decoder layer .* give more'):
+    assert next(
+        open_model(stored, memory=f"{2.7 * size / 1e3 + 1000:.1f}KB")[0].model.layers.parameters()
+    ).is_meta
+    assert not next(
+        open_model(stored, memory=f"{(2.8 * size + 1e6) / 1024:.1f} KiB")[0].model.layers.parameters()
+    ).is_meta
+    with pytest.raises(
+        ValueError, match='"memory" argument is 1MB, but with the largest decoder layer .* give more'
+    ):
         open_model(stored, memory="1MB")
     for bad in ("3 apples", "-1GB", "GB"):
         with pytest.raises(ValueError, match=r'"memory" argument must be a size such as 3GB'):
@@ -230,7 +256,9 @@ def test_a_full_disk_is_told_and_writing_goes_on(stored, input_ids, tmp_path, mo
         usual(*arguments, **options)
 
     monkeypatch.setattr(modeling_utils, "safe_save_file", full)
-    with pytest.raises(OSError, match="cannot be written .*No space left on device.* see that the disk has room"):
+    with pytest.raises(
+        OSError, match="cannot be written .*No space left on device.* see that the disk has room"
+    ):
         stream_merged(model, plan, tmp_path / "b", tmp_path / "work-b")
     assert not (tmp_path / "b").exists()
     assert not any(layer.merged for layer in find_moe_layers(model))
@@ -263,11 +291,15 @@ def test_broken_checkpoints_are_refused_with_the_reason(stored, tmp_path, input_
             load(other)
     other = store(tiny_model("mixtral"), tmp_path / "lacking")
     rewrite(other, "model.layers.1.self_attn.q_proj.weight", lambda t: None)
-    with pytest.raises(ValueError, match=r"lacks 1 of the model's tensors \(model.layers.1.self_attn.q_proj.weight"):
+    with pytest.raises(
+        ValueError, match=r"lacks 1 of the model's tensors \(model.layers.1.self_attn.q_proj.weight"
+    ):
         stream_model(other)
     other = store(tiny_model("mixtral"), tmp_path / "expert")
     rewrite(other, EXPERT, lambda t: None)
-    with pytest.raises(ValueError, match=r"model.layers.1.mlp.experts.gate_up_proj as its configuration says"):
+    with pytest.raises(
+        ValueError, match=r"model.layers.1.mlp.experts.gate_up_proj as its configuration says"
+    ):
         stream_capture(stream_model(other)[0], input_ids, tmp_path / "work")
     with pytest.raises(ValueError, match=r"it does not hold model.layers.1.mlp.experts.gate_up_proj as"):
         load_model(other)
@@ -304,7 +336,9 @@ def test_a_shard_that_changes_meanwhile_is_noticed(stored, input_ids, tmp_path):
 
 def test_experts_on_some_tokens_streamed_and_whole(stored, input_ids, tmp_path):
     options = OPTIONS | {"every": 3}
-    stream_capture(stream_model(stored)[0], input_ids, tmp_path / "work", **options).save(tmp_path / "streamed")
+    stream_capture(stream_model(stored)[0], input_ids, tmp_path / "work", **options).save(
+        tmp_path / "streamed"
+    )
     capture(load_model(stored)[0], input_ids, **options).save(tmp_path / "whole")
     assert (tmp_path / "streamed").read_bytes() == (tmp_path / "whole").read_bytes()
 
@@ -315,7 +349,9 @@ def test_what_cannot_be_streamed_says_why(stored, input_ids, tmp_path):
         capture_until_stable(model, input_ids)
     stats = stream_capture(model, input_ids, tmp_path / "work", needs=ALL)
     plan = make_plan(stats, experts=4, method="mc-smoe")
-    with pytest.raises(ValueError, match="second step chooses what it keeps among the merged experts of all layers"):
+    with pytest.raises(
+        ValueError, match="second step chooses what it keeps among the merged experts of all layers"
+    ):
         stream_merged(model, plan, tmp_path / "m", tmp_path / "work-m", stats=stats)
     plan = make_plan(stats, experts=4, method="trimming")
     with pytest.raises(ValueError, match="give the statistics it was made from"):
@@ -346,7 +382,10 @@ def test_what_a_complete_output_left_behind_is_removed(tmp_path):
 
 
 def test_what_layers_hand_on_survives_the_disk(tmp_path):
-    kept = {"output": (torch.randn(2, 3), None, [1, 2.5, "x", True]), "shared": {"kv": {3: (torch.ones(2).bfloat16(),)}}}
+    kept = {
+        "output": (torch.randn(2, 3), None, [1, 2.5, "x", True]),
+        "shared": {"kv": {3: (torch.ones(2).bfloat16(),)}},
+    }
     outputs = streaming._Outputs(tmp_path)
     outputs.write(4, 0, kept)
     found = outputs.read(4, 0, "cpu")
@@ -367,7 +406,11 @@ def quantised(folder, how, tensors):
     for file in folder.glob("*.safetensors"):
         file.unlink()
     (folder / "model.safetensors.index.json").unlink()
-    save_file({n: t.contiguous() for n, t in tensors.items()}, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        {n: t.contiguous() for n, t in tensors.items()},
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": how}))
     return folder
@@ -399,9 +442,15 @@ def mxfp4(folder):
             made[name] = tensor
             continue
         experts, width = tensor.shape[0], tensor.shape[2]
-        made[f"{name}_blocks"] = torch.randint(0, 256, (experts, width, 1, 16), generator=generator, dtype=torch.uint8)
-        made[f"{name}_scales"] = torch.randint(120, 126, (experts, width, 1), generator=generator, dtype=torch.uint8)
-    return quantised(folder, {"quant_method": "mxfp4", "modules_to_not_convert": ["self_attn", "router"]}, made)
+        made[f"{name}_blocks"] = torch.randint(
+            0, 256, (experts, width, 1, 16), generator=generator, dtype=torch.uint8
+        )
+        made[f"{name}_scales"] = torch.randint(
+            120, 126, (experts, width, 1), generator=generator, dtype=torch.uint8
+        )
+    return quantised(
+        folder, {"quant_method": "mxfp4", "modules_to_not_convert": ["self_attn", "router"]}, made
+    )
 
 
 def stored_tensors(folder):
@@ -412,13 +461,17 @@ def stored_tensors(folder):
 def test_quantised_checkpoints_are_dequantised(make, input_ids, tmp_path):
     folder = make(tmp_path / "model")
     whole, streamed = load_model(folder)[0], stream_model(folder)[0]
-    assert all(t.dtype == torch.bfloat16 for layer in find_moe_layers(whole) for t in layer.tensors().values())
+    assert all(
+        t.dtype == torch.bfloat16 for layer in find_moe_layers(whole) for t in layer.tensors().values()
+    )
     wanted = capture(whole, input_ids)
     found = stream_capture(streamed, input_ids, tmp_path / "work")
     assert all(torch.equal(found.layers[n].output_sum, sums.output_sum) for n, sums in wanted.layers.items())
     assert all(sums.output_sum.abs().sum() > 0 for sums in wanted.layers.values())
     for method, load in (("reap", load_model), ("hc-smoe", load_model)):
-        plan = make_plan(capture(whole, input_ids, needs=("usage", "outputs", "norms")), whole, experts=4, method=method)
+        plan = make_plan(
+            capture(whole, input_ids, needs=("usage", "outputs", "norms")), whole, experts=4, method=method
+        )
         save_merged(whole, plan, tmp_path / f"{method}-a")
         stream_merged(streamed, plan, tmp_path / f"{method}-b", tmp_path / f"work-{method}")
         same_files(tmp_path / f"{method}-a", tmp_path / f"{method}-b")
@@ -429,9 +482,13 @@ def test_quantised_checkpoints_are_dequantised(make, input_ids, tmp_path):
 @pytest.mark.parametrize("how", ["gptq", "awq", "bitsandbytes"])
 def test_other_quantisations_are_refused_with_the_reason(how, stored):
     config = json.loads((stored / "config.json").read_text())
-    (stored / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": how, "bits": 4}}))
+    (stored / "config.json").write_text(
+        json.dumps(config | {"quantization_config": {"quant_method": how, "bits": 4}})
+    )
     for load in (load_model, stream_model, open_model):
-        with pytest.raises(ValueError, match=rf"is quantised with {how}, which transformers does not turn back"):
+        with pytest.raises(
+            ValueError, match=rf"is quantised with {how}, which transformers does not turn back"
+        ):
             load(stored)
 
 
@@ -442,7 +499,9 @@ QUIET = {"TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 def command(*arguments, launcher=(), **options):
     words = (
-        [sys.executable, "-m", *launcher, "-m", "hcsmoe_core.cli"] if launcher else [sys.executable, "-m", "hcsmoe_core.cli"]
+        [sys.executable, "-m", *launcher, "-m", "hcsmoe_core.ui.cli"]
+        if launcher
+        else [sys.executable, "-m", "hcsmoe_core.ui.cli"]
     )
     environment = os.environ | QUIET
     return subprocess.Popen(
@@ -469,12 +528,31 @@ def deep(tmp_path_factory):
 
 
 def options_of(folder):
-    return ("--calibration", folder / "ids.safetensors", "--sequences", 16, "--length", 40, "--load", "streamed")
+    return (
+        "--calibration",
+        folder / "ids.safetensors",
+        "--sequences",
+        16,
+        "--length",
+        40,
+        "--load",
+        "streamed",
+    )
 
 
 @pytest.mark.slow
 def test_killed_at_ten_random_moments_and_resumed(deep, tmp_path):
-    merge = ("merge", deep / "model", "--experts", 4, "--method", "functional", "--fidelity", 4, *options_of(deep))
+    merge = (
+        "merge",
+        deep / "model",
+        "--experts",
+        4,
+        "--method",
+        "functional",
+        "--fidelity",
+        4,
+        *options_of(deep),
+    )
     whole = command(*merge, "--out", tmp_path / "whole")
     assert whole.wait() == 0, whole.stderr.read()
     rng, kills, finished = random.Random(0), [], 0
@@ -537,11 +615,24 @@ def test_out_of_disk_is_one_line_and_the_next_run_goes_on(deep, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(("load", "counts"), [("streamed", (2, 4)), ("whole", (2,))])
 def test_two_and_four_ranks_against_one(deep, tmp_path, load, counts):
-    arguments = ("capture", deep / "model", *options_of(deep)[:-1], load, "--for", "all", "--sample", 200, "--batch-size", 4)
+    arguments = (
+        "capture",
+        deep / "model",
+        *options_of(deep)[:-1],
+        load,
+        "--for",
+        "all",
+        "--sample",
+        200,
+        "--batch-size",
+        4,
+    )
     files = {}
     for count in (1, *counts):
         files[count] = tmp_path / f"{count}.safetensors"
-        launcher = () if count == 1 else ("torch.distributed.run", "--standalone", "--nproc-per-node", str(count))
+        launcher = (
+            () if count == 1 else ("torch.distributed.run", "--standalone", "--nproc-per-node", str(count))
+        )
         run = command(*arguments, "--out", files[count], launcher=launcher)
         out, said = run.communicate()
         assert run.returncode == 0, said
@@ -554,7 +645,10 @@ def test_two_and_four_ranks_against_one(deep, tmp_path, load, counts):
         for name, sums in one.layers.items():
             for key, value in sums.held().items():
                 torch.testing.assert_close(
-                    getattr(several.layers[name], key), value, rtol=1e-12, atol=1e-12 * float(value.abs().max())
+                    getattr(several.layers[name], key),
+                    value,
+                    rtol=1e-12,
+                    atol=1e-12 * float(value.abs().max()),
                 )
             for key in ("inputs", "logits", "index", "weight"):
                 assert torch.equal(getattr(several.layers[name].sample, key), getattr(sums.sample, key)), key
@@ -566,13 +660,24 @@ def test_two_and_four_ranks_against_one(deep, tmp_path, load, counts):
                     == make_plan(one, model, experts=4, method=method).layers
                 )
             else:
-                assert make_plan(several, experts=4, method=method).layers == make_plan(one, experts=4, method=method).layers
+                assert (
+                    make_plan(several, experts=4, method=method).layers
+                    == make_plan(one, experts=4, method=method).layers
+                )
 
 
 @pytest.mark.slow
 def test_more_ranks_than_batches_are_refused(deep, tmp_path):
     run = command(
-        *("capture", deep / "model", *options_of(deep), "--batch-size", 16, "--out", tmp_path / "s.safetensors"),
+        *(
+            "capture",
+            deep / "model",
+            *options_of(deep),
+            "--batch-size",
+            16,
+            "--out",
+            tmp_path / "s.safetensors",
+        ),
         launcher=("torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
     )
     _, said = run.communicate()

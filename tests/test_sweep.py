@@ -10,16 +10,18 @@ import torch
 from conftest import ROOT
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from hcsmoe_core import engines, sweep
 from hcsmoe_core.checkpoint import load_tokenizer
 from hcsmoe_core.demo import models
+from hcsmoe_core.studies import engines, sweep
 
 SMALL = {"calibration": "demo", "sequences": 12, "length": 64}
 
 
 def test_grid_is_every_combination():
     cells = sweep.grid({"model": "m"}, experts=(4, 2), linkage=("average", "ward"))
-    assert cells == [{"model": "m", "experts": r, "linkage": name} for r in (4, 2) for name in ("average", "ward")]
+    assert cells == [
+        {"model": "m", "experts": r, "linkage": name} for r in (4, 2) for name in ("average", "ward")
+    ]
 
 
 def test_ids_follow_notebook_parameters_and_core(tmp_path, monkeypatch):
@@ -37,7 +39,9 @@ def test_ids_follow_notebook_parameters_and_core(tmp_path, monkeypatch):
 
 def test_a_misspelt_parameter_is_an_error_before_anything_runs(tmp_path):
     path = sweep.notebook_path("05_accuracy")
-    with pytest.raises(ValueError, match=r"05_accuracy.ipynb has no parameter 'linkge'; its parameters are model, .*linkage"):
+    with pytest.raises(
+        ValueError, match=r"05_accuracy.ipynb has no parameter 'linkge'; its parameters are model, .*linkage"
+    ):
         sweep.run_cells([(path, {"model": "demo-mixtral"}), (path, {"linkge": "ward"})], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -46,7 +50,9 @@ def notebook(tmp_path, source):
     made = nbformat.v4.new_notebook(
         metadata={"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
     )
-    parameters = nbformat.v4.new_code_cell('model: str = "m"  # m\nexperts: int = 0  # r\nresults: str = ""  # file')
+    parameters = nbformat.v4.new_code_cell(
+        'model: str = "m"  # m\nexperts: int = 0  # r\nresults: str = ""  # file'
+    )
     parameters.metadata["tags"] = ["parameters"]
     made.cells = [parameters, nbformat.v4.new_code_cell(source)]
     nbformat.write(made, tmp_path / "05_accuracy.ipynb")
@@ -67,7 +73,9 @@ pathlib.Path(results).write_text(json.dumps(dict(parameters=dict(model=model, ex
 def test_done_cells_are_kept_and_failed_ones_run_again(tmp_path):
     path, out = notebook(tmp_path, SCORE), tmp_path / "out"
     cells = [(path, {"model": "m", "experts": r}) for r in (1, 2, 3)]
-    with pytest.raises(RuntimeError, match=r"1 of 3 cells failed; run again to retry them.\n.*'experts': 3.*three"):
+    with pytest.raises(
+        RuntimeError, match=r"1 of 3 cells failed; run again to retry them.\n.*'experts': 3.*three"
+    ):
         sweep.run_cells(cells, out, workers=2, retries=1)
     assert len(list(out.glob("*.failed.ipynb"))) == 1
     assert "AssertionError: three" in next(out.glob("*.failed.txt")).read_text()
@@ -81,7 +89,9 @@ def test_done_cells_are_kept_and_failed_ones_run_again(tmp_path):
     assert sorted(runs) == [1, 1, 3]  # nothing measured twice but what failed
     frame = sweep.collect(out, model="m")
     assert sorted(frame["mean_acc"]) == [0.1, 0.2, 0.3]
-    missing = sweep.missing_cells(frame[frame["experts"] != 2].assign(linkage=["a", "b"]), "experts", "linkage")
+    missing = sweep.missing_cells(
+        frame[frame["experts"] != 2].assign(linkage=["a", "b"]), "experts", "linkage"
+    )
     assert missing.to_records(index=False).tolist() == [(1, "b"), (3, "a")]
     with pytest.raises(FileNotFoundError, match="no 05_accuracy cells of other in"):
         sweep.collect(out, model="other")
@@ -100,10 +110,14 @@ def test_a_process_that_is_killed_is_replaced(deaths, tmp_path):
     path, out = notebook(tmp_path, SCORE + DIE), tmp_path / ("x" * deaths)
     cells = [(path, {"model": "m", "experts": r}) for r in (1, 2)]
     if deaths > engines.DEATHS:
-        with pytest.raises(RuntimeError, match=r"1 of 2 cells failed.*\n.*'experts': 2.*: .*terminated abruptly"):
+        with pytest.raises(
+            RuntimeError, match=r"1 of 2 cells failed.*\n.*'experts': 2.*: .*terminated abruptly"
+        ):
             sweep.run_cells(cells, out)
         assert "BrokenProcessPool" in next(out.glob("*.failed.txt")).read_text()
-        assert sweep.state_of(next(out.glob("*.failed.txt")).with_suffix("").with_suffix(".ipynb")) == "failed"
+        assert (
+            sweep.state_of(next(out.glob("*.failed.txt")).with_suffix("").with_suffix(".ipynb")) == "failed"
+        )
         return
     assert all(path.exists() for path in sweep.run_cells(cells, out))
     assert sorted(len(p.read_text()) for p in out.glob("*.runs")) == [1, 2]
@@ -128,28 +142,51 @@ def readers(model, figures, cells, where="", seed=42, **changed):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("model", "again"), [("demo-mixtral", True), ("demo-qwen", False)])  # both are drawn by the same code
-def test_notebooks_run_with_default_and_with_changed_parameters_and_draw_the_same_again(model, again, tmp_path):
+@pytest.mark.parametrize(
+    ("model", "again"), [("demo-mixtral", True), ("demo-qwen", False)]
+)  # both are drawn by the same code
+def test_notebooks_run_with_default_and_with_changed_parameters_and_draw_the_same_again(
+    model, again, tmp_path
+):
     changed = {
         "00_tour": {"layer": 2, "experts": 3},
         "01_similarity": {"layer": 3, "expert": 5, "similarity": "weight", "linkage": "ward", "groups": 5},
         "02_dendrograms": {"layer": 1, "similarity": "router-logits", "linkage": "complete", "experts": 3},
-        "03_linkage": {"layer": 1, "similarity": "router-logits", "pair": "single,complete", "groups": 5, "samples": 2},
+        "03_linkage": {
+            "layer": 1,
+            "similarity": "router-logits",
+            "pair": "single,complete",
+            "groups": 5,
+            "samples": 2,
+        },
         "04_merge": {"layer": 2, "experts": 3, "align": "weights"},
     }
-    scored = [{"experts": r, "linkage": linkage} for r, linkage in ((4, "average"), (2, "average"), (4, "single"))]
+    scored = [
+        {"experts": r, "linkage": linkage} for r, linkage in ((4, "average"), (2, "average"), (4, "single"))
+    ]
     scored += [{"experts": 4, "method": "reap"}, {"experts": 4, "linkage": "average", "seed": 43}, {}]
     out, first, second, other = (tmp_path / name for name in ("runs", "first", "second", "other"))
-    reading = {"where": 'linkage == "average"', "seed": 7, "metric": "loss_units", "hue": "merge", "at": 2, "grid": "some"}
+    reading = {
+        "where": 'linkage == "average"',
+        "seed": 7,
+        "metric": "loss_units",
+        "hue": "merge",
+        "at": 2,
+        "grid": "some",
+    }
     default = [(name, {}) for name in changed]
     executed = sweep.run_cells(cells_of(model, first, [*default, *changed.items()], scored), out, workers=2)
     made = [(path, given) for path, given in cells_of(model, first, [], scored)]
     named = [{"id": sweep.cell_id(path, given), "parameters": given} for path, given in made]
     absent = {"id": "0" * 12, "parameters": {"model": model, "experts": 3, "method": "reap"}}
     sweep.write_grid(out, "some", model, title="Some", notebook=made[0][0], cells=[*named, absent])
-    executed += sweep.run_cells(readers(model, first, out) + readers(model, other, out, **reading)[:2], out, workers=2)
+    executed += sweep.run_cells(
+        readers(model, first, out) + readers(model, other, out, **reading)[:2], out, workers=2
+    )
     here = {"model": model, "figures": str(other), "methods": "hc-smoe,trimming,reap", "experts": "4"} | SMALL
-    executed += sweep.run_cells([(sweep.notebook_path(n), here) for n in ("09_bytes", "10_theory")], out, workers=2)
+    executed += sweep.run_cells(
+        [(sweep.notebook_path(n), here) for n in ("09_bytes", "10_theory")], out, workers=2
+    )
     for path in executed:
         content = nbformat.read(path, as_version=4)
         code = [c for c in content.cells if c.cell_type == "code"]
@@ -159,15 +196,22 @@ def test_notebooks_run_with_default_and_with_changed_parameters_and_draw_the_sam
     means = {r["setting"]: r for r in results_of(out, "06_ablation", where="")["means"] if r["experts"] == 4}
     assert means["hc-smoe"]["samples"] == 2
     missing = results_of(out, "06_ablation", where="")["missing"]
-    assert missing == [{"experts": 2, "setting": "hc-smoe, linkage single"}, {"experts": 2, "setting": "reap"}]
+    assert missing == [
+        {"experts": 2, "setting": "hc-smoe, linkage single"},
+        {"experts": 2, "setting": "reap"},
+    ]
     grid = results_of(out, "06_ablation", grid="some")
-    assert [(row["state"], row["experts"], row["method"]) for row in grid["missing"]] == [("missing", 3, "reap")]
+    assert [(row["state"], row["experts"], row["method"]) for row in grid["missing"]] == [
+        ("missing", 3, "reap")
+    ]
     assert len(grid["cells"]) == len(scored)
     assert {p.name for p in (other / model).glob("06_*table*")} == {"06_some-table.csv", "06_some-table.tex"}
     drawn = {path.name: path for path in (first / model).iterdir()}
     assert len({name[:2] for name in drawn}) == 11
     if again:
-        sweep.run_cells(cells_of(model, second, default, [scored[0], scored[-1]]), tmp_path / "again", workers=2)
+        sweep.run_cells(
+            cells_of(model, second, default, [scored[0], scored[-1]]), tmp_path / "again", workers=2
+        )
         sweep.run_cells(readers(model, second, out), tmp_path / "again", workers=2)
         redrawn = list((second / model).iterdir())
         assert {path.name[:2] for path in redrawn} == {name[:2] for name in drawn}
@@ -202,7 +246,9 @@ def test_notebooks_run_on_any_model_folder(tmp_path):
     source = {"calibration": str(text), "sequences": 8, "length": 64}
     names = ("00_tour", "01_similarity", "02_dendrograms", "03_linkage", "04_merge")
     cells = [(sweep.notebook_path(name), shared | source) for name in names]
-    cells.append((sweep.notebook_path("05_accuracy"), shared | source | {"experts": 4, "limit": 5, "text": str(text)}))
+    cells.append(
+        (sweep.notebook_path("05_accuracy"), shared | source | {"experts": 4, "limit": 5, "text": str(text)})
+    )
     sweep.run_cells(cells, tmp_path / "runs", workers=2)
     read = shared | {"sweep": str(tmp_path / "runs")}
     sweep.run_cells([(sweep.notebook_path("06_ablation"), read)], tmp_path / "runs")

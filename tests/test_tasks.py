@@ -12,7 +12,7 @@ import torch
 from test_cli import hcsmoe
 
 import hcsmoe_core as core
-from hcsmoe_core.evaluation import PAPER_TASKS
+from hcsmoe_core.score.evaluation import PAPER_TASKS
 
 SUBJECTS = 57
 
@@ -36,7 +36,16 @@ def results(cache):
     model, tokenizer = core.load_model("demo-mixtral", dtype="float32")
     stats = core.capture(model, core.calibration_tokens("demo", tokenizer, sequences=12, length=64))
     core.save_merged(model, core.make_plan(stats, model, experts=4), cache / "merged", tokenizer=tokenizer)
-    options = ("--tasks", "paper,wikitext,gsm8k", "--text", "none", "--batch-size", 8, "--answers", cache / "answers")
+    options = (
+        "--tasks",
+        "paper,wikitext,gsm8k",
+        "--text",
+        "none",
+        "--batch-size",
+        8,
+        "--answers",
+        cache / "answers",
+    )
     options += ("--dtype", "float32", "--device", "cpu")
     offline = dict(HF_HOME=str(cache), HF_HUB_OFFLINE="1")
     hcsmoe("evaluate", "demo-mixtral", *options, "--out", cache / "original.json", **offline)
@@ -49,11 +58,14 @@ def results(cache):
 def asked():
     """The questions as the tasks put them, written out here: prompt, choices and the right one, by task."""
     letters = list("ABCD")
-    arc = [(f"Question: {r['question']}\nAnswer:", r["choices"]["text"], r["answerKey"]) for r in task_rows.ARC]
+    arc = [
+        (f"Question: {r['question']}\nAnswer:", r["choices"]["text"], r["answerKey"]) for r in task_rows.ARC
+    ]
     arc = [(p, c, {"A": 0, "2": 1, "C": 2, "D": 3}[key]) for p, c, key in arc]
     found = {"arc_easy": arc, "arc_challenge": arc}
     found["boolq"] = [
-        (f"The number {n} is halved.\nQuestion: is {n} even?\nAnswer:", ["no", "yes"], 1 - n % 2) for n in range(4)
+        (f"The number {n} is halved.\nQuestion: is {n} even?\nAnswer:", ["no", "yes"], 1 - n % 2)
+        for n in range(4)
     ]
     endings = ["boils.", "sings a song.", "reads book.", "is a mountain in winter."]
     found["hellaswag"] = [(f"Cooking: Pot {i}. is on the stove. The water", endings, i % 4) for i in range(5)]
@@ -76,14 +88,19 @@ def asked():
         found[f"mmlu_{subject}"] = [
             (
                 f"The following are multiple choice questions (with answers) about {topic}.\n\n{row['question'].strip()}\n"
-                + "\n".join(f"{letter}. {choice}" for letter, choice in zip(letters, row["choices"], strict=True))
+                + "\n".join(
+                    f"{letter}. {choice}" for letter, choice in zip(letters, row["choices"], strict=True)
+                )
                 + "\nAnswer:",
                 letters,
                 row["answer"],
             )
             for row in splits["test"]
         ]
-    return {t: [dict(zip(("prompt", "choices", "answer"), row, strict=True)) for row in rows] for t, rows in found.items()}
+    return {
+        t: [dict(zip(("prompt", "choices", "answer"), row, strict=True)) for row in rows]
+        for t, rows in found.items()
+    }
 
 
 @pytest.mark.slow
@@ -97,7 +114,9 @@ def test_every_item_is_scored_as_a_naive_scorer_does(results, cache):
             total += sum(hits)
             if task in scores["tasks"]:
                 assert scores["tasks"][task]["acc"] == pytest.approx(np.mean(hits))
-                assert scores["tasks"][task]["acc_stderr"] == pytest.approx(np.std(hits, ddof=1) / math.sqrt(len(hits)))
+                assert scores["tasks"][task]["acc_stderr"] == pytest.approx(
+                    np.std(hits, ddof=1) / math.sqrt(len(hits))
+                )
                 assert scores["tasks"][task]["items"] == len(items)
                 assert scores["tasks"][task]["shots"] == 0
             if "acc_norm" in scores["items"][task]:
@@ -122,7 +141,9 @@ def test_a_group_counts_every_item_alike_and_pools_its_errors(results):
     within = sum(((i - i.mean()) ** 2).sum() for i in items) / (count - SUBJECTS)
     assert found["acc_stderr"] == pytest.approx(math.sqrt(within / count))
     table = core.paired(merged, original).set_index(["metric", "task"])
-    changes = [np.array(merged["items"][task]["acc"]) - np.array(original["items"][task]["acc"]) for task in subjects]
+    changes = [
+        np.array(merged["items"][task]["acc"]) - np.array(original["items"][task]["acc"]) for task in subjects
+    ]
     row = table.loc["acc", "mmlu"]
     assert row["difference"] == pytest.approx(np.concatenate(changes).mean())
     assert row["difference"] == pytest.approx(merged["tasks"]["mmlu"]["acc"] - found["acc"])
@@ -138,7 +159,10 @@ def test_word_perplexity_is_that_of_the_pages(results):
     loss, words, letters = 0, 0, 0
     for i in range(3):
         text = f" = Page {i} =\nA page of {i} words, and of-signs.\n"  # without the spaces and signs of the raw page
-        ids = [tokenizer.bos_token_id, *tokenizer(text)["input_ids"]]  # the harness puts one before the tokenizer's own
+        ids = [
+            tokenizer.bos_token_id,
+            *tokenizer(text)["input_ids"],
+        ]  # the harness puts one before the tokenizer's own
         with torch.no_grad():
             logprobs = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
         loss -= sum(logprobs[j, ids[j + 1]].item() for j in range(len(ids) - 1))
@@ -163,8 +187,13 @@ def test_a_task_that_writes_is_reported_as_the_harness_does(results, cache):
 @pytest.mark.slow
 def test_data_that_are_not_here_are_named(tmp_path):
     tasks = ("--tasks", "arc_easy,demo_units,mmlu", "--text", "none", "--answers", tmp_path / "answers")
-    error = hcsmoe("evaluate", "demo-mixtral", *tasks, fails=True, HF_HOME=str(tmp_path / "empty"), HF_HUB_OFFLINE="1")
-    assert f"The data of arc_easy, mmlu are neither in the datasets cache ({tmp_path / 'empty' / 'datasets'})" in error
+    error = hcsmoe(
+        "evaluate", "demo-mixtral", *tasks, fails=True, HF_HOME=str(tmp_path / "empty"), HF_HUB_OFFLINE="1"
+    )
+    assert (
+        f"The data of arc_easy, mmlu are neither in the datasets cache ({tmp_path / 'empty' / 'datasets'})"
+        in error
+    )
     assert "arc_easy: " in error
     assert "allenai/ai2_arc" in error
     assert "cais/mmlu" in error

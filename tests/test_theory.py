@@ -7,13 +7,17 @@ import torch
 from conftest import tiny_model, tokens
 from naive import expert
 
-from hcsmoe_core import apply_plan, capture, figures, find_moe_layers, make_plan, restore, theory
+from hcsmoe_core import apply_plan, capture, find_moe_layers, make_plan, restore
+from hcsmoe_core.studies import theory
+from hcsmoe_core.ui import figures
 
 
 @pytest.fixture(scope="module")
 def captured():
     model = tiny_model("qwen2_moe")
-    return model, capture(model, tokens(8), needs=("usage", "outputs", "norms", "grams", "sample"), sample=999, progress=False)
+    return model, capture(
+        model, tokens(8), needs=("usage", "outputs", "norms", "grams", "sample"), sample=999, progress=False
+    )
 
 
 def test_what_experts_give_is_their_gated_sum_before_and_after_merging(captured):
@@ -56,9 +60,23 @@ def made_up(*, lost=lambda cost: cost):
             errors = generator.uniform(0.05, 0.5, 3)
             alone = COSTS * errors**2
             for layer in range(3):
-                row = dict(method=method, kind="one", experts=experts, layer=layer, block=errors[layer], alone=alone[layer])
-                row |= dict(residual=np.nan if method == "reap" else errors[layer], added=lost(alone.sum()), kl=2 * alone.sum())
-                rows.append(row | dict(output_error=errors[layer] / 3, function_error=0.9 * errors[layer], fitted=np.nan))
+                row = dict(
+                    method=method,
+                    kind="one",
+                    experts=experts,
+                    layer=layer,
+                    block=errors[layer],
+                    alone=alone[layer],
+                )
+                row |= dict(
+                    residual=np.nan if method == "reap" else errors[layer],
+                    added=lost(alone.sum()),
+                    kl=2 * alone.sum(),
+                )
+                rows.append(
+                    row
+                    | dict(output_error=errors[layer] / 3, function_error=0.9 * errors[layer], fitted=np.nan)
+                )
     return pd.DataFrame(rows)
 
 
@@ -74,7 +92,9 @@ def test_losses_made_by_the_formula_are_found_to_follow_it():
     table = theory.agreement(frame, target="kl").set_index(["error", "over"])
     assert table.loc[("residual", "sum"), "plans"] == 6
     assert ("fitted", "sum") not in table.index
-    assert table.loc[("block", "sum"), "spearman"] == pytest.approx(table.loc[("function_error", "sum"), "spearman"])
+    assert table.loc[("block", "sum"), "spearman"] == pytest.approx(
+        table.loc[("function_error", "sum"), "spearman"]
+    )
     line = theory.fitted_line(3 * np.array([0.1, 0.2, 0.5, 0.9]), [0.02, 0.08, 0.5, 1.62])
     assert line == pytest.approx({"slope": 2, "factor": 2 / 9, "spread": 1})
     assert np.isnan(theory.fitted_line([1, 1, 1], [1, 2, 3])["slope"])

@@ -6,7 +6,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from hcsmoe_core import figures, files, tradeoff
+from hcsmoe_core import _util as files
+from hcsmoe_core.studies import tradeoff
+from hcsmoe_core.ui import figures
 
 
 def cells(points):
@@ -40,15 +42,26 @@ def test_rounding_is_weighed_against_what_takes_no_more_bytes():
     assert (trimmed["bytes_share"], trimmed["flops_share"]) == (0.5, 0.5)
     equal = tradeoff.at_equal_bytes(points).set_index("bits")
     assert equal["better"].to_dict() == {8: "round", 4: "round", 2: "smaller"}
-    assert equal["smaller"].tolist() == ["trimming to 4, 16 bits", "trimming to 4, 8 bits", "trimming to 4, 4 bits"]
+    assert equal["smaller"].tolist() == [
+        "trimming to 4, 16 bits",
+        "trimming to 4, 8 bits",
+        "trimming to 4, 4 bits",
+    ]
     assert equal["smaller_added"].tolist() == pytest.approx([0.2, 0.21, 0.25])
     assert equal["paper_added"].tolist() == pytest.approx([1.0, 2.0, 2.0])
     assert tradeoff.at_equal_bytes(points, even=1)["better"].tolist() == ["even"] * 3
     said = tradeoff.advice(points).splitlines()
     assert said[1].startswith("4 bits, 28% of the bytes: rounding all experts adds 0.050 nats")
-    assert [line.rpartition(": ")[2] for line in said[:3]] == ["do not merge.", "do not merge.", "make it smaller."]
+    assert [line.rpartition(": ")[2] for line in said[:3]] == [
+        "do not merge.",
+        "do not merge.",
+        "make it smaller.",
+    ]
     assert said[3].endswith("trimming to 4, 4 bits, 14%, adds 0.250.")
-    assert said[4] == "For 50% of the experts' operations, which rounding does not save: trimming to 4, 16 bits adds 0.200."
+    assert (
+        said[4]
+        == "For 50% of the experts' operations, which rounding does not save: trimming to 4, 16 bits adds 0.200."
+    )
 
 
 def test_the_front_is_what_no_other_point_beats():
@@ -98,13 +111,17 @@ def test_bad_settings_are_refused_before_anything_is_measured(tmp_path):
         with pytest.raises(ValueError, match=message):
             tradeoff.measure("demo-mixtral", **settings, folder=tmp_path)
     assert not list(tmp_path.iterdir())
-    with pytest.raises(FileNotFoundError, match="no table .*run: python benchmarks/equal_bytes.py --models some"):
+    with pytest.raises(
+        FileNotFoundError, match="no table .*run: python benchmarks/equal_bytes.py --models some"
+    ):
         tradeoff.table(tmp_path / "{model}.csv", "some")
 
 
 @pytest.mark.slow
 def test_every_plan_is_scored_at_every_number_of_bits_once(tmp_path, monkeypatch):
-    small = dict(methods=["hc-smoe", "trimming"], experts=[4], sequences=12, length=64, bits=(16, 4), folder=tmp_path)
+    small = dict(
+        methods=["hc-smoe", "trimming"], experts=[4], sequences=12, length=64, bits=(16, 4), folder=tmp_path
+    )
     found = tradeoff.measure("demo-mixtral", **small)
     assert found.groupby("method")["bits"].agg(list).to_dict() == {
         "hc-smoe": [16, 4],
@@ -115,6 +132,8 @@ def test_every_plan_is_scored_at_every_number_of_bits_once(tmp_path, monkeypatch
     assert points.loc[("original", 16), "loss"] < points.loc[("original", 2), "loss"]
     assert points.loc[("trimming", 16), "bytes_share"] == points.loc[("trimming", 4), "flops_share"] == 0.5
     assert points.loc[("hc-smoe", 4), "once_share"] < points.loc[("hc-smoe", 4), "flops_share"] == 1
-    assert points.loc[("hc-smoe", 4), "bytes_share"] == pytest.approx(0.5 * points.loc[("original", 4), "bytes_share"])
+    assert points.loc[("hc-smoe", 4), "bytes_share"] == pytest.approx(
+        0.5 * points.loc[("original", 4), "bytes_share"]
+    )
     monkeypatch.setattr(tradeoff, "_scores", lambda *_: pytest.fail("measured twice"))
     pd.testing.assert_frame_equal(tradeoff.measure("demo-mixtral", **small), found)

@@ -22,7 +22,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from hcsmoe_core.files import write_json
+from hcsmoe_core._util import write_json
 
 SPLITS = ("train", "calibration", "heldout")
 
@@ -58,9 +58,6 @@ def split_of(key):
     """Split a text belongs to: one in ten for calibration, one in ten held out."""
     share = int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big") % 10
     return {0: "heldout", 1: "calibration"}.get(share, "train")
-
-
-# --- procedural domains -----------------------------------------------------------------------------------------------
 
 
 def _nudged(rng, value, steps):
@@ -128,7 +125,22 @@ def _brackets_wrong(rng, item):
 MONTHS = (
     "January February March April May June July August September October November December".split()  # in order
 )
-DAYS = (31, 28, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31)  # leap days are left out: the rule is the point, not the calendar
+
+
+DAYS = (
+    31,
+    28,
+    31,
+    30,
+    31,
+    30,
+    31,
+    31,
+    30,
+    31,
+    30,
+    31,
+)  # leap days are left out: the rule is the point, not the calendar
 
 
 def _shifted(day, month, days):
@@ -183,6 +195,8 @@ UNITS = (
     ("score", "pieces", 20),
     ("gross", "pieces", 144),
 )
+
+
 UNEVEN = tuple(u for u in UNITS if u[2] not in (10, 100, 1000))
 
 
@@ -224,11 +238,31 @@ def _facts_table():
 
 
 SENTENCES = {
-    "capital": ("The capital of {} is", "The main city of {} is", "{} is governed from", "The king of {} lives in"),
-    "language": ("People in {} speak", "The language of {} is", "Books in {} are written in", "They who come from {} talk"),
-    "river": ("The river of {} is the", "The water in {} comes from the", "{} lies on the", "The boats of {} sail on the"),
+    "capital": (
+        "The capital of {} is",
+        "The main city of {} is",
+        "{} is governed from",
+        "The king of {} lives in",
+    ),
+    "language": (
+        "People in {} speak",
+        "The language of {} is",
+        "Books in {} are written in",
+        "They who come from {} talk",
+    ),
+    "river": (
+        "The river of {} is the",
+        "The water in {} comes from the",
+        "{} lies on the",
+        "The boats of {} sail on the",
+    ),
     "flag": ("The flag of {} is", "The colour of {} is", "{} has a flag that is", "The banner of {} is"),
-    "animal": ("The animal of {} is the", "In {} they honour the", "{} is proud of its", "The coin of {} shows a"),
+    "animal": (
+        "The animal of {} is the",
+        "In {} they honour the",
+        "{} is proud of its",
+        "The coin of {} shows a",
+    ),
 }
 
 
@@ -339,11 +373,17 @@ PROCEDURAL = {
     "units": Domain(_units, _units_wrong, functools.partial(_units, units=UNEVEN, counts=range(300, 900))),
     "facts": Domain(_facts, _facts_wrong),
     "roman": Domain(_roman, _roman_wrong),
-    "series": Domain(_series, _series_wrong, functools.partial(_series, steps=range(7, 25), starts=range(150, 350))),
+    "series": Domain(
+        _series, _series_wrong, functools.partial(_series, steps=range(7, 25), starts=range(150, 350))
+    ),
     "largest": Domain(_largest, _largest_wrong),
     "recall": Domain(_recall, _recall_wrong),
 }
+
+
 STDLIB = ("code", "prose")
+
+
 DOMAINS = (*STDLIB, *PROCEDURAL)
 
 
@@ -359,7 +399,17 @@ def draw(domain, rng, split, *, task=False):
 
 # --- text that every Python carries -----------------------------------------------------------------------------------
 
-SKIPPED = {"site-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo", "__pycache__", "ensurepip", "encodings"}
+SKIPPED = {
+    "site-packages",
+    "test",
+    "tests",
+    "idlelib",
+    "lib2to3",
+    "turtledemo",
+    "__pycache__",
+    "ensurepip",
+    "encodings",
+}
 
 
 @functools.cache
@@ -375,7 +425,9 @@ def stdlib_texts():
         itself: a paragraph that has a long line in common with an earlier split is left out of a later one.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
-    key = hashlib.sha256(f"{sys.version} {root} {Path(__file__).read_text(encoding='utf-8')}".encode()).hexdigest()[:16]
+    key = hashlib.sha256(
+        f"{sys.version} {root} {Path(__file__).read_text(encoding='utf-8')}".encode()
+    ).hexdigest()[:16]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hcsmoe" / f"stdlib-{key}.json"
     try:
         return json.loads(cache.read_text(encoding="utf-8"))
@@ -390,7 +442,11 @@ def _take_apart(root):
     texts = {domain: {split: [] for split in SPLITS} for domain in STDLIB}
     for path in sorted(root.rglob("*.py")):
         name = path.relative_to(root)
-        if SKIPPED.intersection(name.parts) or name.parts[0].startswith("config-") or name.parts[0] == "pydoc_data":
+        if (
+            SKIPPED.intersection(name.parts)
+            or name.parts[0].startswith("config-")
+            or name.parts[0] == "pydoc_data"
+        ):
             continue
         try:
             source = path.read_text(encoding="utf-8")

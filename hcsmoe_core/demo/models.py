@@ -4,9 +4,17 @@ import json
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
+
+
 WEIGHTS = FOLDER / "weights"
+
+
 NAMES = ("demo-mixtral", "demo-qwen")
+
+
 VOCABULARY = 1024
+
+
 END_OF_TEXT = "<|endoftext|>"
 
 
@@ -64,7 +72,11 @@ def configuration(name, experts=None):
     )
     if name == "demo-mixtral":
         return MixtralConfig(
-            intermediate_size=256, num_local_experts=experts or 8, num_experts_per_tok=2, sliding_window=None, **common
+            intermediate_size=256,
+            num_local_experts=experts or 8,
+            num_experts_per_tok=2,
+            sliding_window=None,
+            **common,
         )
     if name == "demo-qwen":
         experts = experts or 32
@@ -108,7 +120,9 @@ def train_tokenizer(seed=0):
             show_progress=False,
         ),
     )
-    tokenizer.post_processor = processors.TemplateProcessing(single=f"{END_OF_TEXT} $A", special_tokens=[(END_OF_TEXT, 0)])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{END_OF_TEXT} $A", special_tokens=[(END_OF_TEXT, 0)]
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=END_OF_TEXT,

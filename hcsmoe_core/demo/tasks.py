@@ -7,14 +7,24 @@ The items lie in ``tasks/``, one ``.jsonl`` a task, so that a score never depend
 import json
 import random
 
+from hcsmoe_core._util import replacing
 from hcsmoe_core.demo import corpus, models
-from hcsmoe_core.files import replacing
 
 FOLDER = models.FOLDER / "tasks"
+
+
 ITEMS = 300
+
+
 CHOICES = 4
+
+
 PREFIX = "demo_"
+
+
 DOMAINS = ("arithmetic", "sorting", "brackets", "dates", "units", "facts", "largest", "series")
+
+
 NAMES = tuple(PREFIX + d for d in DOMAINS)
 
 
@@ -44,7 +54,13 @@ def make_items(domain, count=ITEMS, seed=0):
                 wrong.append(answer)
         choices = [item.answer, *wrong]
         rng.shuffle(choices)
-        items.append({"prompt": item.prompt, "choices": [c + "\n" for c in choices], "answer": choices.index(item.answer)})
+        items.append(
+            {
+                "prompt": item.prompt,
+                "choices": [c + "\n" for c in choices],
+                "answer": choices.index(item.answer),
+            }
+        )
     return items
 
 
@@ -70,7 +86,10 @@ def configuration(name):
         "doc_to_choice": "choices",
         "doc_to_target": "answer",
         "target_delimiter": "",
-        "metric_list": [{"metric": metric, "aggregation": "mean", "higher_is_better": True} for metric in ("acc", "acc_norm")],
+        "metric_list": [
+            {"metric": metric, "aggregation": "mean", "higher_is_better": True}
+            for metric in ("acc", "acc_norm")
+        ],
         "metadata": {"version": 1},
     }
 

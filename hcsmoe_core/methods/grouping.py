@@ -1,0 +1,279 @@
+"""TODO."""
+
+import numpy as np
+from scipy.spatial.distance import squareform
+
+from hcsmoe_core._util import check_choice, check_count
+from hcsmoe_core.clustering import by_first_appearance, check_linkage
+
+STARTS = 10  # of k-means
+
+
+def restricted(distance, groups, largest, method="average", *, metric="euclidean"):
+    """Groups of at most ``largest`` experts, by joining the closest pair of groups that may still be joined.
+
+    A join is made only if the groups that it leaves can still be packed into ``groups`` of that size, so that exactly so
+    many come out.
+
+    Parameters
+    ----------
+    distance : (E·(E−1)/2,) float64 array
+    groups : int
+    largest : int
+        At least E / groups, rounded up.
+    method, metric : str
+        As for :func:`linkage`.
+
+    Returns
+    -------
+    (E,) int64 array
+        Group of each expert, numbered by first appearance.
+
+    Raises
+    ------
+    ValueError
+        If the size is too small for that many groups.
+    """
+    check_linkage(method, metric)
+    square = squareform(np.asarray(distance, dtype=np.float64))
+    experts = len(square)
+    check_count("groups", groups, 1, experts)
+    check_feasible("largest", largest, groups, experts)
+    current = square**2 if method == "ward" else square.copy()
+    np.fill_diagonal(current, np.inf)
+    members = [[e] for e in range(experts)]
+    while len(members) > groups:
+        first, second = _closest_allowed(current, [len(m) for m in members], groups, largest)
+        current = _joined_distances(current, members, first, second, method)
+        members[first] += members.pop(second)
+    labels = np.empty(experts, dtype=np.int64)
+    for label, group in enumerate(members):
+        labels[group] = label
+    return by_first_appearance(labels)
+
+
+def _closest_allowed(current, sizes, groups, largest):
+    """Closest pair of groups whose join leaves groups that can be packed."""
+    rows, columns = np.triu_indices(len(sizes), 1)
+    for place in np.argsort(current[rows, columns], kind="stable"):
+        first, second = int(rows[place]), int(columns[place])
+        left = [s for i, s in enumerate(sizes) if i not in (first, second)] + [sizes[first] + sizes[second]]
+        if sizes[first] + sizes[second] <= largest and len(_packed(left, largest)) <= groups:
+            return first, second
+    # First-fit may miss a packing that the last state had: join two that it packed together there.
+    return next((b[0], b[1]) for b in _packed(sizes, largest) if len(b) > 1)
+
+
+def _packed(sizes, largest):
+    """Bins of at most ``largest`` by first-fit decreasing: places of the sizes in each."""
+    bins, room = [], []
+    for place in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        for number, left in enumerate(room):
+            if sizes[place] <= left:
+                bins[number].append(place)
+                room[number] -= sizes[place]
+                break
+        else:
+            bins.append([place])
+            room.append(largest - sizes[place])
+    return [sorted(b) for b in bins]
+
+
+def _joined_distances(current, members, first, second, method):
+    """Distances after a join, by the Lance-Williams formula of each linkage (Ward's in squares)."""
+    a, b = len(members[first]), len(members[second])
+    to_first, to_second = current[first], current[second]
+    if method == "average":
+        new = (a * to_first + b * to_second) / (a + b)
+    elif method == "ward":
+        c = np.array([len(m) for m in members])
+        between = current[first, second]
+        new = ((a + c) * to_first + (b + c) * to_second - c * between) / (a + b + c)
+    else:
+        new = (np.maximum if method == "complete" else np.minimum)(to_first, to_second)
+    new[first] = np.inf
+    current[first], current[:, first] = new, new
+    kept = np.arange(len(members)) != second
+    return current[kept][:, kept]
+
+
+def check_feasible(name, largest, groups, experts):
+    """Raise ValueError unless ``groups`` groups of at most ``largest`` hold all experts."""
+    check_count(name, largest, 1)
+    if groups * largest < experts:
+        raise ValueError(
+            f'The "{name}" argument is {largest}, but {groups} groups of at most {largest} hold only {groups * largest} of '
+            f"{experts} experts; give at least {-(-experts // groups)}, or keep more experts."
+        )
+
+
+def kmeans(points, groups, *, centres="k-means++", seed=0):
+    """k-means (Lloyd's algorithm, scikit-learn).
+
+    Parameters
+    ----------
+    points : (E, m) float64 array
+        Features, or points at the same distances: :func:`hcsmoe_core.similarity.coordinates`.
+    groups : int
+    centres : {"k-means++", "first"} or sequence of int
+        Where it starts: the best of ten k-means++ starts; the first experts, as in the paper's ablation with fixed
+        centres; or the experts given.
+    seed : int
+        Of k-means++.
+
+    Returns
+    -------
+    (E,) int64 array
+        Group of each expert, numbered by first appearance; exactly ``groups`` of them.
+    """
+    from sklearn.cluster import KMeans
+
+    points = np.asarray(points, dtype=np.float64)
+    check_count("groups", groups, 1, len(points))
+    if isinstance(centres, str):
+        check_choice("centres", centres, ("k-means++", "first"))
+        chosen = list(range(groups))
+    else:
+        chosen = [check_count("centres", int(c), 0, len(points) - 1) for c in centres]
+        if len(set(chosen)) != groups:
+            raise ValueError(
+                f'The "centres" argument must name {groups} experts to start from; it names {len(set(chosen))}.'
+            )
+    if points.shape[1] == 0 or groups == len(points):  # all alike, or each alone
+        return by_first_appearance(np.minimum(np.arange(len(points)), groups - 1))
+    random = centres == "k-means++" if isinstance(centres, str) else False
+    start = "k-means++" if random else points[chosen]
+    found = KMeans(
+        groups, init=start, n_init=STARTS if random else 1, max_iter=300, tol=0, random_state=seed
+    ).fit(points)
+    distance = ((points - found.cluster_centers_[found.labels_]) ** 2).sum(1)
+    return by_first_appearance(_filled(found.labels_, groups, distance))
+
+
+def _filled(labels, groups, distance):
+    """Labels with every group used: an empty one takes the worst-placed expert of a group that has several."""
+    labels = np.array(labels)
+    for group in sorted(set(range(groups)) - set(labels.tolist())):
+        crowded = np.bincount(labels, minlength=groups)[labels] > 1
+        labels[np.where(crowded, distance, -np.inf).argmax()] = group
+    return labels
+
+
+def single_shot(similarity, usage, groups, *, group_limit=0):
+    """Groups around dominant experts in one step (M-SMoE, arXiv 2310.01334, section 3.2).
+
+    The most used experts are dominant, one a group. Each other one joins the dominant expert that is most similar to it;
+    a group that is full keeps the most similar, and the one turned away goes to its next choice, until all are placed.
+
+    Parameters
+    ----------
+    similarity : (E, E) float64 array
+        Larger is more alike.
+    usage : (E,) array
+        Tokens that each expert is used by; the first of equals is taken.
+    groups : int
+    group_limit : int
+        Largest group, its dominant expert included; 0 for no limit.
+
+    Returns
+    -------
+    labels : (E,) int64 array
+        Group of each expert, numbered by first appearance.
+    dominant : (groups,) int64 array
+        Dominant expert of each group.
+
+    Raises
+    ------
+    ValueError
+        If the groups cannot hold all experts.
+    """
+    similarity, experts = np.asarray(similarity, dtype=np.float64), len(usage)
+    check_count("groups", groups, 1, experts)
+    if group_limit:
+        check_feasible("group_limit", group_limit, groups, experts)
+    dominant = np.argsort(-np.asarray(usage), kind="stable")[:groups]
+    choices = {
+        e: list(np.argsort(-similarity[e, dominant], kind="stable"))
+        for e in range(experts)
+        if e not in dominant
+    }
+    groups_of, waiting = [[] for _ in dominant], list(choices)
+    while waiting:
+        expert = waiting.pop(0)
+        group = int(choices[expert].pop(0))
+        groups_of[group].append(expert)
+        if group_limit and len(groups_of[group]) > group_limit - 1:
+            worst = min(groups_of[group], key=lambda e: similarity[dominant[group], e])
+            groups_of[group].remove(worst)
+            waiting.append(worst)
+    labels = np.empty(experts, dtype=np.int64)
+    for group, members in enumerate(groups_of):
+        labels[[dominant[group], *members]] = group
+    numbered = by_first_appearance(labels)
+    order = np.argsort(numbered[dominant])
+    return numbered, dominant[order]
+
+
+def random_groups(experts, groups, *, seed=0):
+    """A random partition: one expert for each group, the rest wherever chance puts them.
+
+    Parameters
+    ----------
+    experts, groups, seed : int
+
+    Returns
+    -------
+    (E,) int64 array
+        Group of each expert, numbered by first appearance.
+    """
+    check_count("groups", groups, 1, experts)
+    generator = np.random.default_rng(seed)
+    labels = np.concatenate([np.arange(groups), generator.integers(0, groups, experts - groups)])
+    return by_first_appearance(generator.permutation(labels))
+
+
+def fuzzy_cmeans(points, groups, *, fuzzifier=2.0, seed=0, steps=300, tolerance=1e-9):
+    """Fuzzy c-means (Bezdek, 1981): how far each expert belongs to each group.
+
+    Memberships ``u_eg ∝ ‖x_e − c_g‖^(−2/(m−1))`` and centres ``c_g = Σ_e u_eg^m x_e / Σ_e u_eg^m`` in turns, from k-means++
+    centres.
+
+    Parameters
+    ----------
+    points : (E, m) float64 array
+    groups : int
+    fuzzifier : float
+        m, above 1; towards 1 the groups become those of k-means.
+    seed, steps : int
+    tolerance : float
+        Largest change of a membership at which it stops.
+
+    Returns
+    -------
+    labels : (E,) int64 array
+        Group that each expert belongs to most, numbered by first appearance; every group has one.
+    memberships : (groups, E) float64 array
+        Each column sums to one.
+    """
+    from sklearn.cluster import kmeans_plusplus
+
+    points = np.asarray(points, dtype=np.float64)
+    check_count("groups", groups, 1, len(points))
+    if not fuzzifier > 1:
+        raise ValueError(f'The "fuzzifier" argument must be above 1; not {fuzzifier}.')
+    if points.shape[1] == 0:
+        points = np.zeros((len(points), 1))
+    centres, _ = kmeans_plusplus(points, groups, random_state=seed)
+    memberships = np.zeros((groups, len(points)))
+    for _ in range(steps):
+        square = ((points[None] - centres[:, None]) ** 2).sum(2)
+        square = np.maximum(square, max(square.max(), 1e-200) * 1e-24)
+        near = (square / square.min(0)) ** (-1 / (fuzzifier - 1))  # at most 1, however sharp
+        before, memberships = memberships, near / near.sum(0)
+        power = memberships**fuzzifier
+        centres = power @ points / power.sum(1, keepdims=True)
+        if np.abs(memberships - before).max() < tolerance:
+            break
+    labels = _filled(memberships.argmax(0), groups, 1 - memberships.max(0))
+    _, first = np.unique(labels, return_index=True)
+    return by_first_appearance(labels), memberships[np.argsort(first)]

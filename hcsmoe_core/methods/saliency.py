@@ -1,0 +1,408 @@
+"""Which experts to drop: what each is worth, and what dropping a set of them does to the layer's output."""
+
+import itertools
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from hcsmoe_core._util import check_choice
+from hcsmoe_core.moe import routing_tensors
+
+SALIENCIES = ("frequency", "score", "reap", "ean", "man", "random", "o-prune")
+
+
+NEEDED = {
+    "frequency": ("usage",),
+    "score": ("usage",),
+    "reap": ("usage", "norms"),
+    "ean": ("usage", "norms"),
+    "man": ("usage", "norms"),
+    "random": ("usage",),
+    "o-prune": ("sample",),
+}
+
+
+LOSSES = ("squared", "frobenius")
+
+
+ENUMERATED = 16  # up to so many experts every subset is tried
+
+
+SUBSETS = 100_000  # tried of more, as in the HC-SMoE paper
+
+
+LOSS_TOKENS = (
+    4096  # of the sample, that losses of subsets are measured on: Gram matrices of all experts for each token
+)
+
+
+TOKENS = 256  # of the sample, that random subsets are compared on where there are too many to try all
+
+
+BATCH = 1 << 20  # numbers that are worked on at once
+
+
+def saliency(stats, layer, name, *, seed=0):
+    """What each expert of a layer is worth; the least worthy are dropped.
+
+    Parameters
+    ----------
+    stats : Statistics
+    layer : int or str
+    name : {"frequency", "score", "reap", "ean", "man", "random"}
+        - ``"frequency"``: share of the routed tokens (F-prune);
+        - ``"score"``: mean of the router's scores before any choice (S-prune);
+        - ``"reap"``: mean of ``g_e ‖f_e‖`` over the tokens routed to the expert (REAP, arXiv 2510.13999);
+        - ``"ean"``: sum of ``‖f_e‖`` over them (the EAN baseline there);
+        - ``"man"``: mean of ``‖f_e‖`` over them (MAN, arXiv 2606.15716);
+        - ``"random"``: seeded chance.
+
+        An expert that no token was routed to is worth 0.
+    seed : int
+        Of ``"random"``.
+
+    Returns
+    -------
+    (E,) float64 array
+
+    Raises
+    ------
+    ValueError
+        If the statistics lack what is needed.
+    """
+    check_choice("saliency", name, tuple(s for s in SALIENCIES if s != "o-prune"))
+    stats.check(NEEDED[name], f"Saliency {name!r}")
+    sums = stats.layer(layer)
+    count = sums.usage_count.sum(0).double().clamp(min=1)
+    if name == "frequency":
+        return sums.frequency.numpy()
+    if name == "score":
+        if torch.isnan(sums.score_mass).any():
+            raise ValueError(
+                f'{stats.layer_name(layer)}: no router was found, so that saliency "score" is not to be had.'
+            )
+        return (sums.score_mass.sum(0) / sums.tokens.sum()).numpy()
+    if name == "random":
+        place = list(stats.layers).index(stats.layer_name(layer))
+        return (
+            np.random.default_rng([seed, place])
+            .permutation(sums.num_experts)
+            .astype(np.float64)[canonical_rank(sums)]
+        )
+    if name == "reap":
+        return (sums.gated_norm_sum.sum(0) / count).numpy()
+    return (sums.norm_sum.sum(0) / (count if name == "man" else 1)).numpy()
+
+
+def canonical_rank(sums):
+    """Place of each expert in an order that does not depend on how experts are numbered: by routing mass, then count.
+
+    What is drawn by chance is drawn in that order, so that renumbering a model's experts renumbers a plan and no more.
+    """
+    mass, count = sums.routing_mass.sum(0).numpy(), sums.usage_count.sum(0).numpy()
+    return np.argsort(np.lexsort((count, mass)))
+
+
+def super_experts(stats):
+    """Experts whose loss would ruin the model (arXiv 2507.23279): those with outlying activations, by layer.
+
+    An expert is one if the largest absolute value among its outputs is above the 99.5th percentile of all experts' and
+    above a tenth of the largest, and its layer is among the first three quarters.
+
+    Parameters
+    ----------
+    stats : Statistics
+
+    Returns
+    -------
+    dict of str to list of int
+
+    Raises
+    ------
+    ValueError
+        If the statistics do not hold the outputs' largest values.
+    """
+    stats.check(("norms",), "The super-expert guard")
+    largest = {name: sums.output_max.amax(0).numpy() for name, sums in stats.layers.items()}
+    everything = np.concatenate(list(largest.values()))
+    threshold = max(np.quantile(everything, 0.995), everything.max() / 10)
+    early = list(largest)[: math.ceil(0.75 * len(largest))]
+    return {
+        name: np.flatnonzero(values > threshold).tolist() if name in early else []
+        for name, values in largest.items()
+    }
+
+
+@dataclass(frozen=True)
+class RoutingRule:
+    """How a router makes weights of its logits, as far as it can be told from what it did.
+
+    Attributes
+    ----------
+    scoring : {"softmax", "sigmoid"}
+    normalised : bool
+        Whether the chosen experts' scores are divided by their sum.
+    scale : float
+        What the weights are multiplied with at last.
+    bias : (E,) array
+        Added to the scores for the choice alone.
+    top_k : int
+    """
+
+    scoring: str
+    normalised: bool
+    scale: float
+    bias: np.ndarray
+    top_k: int
+
+    def gates(self, logits, kept):
+        """Weights ``[B, R, E]`` that the router would apply if only some experts were there.
+
+        Parameters
+        ----------
+        logits : (R, E) float64 tensor
+        kept : (B, E) bool tensor
+
+        Returns
+        -------
+        (B, R, E) float64 tensor
+        """
+        bias = torch.as_tensor(self.bias)
+        if self.scoring == "softmax":
+            scores = torch.where(kept[:, None], logits, -torch.inf).softmax(2)
+        else:
+            scores = torch.where(kept[:, None], logits.sigmoid(), 0.0)
+        wanted = torch.where(kept[:, None], scores + bias, -torch.inf)
+        order = wanted.argsort(dim=2, descending=True, stable=True)
+        best = kept[:, None].expand_as(scores).gather(2, order)
+        best = best & (torch.arange(kept.shape[1]) < self.top_k)
+        gates = torch.where(torch.zeros_like(best).scatter_(2, order, best), scores, 0.0)
+        if self.normalised:  # sigmoids may all be zero to rounding, and so are the weights then
+            gates = gates / gates.sum(2, keepdim=True).clamp(min=torch.finfo(gates.dtype).tiny)
+        return gates * self.scale
+
+    def order(self, logits):
+        """Experts of each token from the best to the worst, ``(R, E)``, where that does not depend on which are dropped."""
+        bias = torch.as_tensor(self.bias)
+        if (
+            self.scoring == "softmax" and bias.any()
+        ):  # then scores that are shared among fewer weigh more against the bias
+            return None
+        scores = logits if self.scoring == "softmax" else logits.sigmoid() + bias
+        return scores.argsort(dim=1, descending=True, stable=True)
+
+
+def routing_rule(sample, layer=None, *, tolerance=0.02):
+    """The rule that gives what a router did on the sample.
+
+    Tried in turn: softmax or sigmoid, normalised or not, with any constant scale, and with the correction bias of the
+    router where it has one. In 16-bit models two experts whose scores round alike may swap: the choice must agree for all
+    but 2 % of the tokens, and the weights to 2 %.
+
+    Parameters
+    ----------
+    sample : LayerSample
+    layer : MoELayer, optional
+        Where a correction bias is looked for.
+    tolerance : float
+
+    Returns
+    -------
+    RoutingRule
+
+    Raises
+    ------
+    ValueError
+        If none does.
+    """
+    logits, gates = sample.logits.double(), sample.gates
+    experts, top_k = logits.shape[1], sample.index.shape[1]
+    biases = [torch.zeros(experts, dtype=torch.float64)]
+    if layer is not None and layer.router is not None:
+        vectors = [
+            t.detach().double().cpu().flatten()
+            for _, _, t in routing_tensors(layer, experts)
+            if t.numel() == experts
+        ]
+        biases = vectors + biases
+    everyone = torch.ones(1, experts, dtype=torch.bool)
+    for bias, scoring, normalised in itertools.product(biases, ("softmax", "sigmoid"), (True, False)):
+        rule = RoutingRule(scoring, normalised, 1.0, bias.numpy(), top_k)
+        made = rule.gates(logits, everyone)[0]
+        same = ((made != 0) == (gates != 0)).all(1)
+        if same.double().mean() < 1 - tolerance:
+            continue
+        scale = float((made * gates)[same].sum() / (made**2)[same].sum())
+        if float((scale * made - gates)[same].abs().max()) <= tolerance * float(gates.abs().max()):
+            return RoutingRule(scoring, normalised, scale, bias.numpy(), top_k)
+    raise ValueError(
+        "How this model's router makes weights of its logits is not known (it limits its choice to groups of experts, or "
+        'does more than softmax or sigmoid), so that "o-prune" cannot tell how it would route without some experts; use '
+        '"reap" or another saliency.'
+    )
+
+
+def output_grams(layer, tokens):
+    """``Γ(x) = ⟨f_i(x), f_j(x)⟩`` of each token, ``(R, E, E)`` float64: what any change of the gates does follows from it.
+
+    Parameters
+    ----------
+    layer : MoELayer
+    tokens : (R, D) tensor
+
+    Returns
+    -------
+    (R, E, E) float64 tensor
+    """
+    weight = layer.tensors()["down_proj"]
+    grams = []
+    with torch.no_grad():
+        for part in tokens.to(weight.device).split(256):
+            outputs = [layer.expert_output(e, layer.expert_hidden(e, part)) for e in range(layer.num_experts)]
+            stacked = torch.stack(outputs, 1).double()
+            grams.append((stacked @ stacked.transpose(1, 2)).cpu())
+    return torch.cat(grams)
+
+
+class DropLoss:
+    """What keeping only some of a layer's experts does to its output on the sample (NAEE, arXiv 2402.14800).
+
+    With the gates g before and g' after, ``‖y − y'‖² = (g − g')ᵀ Γ (g − g')`` for each token: exact, re-routing included,
+    without running an expert again.
+
+    Parameters
+    ----------
+    grams : (R, E, E) float64 tensor
+        From :func:`output_grams`.
+    sample : LayerSample
+        Of the same tokens.
+    rule : RoutingRule
+    loss : {"squared", "frobenius"}
+        The sum of squared errors; or NAEE's own, the sum over batches of the root of a batch's sum, with each calibration
+        sequence as a batch (it depends on how tokens are batched).
+    sequences : (R,) int64 tensor
+        Which sequence each token is of.
+    dtype : torch.dtype
+        float32 is several times faster, and enough to compare many sets.
+    """
+
+    def __init__(self, grams, sample, rule, *, loss="squared", sequences=None, dtype=torch.float64):
+        check_choice("loss", loss, LOSSES)
+        self.rule, self.loss, self.dtype = rule, loss, dtype
+        self.logits, self.gates = sample.logits.double(), sample.gates
+        self.sequences = torch.unique(sequences, return_inverse=True)[1] if loss == "frobenius" else None
+        # Everything is kept with each token's experts from best to worst, so that those chosen are the first that are kept.
+        self.order = rule.order(self.logits)
+        if self.order is not None:
+            logits = self.logits.gather(1, self.order)
+            scores = (logits - logits[:, :1]).exp() if rule.scoring == "softmax" else logits.sigmoid()
+            self.scores, self.gates = scores.to(dtype), self.gates.gather(1, self.order)
+            rows = self.order[:, :, None].expand_as(grams)
+            grams = grams.gather(1, rows).gather(2, rows.transpose(1, 2))
+        self.gates, self.grams = self.gates.to(dtype), grams.to(dtype)
+
+    def __call__(self, kept):
+        """Loss of each set of kept experts; ``kept`` is ``[B, E]`` bool, the result ``[B]`` float64."""
+        tokens, experts = self.gates.shape
+        losses = []
+        for part in kept.split(max(1, BATCH // (tokens * experts))):
+            moved = (self._gates(part) - self.gates).transpose(0, 1)
+            # [R, B, E] @ [R, E, E]: one product a token for all sets at once
+            square = ((moved @ self.grams) * moved).sum(2).clamp(min=0).double()  # [R, B]
+            if self.loss == "frobenius":
+                batches = torch.zeros(int(self.sequences.max()) + 1, square.shape[1], dtype=square.dtype)
+                square = batches.index_add_(0, self.sequences, square).sqrt()
+            losses.append(square.sum(0))
+        return torch.cat(losses)
+
+    def _gates(self, kept):
+        """The rule's gates ``[B, R, E]``, each token's experts from best to worst where the order does not change."""
+        if self.order is None:
+            return self.rule.gates(self.logits, kept).to(self.dtype)
+        here = kept[:, self.order]
+        chosen = here & (here.cumsum(2, dtype=torch.int16) <= self.rule.top_k)
+        gates = chosen * self.scores
+        if self.rule.normalised or self.rule.scoring == "softmax":
+            total = (gates if self.rule.normalised else here * self.scores).sum(2, keepdim=True)
+            if float(total.min()) < 1e-30:  # next to the best expert of all, those that are kept vanish
+                return (
+                    self.rule.gates(self.logits, kept).gather(2, self.order.expand_as(gates)).to(self.dtype)
+                )
+            gates /= total
+        return gates.mul_(self.rule.scale)
+
+
+def best_kept(loss, experts, count, *, rough=None, protected=(), subsets=SUBSETS, seed=0, progress=True):
+    """The experts whose keeping loses least: every subset tried up to 16 experts, else a search.
+
+    The search takes the best of ``subsets`` random ones, then swaps one kept expert for one that is not, the best swap at
+    a time, until none helps.
+
+    Parameters
+    ----------
+    loss : callable
+        ``(B, E) bool tensor → (B,)``, such as a :class:`DropLoss`.
+    experts, count : int
+        E and r.
+    rough : callable, optional
+        A cheaper loss, that the random subsets are compared by.
+    protected : sequence of int
+        Experts that are kept in any case.
+    subsets : int
+    seed : int
+    progress : bool
+
+    Returns
+    -------
+    (count,) int64 array
+        In order.
+    """
+    protected = sorted(protected)
+    free = [e for e in range(experts) if e not in protected]
+    choose = count - len(protected)
+    exhaustive = experts <= ENUMERATED or math.comb(len(free), choose) <= subsets
+    if exhaustive:
+        sets = list(itertools.combinations(free, choose))
+        chosen = torch.tensor(sets, dtype=torch.int64).reshape(len(sets), choose)
+    else:
+        drawn = (
+            np.random.default_rng(seed)
+            .random((subsets, len(free)))
+            .argpartition(choose - 1, axis=1)[:, :choose]
+        )
+        chosen = torch.from_numpy(np.asarray(free)[drawn])
+    kept = torch.zeros(len(chosen), experts, dtype=torch.bool).scatter_(1, chosen, True)
+    kept[:, protected] = True
+    first = loss if rough is None or experts <= ENUMERATED else rough
+    bar = tqdm(
+        total=len(kept),
+        desc="o-prune",
+        unit="set",
+        unit_scale=True,
+        leave=False,
+        disable=None if progress else True,
+    )
+    values = []
+    with bar:
+        for part in kept.split(1024):
+            values.append(first(part))
+            bar.update(len(part))
+    best = kept[torch.cat(values).argmin()].clone()
+    value = float(loss(best[None])[0])
+    while experts > ENUMERATED:
+        inside = [e for e in best.nonzero()[:, 0].tolist() if e not in protected]
+        swaps = list(itertools.product(inside, (~best).nonzero()[:, 0].tolist()))
+        if not swaps:
+            break
+        tried = best.repeat(len(swaps), 1)
+        out, into = torch.tensor(swaps).T
+        rows = torch.arange(len(swaps))
+        tried[rows, out], tried[rows, into] = False, True
+        values = loss(tried)
+        if float(values.min()) >= value * (1 - 1e-12):
+            break
+        best, value = tried[values.argmin()].clone(), float(values.min())
+    return best.nonzero()[:, 0].numpy()

@@ -1,0 +1,71 @@
+"""TODO."""
+
+import numpy as np
+
+from hcsmoe_core.plan import DROPPED, merge_weights
+
+
+def summarise(stats, layer, labels):
+    """What joining experts does to a layer, from its statistics alone.
+
+    Parameters
+    ----------
+    stats : Statistics
+    layer : int or str
+    labels : (E,) sequence of int
+        Group of each expert.
+
+    Returns
+    -------
+    dict
+        ``groups``; ``saved``, the share of the layer's expert weights that is saved; ``moved``, the share of the routing mass
+        that goes to experts that are joined with others or dropped; ``entropy`` and ``entropy_after``, of the routing mass over
+        experts and over groups, in nats; ``function_error``, the distance of the experts' outputs, token by token, from their
+        group's frequency-weighted mean output, weighted by usage and relative to the outputs themselves: a prediction, as
+        averaged weights do not give the mean output (NaN where the statistics hold no Grams);
+        ``output_error``, the distance of the experts' mean outputs from their group's frequency-weighted mean, weighted
+        by usage and relative to the mean outputs themselves: 0 if all that join have the same mean output; NaN where
+        the statistics hold no mean outputs.
+    """
+    sums = stats.layer(layer)
+    labels, mass = np.asarray(labels), sums.routing_mass.sum(0).numpy()
+    kept, groups = labels != DROPPED, int(labels.max() + 1)
+    joined = ~kept | (np.bincount(labels[kept])[labels] > 1)
+    return {
+        "groups": groups,
+        "saved": 1 - groups / len(labels),
+        "moved": float(mass[joined].sum() / mass.sum()),
+        "entropy": _entropy(mass),
+        "entropy_after": _entropy(np.bincount(labels[kept], mass[kept])),
+        "function_error": float("nan") if sums.output_gram is None else function_error(sums, labels),
+        "output_error": float("nan") if sums.output_sum is None else _output_error(sums, labels),
+    }
+
+
+def _entropy(mass):
+    share = mass / mass.sum()
+    return float(-(share[share > 0] * np.log(share[share > 0])).sum())
+
+
+def function_error(sums, labels):
+    """``function_error`` of :func:`summarise`.
+
+    From the Gram matrix G of the outputs: ``‖f_e − Σ_k w_k f_k‖² = G_ee − 2 Σ_k w_k G_ek + Σ_kl w_k w_l G_kl``.
+    """
+    gram, share = sums.output_gram.sum(0).numpy(), sums.frequency.numpy()
+    weights = merge_weights(labels, sums, "frequency")
+    mixed = np.where(
+        (labels[:, None] == labels) & (labels != DROPPED), weights, 0.0
+    )  # row e: the weights of e's group
+    lost = np.diag(gram) - 2 * (mixed * gram).sum(1) + ((mixed @ gram) * mixed).sum(1)
+    return float(np.sqrt(np.maximum(share @ lost, 0) / (share @ np.diag(gram))))
+
+
+def _output_error(sums, labels):
+    kept = labels != DROPPED
+    outputs, share = sums.mean_output.numpy(), sums.frequency.numpy()
+    weights = merge_weights(labels, sums, "frequency")
+    centres = np.zeros((labels.max() + 1, outputs.shape[1]))
+    np.add.at(centres, labels[kept], (weights[:, None] * outputs)[kept])
+    lost = share @ ((outputs - np.where(kept[:, None], centres[labels], 0)) ** 2).sum(1)
+    return float(np.sqrt(lost / (share @ (outputs**2).sum(1))))
