@@ -27,6 +27,10 @@ def place(path):
     return root() / path
 
 
+class InputError(ValueError):
+    """Bad input: names the argument, what was given, what is allowed and what to do. Any other error is a bug of ours."""
+
+
 class Table(Mapping):
     """Things by name, filled by the modules that define them, which are imported when the table is first looked at.
 
@@ -67,7 +71,7 @@ def check_choice(argument, value, choices):
     """Raise ValueError that lists the choices unless ``value`` is one of them."""
     if value not in choices:
         listed = ", ".join(f'"{c}"' for c in choices)
-        raise ValueError(f'The "{argument}" argument must be one of {listed}; not {value!r}.')
+        raise InputError(f'The "{argument}" argument must be one of {listed}; not {value!r}.')
     return value
 
 
@@ -76,7 +80,7 @@ def check_count(argument, value, low, high=None):
     whole = isinstance(value, int) and not isinstance(value, bool)
     if not whole or value < low or (high is not None and value > high):
         allowed = f"from {low} to {high}" if high is not None else f"of at least {low}"
-        raise ValueError(f'The "{argument}" argument must be a whole number {allowed}; not {value!r}.')
+        raise InputError(f'The "{argument}" argument must be a whole number {allowed}; not {value!r}.')
     return value
 
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from hcsmoe_core import families, moe, replace
 from hcsmoe_core._util import (
     EMBEDDED,
+    InputError,
     check_absent,
     check_choice,
     folder_of,
@@ -179,7 +180,7 @@ def model_class(config):
     """
     known = [made for _, made in _auto_classes(config)]
     if not known:
-        raise ValueError(
+        raise InputError(
             f"transformers has no language model for its configuration ({type(config).__name__})."
         )
     return next((c for c in known if c.__name__ in (config.architectures or ())), known[0])
@@ -217,7 +218,7 @@ def readable_config(source, shown):
     if quantised is not None:
         method = str(quantised.get("quant_method", "an unnamed method"))
         if method not in DEQUANTISED:
-            raise ValueError(
+            raise InputError(
                 f"{shown} is quantised with {method}, which transformers does not turn back into 16-bit weights "
                 f"(it does for {', '.join(DEQUANTISED)}); start from the checkpoint that it was made from."
             )
@@ -280,7 +281,7 @@ class readable:  # noqa: N801 (a context manager, read as a word)
         if isinstance(
             error, OSError | SafetensorError | ValueError | KeyError | RuntimeError | json.JSONDecodeError
         ):
-            raise ValueError(f"{self.shown} is not a readable checkpoint: {reason}") from None
+            raise InputError(f"{self.shown} is not a readable checkpoint: {reason}") from None
         return False
 
 
@@ -290,7 +291,7 @@ def check_report(report, shown, expected=()):
     mismatched = [m[0] if isinstance(m, tuple) else m for m in report.get("mismatched_keys", ())]
     if missing or mismatched:
         names = ", ".join((missing + mismatched)[:3])
-        raise ValueError(
+        raise InputError(
             f"{shown} lacks {len(missing) + len(mismatched)} of the model's tensors ({names}, …)."
         )
 
@@ -344,7 +345,7 @@ def on_disk(model, files, config):
                     continue
                 kind = shards.get_slice(key).get_dtype()
                 if config.hf_quantizer is None and held[name].is_floating_point() and kind not in FLOATS:
-                    raise ValueError(
+                    raise InputError(
                         f"{key} in {file} is of type {kind} where 16- or 32-bit floating-point numbers belong, and config.json "
                         "does not say how it is quantised"
                     )
@@ -357,14 +358,14 @@ def opened(file):
     try:
         return safe_open(file, "pt", backend="pread")
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file} is not readable ({error}); copy it again.") from None
+        raise InputError(f"{file} is not readable ({error}); copy it again.") from None
 
 
 def check_conversion(report, shown, unread=()):
     """Refuse a checkpoint of which tensors could not be made as transformers reports, or were not read at all."""
     wrong = list(dict.fromkeys([*(m[0] for m in report.mismatched_keys), *report.conversion_errors, *unread]))
     if wrong:
-        raise ValueError(
+        raise InputError(
             f"{shown} does not hold {wrong[0]} as its configuration says ({len(wrong)} tensors in all): parts of it are "
             "missing or have other shapes; copy the checkpoint again."
         )
@@ -432,7 +433,7 @@ def save_merged(model, plan, folder, *, stats=None, router="", tokenizer=None, h
     applied = all(layer.merged for layer in layers)
     if applied:
         if [layer.experts._merged.plan for layer in layers] != plan.layers:
-            raise ValueError("Another plan is applied to this model; restore(model) first.")
+            raise InputError("Another plan is applied to this model; restore(model) first.")
     else:
         check_unmerged(layers)
     target = target_of(model, plan, router)
@@ -534,7 +535,7 @@ def target_of(model, plan, router=""):
             if any(layer.width and layer.joins for layer in plan.layers)
             else ""
         )
-        raise ValueError(
+        raise InputError(
             f'The "router" argument cannot be "plain" for this plan: {why}. Use "mapped"{other}.'
         )
     in_hub_layout = config is not None or not families.other_experts(model)
@@ -796,7 +797,7 @@ def merge_record(folder):
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is not readable ({error}); the checkpoint is damaged.") from None
+        raise InputError(f"{path} is not readable ({error}); the checkpoint is damaged.") from None
     return config.get("expert_merge")
 
 
@@ -829,11 +830,11 @@ def load_merged(folder, *, dtype="auto", device="auto", experts_implementation=N
         raise FileNotFoundError(f"There is no folder {folder}.")
     record = merge_record(folder)
     if record is None:
-        raise ValueError(
+        raise InputError(
             f'{folder} is not a merged checkpoint: its config.json has no "expert_merge". Use load_model.'
         )
     if not isinstance(record, dict) or record.get("version") != VERSION or record.get("router") != "mapped":
-        raise ValueError(
+        raise InputError(
             f"{folder} was merged by another version of hcsmoe, or its config.json was changed; merge again."
         )
     check_checksums(folder, verify)
@@ -864,4 +865,4 @@ def _check_layers(folder, base, config, record):
     for name in dict.fromkeys((*layers, *held)):
         labels = held[name].get("labels") if isinstance(held.get(name), dict) else None
         if not isinstance(labels, list) or len(labels) != layers.get(name):
-            raise ValueError(f"{folder}: config.json maps other experts than {name} has; it was changed.")
+            raise InputError(f"{folder}: config.json maps other experts than {name} has; it was changed.")

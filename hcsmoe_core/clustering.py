@@ -5,7 +5,7 @@ import math
 import numpy as np
 from scipy.cluster import hierarchy
 
-from hcsmoe_core._util import check_choice, check_count
+from hcsmoe_core._util import InputError, check_choice, check_count
 
 LINKAGES = ("average", "complete", "single", "ward")
 
@@ -37,11 +37,11 @@ def linkage(distance, method="average", *, metric="euclidean"):
     distance = np.asarray(distance, dtype=np.float64)
     experts = round((1 + math.sqrt(1 + 8 * distance.size)) / 2)
     if distance.ndim != 1 or experts * (experts - 1) // 2 != distance.size:
-        raise ValueError(
+        raise InputError(
             f'The "distance" argument must be condensed, E·(E−1)/2 numbers; it has shape {distance.shape}.'
         )
     if not np.isfinite(distance).all() or (distance < 0).any():
-        raise ValueError('The "distance" argument must hold finite distances of at least 0.')
+        raise InputError('The "distance" argument must hold finite distances of at least 0.')
     if not distance.size:  # one expert has no tree; SciPy would refuse
         return np.empty((0, 4))
     return hierarchy.linkage(distance, method)
@@ -50,7 +50,7 @@ def linkage(distance, method="average", *, metric="euclidean"):
 def check_linkage(method, metric):
     check_choice("linkage", method, LINKAGES)
     if method == "ward" and metric != "euclidean":
-        raise ValueError(
+        raise InputError(
             f'linkage "ward" needs Euclidean distances, but these are {metric} distances.\n'
             '  Recompute with distances(stats, layer, metric="euclidean"), or use linkage "average".'
         )

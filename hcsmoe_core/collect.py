@@ -6,7 +6,7 @@ import inspect
 import torch
 from tqdm.auto import tqdm
 
-from hcsmoe_core._util import check_choice, check_count
+from hcsmoe_core._util import InputError, check_choice, check_count
 from hcsmoe_core.families import find_moe_layers, model_hash
 from hcsmoe_core.moe import check_loaded, router_logits
 from hcsmoe_core.scale import ranks
@@ -164,7 +164,7 @@ class _Collector:
         length = len(tokens) // sequences
         rows = self.batch_rows[:, 0] * length + self.batch_rows[:, 1]
         if length * sequences != len(tokens) or (len(rows) and int(rows.max()) >= len(tokens)):
-            raise ValueError(
+            raise InputError(
                 f"{self.layer.name} does not get every token of a sequence; capture without the sample."
             )
         rows = rows.to(tokens.device)
@@ -179,7 +179,7 @@ class _Collector:
     def _by_domain(self, count, device, chosen=None):
         """Rows of each domain in a batch whose tokens come sequence after sequence, or those of them that are chosen."""
         if chosen is not None and len(chosen) != count:
-            raise ValueError(
+            raise InputError(
                 f"{self.layer.name} does not get every token of a sequence; capture with every=1."
             )
         domains = sorted(set(self.batch_domains))
@@ -198,7 +198,7 @@ class _Collector:
         ``places`` are those of the rows that were kept here among the ``size`` tokens of the sample.
         """
         if not int(self.tokens.sum()):
-            raise ValueError(
+            raise InputError(
                 f"{self.layer.name} was never called. Kernels that replace the whole MoE block, and models compiled "
                 "before the capture, hide it: load the model with use_kernels=False and do not compile it."
             )
@@ -218,7 +218,7 @@ class _Collector:
             sums["score_mass"].fill_(torch.nan)
         seen = [sums[key] for key in ("output_sum", "norm_sum", "output_gram") if key in sums]
         if not all(torch.isfinite(s).all() for s in seen):
-            raise ValueError(
+            raise InputError(
                 f"{layer.name}: an expert's outputs are not finite on these tokens; the checkpoint is damaged, or "
                 "its dtype overflows: load it with another dtype."
             )
@@ -350,7 +350,7 @@ def capture(
     layers = find_moe_layers(model)
     for layer in layers:
         if layer.merged:
-            raise ValueError(
+            raise InputError(
                 "This model is merged; capture on the original: restore(model), or load it again."
             )
         check_loaded(layer)
@@ -507,14 +507,14 @@ def check_tokens(input_ids, model):
             if torch.is_tensor(input_ids)
             else type(input_ids)
         )
-        raise ValueError(
+        raise InputError(
             f'The "input_ids" argument must be a tensor of token ids [sequences, length]; not {shape}.'
         )
     input_ids = input_ids.to("cpu", torch.int64).contiguous()
     size = model.get_input_embeddings().num_embeddings
     low, high = int(input_ids.min()), int(input_ids.max())
     if low < 0 or high >= size:
-        raise ValueError(
+        raise InputError(
             f'The "input_ids" argument holds ids from {low} to {high}, but the model\'s vocabulary has ids from 0 to '
             f"{size - 1}; encode the text with the model's own tokenizer."
         )
@@ -526,7 +526,7 @@ def _domain_index(domains, count):
         return ["all"], [0] * count
     domains = [str(d) for d in domains]
     if len(domains) != count:
-        raise ValueError(
+        raise InputError(
             f'The "domains" argument must name the domain of each of the {count} sequences; got {len(domains)}.'
         )
     names = list(dict.fromkeys(domains))

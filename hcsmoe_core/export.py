@@ -7,7 +7,7 @@ import textwrap
 from pathlib import Path
 
 from hcsmoe_core import modeling_hcsmoe
-from hcsmoe_core._util import EMBEDDED, folder_of, replacing, sha256_file, write_json
+from hcsmoe_core._util import EMBEDDED, InputError, folder_of, replacing, sha256_file, write_json
 from hcsmoe_core.plan import odd_widths
 
 MODELING = Path(modeling_hcsmoe.__file__)
@@ -135,7 +135,7 @@ def check_checksums(folder, verify=True):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} lacks {name}; copy it again, or merge again.")
         if verify and sha256_file(folder / name) != digest:
-            raise ValueError(
+            raise InputError(
                 f"{folder / name} was cut short or changed since it was written; copy it again, or merge again."
             )
 

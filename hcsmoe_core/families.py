@@ -6,6 +6,7 @@ import inspect
 import torch
 from torch import nn
 
+from hcsmoe_core._util import InputError
 from hcsmoe_core.modeling_hcsmoe import repeated
 from hcsmoe_core.moe import DOWN, UP, MoELayer, fingerprint, source_of
 
@@ -32,7 +33,7 @@ def find_moe_layers(model):
     layers, owners = [], {}
     for name, module in model.named_modules():
         if type(module).__name__ in UNSUPPORTED:
-            raise ValueError(
+            raise InputError(
                 f"{name} ({type(module).__name__}) is not supported: {UNSUPPORTED[type(module).__name__]}."
             )
         kind = _kind(module)
@@ -41,13 +42,13 @@ def find_moe_layers(model):
         layer = kind.at(model, name, module)
         shared = owners.setdefault(id(next(module.parameters())), name)
         if shared != name:
-            raise ValueError(
+            raise InputError(
                 f"{shared} and {name} share their weights; merging them as one is not supported."
             )
         layers.append(layer)
     if not layers:
         what = getattr(model, "name_or_path", "") or type(model).__name__
-        raise ValueError(
+        raise InputError(
             f"No MoE layers found in {what} ({type(model).__name__}): it is dense, or its experts are not kept as the "
             "stacked tensors of transformers 5."
         )
@@ -91,7 +92,7 @@ def moe_layer(model, name):
     """
     found = {layer.name: layer for layer in find_moe_layers(model)}
     if name not in found:
-        raise ValueError(
+        raise InputError(
             f'The "model" argument has no MoE layer {name}; it is not the model of these statistics.'
         )
     if source_of(model) is not None:

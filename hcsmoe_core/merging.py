@@ -3,7 +3,7 @@
 import torch
 from tqdm.auto import tqdm
 
-from hcsmoe_core._util import check_count
+from hcsmoe_core._util import InputError, check_count
 from hcsmoe_core.families import find_moe_layers, model_hash
 from hcsmoe_core.moe import Neurons, all_finite
 from hcsmoe_core.replace import put_experts, take_experts
@@ -13,7 +13,7 @@ from hcsmoe_core.steps import combine, compress, refine, router
 def check_statistics(stats, model):
     """Raise ValueError unless the statistics were captured on this model."""
     if stats.model["hash"] != model_hash(model):
-        raise ValueError(
+        raise InputError(
             f"These statistics were captured on another model ({stats.model['name']}, {stats.model['class']}) than the one "
             f"given ({model.name_or_path or 'unnamed'}, {type(model).__name__}); capture on this one."
         )
@@ -35,14 +35,14 @@ def check_fits(plan, model):
             or [n for n in planned if n not in layers]
             or ["another order"]
         )
-        raise ValueError(
+        raise InputError(
             f"The plan does not fit the model: it has {len(planned)} MoE layers and the model {len(layers)}; they differ "
             f"in {missing[0]}. Make a plan from this model's statistics."
         )
     for layer_plan in plan.layers:
         experts = layers[layer_plan.name].num_experts
         if len(layer_plan.labels) != experts:
-            raise ValueError(
+            raise InputError(
                 f"The plan does not fit the model: {layer_plan.name} has {experts} experts, but the plan labels "
                 f"{len(layer_plan.labels)}. Make a plan from this model's statistics."
             )
@@ -52,7 +52,7 @@ def check_fits(plan, model):
 def check_weights(plan, model):
     """Raise ValueError if the plan names the model it was made for, and that is not this one."""
     if plan.model.get("hash") and plan.model["hash"] != model_hash(model):
-        raise ValueError(
+        raise InputError(
             f"The plan was made for another model ({plan.model.get('name')}, {plan.model.get('class')}): this one has the "
             "same shape but other weights. Make a plan from this model's statistics."
         )
@@ -145,7 +145,7 @@ def restore(model):
 def check_unmerged(layers):
     """Raise ValueError if a layer is merged."""
     if any(layer.merged for layer in layers):
-        raise ValueError("This model is merged already; restore(model) first, or load the original.")
+        raise InputError("This model is merged already; restore(model) first, or load the original.")
 
 
 def check_sample(plan, stats):
@@ -153,14 +153,14 @@ def check_sample(plan, stats):
     if not plan.needs_sample:
         return
     if stats is None:
-        raise ValueError(
+        raise InputError(
             "This plan looks at the sample of layer inputs, by which experts are combined or routers folded; give the "
             "statistics it was made from: "
             "apply_plan(model, plan, stats), or --statistics FILE on the command line."
         )
     stats.check(("sample",), "This plan")
     if plan.statistics and plan.statistics != stats.identity():
-        raise ValueError(
+        raise InputError(
             f"The plan was made from other statistics (hash {plan.statistics.get('hash')}) than those given "
             f"({stats.identity()['hash']}); give the ones it was made from, or make the plan again."
         )
@@ -192,7 +192,7 @@ def merge_layer(layer, layer_plan, sample=None):
     """
     if sample is None and layer_plan.uses_sample:
         rules = sorted({layer_plan.rule_of(group)["rule"] for group in range(layer_plan.num_groups)})
-        raise ValueError(f'{layer.name}: rule {" and ".join(map(repr, rules))} needs the "sample" argument.')
+        raise InputError(f'{layer.name}: rule {" and ".join(map(repr, rules))} needs the "sample" argument.')
     merged = {name: _averages(tensor.detach(), layer_plan) for name, tensor in layer.tensors().items()}
     options = layer_plan.combine
     plain = (
@@ -205,7 +205,7 @@ def merge_layer(layer, layer_plan, sample=None):
             members = next(
                 m for row, m in zip(tensor, layer_plan.groups(), strict=True) if not all_finite(row)
             )
-            raise ValueError(
+            raise InputError(
                 f"{layer.name}: {name} of experts {members} merges to values that are not finite."
             )
     return merged
@@ -355,7 +355,7 @@ def combine_group(group, options):
     rule, rounds = combine[options["rule"]], check_count("refit", options.get("refit", 0), 0)
     if group.layer.unsolvable and (rounds or rule.properties.get("solves")):
         others = ", ".join(f'"{name}"' for name, step in combine.items() if not step.properties.get("solves"))
-        raise ValueError(
+        raise InputError(
             f'{group.layer.name}: {group.layer.unsolvable}, so that combine "{rule.name}"'
             f"{' with refit' if rounds else ''} has nothing to solve; use one of {others}, without refit."
         )

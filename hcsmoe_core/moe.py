@@ -12,6 +12,7 @@ from functools import cached_property
 import torch
 from torch import nn
 
+from hcsmoe_core._util import InputError
 from hcsmoe_core.modeling_hcsmoe import remap
 
 UP = ("gate_up_proj", "up_proj")
@@ -387,7 +388,7 @@ class MoELayer:
             both = self._activated(torch.cat([probe, shuffled]).to(up.device))
             if torch.allclose(both[1], both[0, order.to(up.device)]):
                 return interleaved
-        raise ValueError(
+        raise InputError(
             f"{self.name}: which rows of {self.up_name} ({count}) make which of the {width} neurons is not known, so that "
             'neurons cannot be matched or chosen; use combine "average".'
         )
@@ -545,7 +546,7 @@ def router_logits(output, experts, extra=0):
             if torch.is_tensor(part) and part.is_floating_point() and part.shape[-1] == wanted:
                 return part.reshape(-1, wanted)
     shapes = [tuple(p.shape) for p in parts if torch.is_tensor(p)]
-    raise ValueError(
+    raise InputError(
         f"A router of {experts} experts returned tensors of shapes {shapes}, none of which are its logits."
     )
 
@@ -580,15 +581,15 @@ def check_loaded(layer):
         named |= {f"(router) {n}": p for n, p in layer.router.named_parameters(recurse=False)}
     for name, tensor in named.items():
         if tensor.is_meta:
-            raise ValueError(
+            raise InputError(
                 f"{layer.name}: {name} is offloaded; load the model without disk or CPU offload."
             )
         if not tensor.is_floating_point() or tensor.element_size() < 2:
-            raise ValueError(
+            raise InputError(
                 f"{layer.name}: {name} is quantised ({tensor.dtype}); load a 16- or 32-bit checkpoint."
             )
         if not all_finite(tensor.detach()):
-            raise ValueError(f"{layer.name}: {name} holds NaN or infinite values; the checkpoint is damaged.")
+            raise InputError(f"{layer.name}: {name} holds NaN or infinite values; the checkpoint is damaged.")
 
 
 def routing_tensors(layer, count):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hcsmoe_core._util import check_choice, sha256_json, write_json
+from hcsmoe_core._util import InputError, check_choice, sha256_json, write_json
 from hcsmoe_core.clustering import by_first_appearance
 from hcsmoe_core.steps import combine
 
@@ -186,7 +186,7 @@ def with_router(plan, router):
     """
     check_choice("router", router, tuple(r for r in ROUTERS if r != "dropped"))
     if any(layer.router == "dropped" for layer in plan.layers):
-        raise ValueError(
+        raise InputError(
             f'The "router" argument cannot be "{router}" for this plan: it drops experts, and their rows with them.'
         )
     layers = [replace(layer, router=router if layer.joins else "mapped") for layer in plan.layers]
@@ -229,22 +229,22 @@ def load_plan(path):
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(
+        raise InputError(
             f"{path} is not a readable plan ({error}); it may be cut short. Make it again."
         ) from None
     if not isinstance(content, dict) or not isinstance(content.get("layers"), list):
-        raise ValueError(f'{path} is not a plan: it has no list "layers". Make one with: hcsmoe plan')
+        raise InputError(f'{path} is not a plan: it has no list "layers". Make one with: hcsmoe plan')
     digest = content.pop("sha256", None)
     if digest is not None and digest != sha256_json(content):
-        raise ValueError(
+        raise InputError(
             f'{path} was changed since it was written. Make it again, or remove its "sha256" to mean the change.'
         )
     if content.get("format", FORMAT) != FORMAT or content.get("version", VERSION) not in READABLE:
-        raise ValueError(f"{path} is no plan of this version of hcsmoe ({FORMAT} {VERSION}); make it again.")
+        raise InputError(f"{path} is no plan of this version of hcsmoe ({FORMAT} {VERSION}); make it again.")
     try:
         layers = [_checked_layer(**layer) for layer in content["layers"]]
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{path} is not a valid plan: {error}") from None
+        raise InputError(f"{path} is not a valid plan: {error}") from None
     about = {key: content.get(key) or {} for key in ("settings", "model", "statistics")}
     return Plan(layers, **about, compress=content.get("compress"))
 
@@ -254,37 +254,37 @@ def _checked_layer(name, labels, weights, **rest):
     whole = all(isinstance(label, int) and not isinstance(label, bool) for label in labels)
     kept = [label for label in labels if label != DROPPED] if whole else []
     if not kept or by_first_appearance(kept).tolist() != kept:
-        raise ValueError(
+        raise InputError(
             f"{name}: labels must be group numbers in order of first appearance (0, then 1, …), or -1 for an expert that is "
             f"dropped; not {labels}."
         )
     if len(weights) != len(labels) or not all(isinstance(w, int | float) and w >= 0 for w in weights):
-        raise ValueError(
+        raise InputError(
             f"{name}: there must be one weight of at least 0 for each of the {len(labels)} experts."
         )
     sums = np.bincount(kept, [w for w, label in zip(weights, labels, strict=True) if label != DROPPED])
     if not np.allclose(sums, 1, rtol=0, atol=1e-6):
-        raise ValueError(
+        raise InputError(
             f"{name}: the weights of each group must sum to one; they sum to {sums.round(6).tolist()}."
         )
     rest["router"] = FORMER_ROUTERS.get(rest.get("router"), rest.get("router", "mapped"))
     layer = LayerPlan(name, list(labels), [float(w) for w in weights], **rest)
     check_choice(f"{name}: router", layer.router, ROUTERS)
     if not isinstance(layer.combine, dict) or "rule" not in layer.combine:
-        raise ValueError(f'{name}: "combine" must be an object with a "rule"; not {layer.combine!r}.')
+        raise InputError(f'{name}: "combine" must be an object with a "rule"; not {layer.combine!r}.')
     if layer.rules is not None and (
         len(layer.rules) != layer.num_groups
         or not all(isinstance(rule, dict) and "rule" in rule for rule in layer.rules)
     ):
-        raise ValueError(
+        raise InputError(
             f'{name}: "rules" must be one object with a "rule" for each of the {layer.num_groups} groups.'
         )
     if len(kept) < len(labels) and layer.router != "dropped":
-        raise ValueError(
+        raise InputError(
             f'{name}: experts are dropped, so that the router must be "dropped"; not {layer.router!r}.'
         )
     if layer.dominant is not None and [labels[e] for e in layer.dominant] != list(range(layer.num_groups)):
-        raise ValueError(
+        raise InputError(
             f"{name}: there must be one dominant expert of each group, in order; not {layer.dominant}."
         )
     if layer.mixture is not None:
@@ -292,7 +292,7 @@ def _checked_layer(name, labels, weights, **rest):
         if mixture.shape != (layer.num_groups, len(labels)) or not np.allclose(
             mixture.sum(1), 1, rtol=0, atol=1e-6
         ):
-            raise ValueError(
+            raise InputError(
                 f"{name}: the mixture must be one row of {len(labels)} weights that sum to one for each group."
             )
     return layer

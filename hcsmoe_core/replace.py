@@ -4,6 +4,7 @@ import copy
 
 import torch
 
+from hcsmoe_core._util import InputError
 from hcsmoe_core.modeling_hcsmoe import ExpertMap
 from hcsmoe_core.moe import (
     CHOICES,
@@ -195,17 +196,17 @@ def mixed_rows(tensor, rows):
 def _keeps_groups(layer, labels, rows):
     """Whether a router with other rows can still choose among groups of experts first; True where it never did."""
     if layer.router is None:
-        raise ValueError(
+        raise InputError(
             f"{layer.name}: no router was found, so that its rows cannot be dropped; use a method that merges."
         )
     dropped = min(labels) < 0
     if len(rows) < layer.fewest:
-        raise ValueError(
+        raise InputError(
             f"{layer.name}: its router's rule takes {layer.fewest} experts at least, and {len(rows)} would be left; keep more, "
             'or let the router keep its rows (router "mapped").'
         )
     if dropped and (tables := _tables(layer)):
-        raise ValueError(
+        raise InputError(
             f"{layer.name}: its router looks experts up in a table ({tables[0][1]}), token by token, so that none of them can "
             "be dropped; use a method that merges."
         )
@@ -218,7 +219,7 @@ def _keeps_groups(layer, labels, rows):
     kept = [int((rows[:, g * size : (g + 1) * size].sum(1) > 0).sum()) for g in range(groups)]
     # Such a router adds up the two best scores of each group.
     if len(set(kept)) > 1 or min(kept) < 2:
-        raise ValueError(
+        raise InputError(
             f"{layer.name}: its router chooses among {groups} groups of experts first, which must stay of one size and have "
             f"two experts at least, but {kept} of them would be kept; drop as many of each, or use a method that merges."
         )
@@ -249,7 +250,7 @@ def take_experts(layer):
     """
     state = layer.experts._merged
     if not state.keep:
-        raise ValueError(
+        raise InputError(
             f"{layer.name} was loaded merged; the original experts are in the original checkpoint."
         )
     if state.handle is not None:

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from scipy.spatial.distance import pdist, squareform
 
-from hcsmoe_core._util import check_choice
+from hcsmoe_core._util import InputError, check_choice
 from hcsmoe_core.families import moe_layer
 from hcsmoe_core.moe import original_tensors
 
@@ -83,12 +83,12 @@ def parts_of(similarity):
         except ValueError:
             value = 0.0
         if not 0 < value < float("inf"):
-            raise ValueError(
+            raise InputError(
                 f'The "similarity" argument weights {name.strip()} by {weight!r}; give a positive number.'
             )
         parts.append((name.strip(), value))
     if len({name for name, _ in parts}) < len(parts):
-        raise ValueError(f'The "similarity" argument names one similarity twice: {similarity!r}.')
+        raise InputError(f'The "similarity" argument names one similarity twice: {similarity!r}.')
     total = sum(value for _, value in parts)
     return [(name, value / total) for name, value in parts]
 
@@ -126,7 +126,7 @@ def metric_of(similarity, metric=""):
         if metric and metric not in allowed and len(allowed) > 1:
             check_choice("metric", metric, allowed)
         if metric and metric not in allowed and "+" not in str(similarity):
-            raise ValueError(
+            raise InputError(
                 f'The "metric" argument must be {allowed[0]!r} for similarity {name!r}; not {metric!r}.'
             )
         own.append(metric if metric in allowed else allowed[0])
@@ -185,7 +185,7 @@ def distances(stats, layer, *, similarity="expert-output", metric="", model=None
         own = metric if metric in ALLOWED[part] else ALLOWED[part][0]
         condensed = _MEASURES[part](stats.layers[name], name, own, model)
         if not np.isfinite(condensed).all():
-            raise ValueError(
+            raise InputError(
                 f'{name}: some distances by "{part}" and "{own}" are not numbers (an expert whose features are all zero '
                 'has no cosine, and no router no logits); use metric "euclidean", or check the checkpoint for NaN.'
             )
@@ -252,7 +252,7 @@ def coordinates(condensed, metric):
         If the distances are not between points.
     """
     if metric not in EMBEDDED:
-        raise ValueError(
+        raise InputError(
             f'These distances ("{metric}") are not distances between points, which k-means needs; use a similarity with '
             'metric "euclidean" or "cosine", or group "hierarchical".'
         )
@@ -275,7 +275,7 @@ def _by_output(sums, name, metric, model):
 def _by_logits(sums, name, metric, model):
     gram = sums.logit_gram.sum(0).numpy()
     if np.isnan(gram).any():
-        raise ValueError(f'{name}: no router was found, so that similarity "router-logits" is not to be had.')
+        raise InputError(f'{name}: no router was found, so that similarity "router-logits" is not to be had.')
     return _from_gram(gram, metric)
 
 
@@ -320,7 +320,7 @@ def _by_cka(sums, name, metric, model):
 
 def _layer_of(model, name):
     if model is None:
-        raise ValueError(
+        raise InputError(
             'Similarities "weight" and "cka" look at the experts themselves; give the "model" argument.'
         )
     return moe_layer(model, name)

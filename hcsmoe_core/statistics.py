@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from hcsmoe_core._util import check_count, replacing, sha256_json
+from hcsmoe_core._util import InputError, check_count, replacing, sha256_json
 
 FORMAT = "hcsmoe-statistics-2"
 
@@ -195,7 +195,7 @@ class Statistics:
         names = list(self.layers)
         if isinstance(layer, str):
             if layer not in self.layers:
-                raise ValueError(f'The "layer" argument must be one of {", ".join(names)}; not {layer!r}.')
+                raise InputError(f'The "layer" argument must be one of {", ".join(names)}; not {layer!r}.')
             return layer
         return names[check_count("layer", layer, 0, len(names) - 1)]
 
@@ -220,7 +220,7 @@ class Statistics:
         missing = [n for n in needs if n not in self.needs]
         if missing:
             held = ", ".join(self.needs)
-            raise ValueError(
+            raise InputError(
                 f"{what} needs {' and '.join(map(repr, missing))}, but these statistics hold {held} only; capture again with "
                 f"needs={(*self.needs, *missing)}, or on the command line: hcsmoe capture MODEL --for METHOD."
             )
@@ -240,7 +240,7 @@ class Statistics:
         if not isinstance(other, Statistics):
             return NotImplemented
         if self.model["hash"] != other.model["hash"]:
-            raise ValueError(
+            raise InputError(
                 f"These statistics are of different models: {self.model['name']} and {other.model['name']}. "
                 "Capture both on the same checkpoint."
             )
@@ -378,12 +378,12 @@ def load_statistics(path):
             header = json.loads((file.metadata() or {}).get("hcsmoe", "{}"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except SafetensorError as error:
-        raise ValueError(f"{path} is not a readable statistics file ({error}); capture again.") from None
+        raise InputError(f"{path} is not a readable statistics file ({error}); capture again.") from None
     if header.get("format") != FORMAT:
-        raise ValueError(f"{path} is no statistics file of this version of hcsmoe ({FORMAT}); capture again.")
+        raise InputError(f"{path} is no statistics file of this version of hcsmoe ({FORMAT}); capture again.")
     about = header["about"]
     if _digest(tensors, about) != header["sha256"]:
-        raise ValueError(f"{path} was changed since it was written; capture again.")
+        raise InputError(f"{path} was changed since it was written; capture again.")
     layers = {}
     for name in about["layers"]:
         sums = {key: tensors[f"{name}/{key}"] for key in SUMS if f"{name}/{key}" in tensors}

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
 
-from hcsmoe_core._util import check_choice
+from hcsmoe_core._util import InputError, check_choice
 from hcsmoe_core.merging import mean_of
 from hcsmoe_core.moe import Neurons
 from hcsmoe_core.steps import combine, refine
@@ -313,7 +313,7 @@ def _reading_step(group, neurons, left):
 def joint_svd(group, *, align="none", rank=0.5):
     """See :func:`combine`."""
     if not 0 < rank <= 1:
-        raise ValueError(f'The "rank" argument must be above 0 and at most 1; not {rank}.')
+        raise InputError(f'The "rank" argument must be above 0 and at most 1; not {rank}.')
     experts = aligned(group, align)
     plain = mean_of(experts, group.weights)
     weights = group.weights.tolist()

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from hcsmoe_core._util import check_count
+from hcsmoe_core._util import InputError, check_count
 from hcsmoe_core.moe import Neurons
 from hcsmoe_core.replace import set_rows
 from hcsmoe_core.steps import compress as compress_step
@@ -126,7 +126,7 @@ def factor(weight, moment, rank, rows=0):
     check_count("rows", rows, 0, len(w))
     m = _matrix("moment", moment)
     if m.shape != (w.shape[1], w.shape[1]):
-        raise ValueError(f'The "moment" argument must be [{w.shape[1]}, {w.shape[1]}]; not {list(m.shape)}.')
+        raise InputError(f'The "moment" argument must be [{w.shape[1]}, {w.shape[1]}]; not {list(m.shape)}.')
     root = _root("moment", m)
     a, b = _low_rank(w, root, rank)
     best = torch.argsort(_importance(w - a @ b, root), descending=True, stable=True)[:rows]
@@ -156,7 +156,7 @@ def _with_rows(w, a, b, rows):
 def _root(name, moment):
     root, info = torch.linalg.cholesky_ex(moment)
     if info.any():
-        raise ValueError(f'{name}: the second moment is not positive definite; give a larger "ridge".')
+        raise InputError(f'{name}: the second moment is not positive definite; give a larger "ridge".')
     return root
 
 
@@ -212,7 +212,7 @@ def compress(layers, *, share, rank=None, ridge=1e-3, rank_share=RANK_SHARE):
     # A product such as 0.29 · 100 falls short of 29 by rounding alone.
     budget = math.floor(round(share * total, 6))
     if products > budget:
-        raise ValueError(
+        raise InputError(
             f'The "rank" and "share" arguments do not fit: products of rank {min(ranks)} to {max(ranks)} take {products} '
             f"numbers, and share {share} of {total} weights is {budget}; give a smaller rank or a larger share."
         )
@@ -244,7 +244,7 @@ def _whitened(where, expert, tokens, activate, ridge):
     hidden = _matrix(f"{where}: activations", activate(expert, x))
     if hidden.shape != (len(x), expert.down.shape[1]):
         wanted = [len(x), expert.down.shape[1]]
-        raise ValueError(f"{where}: the activations must be {wanted}; not {list(hidden.shape)}.")
+        raise InputError(f"{where}: the activations must be {wanted}; not {list(hidden.shape)}.")
     root = _root(f"{where}: tokens", second_moment(x, ridge))
     for name, w in named.items():
         yield (
@@ -301,7 +301,7 @@ def densified(neurons, factors):
     wanted = {name: tuple(w.shape) for name, w in _matrices(neurons).items()}
     given = {name: f.shape for name, f in factors.items()}
     if wanted != given:
-        raise ValueError(f'The "factors" argument must hold the matrices {wanted}; not {given}.')
+        raise InputError(f'The "factors" argument must hold the matrices {wanted}; not {given}.')
     made = {name: f.dense().to(neurons.up) for name, f in factors.items()}
     up = torch.stack([made[f"up.{q}"] for q in range(neurons.up.shape[1])], dim=1)
     return Neurons(up, made["down"], neurons.bias, neurons.offset)
@@ -336,7 +336,7 @@ def saved_tensors(factors, dtype=torch.bfloat16):
                     name, tensor = f"{layer}.{g}.{matrix}.{part}", getattr(parts, part).detach().cpu()
                     tensor = tensor.to(torch.int64 if part == "rows" else dtype).contiguous()
                     if not torch.isfinite(tensor).all():
-                        raise ValueError(
+                        raise InputError(
                             f"{name} holds values that are not finite in {dtype}; give another dtype."
                         )
                     made[name] = tensor
@@ -365,7 +365,7 @@ def from_saved(tensors):
     for name, tensor in tensors.items():
         match = SAVED.fullmatch(name)
         if match is None:
-            raise ValueError(
+            raise InputError(
                 f"{name} is no part of a factored expert; such names end in .(expert).(matrix).(A|B|S|rows)."
             )
         layer, expert, matrix, part = match.group("layer", "expert", "matrix", "part")
@@ -388,35 +388,35 @@ def _expert(name, experts, g):
     for matrix, factors in made.items():
         wanted = up[::-1] if matrix == "down" else up
         if factors.shape != wanted:
-            raise ValueError(
+            raise InputError(
                 f"{name}.{matrix}.A and B make {factors.shape}, which does not fit {name}.up.0 of {up}."
             )
         if factors.A.dtype != first:
-            raise ValueError(f"{name}.{matrix}.A is {factors.A.dtype}, but {name}.up.0.A is {first}.")
+            raise InputError(f"{name}.{matrix}.A is {factors.A.dtype}, but {name}.up.0.A is {first}.")
     return made
 
 
 def _factors(name, parts):
     for part in PARTS:
         if part not in parts:
-            raise ValueError(f"{name}.{part} is missing.")
+            raise InputError(f"{name}.{part} is missing.")
     a, b, s, rows = (parts[p] for p in PARTS)
     for part, tensor in (("A", a), ("B", b), ("S", s)):
         if tensor.ndim != 2 or not tensor.is_floating_point() or tensor.dtype != a.dtype:
             wanted = a.dtype if a.is_floating_point() else "floating-point"
-            raise ValueError(
+            raise InputError(
                 f"{name}.{part} must be a matrix and {wanted}; not {tensor.dtype} {list(tensor.shape)}."
             )
         if not torch.isfinite(tensor).all():
-            raise ValueError(f"{name}.{part} holds NaN or infinite values; the file is damaged.")
+            raise InputError(f"{name}.{part} holds NaN or infinite values; the file is damaged.")
     if rows.ndim != 1 or rows.dtype != torch.int64:
-        raise ValueError(f"{name}.rows must be a list of int64; not {rows.dtype} {list(rows.shape)}.")
+        raise InputError(f"{name}.rows must be a list of int64; not {rows.dtype} {list(rows.shape)}.")
     if b.shape[0] != a.shape[1]:
-        raise ValueError(f"{name}.B must have {a.shape[1]} rows, as A has columns; not {b.shape[0]}.")
+        raise InputError(f"{name}.B must have {a.shape[1]} rows, as A has columns; not {b.shape[0]}.")
     if s.shape != (len(rows), b.shape[1]):
-        raise ValueError(f"{name}.S must be {[len(rows), b.shape[1]]}, from rows and B; not {list(s.shape)}.")
+        raise InputError(f"{name}.S must be {[len(rows), b.shape[1]]}, from rows and B; not {list(s.shape)}.")
     if len(rows) and (rows.min() < 0 or rows.max() >= len(a) or (rows.diff() <= 0).any()):
-        raise ValueError(f"{name}.rows must be ascending places from 0 to {len(a) - 1}; not {rows.tolist()}.")
+        raise InputError(f"{name}.rows must be ascending places from 0 to {len(a) - 1}; not {rows.tolist()}.")
     return Factors(a, b, rows, s)
 
 
@@ -460,7 +460,7 @@ def savings(factors, *, experts, top_k, usage=None, widths=None, dtype=torch.bfl
     widths = [None] * len(factors) if widths is None else widths
     for argument, value in {"experts": experts, "top_k": top_k, "usage": usage, "widths": widths}.items():
         if len(value) != len(factors):
-            raise ValueError(
+            raise InputError(
                 f'The "{argument}" argument must hold {len(factors)} items, one a layer; not {len(value)}.'
             )
     weights, work = (dict.fromkeys(("original", "merged", "compressed"), 0) for _ in range(2))
@@ -475,7 +475,7 @@ def savings(factors, *, experts, top_k, usage=None, widths=None, dtype=torch.bfl
             or (often < 0).any()
             or often.sum() == 0
         ):
-            raise ValueError(
+            raise InputError(
                 f'The "usage" argument must hold {len(layer)} counts, not all zero; not {often.tolist()}.'
             )
         before, hidden = layer[0]["down"].shape
@@ -504,9 +504,9 @@ def _matrix(name, tensor):
     """A tensor in float64, if it is a finite matrix of floating-point numbers."""
     if not torch.is_tensor(tensor) or tensor.ndim != 2 or not tensor.is_floating_point():
         given = f"{tensor.dtype} {list(tensor.shape)}" if torch.is_tensor(tensor) else type(tensor).__name__
-        raise ValueError(f"{name} must be a floating-point matrix; not {given}.")
+        raise InputError(f"{name} must be a floating-point matrix; not {given}.")
     if not torch.isfinite(tensor).all():
-        raise ValueError(f"{name} holds NaN or infinite values.")
+        raise InputError(f"{name} holds NaN or infinite values.")
     return tensor.detach().double()
 
 
@@ -514,38 +514,38 @@ def _check_share(argument, value, zero=False):
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not number or not 0 <= value <= 1 or (value == 0 and not zero):
         allowed = "from 0 to 1" if zero else "above 0 and up to 1"
-        raise ValueError(f'The "{argument}" argument must be a number {allowed}; not {value!r}.')
+        raise InputError(f'The "{argument}" argument must be a number {allowed}; not {value!r}.')
 
 
 def _check_ridge(ridge):
     number = isinstance(ridge, int | float) and not isinstance(ridge, bool)
     if not number or not 0 <= ridge < math.inf:
-        raise ValueError(f'The "ridge" argument must be a finite number of at least 0; not {ridge!r}.')
+        raise InputError(f'The "ridge" argument must be a finite number of at least 0; not {ridge!r}.')
 
 
 def _check_dtype(dtype):
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype.itemsize < 2:
-        raise ValueError(
+        raise InputError(
             f'The "dtype" argument must be a floating-point type of at least 16 bits; not {dtype!r}.'
         )
 
 
 def _check_layers(layers):
     if not layers:
-        raise ValueError('The "layers" argument must hold at least one layer; it is empty.')
+        raise InputError('The "layers" argument must hold at least one layer; it is empty.')
     for place, (experts, tokens, _) in enumerate(layers):
         if not experts or len(experts) != len(tokens):
-            raise ValueError(
+            raise InputError(
                 f"layers[{place}] must have tokens for each expert; not {len(tokens)} for {len(experts)}."
             )
         for g, (expert, x) in enumerate(zip(experts, tokens, strict=True)):
             width, _, hidden = expert.up.shape
             if tuple(expert.down.shape) != (hidden, width):
-                raise ValueError(
+                raise InputError(
                     f"layers[{place}], expert {g}: down must be {[hidden, width]}; not {list(expert.down.shape)}."
                 )
             if x.ndim != 2 or x.shape[1] != hidden:
-                raise ValueError(
+                raise InputError(
                     f"layers[{place}], expert {g}: tokens must be [T, {hidden}]; not {list(x.shape)}."
                 )
 

@@ -3,7 +3,7 @@
 import numpy as np
 from scipy.spatial.distance import squareform
 
-from hcsmoe_core._util import check_choice, check_count
+from hcsmoe_core._util import InputError, check_choice, check_count
 from hcsmoe_core.clustering import by_first_appearance, check_linkage
 
 STARTS = 10  # of k-means
@@ -101,7 +101,7 @@ def check_feasible(name, largest, groups, experts):
     """Raise ValueError unless ``groups`` groups of at most ``largest`` hold all experts."""
     check_count(name, largest, 1)
     if groups * largest < experts:
-        raise ValueError(
+        raise InputError(
             f'The "{name}" argument is {largest}, but {groups} groups of at most {largest} hold only {groups * largest} of '
             f"{experts} experts; give at least {-(-experts // groups)}, or keep more experts."
         )
@@ -136,7 +136,7 @@ def kmeans(points, groups, *, centres="k-means++", seed=0):
     else:
         chosen = [check_count("centres", int(c), 0, len(points) - 1) for c in centres]
         if len(set(chosen)) != groups:
-            raise ValueError(
+            raise InputError(
                 f'The "centres" argument must name {groups} experts to start from; it names {len(set(chosen))}.'
             )
     if points.shape[1] == 0 or groups == len(points):  # all alike, or each alone
@@ -260,7 +260,7 @@ def fuzzy_cmeans(points, groups, *, fuzzifier=2.0, seed=0, steps=300, tolerance=
     points = np.asarray(points, dtype=np.float64)
     check_count("groups", groups, 1, len(points))
     if not fuzzifier > 1:
-        raise ValueError(f'The "fuzzifier" argument must be above 1; not {fuzzifier}.')
+        raise InputError(f'The "fuzzifier" argument must be above 1; not {fuzzifier}.')
     if points.shape[1] == 0:
         points = np.zeros((len(points), 1))
     centres, _ = kmeans_plusplus(points, groups, random_state=seed)

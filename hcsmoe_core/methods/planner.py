@@ -12,7 +12,7 @@ from scipy.spatial.distance import squareform
 from tqdm.auto import tqdm
 
 from hcsmoe_core import clustering, similarity
-from hcsmoe_core._util import check_choice, check_count
+from hcsmoe_core._util import InputError, check_choice, check_count
 from hcsmoe_core.families import moe_layer
 from hcsmoe_core.merging import check_statistics
 from hcsmoe_core.methods import budget as budgets
@@ -127,57 +127,57 @@ class Steps:
             check_choice(name, getattr(self, name), allowed)
         similarity.metric_of(self.similarity, self.metric)
         if self.group == "hierarchical" and self.linkage == "ward" and self.used_metric != "euclidean":
-            raise ValueError(
+            raise InputError(
                 f'linkage "ward" needs Euclidean distances, but those by {self.similarity!r} are {self.used_metric}; use '
                 'metric "euclidean" with "expert-output", "functional", "weight" or "router-logits", or linkage "average".'
             )
         if self.group in ("k-means", "fuzzy") and self.used_metric not in similarity.EMBEDDED:
-            raise ValueError(
+            raise InputError(
                 f'group "{self.group}" needs points, but distances by {self.similarity!r} are {self.used_metric}; use '
                 'another similarity, or group "hierarchical".'
             )
         if (self.group == "none") != (self.combine == "trimming"):
-            raise ValueError(
+            raise InputError(
                 'combine "trimming" goes with group "none" and with no other, and it with no other rule.'
             )
         if self.group == "none" and (self.guard or self.budget != "uniform" or self.router != "mapped"):
-            raise ValueError(
+            raise InputError(
                 'combine "trimming" keeps the router and every expert at one width: router must be "mapped", budget "uniform" '
                 "and guard off."
             )
         if (self.group == "residual") != (self.combine == "residual"):
-            raise ValueError(
+            raise InputError(
                 'combine "residual" goes with group "residual" and with no other, and it with no other rule.'
             )
         if self.group == "residual" and (self.guard or self.budget != "uniform" or self.share):
-            raise ValueError(
+            raise InputError(
                 'group "residual" gives each layer as many bytes and chooses what to do with every expert: budget must be '
                 '"uniform", guard off and share 0.'
             )
         if (self.group == "prune") != (self.router == "dropped"):
-            raise ValueError(
+            raise InputError(
                 'router "dropped" goes with group "prune" and with no other, and it with no other router.'
             )
         if self.budget == "saliency" and (self.group != "prune" or self.saliency == "o-prune"):
-            raise ValueError(
+            raise InputError(
                 'budget "saliency" goes with group "prune" and a saliency that scores each expert.'
             )
         if self.budget in ("merge-cost", "silhouette") and self.used_metric == "mixed":
-            raise ValueError(f'budget "{self.budget}" needs one similarity; not {self.similarity!r}.')
+            raise InputError(f'budget "{self.budget}" needs one similarity; not {self.similarity!r}.')
         if self.group == "fuzzy" and (self.combine != "average" or self.align != "none"):
-            raise ValueError('group "fuzzy" mixes all experts: combine must be "average" and align "none".')
+            raise InputError('group "fuzzy" mixes all experts: combine must be "average" and align "none".')
         if self.refit is not None:
             check_count("refit", self.refit, 0)
         if self.refit and (self.group in ("prune", "fuzzy") or self.share):
-            raise ValueError(
+            raise InputError(
                 '"refit" fits experts that are joined or trimmed: it goes with no pruning, fuzzy groups or share.'
             )
         if self.share and not 0 < self.share < 1:
-            raise ValueError(
+            raise InputError(
                 f'The "share" argument must be above 0 and below 1, or 0 for no second step; not {self.share}.'
             )
         if self.share and self.group == "none":
-            raise ValueError('MC-SMoE\'s second step ("share") does not go with combine "trimming".')
+            raise InputError('MC-SMoE\'s second step ("share") does not go with combine "trimming".')
 
     @property
     def used_metric(self):
@@ -486,7 +486,7 @@ def settings_from(items, *, option="steps"):
     for item in items:
         name, equals, value = item.partition("=")
         if not equals or name not in usual:
-            raise ValueError(f"{option} takes name=value with a name of {', '.join(usual)}; not {item!r}.")
+            raise InputError(f"{option} takes name=value with a name of {', '.join(usual)}; not {item!r}.")
         found[name] = _value_of(option, name, value, usual[name])
     return found
 
@@ -497,13 +497,13 @@ def _value_of(option, name, text, usual):
         return [int(c) for c in text.split(",")]
     if isinstance(usual, bool):
         if text not in ("on", "off", "true", "false"):
-            raise ValueError(f"{option} {name} takes on or off; not {text!r}.")
+            raise InputError(f"{option} {name} takes on or off; not {text!r}.")
         return text in ("on", "true")
     kind = {"ridge": float, "refit": int}.get(name, type(usual))
     try:
         return kind(text)
     except ValueError:
-        raise ValueError(f"{option} {name} takes a number; not {text!r}.") from None
+        raise InputError(f"{option} {name} takes a number; not {text!r}.") from None
 
 
 def settings_text(settings):
@@ -625,7 +625,7 @@ def _check_needs(stats, model, steps, method):
     if model is not None:
         check_statistics(stats, model)
     elif steps.needs_model():
-        raise ValueError(
+        raise InputError(
             f'Method {method!r} looks at the experts\' weights with these settings; give the "model" argument.'
         )
 
@@ -655,13 +655,13 @@ def _planned(maker, method, experts):
 def _check_counts_given(counts, sizes, steps):
     """Raise ValueError unless each layer can keep the experts that it is given."""
     if len(counts) != len(sizes):
-        raise ValueError(
+        raise InputError(
             f'The "experts" argument lists {len(counts)} numbers for {len(sizes)} MoE layers; give one for each.'
         )
     for count, size in zip(counts, sizes, strict=True):
         check_count("experts", count, 1, size)
     if steps.budget != "uniform" or steps.group in ("none", "residual"):
-        raise ValueError(
+        raise InputError(
             'The "experts" argument may be a list only where budget is "uniform", and not for trimming (group "none") or '
             'group "residual", which change widths.'
         )
@@ -708,7 +708,7 @@ def _trimmed(name, sums, stats, steps, experts):
     """Every expert alone, at r / E of its width."""
     width = stats.model["layers"][name]["width"] * experts // sums.num_experts
     if width < 1:
-        raise ValueError(
+        raise InputError(
             f'The "experts" argument is {experts}: {name} would be trimmed to no neuron at all; keep more.'
         )
     labels = list(range(sums.num_experts))
@@ -762,7 +762,7 @@ class _Maker:
         least = [self._fewest(size, protected[n]) for n, size in zip(names, most, strict=True)]
         total = experts * len(names)
         if total < sum(least):
-            raise ValueError(
+            raise InputError(
                 f'The "experts" argument is {experts}, {total} in all, but at least {sum(least)} must be kept: in each '
                 "layer its super experts, if the guard is on, and one more, or as many more as the largest group allows."
             )
@@ -949,7 +949,7 @@ class _Maker:
 def _best_of_groups(worth, count, groups, name):
     """The most worthy experts, in order; as many from each of the groups that the router chooses among."""
     if count % groups:
-        raise ValueError(
+        raise InputError(
             f'The "experts" argument leaves {count} experts in {name}, whose router chooses among {groups} groups of experts '
             f"that must stay of one size; keep a multiple of {groups}."
         )
@@ -957,7 +957,7 @@ def _best_of_groups(worth, count, groups, name):
     for group in range(groups):
         part = worth[group * size : (group + 1) * size]
         if np.isinf(part).sum() > count // groups:
-            raise ValueError(
+            raise InputError(
                 f'The "experts" argument leaves {count // groups} experts in each group that the router of {name} chooses '
                 f"among, but {np.isinf(part).sum()} of one must be kept; keep more experts, or switch the guard off."
             )

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from hcsmoe_core import similarity
+from hcsmoe_core._util import InputError
 from hcsmoe_core.merging import Group
 from hcsmoe_core.merging import combine_group as combine
 from hcsmoe_core.methods import grouping as clustering
@@ -135,7 +136,7 @@ def held_out(sampled, by, domains=()):
         by = "domains" if 2 <= len(found) <= FEW and owntext.NAME not in domains else "sequences"
     if by == "domains":
         if len(found) < 2:
-            raise ValueError(
+            raise InputError(
                 'The "holdout" argument cannot be "domains": the calibration tokens are of one domain; use "sequences", or a '
                 "calibration source with several."
             )
@@ -145,7 +146,7 @@ def held_out(sampled, by, domains=()):
         of_domain = [sequence.unique()]
     several = [sequences for sequences in of_domain if len(sequences) > 1]
     if not several:
-        raise ValueError(
+        raise InputError(
             "To hold some out, the sample needs tokens of two calibration sequences at least; calibrate on more."
         )
     return torch.isin(

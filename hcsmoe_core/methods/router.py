@@ -4,6 +4,7 @@ import numpy as np
 from scipy.optimize import minimize
 from scipy.special import expit, log_softmax
 
+from hcsmoe_core._util import InputError
 from hcsmoe_core.collect import scoring_of
 from hcsmoe_core.steps import router
 
@@ -40,7 +41,7 @@ def folded_rows(layer_plan, sample):
     """
     logits = sample.logits.double().numpy()
     if not np.isfinite(logits).all():
-        raise ValueError(
+        raise InputError(
             f'{layer_plan.name}: no router was found, so that it cannot be "folded"; use "mapped".'
         )
     start = layer_plan.router_rows()

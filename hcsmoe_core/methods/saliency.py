@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from hcsmoe_core._util import check_choice
+from hcsmoe_core._util import InputError, check_choice
 from hcsmoe_core.moe import routing_tensors
 
 SALIENCIES = ("frequency", "score", "reap", "ean", "man", "random", "o-prune")
@@ -81,7 +81,7 @@ def saliency(stats, layer, name, *, seed=0):
         return sums.frequency.numpy()
     if name == "score":
         if torch.isnan(sums.score_mass).any():
-            raise ValueError(
+            raise InputError(
                 f'{stats.layer_name(layer)}: no router was found, so that saliency "score" is not to be had.'
             )
         return (sums.score_mass.sum(0) / sums.tokens.sum()).numpy()
@@ -238,7 +238,7 @@ def routing_rule(sample, layer=None, *, tolerance=0.02):
         scale = float((made * gates)[same].sum() / (made**2)[same].sum())
         if float((scale * made - gates)[same].abs().max()) <= tolerance * float(gates.abs().max()):
             return RoutingRule(scoring, normalised, scale, bias.numpy(), top_k)
-    raise ValueError(
+    raise InputError(
         "How this model's router makes weights of its logits is not known (it limits its choice to groups of experts, or "
         'does more than softmax or sigmoid), so that "o-prune" cannot tell how it would route without some experts; use '
         '"reap" or another saliency.'

@@ -5,6 +5,8 @@ import os
 import torch
 import torch.distributed as dist
 
+from hcsmoe_core._util import InputError
+
 
 def started(device):
     """Join the other ranks if ``torchrun`` started this process, over NCCL on GPUs and over gloo on CPUs.
@@ -90,7 +92,7 @@ def share(items):
         If there are fewer items than ranks.
     """
     if len(items) < size():
-        raise ValueError(
+        raise InputError(
             f"{len(items)} batches of calibration sequences cannot be shared by {size()} ranks; start fewer ranks, or make the "
             "batches smaller (--batch-size)."
         )

@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from hcsmoe_core._util import (
+    InputError,
     check_absent,
     check_choice,
     folder_of,
@@ -119,7 +120,7 @@ def open_model(model, *, dtype="auto", device="auto", load="auto", memory=""):
     streamed, tokenizer = stream_model(model, dtype=dtype, device=device)
     need = _held() + LAYER * source_of(streamed).largest()
     if memory and need > limit:
-        raise ValueError(
+        raise InputError(
             f'The "memory" argument is {memory}, but with the largest decoder layer of {model} about {need / 1e9:.2f} GB are '
             "held; give more."
         )
@@ -137,7 +138,7 @@ def _bytes_of(memory):
     """Bytes that a text such as ``"3GB"`` means."""
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(memory))
     if found is None or found[2].upper() not in UNITS:
-        raise ValueError(f'The "memory" argument must be a size such as 3GB, 500MB or 2GiB; not {memory!r}.')
+        raise InputError(f'The "memory" argument must be a size such as 3GB, 500MB or 2GiB; not {memory!r}.')
     return int(float(found[1]) * UNITS[found[2].upper()])
 
 
@@ -181,9 +182,9 @@ def stream_model(model, *, dtype="auto", device="auto", experts_implementation=N
     """
     folder = folder_of(model)
     if merge_record(folder):
-        raise ValueError(f"{model} is merged already; start from the original.")
+        raise InputError(f"{model} is merged already; start from the original.")
     if device in DEVICE_MAPS:
-        raise ValueError(
+        raise InputError(
             f'The "device" argument is {device}, but a streamed model is on one device; to use several GPUs, start a rank for '
             "each: torchrun --nproc-per-node GPUS -m hcsmoe_core.ui.cli …"
         )
@@ -221,7 +222,7 @@ class _Source:
         self.prefix = decoder_layers(model)
         moe = [layer.name for layer in find_moe_layers(model)]
         if not self.prefix or not all(name.startswith(f"{self.prefix}.") for name in moe):
-            raise ValueError(
+            raise InputError(
                 f"its MoE layers are not all in one list of decoder layers ({moe[0]} to {moe[-1]}): load it whole"
             )
         self.layers = model.get_submodule(self.prefix)
@@ -315,7 +316,7 @@ class _Source:
             try:
                 report, _ = convert_and_load_state_dict_in_model(self.model, tensors, self.config)
             except (SafetensorError, OSError) as error:
-                raise ValueError(
+                raise InputError(
                     f"{' or '.join(of_file)} is not readable ({error}); copy it again."
                 ) from None
             for file in of_file:
@@ -331,7 +332,7 @@ class _Source:
 
     def _check_unchanged(self, file):
         if not Path(file).is_file() or _identity(file) != self.shards[file]:
-            raise ValueError(
+            raise InputError(
                 f"{file} was changed or removed since this run began; put it back, or start anew with one that stays."
             )
 
@@ -578,7 +579,7 @@ def _packed(value, tensors):
         return ["tuple" if isinstance(value, tuple) else "list", [_packed(v, tensors) for v in value]]
     if value is None or isinstance(value, bool | int | float | str):
         return ["value", value]
-    raise ValueError(
+    raise InputError(
         f"a decoder layer gives a {type(value).__name__}, which cannot be kept on disk: load the model whole."
     )
 
@@ -625,7 +626,7 @@ def stream_merged(
         is of another merge, or the checkpoint cannot be read.
     """
     if plan.compress:
-        raise ValueError(
+        raise InputError(
             "MC-SMoE's second step chooses what it keeps among the merged experts of all layers at once, so that they must be "
             'in memory together: load the model whole (--load whole), or take a plan without "share".'
         )
@@ -768,7 +769,7 @@ def work_folder(out, model):
     with open(folder / "lock", "a") as lock:
         if not lock_file(lock):
             number = (folder / "lock").read_text()
-            raise ValueError(
+            raise InputError(
                 f"Another process ({number}) is at work on {out}; wait for it, or give another output."
             )
         lock.truncate(0)
@@ -837,4 +838,4 @@ def _begin(folder, settings):
             if other == ["checkpoint"]
             else f"it has other {', '.join(other)}"
         )
-        raise ValueError(f"{folder} holds an unfinished run, but {changed}; remove {folder} to start anew.")
+        raise InputError(f"{folder} holds an unfinished run, but {changed}; remove {folder} to start anew.")

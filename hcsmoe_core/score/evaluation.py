@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from hcsmoe_core._util import check_count, sha256_json, versions
+from hcsmoe_core._util import InputError, check_count, sha256_json, versions
 from hcsmoe_core.collect import check_tokens
 from hcsmoe_core.demo import corpus
 from hcsmoe_core.demo import tasks as demo_tasks
@@ -73,7 +73,7 @@ def evaluate(
     """
     tasks = list(demo_tasks.NAMES) if tasks is None else list(tasks)
     if tokenizer is None:
-        raise ValueError("Scoring needs the model's tokenizer, and its folder has none; give one.")
+        raise InputError("Scoring needs the model's tokenizer, and its folder has none; give one.")
     check_count("batch_size", batch_size, 1)
     if limit is not None:
         check_count("limit", limit, 1)
@@ -214,7 +214,7 @@ def paired(scores, against, *, metrics=("acc", "acc_norm")):
             )
         rows += [{"metric": metric} | row for row in mine]
     if not rows:
-        raise ValueError(
+        raise InputError(
             f"The two results have no items of {' or '.join(metrics)} in common: one has tasks {', '.join(scores['tasks'])}, "
             f"the other {', '.join(against['tasks'])}; score both on the same tasks, with this version."
         )
@@ -230,7 +230,7 @@ def _paired_task(task, metric, scores, against):
         if metric not in one or metric not in other:
             return None
         if one["of"] != other["of"]:
-            raise ValueError(
+            raise InputError(
                 f"{name} was scored on {len(one[metric])} items here and on {len(other[metric])}, or on others, there; "
                 "score both on the same items: the same limit, and the same data."
             )

@@ -11,7 +11,7 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from hcsmoe_core._util import read_json, sha256_json, write_json
+from hcsmoe_core._util import InputError, read_json, sha256_json, write_json
 from hcsmoe_core.demo import tasks as demo_tasks
 from hcsmoe_core.families import find_moe_layers
 
@@ -40,7 +40,7 @@ def load_tasks(names):
     )  # indexing its own tasks takes seconds
     unknown = [n for n in names if n not in demo_tasks.NAMES and n not in manager.all_tasks]
     if unknown:
-        raise ValueError(
+        raise InputError(
             f'The "tasks" argument names {", ".join(unknown)}, which the harness does not know; the embedded tasks are '
             f"{', '.join(demo_tasks.NAMES)}, and lm-eval ls tasks lists the others."
         )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
-from hcsmoe_core._util import check_count
+from hcsmoe_core._util import InputError, check_count
 
 DEATHS = 3  # a cell may lose this many workers (killed, out of memory, gone with their machine) before it counts as failed
 
@@ -184,13 +184,13 @@ def job_options(options=()):
     for option in options:
         name, equals, value = option.partition("=")
         if not equals or name not in SLURM:
-            raise ValueError(
+            raise InputError(
                 f"--slurm-options takes name=value with a name of {', '.join(SLURM)}; not {option!r}."
             )
         given[name] = value
     gpus, cores = (_whole(name, given[name]) for name in ("gpus", "cores"))
     if gpus > 1 or cores < 1:
-        raise ValueError(
+        raise InputError(
             f"--slurm-options takes cores of at least 1 and gpus of 0 or 1; not cores={cores} and gpus={gpus}."
         )
     left = max(_seconds(given["walltime"]) - GRACE, 1)
@@ -219,7 +219,7 @@ def job_options(options=()):
 
 def _whole(name, text):
     if not text.isdigit():
-        raise ValueError(f"--slurm-options {name} takes a whole number; not {text!r}.")
+        raise InputError(f"--slurm-options {name} takes a whole number; not {text!r}.")
     return int(text)
 
 
@@ -228,7 +228,7 @@ def _seconds(walltime):
     days, dash, clock = walltime.rpartition("-")
     parts = clock.split(":")
     if not all(part.isdigit() for part in [*parts, *([days] if dash else [])]) or len(parts) > 3:
-        raise ValueError(
+        raise InputError(
             f"--slurm-options walltime takes a time such as 04:00:00 or 1-00:00:00; not {walltime!r}."
         )
     units = (3600, 60, 1) if dash or len(parts) == 3 else (60, 1)

@@ -26,7 +26,7 @@ from pathlib import Path
 
 import yaml
 
-from hcsmoe_core._util import place, root
+from hcsmoe_core._util import InputError, place, root
 from hcsmoe_core.checkpoint import load_skeleton
 from hcsmoe_core.demo import models as demo
 from hcsmoe_core.methods.planner import METHODS, Steps, needs_of, settings_from, steps_of
@@ -166,14 +166,14 @@ def _read(path):
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except yaml.YAMLError as error:
-        raise ValueError(f"{path.name} is not readable YAML: {' '.join(str(error).split())}") from None
+        raise InputError(f"{path.name} is not readable YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{path.name} must be a mapping with the keys {', '.join(KEYS)}.")
+        raise InputError(f"{path.name} must be a mapping with the keys {', '.join(KEYS)}.")
     return content
 
 
 def _wrong(path, key, text):
-    return ValueError(f"{path.name}, {key}: {text}")
+    return InputError(f"{path.name}, {key}: {text}")
 
 
 def _choice(path, key, value, allowed):
@@ -428,7 +428,7 @@ def overrides_from(items):
     for item in items:
         name, equals, value = item.partition("=")
         if not equals:
-            raise ValueError(f"--parameter takes name=value; not {item!r}.")
+            raise InputError(f"--parameter takes name=value; not {item!r}.")
         if name in {f.name for f in fields(Steps)}:
             found |= settings_from([item], option="--parameter")
         else:
@@ -478,7 +478,7 @@ def plans(chosen, models, overrides=None):
     wanted = [name for given in chosen for name in (names() if given == "all" else [given])]
     studies = [load(name) for name in dict.fromkeys(map(str, wanted))]
     if len({study.name for study in studies}) < len(studies):
-        raise ValueError("Two grids have the same name; give one of them another.")
+        raise InputError("Two grids have the same name; give one of them another.")
     return [(study, model, cells_of(study, model, overrides)) for model in models for study in studies]
 
 

@@ -11,7 +11,7 @@ from dataclasses import fields
 from fractions import Fraction
 from pathlib import Path
 
-from hcsmoe_core._util import check_choice
+from hcsmoe_core._util import InputError, check_choice
 from hcsmoe_core.methods.planner import Steps, steps_of
 from hcsmoe_core.studies.cache import calibration_of, slug
 from hcsmoe_core.studies.sweep import setting_name
@@ -308,7 +308,7 @@ def _runs(cells):
     """The model, its number of experts, and its cells by experts kept and steps (None: unmerged), one a sample."""
     models = cells["model"].unique()
     if len(models) != 1:
-        raise ValueError(f'The "cells" argument holds cells of {", ".join(models)}; give those of one model.')
+        raise InputError(f'The "cells" argument holds cells of {", ".join(models)}; give those of one model.')
     runs, rows = {}, cells.to_dict("records")
     for row in rows:
         row |= calibration_of(models[0], *(row[name] for name in _CALIBRATED))
@@ -320,7 +320,7 @@ def _runs(cells):
     for name in (*_SCORED, *_CALIBRATED):
         values = {repr(row[name]) for row in rows if row["experts"] or name in _SCORED}
         if len(values) > 1:
-            raise ValueError(
+            raise InputError(
                 f"The cells are of several studies: {name} is {', '.join(sorted(values))}; keep a folder for each."
             )
     return (

@@ -6,7 +6,7 @@ import time
 
 from tqdm.auto import tqdm
 
-from hcsmoe_core._util import check_choice, place, read_json, sha256_json, versions, write_json
+from hcsmoe_core._util import InputError, check_choice, place, read_json, sha256_json, versions, write_json
 from hcsmoe_core.checkpoint import device_of, load_model, load_skeleton, skeleton_of
 from hcsmoe_core.collect import expected_bytes
 from hcsmoe_core.demo import tasks as demo_tasks
@@ -114,7 +114,7 @@ def estimate(
     table = _table(name)
     for option, value in (("teraflops", teraflops), ("bandwidth", bandwidth)):
         if not 0 < value < math.inf:
-            raise ValueError(f'The "{option}" argument must be a positive number; not {value!r}.')
+            raise InputError(f'The "{option}" argument must be a positive number; not {value!r}.')
     tasks, known = list(tasks or table["tasks"]), model or _hub(table)
     skeleton, source = _skeleton(table, model, dtype), calibration_of(known, **source)
     size, forward = model_size(skeleton), work_of_a_token(skeleton)[0]
@@ -409,7 +409,7 @@ def _scored_folder(folder, held, how, options):
     """Scores and sizes of a model that is loaded for this alone, if it fits."""
     free = free_memory(device_of(how["device"]))
     if held > free:
-        raise ValueError(
+        raise InputError(
             f"its {amount(held)}B do not fit into the {amount(free)}B of memory that are free, to be scored"
         )
     loaded, tokenizer = load_model(folder, **how)

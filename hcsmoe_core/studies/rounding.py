@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from hcsmoe_core._util import check_choice
+from hcsmoe_core._util import InputError, check_choice
 from hcsmoe_core.families import find_moe_layers
 from hcsmoe_core.replace import set_rows
 
@@ -69,7 +69,7 @@ def _scale(scale):
     """As it is kept; 1 where all weights are zero."""
     kept = scale.half().float()
     if not torch.isfinite(kept).all():
-        raise ValueError(
+        raise InputError(
             f"A weight of the experts is too large to be rounded: a scale of {float(scale.max()):.3g} is no float16."
         )
     return torch.where(kept > 0, kept, torch.ones_like(kept))
@@ -184,7 +184,7 @@ def expert_flops(model, stats=None):
     total = 0.0
     for layer in find_moe_layers(model):
         if layer.top_k is None:
-            raise ValueError(
+            raise InputError(
                 f"{layer.name} does not tell how many experts a token goes to, so that its work is not known."
             )
         runs = layer.top_k

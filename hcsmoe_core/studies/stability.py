@@ -7,7 +7,7 @@ import numpy as np
 from scipy.cluster import hierarchy
 from scipy.spatial.distance import squareform
 
-from hcsmoe_core._util import check_count
+from hcsmoe_core._util import InputError, check_count
 from hcsmoe_core.clustering import cut
 from hcsmoe_core.clustering import linkage as tree_of
 from hcsmoe_core.collect import capture
@@ -331,18 +331,18 @@ def _relative(value, least):
 def _checked_cuts(model, sequences, agreement, excess, experts, similarity, needs):
     """Numbers of groups that each layer's tree is cut into, by layer name."""
     if source_of(model) is not None:
-        raise ValueError(
+        raise InputError(
             "A streamed model goes through its tokens layer by layer, so that every look would read the whole checkpoint "
             "again; load it whole (--load whole), or capture a fixed number of tokens."
         )
     if not 0 < agreement <= 1:
-        raise ValueError(f'The "agreement" argument must be above 0 and at most 1; not {agreement}.')
+        raise InputError(f'The "agreement" argument must be above 0 and at most 1; not {agreement}.')
     if excess is not None and not excess > 0:
-        raise ValueError(f'The "excess" argument must be above 0; not {excess}.')
+        raise InputError(f'The "excess" argument must be above 0; not {excess}.')
     check_count("input_ids", sequences, 2)
     missing = {need for name, _ in parts_of(similarity) for need in NEEDED[name]} - set(needs)
     if missing:
-        raise ValueError(
+        raise InputError(
             f'Trees by {similarity!r} need {" and ".join(sorted(missing))}; add it to the "needs" argument.'
         )
     cuts = {}

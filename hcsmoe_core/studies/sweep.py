@@ -18,7 +18,7 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from hcsmoe_core._util import held, is_held, root, sha256_json, shown, write_json
+from hcsmoe_core._util import InputError, held, is_held, root, sha256_json, shown, write_json
 from hcsmoe_core.methods.planner import METHODS, Steps, settings_from, settings_text, steps_of
 from hcsmoe_core.studies import engines
 from hcsmoe_core.studies.cache import calibration_of, core_hash, data_hash, slug
@@ -60,7 +60,7 @@ def check_parameters(notebook, parameters):
     known = parameters_of(notebook)
     unknown = [name for name in parameters if name not in known]
     if unknown:
-        raise ValueError(
+        raise InputError(
             f"{Path(notebook).name} has no parameter {', '.join(map(repr, unknown))}; its parameters are {', '.join(known)}."
         )
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from hcsmoe_core._util import check_choice, check_count
+from hcsmoe_core._util import InputError, check_choice, check_count
 from hcsmoe_core.demo import corpus
 from hcsmoe_core.text.own_text import NAME, is_own, own_text, writing_of
 
@@ -117,7 +117,7 @@ def _writing(source, model):
     """Settings of a source that is the model's own text."""
     settings = asdict(writing_of(source))
     if model is None:
-        raise ValueError(
+        raise InputError(
             f'Source {source!r} is text that the model writes itself; give it as the "model" argument.'
         )
     return settings
@@ -187,7 +187,7 @@ def _weights(source):
         except ValueError:
             value = 0.0
         if not (0 < value < math.inf and name.strip()):
-            raise ValueError(
+            raise InputError(
                 f'The "source" argument is the mixture {source!r}, of which {part!r} is no part: write weight*name with a '
                 "positive weight, as in 0.5*c4+0.5*math."
             )
@@ -197,7 +197,7 @@ def _weights(source):
     ]
     twice = [label for label in labels if labels.count(label) > 1]
     if twice:
-        raise ValueError(
+        raise InputError(
             f'The "source" argument is the mixture {source!r}, of which two domains are called {twice[0]!r}.'
         )
     return found
@@ -207,7 +207,7 @@ def _parts(source, sequences):
     """Parts of a source and the number of sequences of each."""
     found = _weights(source)
     if len(found) > sequences:
-        raise ValueError(
+        raise InputError(
             f"{sequences} sequences are too few for the {len(found)} parts of {source}; ask for more."
         )
     total = sum(weight for _, weight in found)
@@ -228,7 +228,7 @@ def _blocks(source, tokenizer, *, sequences, length, seed, column, split):
     if path.suffix == ".safetensors":
         return _from_ids(path, sequences, length)
     if tokenizer is None:
-        raise ValueError(
+        raise InputError(
             f"Source {str(source)!r} is text, and the model has no tokenizer; give one, a .safetensors file of input_ids, or "
             f"let the model write ids itself (--calibration {NAME})."
         )
@@ -244,7 +244,7 @@ def _blocks(source, tokenizer, *, sequences, length, seed, column, split):
         order = order[: DOCUMENTS_PER_BLOCK * sequences]
     blocks = _pack((documents[int(i)] for i in order), tokenizer, sequences, length)
     if len(blocks) < sequences:
-        raise ValueError(
+        raise InputError(
             f"{source} gives {len(blocks)} blocks of {length} tokens from {len(order)} documents, but {sequences} were asked "
             "for; ask for fewer or shorter sequences, or give more text."
         )
@@ -292,14 +292,14 @@ def _from_ids(path, sequences, length):
     try:
         tensors = load_file(path)
     except SafetensorError as error:
-        raise ValueError(f"{path} is not a readable .safetensors file ({error}).") from None
+        raise InputError(f"{path} is not a readable .safetensors file ({error}).") from None
     ids = tensors.get("input_ids")
     if ids is None or ids.ndim != 2 or ids.is_floating_point():
-        raise ValueError(
+        raise InputError(
             f'{path} must hold whole numbers under the key "input_ids" with shape [N, S]; it has {list(tensors)}.'
         )
     if len(ids) < sequences or ids.shape[1] < length:
-        raise ValueError(
+        raise InputError(
             f"{path} holds {ids.shape[0]} sequences of {ids.shape[1]} tokens, but {sequences} of {length} were asked for."
         )
     return ids[:sequences, :length].to(torch.int64).contiguous()
@@ -314,7 +314,7 @@ def _local_documents(path, column):
         else:
             documents.append(text)
     if not documents:
-        raise ValueError(f"{path} holds no .txt, .json or .jsonl file.")
+        raise InputError(f"{path} holds no .txt, .json or .jsonl file.")
     return documents
 
 
@@ -329,11 +329,11 @@ def _json_documents(file, text, column):
         else:
             rows = json.loads(text)
     except ValueError as error:
-        raise ValueError(f"{file} is not readable JSON ({error}).") from None
+        raise InputError(f"{file} is not readable JSON ({error}).") from None
     for row in rows:
         document = row if isinstance(row, str) else row.get(column) if isinstance(row, dict) else None
         if not isinstance(document, str):
-            raise ValueError(
+            raise InputError(
                 f'{file} has an entry without text under "{column}"; give the key with the "column" argument.'
             )
         yield document
@@ -356,7 +356,7 @@ def _dataset_documents(source, column, split):
         ) from None
     absent = [name for name in columns if name not in rows.column_names]
     if absent:
-        raise ValueError(
+        raise InputError(
             f'{source} has no column "{absent[0]}" but {", ".join(rows.column_names)}; give the "column" argument, or '
             "name:configuration:split:column."
         )
@@ -388,7 +388,7 @@ class _Documents:
         ):
             return "\n".join(message["content"] for message in value)
         if not isinstance(value, str):
-            raise ValueError(
+            raise InputError(
                 f'Column "{name}" of {self.source} holds neither text nor messages, but {type(value).__name__}.'
             )
         return value

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
-from hcsmoe_core._util import check_choice, check_count, place, replacing, sha256_json
+from hcsmoe_core._util import InputError, check_choice, check_count, place, replacing, sha256_json
 from hcsmoe_core._version import __version__
 from hcsmoe_core.families import find_moe_layers, model_hash
 from hcsmoe_core.moe import source_of
@@ -57,7 +57,7 @@ class Writing:
 
     def __post_init__(self):
         if not (isinstance(self.temperature, (int, float)) and 0 < self.temperature < math.inf):
-            raise ValueError(
+            raise InputError(
                 f'The "temperature" argument must be a positive number; not {self.temperature!r}.'
             )
         check_choice("start", self.start, STARTS)
@@ -89,7 +89,7 @@ def writing_of(source):
         except (KeyError, ValueError):
             given[name] = None
         if given[name] is None:
-            raise ValueError(
+            raise InputError(
                 f'The "source" argument is {source!r}, of which {item!r} is no setting: write self, or self with '
                 f"temperature=NUMBER, start={'|'.join(STARTS[1:])} and batch=NUMBER, each after a colon."
             )
@@ -218,16 +218,16 @@ def _check_writes(model):
     """Raise ValueError, with what to do, unless a model can write."""
     instead = "give a data set or a file with --calibration"
     if source_of(model) is not None:
-        raise ValueError(
+        raise InputError(
             f"{model.name_or_path} is streamed, and cannot write its own calibration text: all layers would be read from disk "
             f"for every token. Write it where the model fits into memory and bring runs/own-text here, or {instead}."
         )
     if any(layer.merged for layer in find_moe_layers(model)):
-        raise ValueError(
+        raise InputError(
             "This model is merged; let the original write its own text: restore(model), or load it again."
         )
     if not model.can_generate():
-        raise ValueError(f"{type(model).__name__} cannot generate text; {instead}.")
+        raise InputError(f"{type(model).__name__} cannot generate text; {instead}.")
 
 
 def _read(kept, first, shape):
@@ -328,7 +328,7 @@ class _Writer:
         cumulated = (scores.double() / self.temperature).softmax(1).cumsum(1)
         total = cumulated[:, -1:]
         if not total.isfinite().all():
-            raise ValueError(
+            raise InputError(
                 "The model gives NaN where it should predict a token; its checkpoint is damaged."
             )
         wanted = torch.tensor(numbers, device=scores.device)[:, None] * total
@@ -410,13 +410,13 @@ def _rules(model, tokenizer, start):
         before = _leading(tokenizer)
         chat = _chat(tokenizer, special) if start in ("", "chat") else ()
     if start == "chat" and not chat:
-        raise ValueError(
+        raise InputError(
             f'The "start" argument is "chat", but {model.name_or_path} has no chat template whose user\'s turn ends with a '
             'special token; use "token" or "bos".'
         )
     opening = before or named["bos"] or sorted(ends)[:1]
     if start == "bos" and not opening:
-        raise ValueError(
+        raise InputError(
             f'The "start" argument is "bos", but {model.name_or_path} has no token that begins a text.'
         )
     first = []

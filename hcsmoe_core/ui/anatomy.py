@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from hcsmoe_core._util import check_count
+from hcsmoe_core._util import InputError, check_count
 from hcsmoe_core.families import moe_layer
 from hcsmoe_core.merging import Group
 from hcsmoe_core.merging import combine_group as combine
@@ -228,7 +228,7 @@ def _sampled_gates(stats, layer, expert, input_ids):
     """Routing weight ``(R,)`` that an expert's output got for each token of the sample."""
     stats.check(["sample"], "Showing what an expert takes")
     if sequence_hashes(input_ids) != stats.sequences:
-        raise ValueError(
+        raise InputError(
             "The input_ids are not the calibration tokens of these statistics; give those that they were captured from."
         )
     check_count("expert", expert, 0, stats.layer(layer).num_experts - 1)

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from hcsmoe_core._util import InputError
+
 app = typer.Typer(
     help="See which experts of a sparse mixture-of-experts model compute the same, merge them, and know what it cost.",
     no_args_is_help=True,
@@ -227,7 +229,7 @@ def _captured(model, input_ids, domains, work, batch_size, needs, sample, every,
 def _until(stable, excess):
     """When a capture stops, as options of :func:`hcsmoe_core.studies.stability.capture_until_stable`; none if it takes all."""
     if stable and excess:
-        raise ValueError(
+        raise InputError(
             "Give one of --until-stable (groups agree) and --until-excess (groups cost as much), not both."
         )
     return {"agreement": stable} if stable else {"excess": excess} if excess else {}
@@ -393,7 +395,7 @@ def merge(
 
     check_choice("router", router, ("", *ROUTERS))
     if (plan is None) == (experts == 0):
-        raise ValueError(
+        raise InputError(
             "Give either --plan PLAN or --experts R (from 1 to the model's number of experts), and not both."
         )
     device = ranks.started(device)
@@ -412,7 +414,7 @@ def merge(
         and (similarity or metric or linkage)
         and steps_of(method, **settings).group == "residual"
     ):
-        raise ValueError(
+        raise InputError(
             f'--similarity, --metric and --linkage have no part in method "{method}", which finds groups by what they leave; '
             "leave them out, or say --method hc-smoe."
         )
@@ -583,7 +585,7 @@ def _scores_of(path):
 
     content = read_json(path)
     if not isinstance(content, dict) or "items" not in content.get("scores", {}):
-        raise ValueError(
+        raise InputError(
             f"{path} is no results.json with the scores of each item; make it again with hcsmoe evaluate --out."
         )
     return content["scores"]
@@ -732,7 +734,7 @@ def _number(option, text):
     try:
         return int(text)
     except ValueError:
-        raise ValueError(f"{option} takes whole numbers separated by commas; not {text!r}.") from None
+        raise InputError(f"{option} takes whole numbers separated by commas; not {text!r}.") from None
 
 
 CELLS = Annotated[Path, typer.Option(help="Folder of the executed notebooks and results.")]
@@ -815,7 +817,7 @@ def sweep(
         print(cells.status_text(folder, read, models))
     else:
         if not model:
-            raise ValueError("Give the models with --model; --status needs none.")
+            raise InputError("Give the models with --model; --status needs none.")
         overrides = ({"limit": limit} if limit else {}) | grids.overrides_from(parameter or ())
         planned = grids.plans(
             names, model, overrides
@@ -851,9 +853,9 @@ def _engine(workers, scheduler, slurm, jobs, options, folder):
     from hcsmoe_core.studies import engines
 
     if sum((bool(workers), bool(scheduler), slurm)) > 1:
-        raise ValueError("Give one of --workers, --scheduler and --slurm.")
+        raise InputError("Give one of --workers, --scheduler and --slurm.")
     if options and not slurm:
-        raise ValueError("--slurm-options goes with --slurm.")
+        raise InputError("--slurm-options goes with --slurm.")
     if scheduler:
         return engines.scheduler(scheduler)
     return (

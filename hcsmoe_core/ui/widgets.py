@@ -5,7 +5,7 @@ import html
 import ipywidgets as widgets
 import numpy as np
 
-from hcsmoe_core._util import check_choice, check_count
+from hcsmoe_core._util import InputError, check_choice, check_count
 from hcsmoe_core.clustering import LINKAGES, cut
 from hcsmoe_core.clustering import linkage as tree_of
 from hcsmoe_core.merging import apply_plan, restore
@@ -198,7 +198,7 @@ def merge_explorer(stats, model, plan, *, layer=0, group=0):
     def draw(layer, group):
         found = joined_groups(plan, layer)
         if group >= len(found):
-            raise ValueError(
+            raise InputError(
                 f"MoE layer {layer} has {len(found)} groups that are joined; there is no group {group}."
             )
         members = found[group]
