@@ -18,10 +18,10 @@ from hcsmoe_core import (
     load_merged,
     load_model,
     make_plan,
-    needs_of,
     restore,
     save_merged,
 )
+from hcsmoe_core._util import InputError
 from hcsmoe_core.methods.router import PENALTY, folded_rows
 from hcsmoe_core.plan import LayerPlan, Plan, load_plan, with_router
 from hcsmoe_core.score.fidelity import fidelity, unseen
@@ -326,22 +326,17 @@ def test_only_tokens_that_were_not_captured_are_held_out(model, input_ids):
 def test_the_card_tells_what_was_done(model, stats, tmp_path):
     model.name_or_path = "someone/mixture"
     plan = make_plan(stats, model, experts=5, linkage="complete")
-    written = save_merged(
-        model,
-        plan,
-        tmp_path / "m",
-        stats=stats,
-        router="folded",
-        heldout=tokens(2, seed=9),
-        about={"calibration": "of mine"},
-    )
+    measured = fidelity(model, with_router(plan, "folded"), tokens(2, seed=9), stats=stats, progress=False)
+    options = dict(stats=stats, router="folded", fidelity=measured, card={"calibration": "of mine"})
+    written = save_merged(model, plan, tmp_path / "m", **options)
     _, head, text = (tmp_path / "m" / "README.md").read_text().split("---\n", 2)
     assert yaml.safe_load(head)["base_model"] == "someone/mixture"
-    assert "| experts a layer | 5 of 8, in 3 MoE layers |" in text
+    assert "| experts per layer | 5 of 8, in 3 MoE layers |" in text
     assert '    linkage: "complete"' in text
     assert "| calibration | of mine |" in text
     assert "divide evenly over 1, 5 devices" in text
-    made = written["fidelity"]["models"]["folded"]
+    assert written["fidelity"] == measured
+    made = measured["models"]["folded"]
     assert f"| folded | {made['perplexity']:.4g} | {made['kl']:.4g} |" in text
     assert "AutoModelForCausalLM.from_pretrained" in text
     assert str(tmp_path) not in text
@@ -445,14 +440,8 @@ def write_all(family, folder, ids):
         try:
             plan = plan_of(kind, stats, model)
             router = "mapped" if kind == "mapped" else "plain"
-            save_merged(
-                model,
-                plan,
-                folder / kind,
-                stats=stats,
-                router=router,
-                heldout=families.tiny_tokens(1, 8, seed=3),
-            )
+            measured = fidelity(model, plan, families.tiny_tokens(1, 8, seed=3), stats=stats, progress=False)
+            save_merged(model, plan, folder / kind, stats=stats, router=router, fidelity=measured)
             apply_plan(model, plan, stats)
         except ValueError as error:
             refused[kind] = str(error)
@@ -518,18 +507,33 @@ def test_a_mapped_model_that_stock_transformers_saved_again(model, stats, input_
     assert torch.equal(opened.generate(prompt, **options), model.generate(prompt, **options))
 
 
-def test_factored_experts_are_not_taken_for_missing_ones(model, input_ids, tmp_path):
-    """Stock transformers fills missing weights with random numbers and only warns."""
+@pytest.mark.parametrize("router", ["mapped", "folded"])
+def test_low_rank_experts_are_written_dense(model, stats, input_ids, tmp_path, router):
     from transformers import AutoModelForCausalLM
 
-    stats = capture(model, input_ids, needs=needs_of("mc-smoe"))
-    plan = make_plan(stats, model, experts=4, method="mc-smoe")
-    save_merged(model, plan, tmp_path / "m", stats=stats)
-    for options in ({}, {"trust_remote_code": True}):
-        with pytest.raises(OSError, match=r"model\.safetensors"):
-            AutoModelForCausalLM.from_pretrained(tmp_path / "m", **options)
+    plan = make_plan(stats, model, experts=4, method="mc-smoe", budget="uniform")
+    save_merged(model, plan, tmp_path / "m", stats=stats, router=router)
+    assert not any(layer.merged for layer in find_moe_layers(model))
+    plan = load_plan(tmp_path / "m" / "plan.json")
+    assert plan.compress
     live = logits(apply_plan(model, plan, stats), input_ids)
-    torch.testing.assert_close(logits(load_merged(tmp_path / "m"), input_ids), live)
+    opened = AutoModelForCausalLM.from_pretrained(tmp_path / "m", trust_remote_code=router == "mapped").eval()
+    for loaded in (load_model(tmp_path / "m")[0], opened):
+        torch.testing.assert_close(logits(loaded, input_ids), live)
+
+
+def test_folders_with_factors_are_refused(model, stats, tmp_path):
+    """As earlier versions wrote them: experts in a file of their own, the rest under names that nothing else opens."""
+    folder = tmp_path / "m"
+    save_merged(model, make_plan(stats, model, experts=4), folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["expert_merge"]["factored"] = True
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "model.safetensors").rename(folder / "model.factored.safetensors")
+    (folder / "SHA256SUMS").unlink()
+    for load in (load_merged, load_model):
+        with pytest.raises(InputError, match=r"keeps its experts as factors.*hcsmoe merge MODEL --plan"):
+            load(folder)
 
 
 def test_records_that_do_not_fit_are_refused_by_the_file_in_the_folder(model, stats, tmp_path):
@@ -601,10 +605,12 @@ def test_the_command_writes_every_kind(tmp_path):
     )
     assert code == 0
     assert "| mapped |" in said
-    code, said, _ = run("--experts", "4", "--out", tmp_path / "best", "--fidelity", "0")
+    code, said, _ = run(
+        "--experts", "4", "--method", "recommended", "--out", tmp_path / "best", "--fidelity", "0"
+    )
     assert code == 0
     assert 'method: "least-residual", which is recommended; the paper\'s is --method hc-smoe' in said
-    assert "8 experts of 128 neurons a layer" in said  # unrelated: trimmed
+    assert "8 experts of 128 neurons per layer" in said  # unrelated: trimmed
     assert json.loads((tmp_path / "best/plan.json").read_text())["settings"]["method"] == "least-residual"
     code, _, said = run("--experts", "4", "--router", "guessed", "--out", tmp_path / "no")
     assert code == 2
