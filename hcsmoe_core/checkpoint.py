@@ -40,24 +40,20 @@ def load_model(model, *, dtype="auto", device="auto", experts_implementation=Non
     dtype : torch.dtype or {"auto", "float32", "bfloat16", "float16"}
         ``"auto"`` is the checkpoint's own.
     device : str or torch.device
-        ``"auto"`` is a GPU if there is one; ``"balanced"``, ``"balanced_low_0"`` and ``"sequential"`` spread
-        the decoder layers over all GPUs.
+        ``"auto"`` is a GPU if there is one; one of :data:`DEVICE_MAPS` spreads the layers over all GPUs.
     experts_implementation : str, optional
         How transformers runs experts, such as ``"eager"`` or ``"grouped_mm"``; by default its own choice.
 
     Returns
     -------
-    model : transformers.PreTrainedModel
-        In evaluation mode.
-    tokenizer : transformers.PreTrainedTokenizerBase or None
-        None if the folder has none.
+    (transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase or None)
+        The model in evaluation mode; None if the folder has no tokenizer.
 
     Raises
     ------
-    FileNotFoundError
-        If the model is neither a folder here nor available from the hub.
-    InputError
-        If it is not a readable checkpoint, or is quantised in a way that transformers cannot undo.
+    FileNotFoundError, InputError
+        If it is neither here nor on the hub; if it is not readable, or quantised in a way that transformers
+        cannot undo.
     """
     source = folder_of(model)
     load = _load if merge_record(source) is None else load_merged
@@ -66,17 +62,27 @@ def load_model(model, *, dtype="auto", device="auto", experts_implementation=Non
     return loaded, load_tokenizer(source)
 
 
-def _load(source, *, dtype, device, experts_implementation, merged=False):
+def _load(source, *, device, merged=False, **options):
+    device_map = device if device in DEVICE_MAPS else None
+    loaded = load_with(_load_checked, source, merged=merged, device_map=device_map, **options)
+    return loaded if device_map else loaded.to(device_of(device))
+
+
+def load_with(load, source, *, dtype, device_map, experts_implementation, merged=False):
+    """Load a model by a function of :func:`hcsmoe_core._transformers.class_with_loader`, in evaluation mode.
+
+    ``device_map`` is that of transformers; a ``merged`` model has layers as ``config.json`` records them.
+    """
     config = readable_config(source, source)
-    family, device_map = model_class(config), device if device in DEVICE_MAPS else None
+    family = model_class(config)
     with readable(source):
-        base = _transformers.class_with_loader(merged_class(family) if merged else family, _load_checked)
+        base = _transformers.class_with_loader(merged_class(family) if merged else family, load)
         loaded, report = base.from_pretrained(source, config=config, **loading(dtype, device_map))
         check_report(report, source)
     loaded.__class__ = family
     hub_layout(loaded, config)
     set_experts(loaded, experts_implementation)
-    return (loaded if device_map else loaded.to(device_of(device))).eval()
+    return loaded.eval()
 
 
 def _load_checked(model, files, config, usual):
@@ -210,8 +216,8 @@ def check_conversion(report, shown, unread=()):
 def on_disk(model, files, config):
     """What each tensor of a checkpoint becomes in a model, one by one: ``(file, key, names in the model)``.
 
-    ``config`` is a ``transformers.modeling_utils.LoadStateDictConfig``. Raises InputError if a file cannot be
-    read, or has integers or 8-bit floats for floats although the configuration says nothing of quantisation.
+    ``config`` is transformers' ``LoadStateDictConfig``. Raises InputError if a file cannot be read, or has
+    integers or 8-bit floats for floats although the configuration says nothing of quantisation.
     """
     tensors, names_of = model.state_dict(), _transformers.names_in_model(model, config)
     for file in files:
@@ -237,9 +243,8 @@ def opened(file):
 
 
 def _dtype(dtype):
-    if not isinstance(dtype, torch.dtype) and check_choice("dtype", dtype, DTYPES) != "auto":
-        return getattr(torch, dtype)
-    return dtype
+    final = isinstance(dtype, torch.dtype) or check_choice("dtype", dtype, DTYPES) == "auto"
+    return dtype if final else getattr(torch, dtype)
 
 
 def device_of(device):
@@ -261,7 +266,7 @@ def save_merged(
         Must not exist. Gets the weights and their checksums, ``config.json``, ``plan.json``, a model card,
         and from the original its tokenizer, licence and other small files.
     stats : Statistics, optional
-        As for :func:`hcsmoe_core.merging.apply_plan`; not needed if the plan is applied already.
+        As for :func:`hcsmoe_core.merging.apply_plan`, unless the plan is applied already.
     router : {"", "plain", "mapped", "row-kept", "folded"}
         ``"plain"``: a checkpoint of the original family with fewer or narrower experts, which any loader
         opens; possible if all layers are alike and no router sends two rows to one expert. ``"row-kept"``,
@@ -283,10 +288,9 @@ def save_merged(
 
     Raises
     ------
-    FileExistsError
-        If the folder exists.
-    InputError
-        If the plan does not fit the model, another is applied to it, or it cannot be written as asked.
+    FileExistsError, InputError
+        If the folder exists; if the plan does not fit the model, another is applied to it, or it cannot be
+        written as asked.
     """
     plan, router = exported(plan, router)
     check_absent(folder)
@@ -327,7 +331,7 @@ class Target:
     original: int  # number of weights before
     parameters: int  # and after
     top_k: int | None  # experts per token before
-    hub_layout: bool  # whether tensors are written as on the hub
+    hub_layout: bool  # False where files on the hub list text and other experts together, all alike many
 
     @property
     def router(self):
@@ -352,7 +356,6 @@ def target_of(model, plan, router=""):
         trimmed = any(layer.width and layer.joins for layer in plan.layers)
         remedy = '"mapped", or make the plan with shape "whole"' if trimmed else '"mapped"'
         raise InputError(f'The "router" argument cannot be "plain" for this plan: {reason}. Use {remedy}.')
-    # A family whose files list text and other experts together cannot have fewer of one kind there.
     as_on_hub = config is not None or not other_experts(model)
     return Target(config, records, original, merged.num_parameters(), top_k, as_on_hub)
 
@@ -379,7 +382,7 @@ def _record(layer, layer_plan, names):
 
 
 def _plain_config(model, plan, merged):
-    """Configuration with which the model's own class has just the tensors of ``merged``; or None, and why not.
+    """Configuration with which the model's own class has the tensors of ``merged``, or None; and why not.
 
     Found by trial: the class is built on the meta device, and shapes are compared.
     """
@@ -389,15 +392,16 @@ def _plain_config(model, plan, merged):
     if len(counts) > 1:
         return None, f"layers differ in their number of experts ({', '.join(map(str, counts))})"
     config, count, width = copy.deepcopy(model.config), counts[0], plan.layers[0].width
+    text = config.get_text_config()
     for name, holder in counted(config, len(plan.layers[0].labels)):
         setattr(holder, name, count)
     caps = dict.fromkeys(moe.CHOICES, count)
     if any(p.router in JOINED for p in plan.layers):
         caps |= dict.fromkeys((*moe.ROUTER_GROUPS, *moe.GROUP_CHOICES), 1)
-    for holder in _nested(config.get_text_config()):
+    for holder in _nested(text):
         present = {name: getattr(holder, name, None) for name in caps}
         holder.update({n: min(value, caps[n]) for n, value in present.items() if isinstance(value, int)})
-    text, shapes = config.get_text_config(), {n: t.shape for n, t in merged.state_dict().items()}
+    shapes = {n: t.shape for n, t in merged.state_dict().items()}
     widths = [{n: width} for n in EXPERT_WIDTHS if isinstance(getattr(text, n, None), int)]
     reason = "its configuration has no width"
     for changes in widths if width else [{}]:
@@ -537,18 +541,16 @@ def load_merged(folder, *, dtype="auto", device="auto", experts_implementation=N
 
     Raises
     ------
-    FileNotFoundError
-        If there is no such folder, or a weight file is missing.
-    InputError
-        If it is not a mapped checkpoint, or is damaged or changed.
+    FileNotFoundError, InputError
+        If the folder or a weight file is missing; if it is not a mapped checkpoint, or damaged or changed.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise FileNotFoundError(f"There is no folder {folder}.")
+        raise FileNotFoundError(f"There is no folder {folder}; give one that save_merged wrote.")
     record = merge_record(folder)
     if record is None:
         raise InputError(
-            f'{folder} is not a merged checkpoint (config.json has no "expert_merge"). Use load_model.'
+            f'{folder} is not a merged checkpoint: config.json has no "expert_merge". Use load_model.'
         )
     if not isinstance(record, dict) or record.get("version") != VERSION or record.get("router") != "mapped":
         raise InputError(
@@ -566,9 +568,8 @@ def load_merged(folder, *, dtype="auto", device="auto", experts_implementation=N
         mapped = None
     if mapped != {layer.name: layer.num_experts for layer in find_moe_layers(load_skeleton(folder))}:
         raise InputError(f"{folder}: config.json maps other experts than the model has; merge again.")
-    loaded = _load(
-        folder, dtype=dtype, device=device, experts_implementation=experts_implementation, merged=True
-    )
+    options = dict(dtype=dtype, device=device, experts_implementation=experts_implementation)
+    loaded = _load(folder, merged=True, **options)
     for name in record["layers"]:
         replace.adopt(loaded.get_submodule(name))
     return loaded

@@ -8,7 +8,7 @@ from pathlib import Path
 from huggingface_hub import ModelCard, ModelCardData, snapshot_download
 
 from hcsmoe_core import modeling_hcsmoe
-from hcsmoe_core._util import EMBEDDED, InputError, folder_of, replacing, sha256_file, write_json
+from hcsmoe_core._util import EMBEDDED, InputError, folder_of, read_json, sha256_file, write_json
 from hcsmoe_core.plan import odd_widths
 
 MODELING = Path(modeling_hcsmoe.__file__)
@@ -45,26 +45,16 @@ def copy_along(model, folder):
 
 
 def write_config(model, folder, config, more, source=None):
-    """Write ``config.json``: the original's file with changes, so that engines find their usual keys.
+    """Write ``config.json`` of a checkpoint with some configuration, and ``more`` keys, made of ``model``.
 
-    Parameters
-    ----------
-    model : transformers.PreTrainedModel
-        The original.
-    folder : path
-    config : transformers.PreTrainedConfig
-        Of the checkpoint.
-    more : dict
-        Further keys.
-    source : path, optional
-        The original's folder; without one, what transformers writes is taken.
+    It is the file in ``source``, the original's folder, with what changed, so that engines find their usual
+    keys; without one, it is what transformers writes.
     """
-    content = json.loads(config.to_json_string())
-    if source is not None and (source / "config.json").is_file():
-        original = json.loads((source / "config.json").read_text(encoding="utf-8"))
-        if original.get("model_type") == content.get("model_type"):
-            before, after = (json.loads(c.to_json_string(use_diff=False)) for c in (model.config, config))
-            content = _with_changes(original, before, after, config)
+    content, path = json.loads(config.to_json_string()), Path(source or folder) / "config.json"
+    original = read_json(path) if source and path.is_file() else {}
+    if original.get("model_type") == content.get("model_type"):
+        before, after = (json.loads(c.to_json_string(use_diff=False)) for c in (model.config, config))
+        content = _with_changes(original, before, after, config)
     content["architectures"] = [type(model).__name__]
     for holder in (content, *(value for value in content.values() if isinstance(value, dict))):
         holder.update({name: 0 for name in FURTHER_LAYERS if holder.get(name)})
@@ -75,24 +65,21 @@ def write_config(model, folder, config, more, source=None):
 
 
 def _with_changes(original, before, after, config):
-    """``original`` with each value in which ``after`` differs from ``before``, under the name it has there."""
+    """``original`` with the values in which ``after`` differs from ``before``, under the names it uses."""
     content = dict(original)
-    for key, value in after.items():
-        if before.get(key) == value:
-            continue
+    for key in (key for key, value in after.items() if before.get(key) != value):
+        names = [*(alias for alias, name in type(config).attribute_map.items() if name == key), key]
+        value = after[key]
         if isinstance(value, dict) and isinstance(content.get(key), dict):
-            content[key] = _with_changes(content[key], before[key], value, getattr(config, key))
-            continue
-        aliases = [alias for alias, name in type(config).attribute_map.items() if name == key]
-        content |= dict.fromkeys([n for n in (*aliases, key) if n in content] or [key], value)
+            value = _with_changes(content[key], before[key], value, getattr(config, key))
+        content |= dict.fromkeys([name for name in names if name in content] or [key], value)
     return content
 
 
 def write_checksums(folder):
     """Write ``SHA256SUMS`` of the weight files, which ``sha256sum --check`` reads too."""
     lines = [f"{sha256_file(file)}  {file.name}\n" for file in sorted(folder.glob("*.safetensors"))]
-    with replacing(folder / CHECKSUMS) as partial:
-        partial.write_text("".join(lines), encoding="utf-8")
+    (folder / CHECKSUMS).write_text("".join(lines), encoding="utf-8")
 
 
 def check_checksums(folder, verify=True):
@@ -146,28 +133,18 @@ ROUTERS = {
 def write_card(model, folder, plan, written, *, loader, lines=None):
     """Write the model card: what was merged, by which plan, the fidelity measured, how to load it.
 
-    Parameters
-    ----------
-    model : transformers.PreTrainedModel
-        The original.
-    folder : path
-    plan : Plan
-    written : dict
-        What :func:`hcsmoe_core.checkpoint.save_merged` returns.
-    loader : str
-        The auto class of transformers that opens it.
-    lines : dict of str to str, optional
-        More lines of the summary.
+    ``written`` is what :func:`hcsmoe_core.checkpoint.save_merged` returns, ``loader`` the auto class that
+    opens the folder, ``lines`` are more rows of the summary, by name.
     """
     name = str(model.name_or_path)
     local = not name or Path(name).exists() or name in EMBEDDED
     title = Path(name).name if local else name
-    fewer = any(layer.num_groups < len(layer.labels) for layer in plan.layers)
+    trimmed = all(layer.num_groups == len(layer.labels) for layer in plan.layers)
     tags = ["mixture-of-experts", "merge", "hcsmoe"]
     data = ModelCardData(library_name="transformers", tags=tags, base_model=None if local else name)
     sections = [
         f"---\n{data.to_yaml()}\n---",
-        f"# {title or type(model).__name__}, {kept_of(plan) if fewer else 'trimmed'}",
+        f"# {title or type(model).__name__}, {'trimmed' if trimmed else kept_of(plan)}",
         f"Made by hcsmoe of {title or 'a model in memory'}, without retraining. "
         "The licence of the original applies.",
         _table([("", ""), *(_summary(model, plan, written) | (lines or {})).items()]),
@@ -181,8 +158,7 @@ def write_card(model, folder, plan, written, *, loader, lines=None):
         "`plan.json` says which experts were joined or dropped in each layer. Its settings:",
         "\n".join(f"    {key}: {json.dumps(value)}" for key, value in plan.settings.items()),
     ]
-    with replacing(folder / "README.md") as partial:
-        ModelCard("\n\n".join(sections) + "\n").save(partial)
+    ModelCard("\n\n".join(sections) + "\n").save(folder / "README.md")
 
 
 def _table(rows):
@@ -198,18 +174,16 @@ def _either(numbers):
 def kept_of(plan):
     """What a plan leaves of each layer, in words: the number of experts, and their width if it is another."""
     widths = _either(layer.width for layer in plan.layers if layer.width)
-    of_width = f" of {widths} neurons" if widths else ""
-    return f"{_either(layer.num_groups for layer in plan.layers)} experts{of_width} per layer"
+    counts = _either(layer.num_groups for layer in plan.layers)
+    return f"{counts} experts of {widths} neurons per layer" if widths else f"{counts} experts per layer"
 
 
 def _summary(model, plan, written):
-    after, before = (
-        _either(n) for n in zip(*((p.num_groups, len(p.labels)) for p in plan.layers), strict=True)
-    )
+    after, before = zip(*((layer.num_groups, len(layer.labels)) for layer in plan.layers), strict=True)
     rows = {
         "class": type(model).__name__,
         "method": plan.settings.get("method", "a plan written by hand"),
-        "experts per layer": f"{after} of {before}, in {len(plan.layers)} MoE layers",
+        "experts per layer": f"{_either(after)} of {_either(before)}, in {len(plan.layers)} MoE layers",
         "width of each expert": _either(layer.width for layer in plan.layers if layer.width),
         "weights": f"{written['parameters']:,} of {written['original']:,}",
         "size": f"{written['bytes'] / 1e9:.4g} GB",
@@ -227,7 +201,7 @@ def calibrated(plan):
 
 
 def limits(plan, router, top_k, dtype):
-    """Lines of text on what engines ask of a "plain" or "mapped" checkpoint, and what of it this one meets."""
+    """What engines ask of a "plain" or "mapped" checkpoint, and what this one meets of it: lines of text."""
     if router != "plain":
         engines = "vLLM, SGLang and llama.cpp"
         return [f"{engines} do not open it: they know no map from a router's choice to fewer experts."]
