@@ -160,7 +160,7 @@ def test_merged_folders_are_spread_over_devices_as_others_are(mixtral, input_ids
 
 
 def test_merged_layers_run_where_a_device_map_puts_them(mixtral, input_ids, tmp_path, monkeypatch):
-    """Half of the decoder layers are on another device, here the disk: accelerate's hooks run around the map."""
+    """One decoder layer is elsewhere, here on disk: accelerate's hooks run around the map of experts."""
     plan = make_plan(capture(mixtral, input_ids), mixtral, experts=4)
     save_merged(mixtral, plan, tmp_path / "m")
     live = logits(apply_plan(mixtral, plan), input_ids)

@@ -1,4 +1,4 @@
-"""What is written beside the weights, routers with fewer rows, and how far a written model is from the original."""
+"""What lies beside the weights, routers with fewer rows, how far a written model is from the original."""
 
 import hashlib
 import json
@@ -41,7 +41,7 @@ def stats(model, input_ids):
     return capture(model, input_ids, needs=NEEDS)
 
 
-# --- rows kept ---------------------------------------------------------------------------------------------------------
+# --- rows kept ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "gpt_oss", "deepseek_v3"])
@@ -94,11 +94,11 @@ def test_groups_that_a_router_chooses_first_become_one(input_ids, tmp_path):
     torch.testing.assert_close(logits(load_model(tmp_path / "m")[0], input_ids), live)
 
 
-# --- rows folded -------------------------------------------------------------------------------------------------------
+# --- rows folded --------------------------------------------------------------------------------------------
 
 
 def naive_loss(rows, start, sample, labels, scoring, normalised):
-    """Mean cross-entropy of a token between where it went and where the new rows send it, token by token in float64."""
+    """Mean cross-entropy between where a token went and where the new rows send it, one by one in float64."""
     total = 0.0
     for logit, index, weight in zip(
         sample.logits.double(), sample.index, sample.weight.double(), strict=True
@@ -131,7 +131,7 @@ def naive_loss(rows, start, sample, labels, scoring, normalised):
     ],
 )
 def test_folded_rows_are_the_best_there_are(name, scoring, normalised):
-    """The loss is convex: where a naive one, differentiated by PyTorch, has no slope, there is nothing better."""
+    """The loss is convex: where a naive one, differentiated by PyTorch, has no slope, it is smallest."""
     model = families.tiny_model(name)
     stats = capture(model, families.tiny_tokens(8), needs=NEEDS, sample=60, progress=False)
     for layer_plan in make_plan(stats, model, experts=4, router="folded").layers:
@@ -147,7 +147,7 @@ def test_folded_rows_are_the_best_there_are(name, scoring, normalised):
 
 
 def test_folding_finds_planted_rows():
-    """Every expert a twin of another: the routing to pairs is a softmax of one logit a pair, which rows can give exactly."""
+    """Every expert has a twin: routing to pairs is a softmax of one logit per pair, which rows can give."""
     model = families.tiny_model("olmoe")  # its weights are not normalised
     with torch.no_grad():
         for layer in find_moe_layers(model):
@@ -220,7 +220,7 @@ def test_layers_with_different_numbers_have_no_plain_checkpoint(model, stats, tm
         save_merged(model, plan, tmp_path / "m", stats=stats, router="folded")
 
 
-# --- fidelity ----------------------------------------------------------------------------------------------------------
+# --- fidelity -----------------------------------------------------------------------------------------------
 
 
 def test_a_plan_that_changes_nothing_is_faithful(model, stats, input_ids):
@@ -295,7 +295,7 @@ def test_fidelity_of_a_model_that_is_merged_already(model, stats, input_ids):
 
 
 def test_the_layer_that_ruins_a_model_is_named(model, input_ids, tmp_path, capsys):
-    """All experts of the second layer are joined, which are large there and cancel; the others stay as they are."""
+    """All experts of the second layer, which are large and cancel, are joined; other layers stay."""
     with torch.no_grad():
         for tensor in find_moe_layers(model)[1].tensors().values():
             tensor.mul_(30)
@@ -320,7 +320,7 @@ def test_only_tokens_that_were_not_captured_are_held_out(model, input_ids):
     assert torch.equal(unseen(both, [], length=99), both)
 
 
-# --- the folder --------------------------------------------------------------------------------------------------------
+# --- the folder ---------------------------------------------------------------------------------------------
 
 
 def test_the_card_tells_what_was_done(model, stats, tmp_path):
@@ -371,7 +371,7 @@ def test_checksums_are_those_of_the_files(model, stats, tmp_path):
 
 
 def test_the_original_configuration_is_carried_over(input_ids, tmp_path):
-    """As of a checkpoint that another version wrote: other names for the same, and keys that transformers does not know."""
+    """As of a checkpoint of another version: other names for the same, and keys unknown to transformers."""
     folder = tmp_path / "original"
     tiny_model("qwen3_moe").save_pretrained(folder)
     before = json.loads((folder / "config.json").read_text())
@@ -406,14 +406,15 @@ def test_the_original_configuration_is_carried_over(input_ids, tmp_path):
     )
 
 
-# --- without us --------------------------------------------------------------------------------------------------------
+# --- without us ---------------------------------------------------------------------------------------------
 
 STOCK = """
 import json, sys
 sys.modules["hcsmoe_core"] = None  # cannot be imported
 import torch, transformers
 for folder, name, ours in json.loads(sys.argv[1]):
-    model = getattr(transformers, name).from_pretrained(folder, **({"trust_remote_code": True} if ours else {})).eval()
+    options = {"trust_remote_code": True} if ours else {}
+    model = getattr(transformers, name).from_pretrained(folder, **options).eval()
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data = tensor.data.clone()
     ids = torch.load(folder + "/ids.pt")
@@ -433,7 +434,7 @@ def plan_of(kind, stats, model):
 
 
 def write_all(family, folder, ids):
-    """Every kind of checkpoint of a family that there is, with what the live model says; and why there is no other."""
+    """Write every kind of checkpoint that a family has; outputs of the live models, and why others lack."""
     model, made, refused = families.tiny_model(family), {}, {}
     stats = capture(model, ids, needs=NEEDS, sample=64, progress=False)
     for kind in KINDS:
@@ -452,7 +453,7 @@ def write_all(family, folder, ids):
     return made, refused
 
 
-# Why some families have no plain checkpoint of some kind: their configuration or their router has no room for it.
+# Why some families have no plain checkpoint of some kind: their configuration or router cannot say it.
 REFUSED = {
     "deepseek_v4": (
         "row-kept, pruned",
@@ -523,7 +524,7 @@ def test_low_rank_experts_are_written_dense(model, stats, input_ids, tmp_path, r
 
 
 def test_folders_with_factors_are_refused(model, stats, tmp_path):
-    """As earlier versions wrote them: experts in a file of their own, the rest under names that nothing else opens."""
+    """As earlier versions wrote them: experts in a file of their own, other weights under unusual names."""
     folder = tmp_path / "m"
     save_merged(model, make_plan(stats, model, experts=4), folder)
     config = json.loads((folder / "config.json").read_text())
