@@ -296,7 +296,9 @@ def save_merged(
     check_absent(folder)
     layers = check_fits(plan, model)
     applied = all(layer.merged for layer in layers)
-    if applied and [layer.experts._merged.plan for layer in layers] != plan.layers:
+    states = [layer.experts._merged for layer in layers if applied]
+    compressed = any(getattr(state, "compressed_bytes", None) for state in states)
+    if applied and ([s.plan for s in states] != plan.layers or compressed != bool(plan.compress)):
         raise InputError("Another plan is applied to this model; restore(model) first.")
     target = target_of(model, plan, router)
     if not applied:
@@ -372,11 +374,12 @@ def _record(layer, layer_plan, names):
         value = getattr(module, name)
         if torch.is_tensor(value):
             tensors[f"{names[module]}.{name}"] = list(value.shape)
-            continue
-        if name == "config":
+        elif name == "config":
             before = vars(configs[module])
-            value = {k: new for k, new in vars(value).items() if k not in before or before[k] is not new}
-        values.setdefault(names[module], {})[name] = value
+            changes = {k: new for k, new in vars(value).items() if k not in before or before[k] is not new}
+            values.setdefault(names[module], {})[name] = changes
+        else:
+            values.setdefault(names[module], {})[name] = value
     record = {"labels": state.labels, "extra": state.extra, "mapped": state.handle is not None}
     return record | {"tensors": tensors, "values": values}
 

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import subprocess
 import sys
@@ -70,6 +71,8 @@ def test_saved_from_an_applied_plan(mixtral, input_ids, tmp_path):
     live = logits(mixtral, input_ids)
     with pytest.raises(ValueError, match="Another plan is applied"):
         save_merged(mixtral, other, tmp_path / "m")
+    with pytest.raises(ValueError, match="Another plan is applied"):
+        save_merged(mixtral, dataclasses.replace(plan, compress={"share": 0.5}), tmp_path / "m")
     save_merged(mixtral, plan, tmp_path / "m")
     assert torch.equal(logits(mixtral, input_ids), live)
     loaded, tokenizer = load_model(tmp_path / "m")
