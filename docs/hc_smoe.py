@@ -47,7 +47,9 @@ def mean_outputs_and_usage(model, input_ids, batch_size=8):
 
 
 def labels_of(outputs, r):
-    """Join the two closest groups (average linkage, Euclidean) until r are left: the group of each expert [E]."""
+    """Join the two closest groups (average linkage, Euclidean) until r are left: the group of each expert
+    [E].
+    """
     experts = len(outputs)
     groups = {e: [e] for e in range(experts)}
     for t, (a, b, _, _) in enumerate(linkage(pdist(outputs), "average")[: experts - r]):
@@ -60,7 +62,9 @@ def labels_of(outputs, r):
 
 @torch.no_grad()
 def merge(module, labels, usage):
-    """Give the module r experts, averages weighted by usage; what the router chooses goes through the labels."""
+    """Give the module r experts, averages weighted by usage; what the router chooses goes through the
+    labels.
+    """
     for name in ("gate_up_proj", "down_proj"):
         weight, rows = getattr(module, name), []
         for g in range(labels.max() + 1):

@@ -1,4 +1,6 @@
-"""Rules of the repository: one source of dependencies, floors that import downwards, notebooks that stay clean."""
+"""Rules of the repository: one source of dependencies, floors that import downwards, notebooks that stay
+clean.
+"""
 
 import ast
 import json
@@ -36,9 +38,7 @@ def test_constraints_pin_every_direct_dependency():
     assert pinned["torch"] == "2.13.0"
     wanted = [
         *project()["dependencies"],
-        *project()["optional-dependencies"]["test"],
-        *project()["optional-dependencies"]["eval"],
-        *project()["optional-dependencies"]["cluster"],
+        *(name for extra in project()["optional-dependencies"].values() for name in extra),
     ]
     names = {re.match(r"[\w-]+", w)[0] for w in wanted} - {"hcsmoe"}
     assert names <= set(pinned), names - set(pinned)
@@ -53,8 +53,9 @@ def floor_of(module):
 def imported(source, module):
     """Modules of the package that some source code imports, in whichever way, as dotted names.
 
-    That is ``import``, ``from … import`` (absolute and relative), and any string that is the dotted name of a module of ours,
-    as :func:`importlib.import_module` takes it. Verbs of the package count as the modules that they come from.
+    That is ``import``, ``from … import`` (absolute and relative), and any string that is the dotted name of a
+    module of ours, as :func:`importlib.import_module` takes it. Verbs of the package count as the modules
+    that they come from.
     """
     tree = ast.parse(source)
     texts = {id(n.value) for n in ast.walk(tree) if isinstance(n, ast.Expr)}  # docstrings
@@ -68,9 +69,8 @@ def imported(source, module):
                 yield from (f"hcsmoe_core.{VERBS.get(alias.name, alias.name)}" for alias in node.names)
             elif origin.startswith("hcsmoe_core."):
                 yield origin
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in texts:
-            if re.fullmatch(r"hcsmoe_core(\.\w+)+", node.value):
-                yield node.value
+        elif isinstance(node, ast.Constant) and id(node) not in texts:
+            yield from re.findall(r"^hcsmoe_core(?:\.\w+)+$", str(node.value))
 
 
 def modules():
@@ -146,7 +146,8 @@ def test_the_core_imports_without_what_only_notebooks_need():
         "    sys.modules[name] = None\n"
         "import hcsmoe_core\n"
         "assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)\n"
-        "from hcsmoe_core import capture, make_plan, apply_plan, restore, load_statistics, load_plan, linkage\n"
+        "from hcsmoe_core import capture, make_plan, apply_plan, restore, load_statistics, load_plan, "
+        "linkage\n"
         "import hcsmoe_core.checkpoint, hcsmoe_core.scale.streaming, hcsmoe_core.score.fidelity\n"
     )
     subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)
