@@ -1,5 +1,6 @@
 """TODO."""
 
+import contextlib
 import copy
 
 import torch
@@ -282,3 +283,13 @@ def lay_experts(layer, lifted):
     layer.experts._merged = state
     if state.handle is not None:
         state.handle = layer.remap()
+
+
+@contextlib.contextmanager
+def suspended(layers):
+    """Put the original experts of merged layers back during the block, and the merged ones after it, also on error."""
+    with contextlib.ExitStack() as undo:
+        for layer in layers:
+            if layer.merged:
+                undo.callback(lay_experts, layer, lift_experts(layer))
+        yield
