@@ -1,12 +1,124 @@
-"""TODO."""
+"""How the experts of a layer are grouped.
+
+A group is a step ``(layer, count) → labels``: ``layer`` is a :class:`hcsmoe_core.methods.planner.Layer`, and the labels are
+of ``layer.free``, the experts that may be joined; soft groups return their memberships, ``(count, free)``, too. One
+registered with ``whole=True`` decides about everything: ``(layers, counts) → [LayerPlan, …]``.
+"""
+
+from typing import Literal
 
 import numpy as np
 from scipy.spatial.distance import squareform
 
+from hcsmoe_core import similarity as similarities
 from hcsmoe_core._util import InputError, check_choice, check_count
-from hcsmoe_core.clustering import by_first_appearance, check_linkage
+from hcsmoe_core.clustering import LINKAGES, by_first_appearance, check_linkage
+from hcsmoe_core.plan import LayerPlan
+from hcsmoe_core.steps import group
 
 STARTS = 10  # of k-means
+
+
+def check_ward(recipe):
+    """Ward's method is defined for Euclidean distances alone."""
+    if recipe.options.get("linkage") == "ward" and recipe.metric != "euclidean":
+        raise InputError(
+            f'linkage "ward" needs Euclidean distances, but those by {recipe.steps["similarity"]!r} are {recipe.metric}; '
+            'use metric "euclidean" with "expert-output", "functional", "weight" or "router-logits", or linkage "average".'
+        )
+
+
+def check_points(recipe):
+    """k-means and fuzzy c-means need points at the distances given."""
+    if recipe.metric not in similarities.EMBEDDED:
+        raise InputError(
+            f'group "{recipe.steps["group"]}" needs points, but distances by {recipe.steps["similarity"]!r} are '
+            f'{recipe.metric}; use another similarity, or group "hierarchical".'
+        )
+
+
+def check_fuzzifier(recipe):
+    """Fuzzy c-means needs points, and memberships that are between 0 and 1."""
+    check_points(recipe)
+    if not recipe.options["fuzzifier"] > 1:
+        raise InputError(f'The "fuzzifier" argument must be above 1; not {recipe.options["fuzzifier"]}.')
+
+
+@group("hierarchical", uses=("similarity", "merge", "combine"), limit="largest", check=check_ward)
+def hierarchical(layer, count, *, linkage: Literal[LINKAGES] = "average", largest: int = 0):
+    """The first E − r joins of a merge tree (HC-SMoE); ``largest`` is the size of the largest group, 0 for no limit."""
+    if not largest:
+        return layer.cut(linkage, count)
+    return restricted(layer.free_distances, count, largest, linkage, metric=layer.metric)
+
+
+@group(
+    "k-means",
+    uses=("similarity", "merge", "combine"),
+    check=check_points,
+    random=lambda options: options["centres"] == "k-means++",
+)
+def k_means(layer, count, *, centres="k-means++"):
+    """k-means of points at the distances given; for ``centres`` see :func:`kmeans`."""
+    points = similarities.coordinates(layer.free_distances, layer.metric)
+    if isinstance(centres, str) and centres == "k-means++":
+        return kmeans(points[layer.order], count, seed=layer.random_state)[layer.rank]
+    return kmeans(points, count, centres=centres)
+
+
+@group("single-shot", uses=("similarity", "merge", "combine"), limit="group_limit")
+def around_dominant(layer, count, *, group_limit: int = 0):
+    """Groups around the most used experts (M-SMoE); ``group_limit`` is the size of the largest group, 0 for no limit."""
+    alike = layer.similarities[np.ix_(layer.free, layer.free)]
+    return single_shot(alike, layer.usage[layer.free], count, group_limit=group_limit)[0]
+
+
+@group("random", random=True)
+def by_chance(layer, count):
+    """A random partition."""
+    return random_groups(len(layer.free), count, seed=layer.random_state)[layer.rank]
+
+
+@group(
+    "fuzzy",
+    uses=("similarity", "merge", "combine"),
+    only={"combine": "average", "align": "none"},
+    because="it mixes all experts",
+    check=check_fuzzifier,
+    random=True,
+)
+def fuzzy(layer, count, *, fuzzifier: float = 2.0):
+    """Fuzzy c-means of points at the distances given."""
+    points = similarities.coordinates(layer.free_distances, layer.metric)[layer.order]
+    labels, memberships = fuzzy_cmeans(points, count, fuzzifier=fuzzifier, seed=layer.random_state)
+    labels, memberships = labels[layer.rank], memberships[:, layer.rank]
+    _, first = np.unique(labels, return_index=True)
+    return by_first_appearance(labels), memberships[np.argsort(first)]
+
+
+@group(
+    "none",
+    uses=("combine",),
+    pair={"combine": "trimming"},
+    only={"router": "mapped", "budget": "uniform", "guard": False, "compress": ""},
+    because="trimming keeps the router and every expert at one width",
+    whole=True,
+    widths=True,
+    kind="trims",
+)
+def trim_all(layers, counts):
+    """Every expert alone, at r / E of its width."""
+    planned = []
+    for layer, count in zip(layers, counts, strict=True):
+        width = layer.width * count // layer.num_experts
+        if width < 1:
+            raise InputError(
+                f'The "experts" argument is {count}: {layer.name} would be trimmed to no neuron at all; keep more.'
+            )
+        labels = list(range(layer.num_experts))
+        combination = layer.recipe.combination()
+        planned.append(LayerPlan(layer.name, labels, [1.0] * len(labels), combine=combination, width=width))
+    return planned
 
 
 def restricted(distance, groups, largest, method="average", *, metric="euclidean"):

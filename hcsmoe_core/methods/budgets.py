@@ -1,47 +1,79 @@
-"""How many experts each layer keeps, of a total that is always the same."""
+"""How many experts each layer keeps, of a total that is always the same.
+
+A budget is a step ``(layers, total, fewest) → counts``: ``layers`` are :class:`hcsmoe_core.methods.planner.Layer`, and
+``fewest`` is what each must keep at least.
+"""
+
+from typing import Literal
 
 import numpy as np
 from scipy.spatial.distance import squareform
 
-from hcsmoe_core._util import check_count
-from hcsmoe_core.clustering import cut
-
-BUDGETS = ("uniform", "frequency", "saliency", "merge-cost", "grape", "silhouette")
-
-
-def check_counts(counts, total, least, most):
-    """The counts as int, checked: exactly ``total`` in all, and in each layer from ``least`` to ``most``."""
-    counts = [int(c) for c in counts]
-    assert sum(counts) == total, f"a budget of {total} experts came out as {counts}"
-    assert all(a <= c <= b for a, c, b in zip(least, counts, most, strict=True)), (counts, least, most)
-    return counts
+from hcsmoe_core import similarity as similarities
+from hcsmoe_core._util import InputError
+from hcsmoe_core.clustering import LINKAGES, cut
+from hcsmoe_core.methods.grouping import check_ward
+from hcsmoe_core.steps import budget
 
 
-def uniform(experts, least, most):
-    """The same number in every layer.
-
-    Parameters
-    ----------
-    experts : int
-        r.
-    least, most : sequence of L int
-        Fewest and most that each layer can keep.
-
-    Returns
-    -------
-    list of L int
-
-    Raises
-    ------
-    ValueError
-        If a layer cannot keep so many or so few.
-    """
-    for low, high in zip(least, most, strict=True):
-        check_count("experts", experts, low, high)
-    return [experts] * len(most)
+def check_one_similarity(recipe):
+    """Heights and silhouettes of distances in one unit alone can be compared between layers."""
+    if recipe.metric == "mixed":
+        raise InputError(
+            f'budget "{recipe.steps["budget"]}" needs one similarity; not {recipe.steps["similarity"]!r}.'
+        )
+    check_ward(recipe)
 
 
-def by_score(scores, total, least):
+def check_scored(recipe):
+    if recipe.steps["saliency"] == "o-prune":
+        raise InputError('budget "saliency" goes with a saliency that scores each expert; not "o-prune".')
+
+
+@budget("uniform")
+def uniform(layers, total, fewest):
+    """The same number in every layer."""
+    return [total // len(layers)] * len(layers)
+
+
+@budget("frequency")
+def by_frequency(layers, total, fewest):
+    """The experts used most of all layers together (M-SMoE, arXiv 2310.01334, section 3.2)."""
+    return by_score([layer.sums.frequency.numpy() for layer in layers], total, fewest)
+
+
+@budget("saliency", uses=("saliency",), only={"group": "prune"}, check=check_scored)
+def by_saliency(layers, total, fewest):
+    """The experts with the largest saliency of all layers together, each layer's summing to one."""
+    return by_score([layer.saliency / (layer.saliency.sum() or 1) for layer in layers], total, fewest)
+
+
+@budget("merge-cost", uses=("similarity",), check=check_one_similarity)
+def merge_cost(layers, total, fewest, *, linkage: Literal[LINKAGES] = "average"):
+    """The cheapest joins of all layers' trees."""
+    scales = [similarities.scale_of(layer.stats, layer.name, **layer.compared) for layer in layers]
+    return by_merge_cost([layer.tree(linkage) for layer in layers], scales, total, fewest)
+
+
+@budget("grape", uses=("similarity",))
+def by_redundancy(layers, total, fewest, *, gamma: float = 0.1):
+    """GRAPE's greedy allocation (arXiv 2604.06542)."""
+    if layers[0].metric in ("cosine", "cka"):
+        alike = [np.clip(layer.similarities, 0, None) for layer in layers]
+    else:
+        largest = max(float(layer.distances.max(initial=0)) for layer in layers) or 1.0
+        alike = [1 - squareform(layer.distances) / largest for layer in layers]
+    return grape(alike, total, fewest, gamma=gamma)
+
+
+@budget("silhouette", uses=("similarity",), check=check_one_similarity)
+def silhouette(layers, total, fewest, *, linkage: Literal[LINKAGES] = "average"):
+    """The counts with the largest sum of the layers' mean silhouettes."""
+    trees, most = [layer.tree(linkage) for layer in layers], [layer.num_experts for layer in layers]
+    return by_silhouette([layer.distances for layer in layers], trees, total, fewest, most)
+
+
+def by_score(scores, total, fewest):
     """Keep the experts with the largest scores of all layers together.
 
     The rule of M-SMoE (arXiv 2310.01334, section 3.2) and of HC-SMoE's non-uniform clusters, made exact: each layer's
@@ -53,21 +85,21 @@ def by_score(scores, total, least):
     scores : list of L (E,) arrays
         Comparable between layers, such as usage frequencies that sum to one in each.
     total : int
-    least : sequence of L int
+    fewest : sequence of L int
 
     Returns
     -------
     list of L int
     """
     order = [np.argsort(-np.asarray(s), kind="stable") for s in scores]
-    counts = list(least)
-    rest = [(-scores[layer][e], layer, int(e)) for layer, o in enumerate(order) for e in o[least[layer] :]]
+    counts = list(fewest)
+    rest = [(-scores[layer][e], layer, int(e)) for layer, o in enumerate(order) for e in o[fewest[layer] :]]
     for _, layer, _ in sorted(rest)[: total - sum(counts)]:
         counts[layer] += 1
     return counts
 
 
-def by_merge_cost(trees, scales, total, least):
+def by_merge_cost(trees, scales, total, fewest):
     """Make the cheapest joins of all layers' trees, until ``total`` groups are left.
 
     Parameters
@@ -77,7 +109,7 @@ def by_merge_cost(trees, scales, total, least):
     scales : list of L float
         See :func:`hcsmoe_core.similarity.scale_of`.
     total : int
-    least : sequence of L int
+    fewest : sequence of L int
 
     Returns
     -------
@@ -89,13 +121,13 @@ def by_merge_cost(trees, scales, total, least):
     joins = sorted((h, layer, t) for layer, column in enumerate(heights) for t, h in enumerate(column))
     surplus = sum(counts) - total
     for _, layer, _ in joins:
-        if surplus and counts[layer] > least[layer]:
+        if surplus and counts[layer] > fewest[layer]:
             counts[layer] -= 1
             surplus -= 1
     return counts
 
 
-def grape(similarities, total, least, *, gamma=0.1):
+def grape(similarities, total, fewest, *, gamma=0.1):
     """GRAPE's greedy allocation (arXiv 2604.06542): join where a layer is most redundant, guarded by an entropy.
 
     A layer's redundancy is the sum of its experts' similarities ``R_l = Σ_{i≠j} S_ij``. The layer with the largest, of those
@@ -108,7 +140,7 @@ def grape(similarities, total, least, *, gamma=0.1):
     similarities : list of L (E, E) arrays
         Larger is more alike.
     total : int
-    least : sequence of L int
+    fewest : sequence of L int
     gamma : float
         γ, from 0 to 1.
 
@@ -122,7 +154,7 @@ def grape(similarities, total, least, *, gamma=0.1):
     groups = [list(range(len(s))) for s in similarities]
     floor, frozen = (1 - gamma) * _entropy(counts), set()
     while sum(counts) > total:
-        able = [i for i, c in enumerate(counts) if c > least[i]]
+        able = [i for i, c in enumerate(counts) if c > fewest[i]]
         free = [i for i in able if i not in frozen]
         after = {i: [c - (i == j) for j, c in enumerate(counts)] for i in able}
         if free:
@@ -160,7 +192,7 @@ def _entropy(counts):
     return float(-(share * np.log(share)).sum())
 
 
-def by_silhouette(distances, trees, total, least, most):
+def by_silhouette(distances, trees, total, fewest, most):
     """The counts with the largest sum of the layers' mean silhouettes (Rousseeuw, 1987), by dynamic programming.
 
     Parameters
@@ -168,14 +200,14 @@ def by_silhouette(distances, trees, total, least, most):
     distances : list of L (E·(E−1)/2,) arrays
     trees : list of L (E−1, 4) arrays
     total : int
-    least, most : sequence of L int
+    fewest, most : sequence of L int
 
     Returns
     -------
     list of L int
     """
     best = {0: (0.0, ())}
-    for condensed, tree, low, high in zip(distances, trees, least, most, strict=True):
+    for condensed, tree, low, high in zip(distances, trees, fewest, most, strict=True):
         values = silhouettes(condensed, tree)
         following = {}
         for used, (value, counts) in best.items():
