@@ -1,12 +1,13 @@
 """The steps that methods are made of, and the methods: tables, filled by the modules that define the entries.
 
-A step is a function registered under a name. Its options are its keyword-only arguments, whose ``Literal`` annotations list
-what they may be; what it needs of the statistics, and what it goes with, is said where it is registered::
+A step is a function registered under a name. Its options are its keyword-only arguments, whose ``Literal``
+annotations list what they may be; what it needs of the statistics, and what it goes with, is said where it is
+registered::
 
     @combine("least-squares", needs=("sample",), solves=True)
-    def least_squares(group, *, align: Literal["none", "weights", "activations"] = "none", ridge: float = 0.05): ...
+    def least_squares(group, *, align: Literal["none", "weights"] = "none", ridge: float = 0.05): ...
 
-    METHODS["mergemoe"] = Method("arXiv 2510.14436", similarity="weight", metric="cosine", combine="least-squares")
+    METHODS["mergemoe"] = Method("arXiv 2510.14436", similarity="weight", combine="least-squares")
 """
 
 import inspect
@@ -46,6 +47,7 @@ class Step:
     properties: dict = field(default_factory=dict)
 
     def __call__(self, *arguments, **options):
+        """Call the function, with options that are checked."""
         for name, value in options.items():
             self.check_option(name, value)
         return self.function(*arguments, **options)

@@ -1,4 +1,4 @@
-"""Every method: one registered function per step, one row per method; :mod:`hcsmoe_core.steps` has the tables.
+"""Every method: one registered function per step, one row per method, in the tables of ``steps``.
 
 A file of one's own takes part with a step and a row::
 
@@ -10,7 +10,8 @@ A file of one's own takes part with a step and a row::
 
     METHODS["alternating"] = Method("mine", title="every r-th expert joined", group="alternating")
 
-It is loaded by :func:`load_plugin`, by ``--plugin FILE`` on the command line, or as an entry point ``hcsmoe.methods``.
+It is loaded by :func:`load_plugin`, by ``--plugin FILE`` on the command line, or as an entry point
+``hcsmoe.methods``.
 """
 
 import importlib.metadata

@@ -1,7 +1,7 @@
 """How many experts each layer keeps, of a total that is always the same.
 
-A budget is a step ``(layers, total, fewest) → counts``: ``layers`` are :class:`hcsmoe_core.methods.planner.Layer`, and
-``fewest`` is what each must keep at least.
+A budget is a step ``(layers, total, fewest) → counts``: ``layers`` are
+:class:`hcsmoe_core.methods.planner.Layer`, and ``fewest`` is what each must keep at least.
 """
 
 from typing import Literal
@@ -26,6 +26,7 @@ def check_one_similarity(recipe):
 
 
 def check_scored(recipe):
+    """A saliency that chooses sets of experts scores none of them by itself."""
     if recipe.steps["saliency"] == "o-prune":
         raise InputError('budget "saliency" goes with a saliency that scores each expert; not "o-prune".')
 
@@ -76,9 +77,9 @@ def silhouette(layers, total, fewest, *, linkage: Literal[LINKAGES] = "average")
 def by_score(scores, total, fewest):
     """Keep the experts with the largest scores of all layers together.
 
-    The rule of M-SMoE (arXiv 2310.01334, section 3.2) and of HC-SMoE's non-uniform clusters, made exact: each layer's
-    best experts are kept first, as many as it must keep; of equals the one in the earlier layer, then of the smaller
-    index, is taken.
+    The rule of M-SMoE (arXiv 2310.01334, section 3.2) and of HC-SMoE's non-uniform clusters, made exact: each
+    layer's best experts are kept first, as many as it must keep; of equals the one in the earlier layer, then
+    of the smaller index, is taken.
 
     Parameters
     ----------
@@ -128,12 +129,13 @@ def by_merge_cost(trees, scales, total, fewest):
 
 
 def grape(similarities, total, fewest, *, gamma=0.1):
-    """GRAPE's greedy allocation (arXiv 2604.06542): join where a layer is most redundant, guarded by an entropy.
+    """GRAPE's greedy allocation (arXiv 2604.06542): join where redundancy is largest, within an entropy.
 
-    A layer's redundancy is the sum of its experts' similarities ``R_l = Σ_{i≠j} S_ij``. The layer with the largest, of those
-    not frozen, joins its most similar pair of experts that are not joined yet, and loses that pair's share of R. Where
-    the entropy of the kept experts' distribution over the layers would fall below ``(1 − γ)`` of what it was at the start,
-    that layer is frozen instead; when all are frozen, all are freed, and the join is made that leaves the largest entropy.
+    A layer's redundancy is the sum of its experts' similarities ``R_l = Σ_{i≠j} S_ij``. The layer with the
+    largest, of those not frozen, joins its most similar pair of experts that are not joined yet, and loses
+    that pair's share of R. Where the entropy of the kept experts' distribution over the layers would fall
+    below ``(1 − γ)`` of what it was at the start, that layer is frozen instead; when all are frozen, all are
+    freed, and the join is made that leaves the largest entropy.
 
     Parameters
     ----------
@@ -193,7 +195,7 @@ def _entropy(counts):
 
 
 def by_silhouette(distances, trees, total, fewest, most):
-    """The counts with the largest sum of the layers' mean silhouettes (Rousseeuw, 1987), by dynamic programming.
+    """The counts with the largest sum of mean silhouettes (Rousseeuw, 1987), by dynamic programming.
 
     Parameters
     ----------
@@ -220,7 +222,7 @@ def by_silhouette(distances, trees, total, fewest, most):
 
 
 def silhouettes(condensed, tree):
-    """Mean silhouette of a tree's cut at every number of groups, ``{groups: value}``; 0 where it is not defined (1 and E)."""
+    """Mean silhouette of each cut of a tree, ``{groups: value}``; 0 where it is not defined (1 and E)."""
     from sklearn.metrics import silhouette_score
 
     square, experts = squareform(condensed), len(tree) + 1

@@ -1,4 +1,4 @@
-"""How the experts of a group become one: averaged, matched neuron by neuron, refitted to what they did, or chosen from.
+"""How the experts of a group become one: averaged, matched by neurons, refitted, or chosen from.
 
 A combination is a step ``(group) → Neurons``, of a :class:`hcsmoe_core.merging.Group`.
 """
@@ -72,11 +72,12 @@ def aligned(group, align):
 
 @combine("ties", check=_check_fraction("density"))
 def ties(group, *, density: float = 0.2):
-    """TIES (arXiv 2306.01708; of experts: MergeME, arXiv 2502.00997): trim, elect a sign, average what agrees.
+    """TIES (arXiv 2306.01708; MergeME, arXiv 2502.00997): trim, elect a sign, average what agrees.
 
-    Of each member's difference from the members' plain mean, the share ``density`` that is largest in absolute value stays,
-    biases included. For each weight of the expert the sign is elected that has the larger weighted sum, and the differences
-    of that sign are averaged by the members' weights; where the sums balance, the mean stays.
+    Of each member's difference from the members' plain mean, the share ``density`` that is largest in
+    absolute value stays, biases included. For each weight of the expert the sign is elected that has the
+    larger weighted sum, and the differences of that sign are averaged by the members' weights; where the sums
+    balance, the mean stays.
     """
     mean, changes = _changes(group)
     smallest = changes.shape[1] - max(1, round(density * changes.shape[1])) + 1
@@ -92,11 +93,11 @@ def ties(group, *, density: float = 0.2):
 
 @combine("dare", random=True, check=_check_fraction("density"))
 def dare(group, *, density: float = 0.5, seed: int = 0):
-    """DARE (arXiv 2311.03099; of experts: MergeME, arXiv 2502.00997): drop at random and rescale, then average.
+    """DARE (arXiv 2311.03099; MergeME, arXiv 2502.00997): drop at random, rescale, average.
 
-    Of each member's difference from the members' plain mean, each number stays with probability ``density`` and is divided by
-    it; the weighted average of what stays is added to the mean. What is drawn depends on the seed, the layer's name and the
-    expert's number alone.
+    Of each member's difference from the members' plain mean, each number stays with probability ``density``
+    and is divided by it; the weighted average of what stays is added to the mean. What is drawn depends on
+    the seed, the layer's name and the expert's number alone.
     """
     mean, changes = _changes(group)
     total = torch.zeros_like(mean)
@@ -111,7 +112,7 @@ def dare(group, *, density: float = 0.5, seed: int = 0):
 
 
 def _changes(group):
-    """The members' plain mean, all weights in a row, ``(P,)``; and each member's difference from it, ``(n, P)``."""
+    """The members' plain mean as one row, ``(P,)``, and each member's difference from it, ``(n, P)``."""
     rows = [torch.cat([t.flatten() for t in _tensors(expert) if t is not None]) for expert in group.experts]
     mean = sum(rows) / len(rows)
     return mean, torch.stack(rows) - mean
@@ -140,7 +141,7 @@ def _described(expert):
 
 
 def _correlation_between(group, first, second):
-    """Correlation of two members' activations over the tokens routed to either, ``(I, I)``, or None with too few tokens."""
+    """Correlation ``(I, I)`` of two members' activations on tokens routed to either; None with too few."""
     tokens, _ = group.tokens([first, second])
     if len(tokens) < 2:
         return None
@@ -175,7 +176,7 @@ def _neuron_correlation(group, features):
 
 
 def _pooled(group, pool="members"):
-    """All members' neurons as one wide expert, with those of their average if asked; its offset is the members' average."""
+    """All members' neurons, and those of their average if asked, as one wide expert."""
     average = group.average()
     experts = [*group.experts, average] if pool == "averages" and len(group.members) > 1 else group.experts
     bias = None if experts[0].bias is None else torch.cat([e.bias for e in experts])
@@ -202,7 +203,7 @@ def _clustered(group, target, width):
 
 @combine("fix-dom", needs=_for_features, matched=True)
 def fixed_dominant(group, *, features: Literal[NEURON_FEATURES] = "activations"):
-    """Each neuron goes to the dominant expert's that it correlates with most, and is averaged there (HC-SMoE's Fix-Dom)."""
+    """Each neuron is averaged with the dominant expert's that it correlates with most (HC-SMoE's Fix-Dom)."""
     correlation = _neuron_correlation(group, features)
     width = len(group.experts[0].up)
     own = slice(group.dominant * width, (group.dominant + 1) * width)
@@ -213,17 +214,17 @@ def fixed_dominant(group, *, features: Literal[NEURON_FEATURES] = "activations")
 
 @combine("zipit", needs=_for_features)
 def zipped(group, *, features: Literal[NEURON_FEATURES] = "activations"):
-    """The most correlated neurons of all members are joined, until as many are left as one expert has (ZipIt)."""
+    """The most correlated neurons of all members are joined, until one expert's number is left (ZipIt)."""
     correlation = _neuron_correlation(group, features).cpu().numpy()
     width = len(group.experts[0].up)
     return _clustered(group, torch.from_numpy(_zip_targets(correlation, width)), width)
 
 
 def _zip_targets(correlation, width):
-    """Which of ``width`` merged neurons each neuron becomes, joining the most correlated pair until that many are left.
+    """Which of ``width`` neurons each one becomes, joining the most correlated pair until they are left.
 
-    A joined neuron's correlation with another is a tenth of the smaller of its parts', as in the authors' code, so that
-    joined ones wait.
+    A joined neuron's correlation with another is a tenth of the smaller of its parts', as in the authors'
+    code, so that joined ones wait.
     """
     c = np.array(correlation, dtype=np.float64)
     np.fill_diagonal(c, -1)
@@ -245,7 +246,7 @@ def _zip_targets(correlation, width):
 
 @combine("least-squares", needs=("sample",), solves=True)
 def least_squares(group, *, align: Literal[ALIGNMENTS] = "none", ridge: float = 0.05):
-    """Average what neurons read, and solve what they write by ridge regression (MergeMoE, arXiv 2510.14436)."""
+    """Average what neurons read, and solve what they write (MergeMoE, arXiv 2510.14436)."""
     merged = group.once(("averaged", align), lambda: averaged(group, align=align))
     if not len(group.outputs()):
         return merged
@@ -254,7 +255,7 @@ def least_squares(group, *, align: Literal[ALIGNMENTS] = "none", ridge: float = 
 
 
 def normal_equations(group, neurons):
-    """Of the regression of what the group gave on what some neurons would give instead, times its summed gates.
+    """Of the regression of what the group gave on what neurons would give instead, times the summed gates.
 
     Returns
     -------
@@ -266,7 +267,7 @@ def normal_equations(group, neurons):
 
 
 def _solved(gram, xty, ridge, prior):
-    """``argmin_W ‖V W − Y‖² + λ ‖W − prior‖²`` from VᵀV and VᵀY, λ relative to the mean squared column of V, ``(N, D)``."""
+    """``argmin_W ‖V W − Y‖² + λ ‖W − prior‖²``, ``(N, D)``, λ relative to the mean squared column of V."""
     wide = prior.double()
     penalty = max(float(gram.diagonal().mean()) * ridge, torch.finfo(torch.float64).tiny)
     ridged = gram.clone()
@@ -287,18 +288,20 @@ def _symmetric_solve(gram, right):
 def _check_refit(recipe):
     if recipe.steps["group"] == "fuzzy" or recipe.steps["compress"]:
         raise InputError(
-            '"refit" fits experts that are joined or trimmed: it goes with no pruning, fuzzy groups or compress.'
+            '"refit" fits experts that are joined or trimmed: it goes with no pruning, fuzzy groups or '
+            "compress."
         )
 
 
 @refine("refit", needs=("sample",), check=_check_refit)
 def refitted(group, neurons, rounds, *, ridge: float = REFIT_RIDGE):
-    """An expert fitted further to what a group gives on its sampled tokens, what its neurons read and what they write in turns.
+    """What an expert's neurons read and what they write, fitted in turns to a group's sampled outputs.
 
-    What they read, gates and all, is moved by one Gauss-Newton step that lowers the residual: the activations' slopes make it
-    a linear regression, which conjugate gradients solve, at the cost of a few passes over the tokens each, with a ridge that
-    pulls towards the rows as they are (Levenberg, 1944). What they write is then solved for as in ``"least-squares"``. No
-    gradient of the model's loss is involved, nor any text but the sample.
+    What they read, gates and all, is moved by one Gauss-Newton step that lowers the residual: the
+    activations' slopes make it a linear regression, which conjugate gradients solve, at the cost of a few
+    passes over the tokens each, with a ridge that pulls towards the rows as they are (Levenberg, 1944). What
+    they write is then solved for as in ``"least-squares"``. No gradient of the model's loss is involved, nor
+    any text but the sample.
 
     Parameters
     ----------
@@ -340,8 +343,9 @@ def _residual(group, neurons):
 def _reading_step(group, neurons, residual):
     """Change of ``up``, ``(I', p, D)``, that takes most of a residual away, to first order and with a ridge.
 
-    ``argmin_δ ‖R − Σ_jp (c s_jp (X δ_jp)) d_jᵀ‖² + Σ_jp λ_jp ‖δ_jp‖²`` for slopes s, gates c and what neurons write d, by
-    conjugate gradients with the diagonal as preconditioner: solution x, residual r, direction p, steps alpha and beta.
+    ``argmin_δ ‖R − Σ_jp (c s_jp (X δ_jp)) d_jᵀ‖² + Σ_jp λ_jp ‖δ_jp‖²`` for slopes s, gates c and what neurons
+    write d, by conjugate gradients with the diagonal as preconditioner: solution x, residual r, direction p,
+    steps alpha and beta.
     """
     tokens, gates = (t.float() for t in group.tokens())
     slopes = (group.layer.slopes(neurons, group.tokens()[0]).float() * gates.sum(1, keepdim=True)).unbind()
@@ -377,7 +381,7 @@ def _reading_step(group, neurons, residual):
 
 @combine("joint-svd", needs=_for_alignment, check=_check_fraction("rank"))
 def joint_svd(group, *, align: Literal[ALIGNMENTS] = "none", rank: float = 0.5):
-    """One singular value decomposition of all members, its right vectors averaged (Sub-MoE, arXiv 2506.23266).
+    """One singular value decomposition of all members, right vectors averaged (Sub-MoE, arXiv 2506.23266).
 
     ``rank`` is the share of the singular values that stays, above 0 and at most 1.
     """
@@ -404,7 +408,7 @@ def trimmed(group, *, width=None, ridge: float = 0.02):
 
 @combine("selection", needs=("sample",), solves=True, matched=True)
 def selected(group, *, width=None, ridge: float = 0.02, pool: Literal[POOLS] = "members"):
-    """Of all members' neurons those chosen from which what the group did follows best, and what they write solved for.
+    """The neurons of all members that best give what the group gave; what they write is solved for.
 
     ``pool="averages"`` lets the neurons of the members' average be chosen too.
     """
@@ -424,10 +428,11 @@ def selected(group, *, width=None, ridge: float = 0.02, pool: Literal[POOLS] = "
 
 
 def _completed(chosen, width, group, pool):
-    """Numbers of ``width`` neurons of the pool, in order: those chosen, and others where the sample tells too little.
+    """Numbers of ``width`` neurons of the pool: those chosen, and others where the sample tells too little.
 
-    Those of the members' average come first where it is in the pool, else the dominant expert's, then those that read and
-    write most; near-copies of neurons that are chosen already come last, so that of equal experts each neuron is taken once.
+    Those of the members' average come first where it is in the pool, else the dominant expert's, then those
+    that read and write most; near-copies of neurons that are chosen already come last, so that of equal
+    experts each neuron is taken once.
     """
     if len(chosen) < width:
         vectors = _described(pool)
@@ -445,7 +450,7 @@ def _completed(chosen, width, group, pool):
 
 
 def _unlike(unit, chosen, order, count):
-    """The chosen rows of unit vectors, and others in some order up to ``count``, none near a copy of one before it."""
+    """The chosen rows, and others in some order up to ``count``, none near a copy of one before it."""
     chosen, present = list(chosen), set(chosen)
     rest = [row for row in order if row not in present]
     for start in range(0, len(rest), BATCH):
@@ -483,7 +488,7 @@ def forward_selection(pool, target, width, *, block=None):
 
 
 def chosen_columns(gram, xty, width, *, block=None):
-    """:func:`forward_selection` from the normal equations (orthogonal least squares; Chen, Billings and Luo, 1989).
+    """:func:`forward_selection` from the normal equations (Chen, Billings and Luo, 1989).
 
     Parameters
     ----------
@@ -491,9 +496,9 @@ def chosen_columns(gram, xty, width, *, block=None):
     xty : (N, D) float64 tensor
     width : int
     block : int, optional
-        Columns chosen at once, each for what the others of the block leave, among the four times as many that lower the
-        residual most by themselves; then all others are projected off them in one matrix product. By default 1, the greedy
-        choice itself, up to a width of 511, and about 256 blocks for larger ones.
+        Columns chosen at once, each for what the others of the block leave, among the four times as many that
+        lower the residual most by themselves; then all others are projected off them in one matrix product.
+        By default 1, the greedy choice itself, up to a width of 511, and about 256 blocks for larger ones.
 
     Returns
     -------

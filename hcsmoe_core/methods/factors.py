@@ -1,8 +1,8 @@
 """The second step of MC-SMoE: each projection of the merged experts as a low-rank product and a few rows.
 
-Li et al., ICLR 2024 (arXiv 2310.01334, section 3.3) write ``W = A B + S`` with S row-sparse and find both by training
-with distillation. Here nothing is trained: second moments of what enters each projection stand in for the gradients. The
-result is dense: each projection becomes what its factors multiply out to.
+Li et al., ICLR 2024 (arXiv 2310.01334, section 3.3) write ``W = A B + S`` with S row-sparse and find both by
+training with distillation. Here nothing is trained: second moments of what enters each projection stand in
+for the gradients. The result is dense: each projection becomes what its factors multiply out to.
 """
 
 import math
@@ -59,13 +59,14 @@ class Factors:
 
 
 def second_moment(inputs, ridge=1e-3):
-    """Second moment of what enters a matrix, with a ridge: ``M = (1/T) Σ x xᵀ + ridge · m · I``, m the mean diagonal.
+    """Second moment of inputs, with a ridge: ``M = (1/T) Σ x xᵀ + ridge · m · I``, m the mean diagonal.
 
     Parameters
     ----------
     inputs : (T, d2) float tensor
     ridge : float
-        Relative to the mean of the diagonal; keeps M positive definite where there are fewer tokens than inputs.
+        Relative to the mean of the diagonal; keeps M positive definite where there are fewer tokens than
+        inputs.
 
     Returns
     -------
@@ -81,10 +82,11 @@ def second_moment(inputs, ridge=1e-3):
 def factor(weight, moment, rank, rows=0):
     """A matrix as a low-rank product and its most important residual rows, without training (whitened SVD).
 
-    With ``M = L Lᵀ`` and ``W L = U Σ Vᵀ``, ``A = U_q Σ_q^½`` and ``B = Σ_q^½ V_qᵀ L⁻¹`` are the product of rank q with
-    the smallest ``‖(W − A B) L‖_F``: the smallest mean squared error of the outputs where M is the second moment of the
-    inputs. S holds the rows of ``R = W − A B`` with the largest ``R_i M R_iᵀ`` as they are (ties: the first), so that
-    ``A B + S`` has those rows of W. Of each column of A, the entry with the largest absolute value is positive.
+    With ``M = L Lᵀ`` and ``W L = U Σ Vᵀ``, ``A = U_q Σ_q^½`` and ``B = Σ_q^½ V_qᵀ L⁻¹`` are the product of
+    rank q with the smallest ``‖(W − A B) L‖_F``: the smallest mean squared error of the outputs where M is
+    the second moment of the inputs. S holds the rows of ``R = W − A B`` with the largest ``R_i M R_iᵀ`` as
+    they are (ties: the first), so that ``A B + S`` has those rows of W. Of each column of A, the entry with
+    the largest absolute value is positive.
 
     Parameters
     ----------
@@ -128,28 +130,32 @@ def _with_rows(w, a, b, rows):
 
 
 def compress(layers, *, share, rank=None, ridge=1e-3, rank_share=RANK_SHARE):
-    """Factor every projection of every expert within one budget (MC-SMoE, arXiv 2310.01334, section 3.3), untrained.
+    """Factor every projection of every expert within one budget (MC-SMoE, section 3.3), untrained.
 
-    Gate, up and down projections are matrices of their own, named ``"up.0"``, ``"up.1"`` (where there is a gate: the
-    gate and the up projection) and ``"down"``. Each first becomes a product of rank q. The rest of the budget goes to
-    rows of the residuals, chosen over all matrices of all layers together, by importance for each number that is stored:
-    ``R_i M R_iᵀ / d2``, largest first; ties go to the earlier layer, expert, matrix and row. A row that no longer fits is
-    passed over and smaller ones are tried, so that less is left over than the smallest row left out takes.
+    Gate, up and down projections are matrices of their own, named ``"up.0"``, ``"up.1"`` (where there is a
+    gate: the gate and the up projection) and ``"down"``. Each first becomes a product of rank q. The rest of
+    the budget goes to rows of the residuals, chosen over all matrices of all layers together, by importance
+    for each number that is stored: ``R_i M R_iᵀ / d2``, largest first; ties go to the earlier layer, expert,
+    matrix and row. A row that no longer fits is passed over and smaller ones are tried, so that less is left
+    over than the smallest row left out takes.
 
-    As in the paper, importances of different layers are compared as they are: a layer with larger outputs gets more
-    rows. They are means over the tokens of each expert, however few, and not weighted by how often the router chose it.
+    As in the paper, importances of different layers are compared as they are: a layer with larger outputs
+    gets more rows. They are means over the tokens of each expert, however few, and not weighted by how often
+    the router chose it.
 
     Parameters
     ----------
     layers : list of (list of r Neurons, list of r (T_g, D) tensors, callable)
-        Of each layer: its experts; the tokens that were routed to each, maybe none; and what gives activations
-        ``(T_g, I)`` from an expert and tokens, as :meth:`MoELayer.activate` does. An expert without tokens, or whose
-        inputs or activations are all zero, is factored as if each were an independent number with variance 1.
+        Of each layer: its experts; the tokens that were routed to each, maybe none; and what gives
+        activations ``(T_g, I)`` from an expert and tokens, as :meth:`MoELayer.activate` does. An expert
+        without tokens, or whose inputs or activations are all zero, is factored as if each were an
+        independent number with variance 1.
     share : float
-        Of the weights, above 0 and up to 1: at most ``floor(share · Σ d1 d2)`` numbers are stored. Biases stay as they
-        are and are not counted, nor are row numbers.
+        Of the weights, above 0 and up to 1: at most ``floor(share · Σ d1 d2)`` numbers are stored. Biases
+        stay as they are and are not counted, nor are row numbers.
     rank : int, optional
-        q of every matrix, from 0 (rows alone); by default ``max(1, round(rank_share · share · d1 d2 / (d1 + d2)))``.
+        q of every matrix, from 0 (rows alone); by default ``max(1, round(rank_share · share · d1 d2 / (d1 +
+        d2)))``.
     ridge : float
         See :func:`second_moment`.
     rank_share : float
@@ -173,8 +179,9 @@ def compress(layers, *, share, rank=None, ridge=1e-3, rank_share=RANK_SHARE):
     budget = math.floor(round(share * total, 6))
     if products > budget:
         raise InputError(
-            f'The "rank" and "share" arguments do not fit: products of rank {min(ranks)} to {max(ranks)} take '
-            f"{products} numbers, and share {share} of {total} weights is {budget}; give a smaller rank or a larger share."
+            f'The "rank" and "share" arguments do not fit: products of rank {min(ranks)} to {max(ranks)} '
+            f"take {products} numbers, and share {share} of {total} weights is {budget}; "
+            "give a smaller rank or a larger share."
         )
     low_rank, importances, left = [], [], iter(ranks)
     for index, (experts, tokens, activate) in enumerate(layers):
@@ -190,7 +197,7 @@ def compress(layers, *, share, rank=None, ridge=1e-3, rank_share=RANK_SHARE):
     factors, start = [[{} for _ in experts] for experts, _, _ in layers], 0
     for (index, g, name, a, b), (d1, _) in zip(low_rank, shapes, strict=True):
         rows = torch.from_numpy(selected[start : start + d1].nonzero()[0]).to(a.device)
-        # The residuals of all matrices would take more memory than the weights, so that they are worked out again.
+        # The residuals of all matrices would take more memory than the weights: they are computed again.
         factors[index][g][name] = _with_rows(_matrices(layers[index][0][g])[name].double(), a, b, rows)
         start += d1
     return factors
@@ -278,10 +285,11 @@ def _check_options(recipe):
 @step("low-rank", needs=("sample",), check=_check_options)
 @torch.no_grad()
 def compress_layers(layers, plan, stats, *, share: float = 0.5, rank: int | None = None):
-    """MC-SMoE's second step on merged layers: experts become what their factors, in the model's dtype, multiply out to.
+    """MC-SMoE's second step: merged experts become what their factors, in their dtype, multiply out to.
 
-    ``share`` is that of the merged experts' weights which their factors take, and ``rank`` that of the products, by default
-    the rank that takes half of it. What the factors of a layer would take stays with it as ``compressed_bytes``.
+    ``share`` is that of the merged experts' weights which their factors take, and ``rank`` that of the
+    products, by default the rank that takes half of it. What the factors of a layer would take stays with it
+    as ``compressed_bytes``.
     """
     inputs = []
     for layer, layer_plan in zip(layers, plan.layers, strict=True):
@@ -294,6 +302,6 @@ def compress_layers(layers, plan, stats, *, share: float = 0.5, rank: int | None
         rounded = [{name: f.to(dtype) for name, f in matrices.items()} for matrices in experts]
         dense = layer.stacked([densified(layer.neurons(g), f) for g, f in enumerate(rounded)])
         if not all(all_finite(tensor) for tensor in dense.values()):
-            raise InputError(f"{layer.name}: factors are not finite in {dtype}; load the model with another dtype.")
+            raise InputError(f"{layer.name}: factors are not finite in {dtype}; load it with another dtype.")
         set_rows(layer, dense)
         layer.experts._merged.compressed_bytes = stored_bytes(rounded, dtype)

@@ -41,8 +41,8 @@ class Layer:
     free : (F,) int64 array
         The other experts, in order.
     rank, order : (F,) int64 arrays
-        Place of each free expert in an order that does not depend on how experts are numbered, and the reverse: whatever is
-        drawn by chance is drawn in that order.
+        Place of each free expert in an order that does not depend on how experts are numbered, and the
+        reverse: whatever is drawn by chance is drawn in that order.
     seeds, random_state : list of int, int
         The plan's seed and the layer's number, for NumPy's generators; and one number made of them.
     recipe : Recipe
@@ -61,6 +61,7 @@ class Layer:
 
     @property
     def width(self):
+        """I."""
         return self.stats.model["layers"][self.name]["width"]
 
     @property
@@ -70,14 +71,17 @@ class Layer:
 
     @property
     def random_state(self):
+        """One number made of the plan's seed and the layer's number."""
         return np.random.SeedSequence(self.seeds).generate_state(1)[0]
 
     @functools.cached_property
     def rank(self):
+        """Where each free expert stands in :attr:`order`, ``(F,)``."""
         return np.argsort(self.order)
 
     @functools.cached_property
     def order(self):
+        """Free experts in an order that does not depend on how experts are numbered, ``(F,)``; for chance."""
         return np.argsort(pruning.canonical_rank(self.sums)[self.free])
 
     @property
@@ -103,7 +107,7 @@ class Layer:
 
     @functools.cached_property
     def similarities(self):
-        """Square matrix ``(E, E)``, larger for experts that are more alike: cosines where these are what is measured."""
+        """Square matrix ``(E, E)``, larger for experts more alike: cosines, or negative distances."""
         square = squareform(self.distances)
         return 1 - square if self.metric in ("cosine", "cka") else -square
 
@@ -138,12 +142,13 @@ def make_plan(stats, model=None, *, experts, method="hc-smoe", seed=0, progress=
     ----------
     stats : Statistics
     model : transformers.PreTrainedModel, optional
-        Needed where weights are looked at (similarities ``"weight"`` and ``"cka"``, ``"o-prune"``, ``"least-residual"``);
-        where given, checked to be the model of the statistics. A merged one is planned for as it was before.
+        Needed where weights are looked at (similarities ``"weight"`` and ``"cka"``, ``"o-prune"``,
+        ``"least-residual"``); where given, checked to be the model of the statistics. A merged one is planned
+        for as it was before.
     experts : int, or sequence of L int
-        r: experts kept in each layer, from 1 to E; with a budget that is not uniform, their mean over the layers. A
-        trimmed model keeps all experts, each at r / E of its width. A sequence gives each layer's own number, and takes
-        the place of a budget.
+        r: experts kept in each layer, from 1 to E; with a budget that is not uniform, their mean over the
+        layers. A trimmed model keeps all experts, each at r / E of its width. A sequence gives each layer's
+        own number, and takes the place of a budget.
     method : str
         Of :data:`METHODS`, or ``"recommended"``: the one that was found to lose least.
     seed : int
@@ -151,13 +156,14 @@ def make_plan(stats, model=None, *, experts, method="hc-smoe", seed=0, progress=
     progress : bool
         Show a bar where it takes long.
     **settings
-        Steps and options that are to differ from the method's own, such as ``linkage="ward"``: :func:`resolve`.
+        Steps and options that are to differ from the method's own, such as ``linkage="ward"``:
+        :func:`resolve`.
 
     Raises
     ------
     InputError
-        If a choice is unknown, steps do not go together, ``experts`` is out of range, the statistics lack what is needed
-        or are another model's, or the model was loaded merged.
+        If a choice is unknown, steps do not go together, ``experts`` is out of range, the statistics lack
+        what is needed or are another model's, or the model was loaded merged.
     """
     (plan,) = make_plans(
         stats, model, experts=[experts], method=method, seed=seed, progress=progress, **settings
@@ -213,7 +219,8 @@ def _check_inputs(stats, model, recipe):
         check_statistics(stats, model)
     elif recipe.needs_model:
         raise InputError(
-            f'Method {recipe.method!r} looks at the experts\' weights with these settings; give the "model" argument.'
+            f"Method {recipe.method!r} looks at the experts' weights with these settings; "
+            'give the "model" argument.'
         )
 
 
@@ -250,32 +257,32 @@ def _counts(layers, recipe, experts):
         fewest, total = [_fewest(layer, recipe) for layer in layers], experts * len(layers)
         if total < sum(fewest):
             raise InputError(
-                f'The "experts" argument is {experts}, {total} in all, but at least {sum(fewest)} must be kept: in each '
-                "layer its super experts, if the guard is on, and one more, or as many more as the largest group allows."
+                f'The "experts" argument is {experts}, {total} in all, but at least {sum(fewest)} must be kept: in '
+                "each layer its super experts, if the guard is on, and one more, or as many more as the largest "
+                "group allows."
             )
         counts = recipe.step("budget")(layers, total, fewest, **recipe.by_kind["budget"])
         counts = [int(count) for count in counts]
         assert sum(counts) == total, f"a budget of {total} experts came out as {counts}"
     elif len(experts) != len(layers):
         raise InputError(
-            f'The "experts" argument lists {len(experts)} numbers for {len(layers)} MoE layers; give one for each.'
+            f'The "experts" argument lists {len(experts)} numbers for {len(layers)} MoE layers; '
+            "give one for each."
         )
     elif not uniform or recipe.step("group").properties.get("widths"):
         raise InputError(
-            'The "experts" argument may be a list only where budget is "uniform", and not for trimming (group "none") or '
-            'group "residual", which change widths.'
+            'The "experts" argument may be a list only where budget is "uniform", and not for trimming '
+            '(group "none") or group "residual", which change widths.'
         )
     else:
-        counts = [
-            check_count("experts", count, 1, layer.num_experts) for count, layer in zip(experts, layers)
-        ]
+        counts = [check_count("experts", n, 1, size) for n, size in zip(experts, sizes, strict=True)]
     for count, layer in zip(counts, layers, strict=True):
         low = min(len(layer.protected) + 1, layer.num_experts)
         if not low <= count <= layer.num_experts:
             raise InputError(
-                f'The "experts" argument leaves {count} experts in {layer.name}, but from {low} to {layer.num_experts} must '
-                f"be kept there: its {len(layer.protected)} super experts, which the guard protects, and one more at least; "
-                "keep more, or switch the guard off."
+                f'The "experts" argument leaves {count} experts in {layer.name}, but from {low} to '
+                f"{layer.num_experts} must be kept there: its {len(layer.protected)} super experts, which the "
+                "guard protects, and one more at least; keep more, or switch the guard off."
             )
     return counts
 
@@ -301,8 +308,8 @@ def _joined(layer, group, count, seed):
         wanted = list(range(count - len(protected)))
         if np.shape(grouped) != free.shape or np.unique(grouped).tolist() != wanted:
             raise InputError(
-                f'group "{group.name}" must number {len(wanted)} groups of the {len(free)} free experts of {layer.name} from 0; '
-                f"it gave {np.asarray(grouped).tolist()}."
+                f'group "{group.name}" must number {len(wanted)} groups of the {len(free)} free experts of '
+                f"{layer.name} from 0; it gave {np.asarray(grouped).tolist()}."
             )
     labels = np.empty(layer.num_experts, dtype=np.int64)
     labels[free] = grouped

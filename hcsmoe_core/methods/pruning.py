@@ -1,7 +1,8 @@
 """Which experts to drop: what each is worth, and what dropping a set of them does to the layer's output.
 
-A saliency is a step ``(layer) → (E,) array``, of a :class:`hcsmoe_core.methods.planner.Layer`; the experts worth least are
-dropped. One registered with ``chooses=True`` names the experts to keep itself: ``(layer, count) → kept``.
+A saliency is a step ``(layer) → (E,) array``, of a :class:`hcsmoe_core.methods.planner.Layer`; the experts
+worth least are dropped. One registered with ``chooses=True`` names the experts to keep itself: ``(layer,
+count) → kept``.
 """
 
 import dataclasses
@@ -44,7 +45,7 @@ def mean_score(layer):
 
 @step("reap", needs=("norms",))
 def mean_gated_norm(layer):
-    """Mean of ``g_e ‖f_e‖`` over the tokens routed to the expert (REAP, arXiv 2510.13999); 0 where there are none."""
+    """Mean of ``g_e ‖f_e‖`` over the tokens routed to the expert, or 0 (REAP, arXiv 2510.13999)."""
     return (layer.sums.gated_norm_sum.sum(0) / layer.sums.usage_count.sum(0).double().clamp(min=1)).numpy()
 
 
@@ -56,7 +57,7 @@ def sum_of_norms(layer):
 
 @step("man", needs=("norms",))
 def mean_norm(layer):
-    """Mean of ``‖f_e‖`` over the tokens routed to the expert (MAN, arXiv 2606.15716); 0 where there are none."""
+    """Mean of ``‖f_e‖`` over the tokens routed to the expert, or 0 (MAN, arXiv 2606.15716)."""
     return (layer.sums.norm_sum.sum(0) / layer.sums.usage_count.sum(0).double().clamp(min=1)).numpy()
 
 
@@ -71,7 +72,8 @@ def chance(layer):
 def least_loss(layer, count, *, loss: Literal[LOSSES] = "squared", subsets: int = SUBSETS):
     """The experts that change the layer's output least by not being there (NAEE, arXiv 2402.14800).
 
-    Up to 16 experts every subset is tried, else ``subsets`` of them and a search: :class:`DropLoss`, :func:`best_kept`.
+    Up to 16 experts every subset is tried, else ``subsets`` of them and a search: :class:`DropLoss`,
+    :func:`best_kept`.
     """
     sample, experts, moe = layer.sums.sample, layer.num_experts, layer.moe
     rule, many = routing_rule(sample, moe), experts > ENUMERATED
@@ -97,7 +99,7 @@ def least_loss(layer, count, *, loss: Literal[LOSSES] = "squared", subsets: int 
 
 @group("prune", uses=("saliency",), pair={"router": "dropped"}, whole=True, kind="prunes")
 def prune(layers, counts):
-    """The experts that are worth most stay as they are, and the protected ones; the others and their router rows go."""
+    """The protected experts, and those worth most, stay as they are; the others and their router rows go."""
     planned = []
     for layer, count in zip(layers, counts, strict=True):
         saliency, options = layer.recipe.step("saliency"), layer.recipe.by_kind["saliency"]
@@ -117,20 +119,21 @@ def prune(layers, counts):
 
 
 def _best_of_router_groups(worth, count, layer):
-    """The experts worth most, in order; the same number from each of the groups that the router chooses among."""
+    """The experts worth most, in order; as many from each of the groups that the router chooses among."""
     groups = layer.stats.model["layers"][layer.name]["router_groups"]
     if count % groups:
         raise InputError(
-            f'The "experts" argument leaves {count} experts in {layer.name}, whose router chooses among {groups} groups of '
-            f"experts that must stay of one size; keep a multiple of {groups}."
+            f'The "experts" argument leaves {count} experts in {layer.name}, whose router chooses among '
+            f"{groups} groups of experts that must stay of one size; keep a multiple of {groups}."
         )
     size, each, kept = len(worth) // groups, count // groups, []
     for first in range(0, len(worth), size):
         members = worth[first : first + size]
         if np.isinf(members).sum() > each:
             raise InputError(
-                f'The "experts" argument leaves {each} experts in each group that the router of {layer.name} chooses among, '
-                f"but {np.isinf(members).sum()} of one must be kept; keep more experts, or switch the guard off."
+                f'The "experts" argument leaves {each} experts in each group that the router of {layer.name} '
+                f"chooses among, but {np.isinf(members).sum()} of one must be kept; keep more experts, or switch "
+                "the guard off."
             )
         kept += (first + np.argsort(-members, kind="stable")[:each]).tolist()
     return sorted(kept)
@@ -164,9 +167,10 @@ def saliency(stats, layer, name, *, seed=0):
 
 
 def canonical_rank(sums):
-    """Place of each expert in an order that does not depend on how experts are numbered: by routing mass, then count.
+    """Rank of each expert by routing mass, then count: it does not depend on how experts are numbered.
 
-    What is drawn by chance is drawn in that order, so that renumbering a model's experts renumbers a plan and no more.
+    What is drawn by chance is drawn in that order, so that renumbering a model's experts renumbers a plan and
+    no more.
     """
     mass, count = sums.routing_mass.sum(0).numpy(), sums.usage_count.sum(0).numpy()
     return np.argsort(np.lexsort((count, mass)))
@@ -175,8 +179,8 @@ def canonical_rank(sums):
 def super_experts(stats):
     """Experts whose loss would ruin the model (arXiv 2507.23279): those with outlying activations, by layer.
 
-    An expert is one if the largest absolute value among its outputs is above the 99.5th percentile of all experts' and
-    above a tenth of the largest, and its layer is among the first three quarters.
+    An expert is one if the largest absolute value among its outputs is above the 99.5th percentile of all
+    experts' and above a tenth of the largest, and its layer is among the first three quarters.
 
     Parameters
     ----------
@@ -251,7 +255,7 @@ class RoutingRule:
         return gates * self.scale
 
     def order(self, logits):
-        """Experts of each token from the best to the worst, ``(R, E)``, where that does not depend on which are dropped."""
+        """Experts of each token from best to worst, ``(R, E)``; None if it depends on which are dropped."""
         bias = torch.as_tensor(self.bias)
         if (
             self.scoring == "softmax" and bias.any()
@@ -264,9 +268,9 @@ class RoutingRule:
 def routing_rule(sample, layer=None, *, tolerance=0.02):
     """The rule that gives what a router did on the sample.
 
-    Tried in turn: softmax or sigmoid, normalised or not, with any constant scale, and with the correction bias of the
-    router where it has one. In 16-bit models two experts whose scores round alike may swap: the choice must agree for all
-    but 2 % of the tokens, and the weights to 2 %.
+    Tried in turn: softmax or sigmoid, normalised or not, with any constant scale, and with the correction
+    bias of the router where it has one. In 16-bit models two experts whose scores round alike may swap: the
+    choice must agree for all but 2 % of the tokens, and the weights to 2 %.
 
     Parameters
     ----------
@@ -305,14 +309,15 @@ def routing_rule(sample, layer=None, *, tolerance=0.02):
         if float((scale * made - gates)[same].abs().max()) <= tolerance * float(gates.abs().max()):
             return RoutingRule(scoring, normalised, scale, bias.numpy(), top_k)
     raise InputError(
-        "How this model's router makes weights of its logits is not known (it limits its choice to groups of experts, or "
-        'does more than softmax or sigmoid), so that "o-prune" cannot tell how it would route without some experts; use '
+        "How this model's router makes weights of its logits is not known (it limits its choice to groups of "
+        'experts, or does more than softmax or sigmoid), so that "o-prune" cannot tell how it would route '
+        "without some experts; use "
         '"reap" or another saliency.'
     )
 
 
 def output_grams(layer, tokens):
-    """``Γ(x) = ⟨f_i(x), f_j(x)⟩`` of each token, ``(R, E, E)`` float64: what any change of the gates does follows from it.
+    """``Γ(x) = ⟨f_i(x), f_j(x)⟩`` of each token: what any change of the gates does follows from it.
 
     Parameters
     ----------
@@ -336,8 +341,8 @@ def output_grams(layer, tokens):
 class DropLoss:
     """What keeping only some of a layer's experts does to its output on the sample (NAEE, arXiv 2402.14800).
 
-    With the gates g before and g' after, ``‖y − y'‖² = (g − g')ᵀ Γ (g − g')`` for each token: exact, re-routing included,
-    without running an expert again.
+    With the gates g before and g' after, ``‖y − y'‖² = (g − g')ᵀ Γ (g − g')`` for each token: exact,
+    re-routing included, without running an expert again.
 
     Parameters
     ----------
@@ -347,8 +352,8 @@ class DropLoss:
         Of the same tokens.
     rule : RoutingRule
     loss : {"squared", "frobenius"}
-        The sum of squared errors; or NAEE's own, the sum over batches of the root of a batch's sum, with each calibration
-        sequence as a batch (it depends on how tokens are batched).
+        The sum of squared errors; or NAEE's own, the sum over batches of the root of a batch's sum, with each
+        calibration sequence as a batch (it depends on how tokens are batched).
     sequences : (R,) int64 tensor
         Which sequence each token is of.
     dtype : torch.dtype
@@ -360,7 +365,7 @@ class DropLoss:
         self.rule, self.loss, self.dtype = rule, loss, dtype
         self.logits, self.gates = sample.logits.double(), sample.gates
         self.sequences = torch.unique(sequences, return_inverse=True)[1] if loss == "frobenius" else None
-        # Everything is kept with each token's experts from best to worst, so that those chosen are the first that are kept.
+        # Each token's experts go from best to worst here, so that the first that are kept are those chosen.
         self.order = rule.order(self.logits)
         if self.order is not None:
             logits = self.logits.gather(1, self.order)
@@ -385,7 +390,7 @@ class DropLoss:
         return torch.cat(losses)
 
     def _gates(self, kept):
-        """The rule's gates ``[B, R, E]``, each token's experts from best to worst where the order does not change."""
+        """The rule's gates ``[B, R, E]``, each token's experts from best to worst where that is fixed."""
         if self.order is None:
             return self.rule.gates(self.logits, kept).to(self.dtype)
         here = kept[:, self.order]
@@ -404,8 +409,8 @@ class DropLoss:
 def best_kept(loss, experts, count, *, rough=None, protected=(), subsets=SUBSETS, seed=0, progress=True):
     """The experts whose keeping loses least: every subset tried up to 16 experts, else a search.
 
-    The search takes the best of ``subsets`` random ones, then swaps one kept expert for one that is not, the best swap at
-    a time, until none helps.
+    The search takes the best of ``subsets`` random ones, then swaps one kept expert for one that is not, the
+    best swap at a time, until none helps.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""From a method's row and a user's settings to its steps and options, checked; the rows themselves are in ``rows``.
+"""From a method's row and a user's settings to its steps and options, checked.
 
 What a step says about itself where it is registered, beside its needs:
 
@@ -152,7 +152,7 @@ class Recipe:
 
     @property
     def kind(self) -> str:
-        """What becomes of experts: "prunes", "trims", "averages", or "refits" joined ones to what they did."""
+        """What becomes of experts: it "prunes", "trims", "averages", or "refits" them to what they did."""
         solves = (step := self.step("combine")) and step.properties.get("solves")
         return self.step("group").properties.get("kind") or ("refits" if solves else "averages")
 
@@ -173,12 +173,14 @@ def resolve(method: str = "hc-smoe", **settings) -> Recipe:
     method : str
         Of :data:`METHODS`, or ``"recommended"``: the one that was found to lose least.
     **settings
-        Steps by kind (``group="k-means"``), options of steps (``linkage="ward"``), ``metric``, ``merge``, ``guard``.
+        Steps by kind (``group="k-means"``), options of steps (``linkage="ward"``), ``metric``, ``merge``,
+        ``guard``.
 
     Raises
     ------
     InputError
-        If the method or a setting is unknown, no step of the method takes an option, or steps do not go together.
+        If the method or a setting is unknown, no step of the method takes an option, or steps do not go
+        together.
     """
     check_choice("method", method, (*METHODS, RECOMMENDED))
     name = POINTS_TO if method == RECOMMENDED else method
@@ -242,8 +244,12 @@ def _options(kind, steps, chosen):
     step, options = TABLES[kind][steps[kind]], {}
     for name, default in step.options.items():
         if name not in INTERNAL:
-            # The rank of joint-svd is a share, that of low-rank a number: the latter is set as compress_rank beside it.
-            other = kind == "compress" and steps["combine"] in TABLES["combine"] and TABLES["combine"][steps["combine"]]
+            # The rank of joint-svd is a share, that of low-rank a number, set as compress_rank beside it.
+            other = (
+                kind == "compress"
+                and steps["combine"] in TABLES["combine"]
+                and TABLES["combine"][steps["combine"]]
+            )
             taken = other and other.options.get(name, default) != default
             value = chosen.get(f"{kind}_{name}", default if taken else chosen.get(name, default))
             options[name] = value if value is default else _checked(step, name, value)
@@ -278,8 +284,8 @@ def _check_used(recipe, settings):
             kinds = [kind for kind in recipe.by_kind if kind in TABLES and kind != "similarity"]
             present = ", ".join(f'{kind} "{recipe.steps[kind]}"' for kind in kinds if kind in recipe.steps)
             raise InputError(
-                f'The "{name}" setting is taken by {" and ".join(_takers(name))}; method {recipe.method!r} has none of '
-                f"these with the settings given (it has {present})."
+                f'The "{name}" setting is taken by {" and ".join(_takers(name))}; method {recipe.method!r} has '
+                f"none of these with the settings given (it has {present})."
             )
 
 
@@ -289,7 +295,7 @@ def _takers(name):
         name = "similarity"
     if name == "refit":
         return [
-            "every group whose experts are joined or trimmed: it goes with no pruning, fuzzy groups or compress"
+            "groups whose experts are joined or trimmed: it goes with no pruning, fuzzy groups or compress"
         ]
     steps = [step for table in TABLES.values() for step in table.values()]
     takers = [step for step in steps if name in (*step.options, *step.properties.get("uses", ()))]
@@ -306,8 +312,8 @@ def _check_together(recipe):
             if every.get(other, allowed) != allowed:
                 because = step.properties.get("because", "")
                 raise InputError(
-                    f'{step.kind} "{step.name}" goes with {_shown(other, allowed)} only, not {_shown("", every[other])}'
-                    f"{': ' if because else ''}{because}."
+                    f'{step.kind} "{step.name}" goes with {_shown(other, allowed)} only, not '
+                    f"{_shown('', every[other])}{': ' if because else ''}{because}."
                 )
     for step in group.values():
         for kind, name in step.properties.get("pair", {}).items():

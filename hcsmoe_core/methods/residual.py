@@ -1,8 +1,8 @@
 """Candidate compressions of a layer, scored by held-out output error.
 
-What is best to do with a group of experts depends on the group: near-copies can be averaged, others are better refitted, or
-made of a choice of their neurons, or left apart with fewer neurons each. All of these take as many bytes, and the sample of
-layer inputs tells which loses least.
+What is best to do with a group of experts depends on the group: near-copies can be averaged, others are
+better refitted, or made of a choice of their neurons, or left apart with fewer neurons each. All of these
+take as many bytes, and the sample of layer inputs tells which loses least.
 """
 
 import functools
@@ -53,10 +53,11 @@ AVERAGE = {"rule": "average", "align": "none"}
 def least_residual(
     layers, counts, *, shape: Literal[SHAPES] = "uniform", holdout: Literal[HOLDOUTS] = "auto"
 ):
-    """The number of experts and their width, the groups and their rules, that leave the smallest error on held-out tokens.
+    """The numbers of experts, widths, groups and rules that leave the smallest error on held-out tokens.
 
-    ``shape`` is one number of experts and one width in all layers, each layer's own, or whole experts; for ``holdout`` see
-    :func:`held_out`. What neurons read is fitted too, in ``refit`` rounds, where that leaves less.
+    ``shape`` is one number of experts and one width in all layers, each layer's own, or whole experts; for
+    ``holdout`` see :func:`held_out`. What neurons read is fitted too, in ``refit`` rounds, where that leaves
+    less.
     """
     recipe, stats = layers[0].recipe, layers[0].stats
     decides = held_out(stats.sampled, holdout, stats.domains)
@@ -101,10 +102,11 @@ class Candidate:
     width : int
         Neurons of each new expert.
     rules : list of dict, or None
-        Of each group, how it becomes one expert: options of :func:`hcsmoe_core.merging.combine_group`; None for averages.
+        Of each group, how it becomes one expert: options of :func:`hcsmoe_core.merging.combine_group`; None
+        for averages.
     residual : float
-        Squared error of the layer's output on tokens that were held out, relative to the output itself, before what neurons
-        read is fitted; errors of different groups are taken to be uncorrelated.
+        Squared error of the layer's output on tokens that were held out, relative to the output itself,
+        before what neurons read is fitted; errors of different groups are taken to be uncorrelated.
     """
 
     labels: np.ndarray
@@ -148,9 +150,10 @@ def held_out(sampled, by, domains=()):
     sampled : (R, 3) int64 tensor
         Of :class:`hcsmoe_core.statistics.Statistics`.
     by : {"auto", "sequences", "domains"}
-        One in four of the sequences of each domain (of all together, where each domain has one alone), or all sequences of
-        one in four domains: a choice that holds on text of another kind is more cautious, and falls back towards averages.
-        ``"auto"`` takes domains where the text is of two or three, none of which the model wrote itself.
+        One in four of the sequences of each domain (of all together, where each domain has one alone), or all
+        sequences of one in four domains: a choice that holds on text of another kind is more cautious, and
+        falls back towards averages. ``"auto"`` takes domains where the text is of two or three, none of which
+        the model wrote itself.
     domains : sequence of str
         Names of the domains.
 
@@ -170,8 +173,8 @@ def held_out(sampled, by, domains=()):
     if by == "domains":
         if len(present) < 2:
             raise InputError(
-                'The "holdout" argument cannot be "domains": the calibration tokens are of one domain; use "sequences", or a '
-                "calibration source with several."
+                'The "holdout" argument cannot be "domains": the calibration tokens are of one domain; '
+                'use "sequences", or a calibration source with several.'
             )
         return torch.isin(domain, torch.tensor(present[HELD_OUT - 1 :: HELD_OUT] or present[-1:]))
     of_domain = [sequence[domain == one].unique() for one in present]
@@ -180,7 +183,7 @@ def held_out(sampled, by, domains=()):
     several = [sequences for sequences in of_domain if len(sequences) > 1]
     if not several:
         raise InputError(
-            "To hold some out, the sample needs tokens of two calibration sequences at least; calibrate on more."
+            "To hold some out, the sample needs tokens of at least two calibration sequences; calibrate on more."
         )
     return torch.isin(
         sequence, torch.cat([s[HELD_OUT - 1 :: HELD_OUT] if len(s) >= HELD_OUT else s[-1:] for s in several])
@@ -231,8 +234,8 @@ class Scorer:
     def candidates(self, stats, model, experts):
         """The best compression of each shape that takes the bytes of ``experts`` experts, by shape.
 
-        Experts whose neurons cannot be told apart, or solved for, are averaged: by the groups of which the statistics of
-        their outputs predict the smallest error.
+        Experts whose neurons cannot be told apart, or solved for, are averaged: by the groups of which the
+        statistics of their outputs predict the smallest error.
         """
         best = {}
         for count, width in shapes(self.sums.num_experts, experts, self.layer.width):
@@ -287,7 +290,7 @@ class Scorer:
         return min(tried, key=lambda pair: pair[0])
 
     def refitted(self, candidate, rounds):
-        """The same compression, with what neurons read fitted too where that leaves less on the tokens that decide.
+        """The same compression, with what neurons read fitted where that leaves less on held-out tokens.
 
         Candidates are compared without, as it takes longer than all else.
         """
@@ -330,15 +333,16 @@ def squared_error(group, expert, rule):
 
 
 def best_candidates(candidates, shape):
-    """One compression for each layer: of one shape in all of them, that which leaves least in all, or of each layer's own.
+    """One compression for each layer: of the one shape that leaves least in all, or each layer's own.
 
     Parameters
     ----------
     candidates : list of dict of (int, int) to Candidate
         Of each layer: :meth:`Scorer.candidates`.
     shape : {"uniform", "by-layer", "whole"}
-        Engines that read the original family's checkpoints ask for one number of experts and one width in all layers; some
-        families have shared experts of the same width, and take no other (``"whole"``: the first shape, of whole experts).
+        Engines that read the original family's checkpoints ask for one number of experts and one width in all
+        layers; some families have shared experts of the same width, and take no other (``"whole"``: the first
+        shape, of whole experts).
 
     Returns
     -------

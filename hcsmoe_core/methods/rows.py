@@ -116,7 +116,7 @@ METHODS["least-residual"] = Method(
     "this project",
     title="for each layer and group what leaves the smallest residual on held-out tokens",
     group="residual",
-    cost="some solves of I×I and a greedy choice among (n+1)·I neurons for each group that is tried, on the sample",
+    cost="some solves of I×I and a greedy choice among (n+1)·I neurons per group tried, on the sample",
 )
 METHODS["f-prune"] = Method(
     HC_SMOE + " (baseline)",
