@@ -113,7 +113,8 @@ def dare(group, *, density: float = 0.5, seed: int = 0):
 
 def _changes(group):
     """The members' plain mean as one row, ``(P,)``, and each member's difference from it, ``(n, P)``."""
-    rows = [torch.cat([t.flatten() for t in _tensors(expert) if t is not None]) for expert in group.experts]
+    experts = ([t.flatten().double() for t in _tensors(e) if t is not None] for e in group.experts)
+    rows = [torch.cat(tensors) for tensors in experts]
     mean = sum(rows) / len(rows)
     return mean, torch.stack(rows) - mean
 
@@ -126,7 +127,7 @@ def _unflattened(row, like):
     """An expert of the weights in a row, in the shapes of another."""
     sizes = [0 if t is None else t.numel() for t in _tensors(like)]
     parts = zip(row.split(sizes), _tensors(like), strict=True)
-    return Neurons(*(None if t is None else part.view(t.shape) for part, t in parts))
+    return Neurons(*(None if t is None else part.view(t.shape).to(t.dtype) for part, t in parts))
 
 
 def _weight_products(reference, expert):
