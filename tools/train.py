@@ -1,7 +1,7 @@
-"""Train the embedded models: ``python -m hcsmoe_core.demo.train demo-qwen --out runs/train/demo-qwen``.
+"""Train the embedded models: ``python -m tools.train demo-qwen --out runs/train/demo-qwen``.
 
-Both learn the next token of :mod:`hcsmoe_core.demo.corpus` (AdamW, warm-up, constant rate, cosine decay). They differ in
-how their experts come to be:
+Both predict the next token of :mod:`hcsmoe_core.demo.corpus` (AdamW, warm-up, constant rate, cosine decay). They differ
+in the origin of their experts:
 
 ``demo-mixtral``
     Eight experts from random weights: they have nothing in common.
@@ -9,8 +9,8 @@ how their experts come to be:
     One expert is trained, copied eightfold with noise, trained, and every expert is split in two twice more. Experts of
     one ancestor are a family; ``families.json`` beside the weights keeps them.
 
-Batches are drawn from the seed and the step alone, so that a run that was stopped and resumed gives the weights of one
-that was not.
+Batches depend on the seed and the step alone, so that a run which was stopped and resumed gives the weights of one that
+was not.
 """
 
 import argparse
@@ -27,7 +27,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
-from hcsmoe_core.demo import corpus, models
+from hcsmoe_core._util import EMBEDDED, InputError, write_json
+from hcsmoe_core.demo import corpus
+from tools import models
 
 SHARES = {
     "code": 0.14,
@@ -293,7 +295,7 @@ def finish(name, folder, model, tokenizer, recipe, progress):
 def main():
     """Command line."""
     parser = argparse.ArgumentParser(description="Train an embedded model.")
-    parser.add_argument("name", choices=models.NAMES)
+    parser.add_argument("name", choices=EMBEDDED)
     parser.add_argument(
         "--out", type=Path, required=True, help="folder of checkpoints and of the finished model"
     )
