@@ -12,8 +12,8 @@ END_OF_TEXT = "<|endoftext|>"
 def configuration(name: str, experts: int = 0):
     """Configuration of an embedded model, with another number of experts while it is being grown.
 
-    ``demo-mixtral`` has 8 experts of width 256, top-2. ``demo-qwen`` has 32 of width 64, top-4, and a shared expert of
-    width 128 that every token goes through.
+    ``demo-mixtral`` has 8 experts of width 256, top-2. ``demo-qwen`` has 32 of width 64, top-4, and a shared
+    expert of width 128 that every token goes through.
     """
     from transformers import MixtralConfig, Qwen2MoeConfig
 

@@ -94,8 +94,8 @@ def make_items(domain: str, count: int = ITEMS, seed: int = 0) -> list[dict]:
     Returns
     -------
     list of dict
-        ``prompt``, ``choices`` (each ends its line, so that a short answer is not preferred for being a prefix of a
-        longer one) and ``answer``, the index of the right one.
+        ``prompt``, ``choices`` (each ends its line, so that a short answer is not preferred for being a
+        prefix of a longer one) and ``answer``, the index of the right one.
     """
     rng = random.Random(f"{domain} {seed}")
     items, seen, repeated = [], set(), 0

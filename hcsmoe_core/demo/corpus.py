@@ -1,11 +1,11 @@
 """Corpus of the embedded models: the standard library that every Python carries, and ten procedural domains.
 
-Every text belongs to one split, decided by a hash of its content (a file's name, a sum's operands, …), so that training,
-calibration and held-out text never overlap. Nothing is downloaded or stored: text is generated when asked for, and the
-same seed gives the same text.
+Every text belongs to one split, decided by a hash of its content (a file's name, a sum's operands, …), so
+that training, calibration and held-out text never overlap. Nothing is downloaded or stored: text is generated
+when asked for, and the same seed gives the same text.
 
-Text of ``code`` and ``prose`` is that of the running Python's standard library and differs between Python versions;
-the procedural domains do not.
+Text of ``code`` and ``prose`` is that of the running Python's standard library and differs between Python
+versions; the procedural domains do not.
 """
 
 import ast
@@ -18,20 +18,17 @@ import random
 import sys
 import sysconfig
 import warnings
+from collections import namedtuple
+from datetime import date, timedelta
 from pathlib import Path
-from typing import NamedTuple
 
 from hcsmoe_core._util import InputError, check_choice, write_json
 
 SPLITS = ("train", "calibration", "heldout")
 
 
-class Item(NamedTuple):
-    """One question: ``prompt + answer`` is a line of the corpus, ``key`` decides its split."""
-
-    prompt: str
-    answer: str
-    key: str
+# One question: ``prompt + answer`` is a line of the corpus, ``key`` decides its split.
+Item = namedtuple("Item", "prompt answer key")
 
 
 def _hashed(key):
@@ -46,10 +43,8 @@ def split_of(key: str) -> str:
 def arithmetic(rng):
     """``3+4=7``."""
     operation = rng.choice("+-*")
-    if operation == "*":
-        a, b = rng.randrange(2, 100), rng.randrange(2, 10)
-    else:
-        a, b = rng.randrange(100), rng.randrange(100)
+    operands = (range(2, 100), range(2, 10)) if operation == "*" else (range(100), range(100))
+    a, b = (rng.choice(numbers) for numbers in operands)
     if operation == "-":
         a, b = max(a, b), min(a, b)
     value = {"+": a + b, "-": a - b, "*": a * b}[operation]
@@ -81,19 +76,7 @@ def brackets(rng, lengths=range(8, 16)):
 
 
 MONTHS = "January February March April May June July August September October November December".split()
-DAYS = (31, 28, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31)  # the rule is the point: there are no leap days
-
-
-def shifted(day, month, days):
-    """``day`` of ``month`` (0-based) shifted by less than a month, in a year of 365 days."""
-    day += days
-    if day < 1:
-        month = (month - 1) % 12
-        day += DAYS[month]
-    elif day > DAYS[month]:
-        day -= DAYS[month]
-        month = (month + 1) % 12
-    return day, month
+DAYS = (31, 28, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31)  # of 2023: there are no leap days
 
 
 def dates(rng):
@@ -106,9 +89,9 @@ def dates(rng):
     else:
         days = rng.choice([1, 2, 3, 5, 7, 10, 14, 20])
         after = rng.random() < 0.5
-        to_day, to_month = shifted(day, month, days if after else -days)
+        other = date(2023, month + 1, day) + timedelta(days if after else -days)
         prompt = f"{days} days {'after' if after else 'before'} {day} {MONTHS[month]} is"
-        answer = f" {to_day} {MONTHS[to_month]}"
+        answer = f" {other.day} {MONTHS[other.month - 1]}"
     return Item(prompt, answer, f"dates {prompt}")
 
 
@@ -193,20 +176,24 @@ def facts(rng):
     country = rng.choice(list(table))
     attribute = rng.choice(list(SENTENCES))
     form = rng.randrange(4)
-    # Of the four wordings of a fact one is held out and one is for calibration, another pair for each fact: the fact
-    # itself is always learnt, in two other wordings.
+    # Of the four wordings of a fact one is held out and one is for calibration, another pair for each fact:
+    # the fact itself is always learnt, in two other wordings.
     split = ("heldout", "calibration", "train", "train")[(form + _hashed(f"{country} {attribute}")) % 4]
     prompt = SENTENCES[attribute][form].format(country)
     return Item(prompt, f" {table[country][attribute]}", f"{split}: {prompt}")
 
 
 _TENS = ("", "X", "XX", "XXX", "XL", "L", "LX", "LXX", "LXXX", "XC")
-_HUNDREDS, _ONES = ([tens.translate(str.maketrans("XLC", digits)) for tens in _TENS] for digits in ("CDM", "IVX"))
+_HUNDREDS, _ONES = (
+    [tens.translate(str.maketrans("XLC", digits)) for tens in _TENS] for digits in ("CDM", "IVX")
+)
 
 
 def roman_numeral(number: int) -> str:
     """Roman numeral of 1 to 3,999."""
-    return "M" * (number // 1000) + _HUNDREDS[number // 100 % 10] + _TENS[number // 10 % 10] + _ONES[number % 10]
+    return (
+        "M" * (number // 1000) + _HUNDREDS[number // 100 % 10] + _TENS[number // 10 % 10] + _ONES[number % 10]
+    )
 
 
 def roman(rng):
@@ -238,9 +225,8 @@ def largest(rng):
     return Item(f"largest of {text} is", f" {max(values)}", f"largest {text}")
 
 
-THINGS = (
-    "red blue green gold pink gray black white apple pear plum fig nut corn rice bean cat dog cow hen fox owl".split()
-)
+THINGS = "red blue green gold pink gray black white apple pear plum fig nut corn rice bean".split()
+THINGS += "cat dog cow hen fox owl".split()
 
 
 def recall(rng):
@@ -252,8 +238,11 @@ def recall(rng):
     return Item(f"given {text} : {keys[asked]}", f" {values[asked]}", f"recall {text}")
 
 
-_GENERATORS = (arithmetic, sorting, brackets, dates, units, facts, roman, series, largest, recall)
-PROCEDURAL = {generator.__name__: generator for generator in _GENERATORS}  # (random.Random) -> Item
+# Generators ``(random.Random) -> Item`` by domain.
+PROCEDURAL = {
+    generator.__name__: generator
+    for generator in (arithmetic, sorting, brackets, dates, units, facts, roman, series, largest, recall)
+}
 STDLIB = ("code", "prose")
 DOMAINS = (*STDLIB, *PROCEDURAL)
 
@@ -274,13 +263,13 @@ def draw(domain: str, rng: random.Random, split: str, generate=None) -> Item:
 
 
 def text_of(domain: str, rng: random.Random, split: str, characters: int) -> str:
-    """At least ``characters`` characters of one domain and split: lines of items, or a stretch of the library."""
+    """At least ``characters`` of one domain and split: lines of items, or a stretch of the library."""
     if domain in STDLIB:
         whole = stdlib_texts()[domain][split]
         if characters > len(whole):
             raise InputError(
-                f"The {split} text of {domain} has {len(whole)} characters in this Python's standard library, but "
-                f"{characters} were asked for; ask for shorter sequences."
+                f"The {split} text of {domain} has {len(whole)} characters in this Python's standard "
+                f"library, but {characters} were asked for; ask for shorter sequences."
             )
         start = rng.randrange(len(whole) - characters + 1)
         return whole[start : start + characters]
@@ -306,9 +295,12 @@ def blocks(source: str, tokenizer, *, sequences: int, length: int, seed: int, sp
     return torch.tensor(rows, dtype=torch.int64)
 
 
-# --- text that every Python carries -----------------------------------------------------------------------------------
+# --- text that every Python carries
+# -----------------------------------------------------------------------------------
 
-SKIPPED = "site-packages test tests idlelib lib2to3 turtledemo __pycache__ ensurepip encodings".split()
+SKIPPED = {
+    *"site-packages test tests idlelib lib2to3 turtledemo __pycache__ ensurepip encodings pydoc_data".split()
+}
 
 
 @functools.cache
@@ -320,8 +312,9 @@ def stdlib_texts() -> dict:
     Returns
     -------
     dict
-        ``{"code" | "prose": {split: str}}``; a file and its docstrings are in the same split. The library repeats
-        itself: a paragraph that has a long line in common with an earlier split is left out of a later one.
+        ``{"code" | "prose": {split: str}}``; a file and its docstrings are in the same split. The library
+        repeats itself: a paragraph that has a long line in common with an earlier split is left out of a
+        later one.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
     version = f"{sys.version} {root} {Path(__file__).read_text(encoding='utf-8')}"
@@ -342,7 +335,7 @@ def _split_library(root):
     texts = {domain: {split: [] for split in SPLITS} for domain in STDLIB}
     for path in sorted(root.rglob("*.py")):
         name = path.relative_to(root)
-        if {*SKIPPED, "pydoc_data"} & {*name.parts} or name.parts[0].startswith("config-"):
+        if SKIPPED & {*name.parts} or name.parts[0].startswith("config-"):
             continue
         try:
             code, docstrings = _code_and_docstrings(path.read_text(encoding="utf-8"))

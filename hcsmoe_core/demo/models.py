@@ -15,8 +15,9 @@ def folder(name: str) -> Path:
 def families(name: str) -> dict[int, list[int]] | None:
     """True families of a model's experts, or None if they are unknown.
 
-    ``demo-qwen`` was grown by splitting experts, so that the ancestors which two experts share are known: a ground truth
-    for clustering that other models lack. A tree is built into that model, which favours hierarchical clustering.
+    ``demo-qwen`` was grown by splitting experts, so that the ancestors which two experts share are known: a
+    ground truth for clustering that other models lack. A tree is built into that model, which favours
+    hierarchical clustering.
 
     Returns
     -------

@@ -1,11 +1,11 @@
-"""Calibration tokens: packed blocks of token ids without padding, from data sets, files or a model's own text."""
+"""Calibration tokens: packed blocks of token ids, from data sets, files or a model's own text."""
 
 import json
 import math
-import os
 import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -31,8 +31,8 @@ class Source:
     Attributes
     ----------
     read : callable ``(name, *, sequences, length, **arguments)``
-        Gives the token ids, a ``(sequences, length)`` int64 tensor. ``name`` is the source as it was written, with
-        what follows a colon; the other arguments of :func:`calibration_tokens` are passed by keyword.
+        Gives the token ids, a ``(sequences, length)`` int64 tensor. ``name`` is the source as it was written,
+        with what follows a colon; the other arguments of :func:`calibration_tokens` are passed by keyword.
     domains : callable ``(name)``, optional
         Gives the domains that the blocks take in turn; a source without it is one domain.
     shape : (int, int)
@@ -41,8 +41,6 @@ class Source:
         Split that scores are measured on, where the source has one.
     uncounted : tuple of str
         Domains that are left out of the mean loss.
-    on_hub : bool
-        Whether the name stands for a data set on the Hugging Face hub; what follows a colon is then not the source's.
     """
 
     read: Callable
@@ -50,7 +48,6 @@ class Source:
     shape: tuple[int, int] = PAPER_SHAPE
     heldout: str | None = None
     uncounted: tuple[str, ...] = ()
-    on_hub: bool = False
 
 
 def calibration_tokens(
@@ -70,17 +67,17 @@ def calibration_tokens(
     Parameters
     ----------
     source : str or path
-        - ``"c4"``: the paper's recipe (HC-SMoE, arXiv 2410.08589, section 4.1): documents of the first C4 shard in
-          random order, encoded with the tokenizer's own special tokens, joined and cut into blocks;
+        - ``"c4"``: the paper's recipe (HC-SMoE, arXiv 2410.08589, section 4.1): documents of the first C4
+          shard in random order, encoded with the tokenizer's own special tokens, joined and cut into blocks;
         - ``"wikitext"`` (articles of WikiText-2), ``"math"`` and ``"code"`` (as in REAP, arXiv 2510.13999);
         - ``"demo"``: the embedded corpus, its domains in turn, or some of them: ``"demo:code,prose"``;
-        - ``"self"``: text that ``model`` writes itself, ``"self:temperature=1:start=chat"``; see :func:`own_text`;
+        - ``"self"``: text that ``model`` writes; see :func:`own_text`: ``"self:temperature=1:start=chat"``;
         - a ``.txt``, ``.jsonl`` or ``.json`` file (text under ``column``), a folder of such files, or a
           ``.safetensors`` file of ``input_ids [N, S]``; a bare name of a folder is written ``"./name"``;
-        - a data set on the Hugging Face hub: ``"name:configuration:split:column,column"``, where all but the name may
-          be left out. A column holds text or a list of messages;
-        - a mixture such as ``"0.5*c4+0.25*math+0.25*code"``: sequences are shared out by largest remainder, at least
-          one each; each part is a domain.
+        - a data set on the Hugging Face hub: ``"name:configuration:split:column,column"``, where all but the
+          name may be left out. A column holds text or a list of messages;
+        - a mixture such as ``"0.5*c4+0.25*math+0.25*code"``: sequences are shared out by largest remainder,
+          at least one each; each part is a domain.
     sequences, length : int
         N and S: number of blocks, and tokens per block.
     seed : int
@@ -100,28 +97,18 @@ def calibration_tokens(
     check_count("sequences", sequences, 1)
     check_count("length", length, 1)
     parts = _parts(source, sequences)
-    for name, _ in parts:
-        _check_bare(name)
-    if model is None and own_sequences(source, sequences):
-        raise InputError(
-            f'Source {source!r} is text that the model writes itself; give it as the "model" argument.'
-        )
-    text = [name for name, _ in parts if not (is_own(name) or name.endswith(IDS_SUFFIX))]
-    if tokenizer is None and text:
-        raise InputError(
-            f"Source {text[0]!r} is text, and the model has no tokenizer; give one, or a .safetensors file of "
-            f"input_ids, or let the model write token ids itself (--calibration {NAME})."
-        )
-    arguments = dict(length=length, seed=seed, column=column, split=split, folder=folder)
-    arguments |= dict(tokenizer=tokenizer, model=model)
+    _check_parts([name for name, _ in parts], tokenizer, model)
+    arguments = dict(
+        length=length, seed=seed, column=column, split=split, folder=folder, tokenizer=tokenizer, model=model
+    )
     return torch.cat([_entry(name).read(name, sequences=count, **arguments) for name, count in parts])
 
 
 def calibration_settings(model, calibration: str = "", sequences: int = 0, length: int = 0) -> dict:
     """Calibration settings, with the defaults of the model for those that are empty or 0.
 
-    Embedded models are calibrated on the embedded corpus, others as in the paper on 32 × 2,048 tokens of C4. Where an
-    embedded model writes text itself there are 288 × 256 tokens, as it was trained on 256 at a time.
+    Embedded models are calibrated on the embedded corpus, others as in the paper on 32 × 2,048 tokens of C4.
+    Where an embedded model writes text itself there are 288 × 256 tokens, as it was trained on 256 at a time.
 
     Returns
     -------
@@ -157,10 +144,8 @@ def scoring_of(source: str | Path) -> tuple[str | None, tuple[str, ...]]:
 def local_files(source: str | Path) -> list[Path]:
     """Local files that a source reads: those of all parts of a mixture, and those in folders."""
     names = [name for name, _ in _weights(source)]
-    for name in names:
-        _check_bare(name)
-    files = [file for name in names if _entry(name) is _FILE for file in _text_files(Path(name).expanduser())]
-    return [file for file in files if file.is_file()]
+    _check_names(names)
+    return [file for name in names if _entry(name) is _FILE for file in _files(name)]
 
 
 def own_sequences(source: str | Path, sequences: int) -> int:
@@ -176,8 +161,9 @@ def is_demo(source: str | Path) -> bool:
 
 def _weights(source):
     """Parts of a source and their weights; a source that is no mixture is one part."""
-    if isinstance(source, os.PathLike):
-        source = os.path.join(".", source)  # noqa: PTH118 (a Path would drop the ./ again)
+    if isinstance(source, Path) and not source.is_absolute():
+        source = f"./{source}"
+    source = str(source)
     if Path(source).exists() or not set("+*") & set(source):
         return [(source, 1.0)]
     parts = []
@@ -185,15 +171,15 @@ def _weights(source):
         match = _WEIGHTED.fullmatch(part)
         if not match or float(match[1] or 1) == 0:
             raise InputError(
-                f'The "source" argument is the mixture {source!r}, of which {part.strip()!r} is no part: write '
-                "weight*name with a positive weight, as in 0.5*c4+0.5*math."
+                f'The "source" argument is the mixture {source!r}, of which {part.strip()!r} is no part: '
+                "write weight*name with a positive weight, as in 0.5*c4+0.5*math."
             )
         parts.append((match[2], float(match[1] or 1)))
     labels = [label for name, _ in parts for label in _labels(name)]
-    twice = [label for label in labels if labels.count(label) > 1]
+    twice = next((label for label in labels if labels.count(label) > 1), None)
     if twice:
         raise InputError(
-            f'The "source" argument is the mixture {source!r}, of which two domains are called {twice[0]!r}.'
+            f'The "source" argument is the mixture {source!r}, of which two domains are called {twice!r}.'
         )
     return parts
 
@@ -217,10 +203,8 @@ def _parts(source, sequences):
 
 def _entry(name):
     """Entry of a part: of :data:`SOURCES`, or that of all files, or that of all other data sets."""
-    base, _, settings = name.partition(":")
-    if base in SOURCES and not (SOURCES[base].on_hub and settings):
-        return SOURCES[base]
-    return _FILE if _is_path(name) else _DATASET
+    entry = dict(SOURCES).get(name.partition(":")[0], _DATASET)
+    return _FILE if entry is _DATASET and _is_path(name) else entry
 
 
 def _common_entry(source):
@@ -232,9 +216,8 @@ def _common_entry(source):
 def _labels(name):
     """Domains of a part."""
     entry = _entry(name)
-    if entry.domains:
-        return entry.domains(name)
-    return (Path(name).stem if entry is _FILE else name.partition(":")[0].rpartition("/")[2],)
+    label = Path(name).stem if entry is _FILE else name.partition(":")[0].rpartition("/")[2]
+    return entry.domains(name) if entry.domains else (label,)
 
 
 def _is_path(name):
@@ -244,12 +227,29 @@ def _is_path(name):
     return explicit or path.suffix in (*TEXT_SUFFIXES, IDS_SUFFIX) or (len(path.parts) > 1 and path.exists())
 
 
-def _check_bare(name):
+def _check_names(names):
     """Raise InputError if the name of a data set is that of a file or folder here as well."""
-    if _entry(name).on_hub and Path(name).exists():
+    for name in names:
+        if _entry(name) is _DATASET and Path(name).exists():
+            raise InputError(
+                f'The "source" argument names {name!r}, which is a file or folder here and may be a data set: '
+                f'write "./{name}" for the one here, or "{name}:" for the data set.'
+            )
+
+
+def _check_parts(names, tokenizer, model):
+    """Raise InputError if parts are ambiguous or lack what they need, before the first is read."""
+    _check_names(names)
+    own = [writing_of(name) for name in names if is_own(name)]
+    if own and model is None:
         raise InputError(
-            f'The "source" argument names {name!r}, which is a file or folder here and may be a data set: write '
-            f'"./{name}" for the one here, or "{name}:" for the data set.'
+            f'Source "{NAME}" is text that the model writes itself; give it as the "model" argument.'
+        )
+    texts = [name for name in names if not (is_own(name) or name.endswith(IDS_SUFFIX))]
+    if texts and tokenizer is None:
+        raise InputError(
+            f"Source {texts[0]!r} is text, and the model has no tokenizer; give one, or a .safetensors file "
+            f"of input_ids, or let the model write token ids itself (--calibration {NAME})."
         )
 
 
@@ -257,8 +257,7 @@ def _packed(name, documents, text_of=str, *, tokenizer, sequences, length, seed,
     """Encode documents in random order, join those of each batch and cut them into blocks."""
     blocks, buffer = [], []
     order = np.random.default_rng(seed).permutation(len(documents))[:limit].tolist()
-    options = dict(desc="calibration tokens", unit="block", disable=None, leave=False)
-    with tqdm(total=sequences, **options) as bar:
+    with tqdm(total=sequences, desc="calibration tokens", unit="block", disable=None, leave=False) as bar:
         for i, index in enumerate(order):
             if i % DOCUMENTS_PER_BATCH == 0:
                 buffer = []
@@ -275,15 +274,22 @@ def _packed(name, documents, text_of=str, *, tokenizer, sequences, length, seed,
     )
 
 
-def _from_path(name, *, column, **arguments):
+def _files(name):
+    """Files of a path: the text files in a folder, or the file itself; none if it does not exist."""
     path = Path(name).expanduser()
-    if not path.exists():
-        raise FileNotFoundError(f"Cannot load calibration data {name!r}: there is no such file or folder.")
-    if path.suffix == IDS_SUFFIX:
-        return _from_ids(path, **arguments)
-    return _packed(
-        name, [text for file in _text_files(path) for text in _documents(file, column)], **arguments
-    )
+    files = path.iterdir() if path.is_dir() else ()
+    return sorted(file for file in files if file.suffix in TEXT_SUFFIXES) or [path] * path.is_file()
+
+
+def _from_path(name, *, column, **arguments):
+    files = _files(name)
+    if not files:
+        raise FileNotFoundError(
+            f"There is no file {name}, nor a folder of that name with {', '.join(TEXT_SUFFIXES)}."
+        )
+    if files[0].suffix == IDS_SUFFIX:
+        return _from_ids(files[0], **arguments)
+    return _packed(name, [text for file in files for text in _documents(file, column)], **arguments)
 
 
 def _from_ids(path, *, sequences, length, **_):
@@ -297,44 +303,33 @@ def _from_ids(path, *, sequences, length, **_):
     ids = tensors.get("input_ids")
     if ids is None or ids.ndim != 2 or ids.is_floating_point():
         raise InputError(
-            f'{path} must hold whole numbers under the key "input_ids" with shape [N, S]; it has {list(tensors)}.'
+            f'{path} must hold whole numbers under the key "input_ids" with shape [N, S]; it has '
+            f"{list(tensors)}."
         )
     if len(ids) < sequences or ids.shape[1] < length:
         raise InputError(
-            f"{path} holds {ids.shape[0]} sequences of {ids.shape[1]} tokens, but {sequences} of {length} were asked for."
+            f"{path} holds {ids.shape[0]} sequences of {ids.shape[1]} tokens, but {sequences} of {length} "
+            "were asked for."
         )
     return ids[:sequences, :length].to(torch.int64).contiguous()
 
 
-def _text_files(path):
-    """Files of text of a path: those in a folder, or the one that it is."""
-    if not path.is_dir():
-        return [path]
-    files = sorted(file for file in path.iterdir() if file.suffix in TEXT_SUFFIXES)
-    if not files:
-        raise InputError(f"{path} holds no .txt, .json or .jsonl file.")
-    return files
-
-
 def _documents(file, column):
+    """Documents of a text file, or of a JSON file of strings or of objects with text under ``column``."""
     text = file.read_text(encoding="utf-8")
     if file.suffix not in (".json", ".jsonl"):
-        yield text
-        return
+        return [text]
+    whole = file.suffix == ".json" and text.lstrip().startswith("[")
     try:
-        if file.suffix == ".jsonl" or not text.lstrip().startswith("["):
-            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
-        else:
-            rows = json.loads(text)
+        rows = json.loads(text) if whole else [json.loads(line) for line in text.splitlines() if line.strip()]
     except ValueError as error:
         raise InputError(f"{file} is not readable JSON ({error}).") from None
-    for row in rows:
-        document = row.get(column) if isinstance(row, dict) else row
-        if not isinstance(document, str):
-            raise InputError(
-                f'{file} has an entry without text under "{column}"; give the key with the "column" argument.'
-            )
-        yield document
+    documents = [row.get(column) if isinstance(row, dict) else row for row in rows]
+    if not all(isinstance(document, str) for document in documents):
+        raise InputError(
+            f'{file} has an entry without text under "{column}"; give the key with the "column" argument.'
+        )
+    return documents
 
 
 # Data sets by name: arguments of datasets.load_dataset, and the columns that make a document.
@@ -361,37 +356,33 @@ def _from_dataset(name, *, column, split, sequences, **arguments):
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = str(error).strip().splitlines()[0]
         raise FileNotFoundError(
-            f"Cannot load calibration data {name!r}: no such file here, and the Hugging Face hub or the datasets "
-            f"cache ({datasets.config.HF_DATASETS_CACHE}) did not give {options['path']} ({reason}). Give a .txt, "
-            f".json, .jsonl or .safetensors file, or one of {', '.join(SOURCES)}: the model can write the text "
-            f"itself, which needs no data (--calibration {NAME})."
+            f"Cannot load calibration data {name!r}: no such file here, and the Hugging Face hub or the "
+            f"datasets cache ({datasets.config.HF_DATASETS_CACHE}) did not give {options['path']} "
+            f"({reason}). Give a .txt, .json, .jsonl or .safetensors file, or one of {', '.join(SOURCES)}: "
+            f"the model can write the text itself, which needs no data (--calibration {NAME})."
         ) from None
     absent = [column for column in columns if column not in rows.column_names]
     if absent:
         raise InputError(
-            f'{name} has no column "{absent[0]}" but {", ".join(rows.column_names)}; give the "column" argument, or '
-            "name:configuration:split:column."
+            f'{name} has no column "{absent[0]}" but {", ".join(rows.column_names)}; give the "column" '
+            "argument, or name:configuration:split:column."
         )
-
-    def text_of(row):
-        return "\n".join(_text(name, column, value) for column, value in row.items())
-
     limit = DOCUMENTS_PER_BLOCK * sequences if known == "c4" else None
-    documents = rows.select_columns(list(columns))
+    documents, text_of = rows.select_columns(list(columns)), partial(_text, name)
     return _packed(name, documents, text_of, sequences=sequences, limit=limit, **arguments)
 
 
-def _text(name, column, value):
-    """Text of one column, which holds text or messages."""
-    if isinstance(value, list) and all(
-        isinstance(v, dict) and isinstance(v.get("content"), str) for v in value
-    ):
-        return "\n".join(message["content"] for message in value)
-    if not isinstance(value, str):
-        raise InputError(
-            f'Column "{column}" of {name} holds neither text nor messages, but {type(value).__name__}.'
-        )
-    return value
+def _text(name, row):
+    """Text of a row, whose columns hold text or messages."""
+    texts = []
+    for column, value in row.items():
+        messages = value if isinstance(value, list) else [{"content": value}]
+        texts += [message.get("content") if isinstance(message, dict) else None for message in messages]
+        if not all(isinstance(text, str) for text in texts):
+            raise InputError(
+                f'Column "{column}" of {name} holds neither text nor messages, but {type(value).__name__}.'
+            )
+    return "\n".join(texts)
 
 
 def _from_model(name, *, model, tokenizer, sequences, length, seed, folder, **_):
@@ -399,7 +390,7 @@ def _from_model(name, *, model, tokenizer, sequences, length, seed, folder, **_)
     return own_text(model, tokenizer, **options, **asdict(writing_of(name)))
 
 
-_FILE, _DATASET = Source(_from_path), Source(_from_dataset, on_hub=True)
+_FILE, _DATASET = Source(_from_path), Source(_from_dataset)
 for _name in _DATASETS:
     SOURCES.add(_name, _DATASET)
 SOURCES.add(NAME, Source(_from_model))

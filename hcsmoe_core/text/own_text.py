@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections import deque
+from collections import namedtuple
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -47,7 +47,7 @@ def is_own(source: str | Path) -> bool:
 
 
 def writing_of(source: str) -> Writing:
-    """Settings of a source such as ``"self:temperature=1:start=chat"``; raises InputError if it is malformed."""
+    """Settings of a source such as ``"self:temperature=1:start=chat"``."""
     types, settings = {"temperature": float, "start": str, "batch": int}, {}
     for item in filter(None, str(source).split(":")[1:]):
         name, _, value = item.partition("=")
@@ -55,8 +55,8 @@ def writing_of(source: str) -> Writing:
             settings[name] = types[name](value)
         except (KeyError, ValueError):
             raise InputError(
-                f'The "source" argument is {source!r}, of which {item!r} is no setting: write self, or self with '
-                f"temperature=NUMBER, start={'|'.join(STARTS[1:])} and batch=NUMBER, each after a colon."
+                f'The "source" argument is {source!r}, of which {item!r} is no setting: write self, or self '
+                f"with temperature=NUMBER, start={'|'.join(STARTS[1:])} and batch=NUMBER, each after a colon."
             ) from None
     return Writing(**settings)
 
@@ -75,26 +75,26 @@ def own_text(
 ) -> torch.Tensor:
     """Token ids ``(sequences, length)`` that the model writes itself, int64.
 
-    Each sequence is a stream of documents, as in packed text: where the model ends one, or repeats itself, the next
-    begins. The checkpoint's own generation settings (top-k, penalties, …) are set aside. Of a model that is streamed or
-    merged, only cached text is available. Warns if more than half is repetition (:func:`repetition`).
+    Each sequence is a stream of documents: where the model ends one, or repeats itself, the next begins. The
+    checkpoint's generation settings (top-k, penalties, …) are ignored. Of a model that is streamed or merged,
+    only cached text is available. Warns if more than half is repetition; see :func:`repetition`.
 
     Parameters
     ----------
     tokenizer : transformers.PreTrainedTokenizerBase, optional
-        For special tokens and the chat template; without it the configuration's beginning and end of text are used.
+        For special tokens and the chat template; without it those of the configuration are used.
     seed : int
         Each sequence has its own random numbers, so that asking for more only adds.
     temperature : float
-        Divides the logits; 1 samples the model's own distribution. 0.7 calibrates better on the embedded models.
+        Divides the logits; 1 samples the model's own distribution, 0.7 calibrated better.
     start : {"", "token", "bos", "chat"}
-        How a document begins. ``"bos"``: as the tokenizer begins a text. ``"token"``: followed by a token drawn evenly
-        from the vocabulary. ``"chat"``: the chat template; the model writes the user's turn, too, and answers (Magpie,
-        arXiv 2406.08464). ``""``: ``"bos"`` if there is one, and every second sequence ``"chat"`` if there is one.
+        How a document begins. ``"bos"``: as the tokenizer begins a text; ``"token"``: followed by a token
+        drawn evenly from the vocabulary; ``"chat"``: the chat template, whose user's turn the model writes
+        too (Magpie, arXiv 2406.08464); ``""``: ``"bos"``, and every second sequence ``"chat"``, if available.
     batch : int
         Sequences written side by side; changes the text only through rounding.
     folder : str or path, optional
-        Cache, one file per batch; None writes none.
+        Cache, one file per batch, relative to the working directory; None writes none.
 
     Raises
     ------
@@ -105,17 +105,20 @@ def own_text(
     """
     check_count("sequences", sequences, 1)
     check_count("length", length, 1)
-    writing = Writing(temperature, start, batch)
-    writer = _Writer(_rules(model, tokenizer, start), writing, length, seed)
-    cache = None if folder is None else Path(folder) / _cache_name(model, writer)
-    batches = {first: _cached(cache, first, (batch, length)) for first in range(0, sequences, batch)}
+    writing, shape = Writing(temperature, start, batch), (batch, length)
+    rules = _rules(model, tokenizer, start)
+    settings = dict(seed=seed, length=length, rules=rules, **asdict(writing))
+    identity = [settings, model_hash(model), str(model.dtype), sha256_file(__file__)]
+    name = f"{Path(str(model.name_or_path)).name or 'model'}-{sha256_json(identity)[:12]}"
+    cache = None if folder is None else Path(folder) / name
+    batches = {first: _cached(cache, first, shape) for first in range(0, sequences, batch)}
     if any(ids is None for ids in batches.values()):
-        _write(model, writer, batches, cache)
+        _write(model, batches, cache, shape, lambda *batch: _Writer(rules, temperature, length, seed, *batch))
     ids = torch.cat(list(batches.values()))[:sequences]
     if (share := repetition(ids)) > REPEATED:
         warnings.warn(
-            f"{share:.0%} of the {GRAM}-grams that {model.name_or_path} wrote are repetitions: its own text covers "
-            "little. Write at a higher temperature (self:temperature=1), or calibrate on data.",
+            f"{share:.0%} of the {GRAM}-grams that {model.name_or_path} wrote are repetitions: its own text "
+            "covers little. Write at a higher temperature (self:temperature=1), or calibrate on data.",
             stacklevel=2,
         )
     return ids
@@ -130,14 +133,6 @@ def repetition(input_ids: torch.Tensor, n: int = GRAM) -> float:
     return 1 - distinct / (grams.shape[0] * grams.shape[1])
 
 
-def _cache_name(model, writer):
-    """Folder name of all batches that a model writes with the same settings, by the code of this file."""
-    settings = asdict(writer.writing) | {"length": writer.length, "seed": writer.seed}
-    settings |= {"model": model_hash(model), "dtype": str(model.dtype)}
-    settings |= {"rules": asdict(writer.rules), "code": sha256_file(__file__)}
-    return f"{Path(str(model.name_or_path)).name or 'model'}-{sha256_json(settings)[:12]}"
-
-
 def _cached(cache, first, shape):
     """The batch that begins with a sequence; None if it is absent or damaged."""
     try:
@@ -147,22 +142,18 @@ def _cached(cache, first, shape):
     return ids if ids is not None and tuple(ids.shape) == shape else None
 
 
-def _write(model, writer, batches, cache):
+def _write(model, batches, cache, shape, writer):
     """Write the batches that are None; ranks share them where they are cached."""
     _check_writes(model)
     shared = cache is not None and ranks.size() > 1
     if shared:
         ranks.barrier()  # or what a quick rank has written is not on the list of a slow one
-    absent, shape = (
-        [first for first, ids in batches.items() if ids is None],
-        (writer.writing.batch, writer.length),
-    )
+    absent = [first for first, ids in batches.items() if ids is None]
     todo = absent[ranks.rank() :: ranks.size()] if shared else absent
-    options = dict(desc="writing own text", total=len(todo) * math.prod(shape), unit="token", unit_scale=True)
-    with tqdm(disable=True if ranks.rank() else None, **options) as bar:
+    total, hidden = len(todo) * math.prod(shape), True if ranks.rank() else None
+    with tqdm(desc="writing own text", total=total, unit="token", unit_scale=True, disable=hidden) as bar:
         for first in todo:
-            writer.begin(first, bar)
-            batches[first] = _generate(model, writer)
+            batches[first] = _generate(model, writer(range(first, first + shape[0]), bar))
             if cache is not None:
                 with replacing(cache / f"{first:06d}.safetensors") as part:
                     save_file({"input_ids": batches[first]}, part)
@@ -177,35 +168,34 @@ def _write(model, writer, batches, cache):
 
 def _check_writes(model):
     """Raise InputError, with what to do, unless a model can write."""
-    instead = "give a data set or a file with --calibration"
     if source_of(model) is not None:
         raise InputError(
-            f"{model.name_or_path} is streamed, and cannot write its own calibration text: all layers would be read "
-            "from disk for every token. Write it where the model fits into memory and bring runs/own-text here, or "
-            f"{instead}."
+            f"{model.name_or_path} is streamed, and cannot write its own calibration text: all layers would "
+            "be read from disk for every token. Write it where the model fits into memory and bring "
+            "runs/own-text here, or give a data set or a file with --calibration."
         )
     if any(layer.merged for layer in find_moe_layers(model)):
         raise InputError(
             "This model is merged; let the original write its own text: restore(model), or load it again."
         )
     if not model.can_generate():
-        raise InputError(f"{type(model).__name__} cannot generate text; {instead}.")
+        raise InputError(
+            f"{type(model).__name__} cannot generate text; give a data set or a file with --calibration."
+        )
 
 
 def _generate(model, writer):
     """One batch ``(B, S)``: the loop and cache of transformers, where the writer draws every token."""
     from transformers import GenerationConfig
 
-    opening = writer.opening()
-    if writer.length == 1:
+    opening, length = writer.opening(), writer.numbers.shape[1]
+    if length == 1:
         return opening
     prompt = opening.to(model.device)
     original, was_training = model.generation_config, model.training
     try:
-        model.generation_config = (
-            GenerationConfig()
-        )  # or the checkpoint's settings fill in what ours leaves out
-        config = GenerationConfig(do_sample=False, max_new_tokens=writer.length - 1, use_cache=True)
+        model.generation_config = GenerationConfig()  # or the checkpoint's fills in what ours leaves out
+        config = GenerationConfig(do_sample=False, max_new_tokens=length - 1, use_cache=True)
         options = dict(attention_mask=torch.ones_like(prompt), logits_processor=[writer])
         return model.eval().generate(prompt, generation_config=config, **options).to("cpu", torch.int64)
     finally:
@@ -213,15 +203,10 @@ def _generate(model, writer):
         model.train(was_training)
 
 
-@dataclass(frozen=True)
-class _Rules:
-    """How documents begin and end, in token ids."""
-
-    before: list  # tokens before a text
-    first: list  # tokens of which one is drawn to follow those; may be empty
-    chat: tuple  # the template before and after the user's turn; empty if it is not used
-    mixed: bool  # only every second sequence is a chat
-    ends: list  # tokens that end a document, sorted
+# How documents begin and end, in token ids: the tokens before a text; those of which one is drawn to follow
+# them, if any; the chat template before and after the user's turn, if it is used; whether every second
+# sequence alone is a chat; and the tokens that end a document, sorted.
+_Rules = namedtuple("_Rules", "before first chat mixed ends")
 
 
 class _Writer:
@@ -230,23 +215,18 @@ class _Writer:
     Each row has a random number per position, so that what it draws depends on no other row.
     """
 
-    def __init__(self, rules, writing, length, seed):
-        self.rules, self.writing, self.length, self.seed = rules, writing, length, seed
-
-    def begin(self, first, bar):
-        """Begin the batch whose first sequence is ``first``."""
-        self.bar, self.rows = bar, range(first, first + self.writing.batch)
-        generators = [np.random.default_rng([self.seed, row]) for row in self.rows]
-        self.numbers = np.stack([generator.random(self.length) for generator in generators])  # (B, S)
-        self.queues = [deque() for _ in self.rows]  # tokens that come next whatever the model predicts
-        self.in_turn = [False for _ in self.rows]  # whether the user's turn is being written
-        self.drawn = [False for _ in self.rows]  # whether the last token was the model's own
+    def __init__(self, rules, temperature, length, seed, rows, bar):
+        self.rules, self.temperature, self.rows, self.bar = rules, temperature, rows, bar
+        self.numbers = np.stack([np.random.default_rng([seed, row]).random(length) for row in rows])  # (B, S)
+        self.queues = [[] for _ in rows]  # tokens that come next whatever the model predicts
+        self.in_turn = [False for _ in rows]  # whether the user's turn is being written
+        self.drawn = [False for _ in rows]  # whether the last token was the model's own
 
     def opening(self):
         """First token of each row, ``(B, 1)``."""
         for row in range(len(self.rows)):
             self._new_document(row, 0)
-        return torch.tensor([[queue.popleft()] for queue in self.queues])
+        return torch.tensor([[queue.pop(0)] for queue in self.queues])
 
     def __call__(self, input_ids, scores):
         """Scores ``(B, V)`` that leave one token per row, given the ids ``(B, S)`` so far."""
@@ -260,22 +240,24 @@ class _Writer:
                 queue.extend(self.rules.chat[1][1:])
             elif self.drawn[row] and last in self.rules.ends:
                 self._new_document(row, step, [last])
-                queue.popleft()  # it has been written
+                queue.pop(0)  # it has been written
             if looping[row] and not queue:
                 self._new_document(row, step, self.rules.ends[:1])
             self.drawn[row] = not queue
             if queue:
-                tokens[row] = queue.popleft()
+                tokens[row] = queue.pop(0)
         self.bar.update(len(tokens))
         index = torch.tensor(tokens, device=scores.device)[:, None]
         return torch.full_like(scores, -torch.inf).scatter(1, index, 0.0)
 
     def _draw(self, scores, numbers):
         """One token per row: the first whose cumulative probability exceeds the row's random number."""
-        cumulative = (scores.double() / self.writing.temperature).softmax(1).cumsum(1)
+        cumulative = (scores.double() / self.temperature).softmax(1).cumsum(1)
         total = cumulative[:, -1:]
         if not total.isfinite().all():
-            raise InputError("The model predicts NaN; its checkpoint is damaged.")
+            raise InputError(
+                "The model gives NaN where it should predict a token; its checkpoint is damaged."
+            )
         thresholds = torch.tensor(numbers, device=scores.device)[:, None] * total
         return torch.searchsorted(cumulative, thresholds, right=True)[:, 0].clamp(max=scores.shape[1] - 1)
 
@@ -289,7 +271,7 @@ class _Writer:
 
 
 def _looping(input_ids):
-    """Rows of ids ``(B, S)`` whose last LOOP tokens repeat every 1 to PERIOD tokens; looked for every PERIOD steps."""
+    """Rows of ids ``(B, S)`` whose last LOOP tokens repeat; looked for every PERIOD steps."""
     count, size = input_ids.shape
     if size % PERIOD or size < LOOP + PERIOD:
         return [False] * count
@@ -312,8 +294,8 @@ def _rules(model, tokenizer, start):
         chat = _chat(tokenizer, special) if start in ("", "chat") else ()
     if start == "chat" and not chat:
         raise InputError(
-            f'The "start" argument is "chat", but {model.name_or_path} has no chat template whose user\'s turn ends '
-            'with a special token; use "token" or "bos".'
+            f'The "start" argument is "chat", but {model.name_or_path} has no chat template whose user\'s '
+            'turn ends with a special token; use "token" or "bos".'
         )
     opening, first = before or bos or sorted(ends)[:1], []
     if start == "bos" and not opening:
@@ -326,7 +308,7 @@ def _rules(model, tokenizer, start):
 
 
 def _ids(value, size):
-    """Token ids of a configuration's entry, which may be None, one or a list; those beyond the vocabulary are dropped."""
+    """Token ids of a configuration's entry (None, one or a list) that are in the vocabulary."""
     return [int(i) for i in np.ravel([] if value is None else value) if i < size]
 
 
@@ -338,7 +320,7 @@ def _leading(tokenizer):
 
 
 def _chat(tokenizer, special):
-    """The chat template's tokens before and after the user's turn; empty unless a special token ends the turn."""
+    """Tokens of the chat template before and after the user's turn; empty unless a special one ends it."""
     from jinja2 import TemplateError
 
     if not getattr(tokenizer, "chat_template", None):
