@@ -12,6 +12,7 @@ from sklearn.metrics import adjusted_rand_score, mutual_info_score
 import hcsmoe_core as core
 from hcsmoe_core.demo import corpus, models, tasks
 from hcsmoe_core.studies import tables as study
+from tools import models as shapes
 from tools import train
 from tools.tasks import make_items, write_items
 
@@ -148,6 +149,16 @@ def test_true_families_are_known_where_the_model_was_grown():
     families = models.families("demo-qwen")
     assert families[16] == [e // 2 for e in range(32)]
     assert families[8] == [e // 4 for e in range(32)]
+
+
+@pytest.mark.parametrize("name", models.NAMES)
+def test_shapes_are_those_of_the_committed_weights(name):
+    wanted = json.loads((models.folder(name) / "config.json").read_text())
+    made = json.loads(shapes.configuration(name).to_json_string(use_diff=False))
+    set_by_saving = {"architectures", "dtype", "transformers_version"}
+    assert {key: made.get(key) for key in wanted if key not in set_by_saving} == {
+        key: value for key, value in wanted.items() if key not in set_by_saving
+    }
 
 
 def test_training_is_recorded():

@@ -232,8 +232,8 @@ def _check_names(names):
     for name in names:
         if _entry(name) is _DATASET and Path(name).exists():
             raise InputError(
-                f'The "source" argument names {name!r}, which is a file or folder here and may be a data set: '
-                f'write "./{name}" for the one here, or "{name}:" for the data set.'
+                f'The "source" argument names {name!r}, which is a file or folder here and may be a data '
+                f'set: write "./{name}" for the one here, or "{name}:" for the data set.'
             )
 
 

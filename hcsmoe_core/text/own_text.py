@@ -76,8 +76,7 @@ def own_text(
     """Token ids ``(sequences, length)`` that the model writes itself, int64.
 
     Each sequence is a stream of documents: where the model ends one, or repeats itself, the next begins. The
-    checkpoint's generation settings (top-k, penalties, …) are ignored. Of a model that is streamed or merged,
-    only cached text is available. Warns if more than half is repetition; see :func:`repetition`.
+    checkpoint's generation settings are ignored. Streamed and merged models only have what is cached.
 
     Parameters
     ----------
@@ -87,19 +86,19 @@ def own_text(
         Each sequence has its own random numbers, so that asking for more only adds.
     temperature : float
         Divides the logits; 1 samples the model's own distribution, 0.7 calibrated better.
-    start : {"", "token", "bos", "chat"}
-        How a document begins. ``"bos"``: as the tokenizer begins a text; ``"token"``: followed by a token
-        drawn evenly from the vocabulary; ``"chat"``: the chat template, whose user's turn the model writes
-        too (Magpie, arXiv 2406.08464); ``""``: ``"bos"``, and every second sequence ``"chat"``, if available.
+    start : {"", "bos", "token", "chat"}
+        How a document begins: as the tokenizer begins a text; the same and a token drawn evenly from the
+        vocabulary; the chat template, whose user's turn the model writes too (Magpie, arXiv 2406.08464). By
+        default ``"bos"``, or else ``"token"``, and every second sequence ``"chat"`` if there is a template.
     batch : int
-        Sequences written side by side; changes the text only through rounding.
+        Sequences written side by side.
     folder : str or path, optional
         Cache, one file per batch, relative to the working directory; None writes none.
 
     Raises
     ------
     InputError
-        If the model is streamed, merged, cannot generate or gives NaN, or lacks the ``start``.
+        If the model is streamed or merged, cannot generate, gives NaN, or lacks the ``start``.
     FileNotFoundError
         If ranks that share the work share no disk.
     """
@@ -125,7 +124,10 @@ def own_text(
 
 
 def repetition(input_ids: torch.Tensor, n: int = GRAM) -> float:
-    """Share of the n-grams of token ids ``(N, S)`` that occurred earlier in their sequence, 0 (none) to 1."""
+    """Share of the n-grams of token ids ``(N, S)`` that occurred earlier in their sequence, 0 (none) to 1.
+
+    :func:`own_text` warns if it is above one half.
+    """
     if input_ids.shape[1] < n:
         return 0.0
     grams = input_ids.unfold(1, n, 1)  # (N, S - n + 1, n)
