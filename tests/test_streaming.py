@@ -32,6 +32,7 @@ from hcsmoe_core import (
 )
 from hcsmoe_core.plan import with_router
 from hcsmoe_core.scale import streaming
+from hcsmoe_core.score.fidelity import fidelity, observer
 from hcsmoe_core.ui import family_table
 from tools import family_table as families
 
@@ -74,12 +75,12 @@ def test_streamed_statistics_and_checkpoints_are_those_of_the_whole_model(name, 
     }
     plans |= {kind: with_router(plans["mapped"], kind) for kind in ("row-kept", "folded")}
     for kind, plan in plans.items():
-        options = dict(stats=wanted, heldout=heldout)
-        said = save_merged(whole, plan, tmp_path / kind, **options)
-        assert (
-            stream_merged(streamed, plan, tmp_path / f"{kind}-2", tmp_path / f"work-{kind}", **options)
-            == said
-        )
+        measured = fidelity(whole, plan, heldout, stats=wanted)
+        said = save_merged(whole, plan, tmp_path / kind, stats=wanted, fidelity=measured)
+        options = dict(stats=wanted, observer=observer(heldout))
+        out, work = tmp_path / f"{kind}-2", tmp_path / f"work-{kind}"
+        assert stream_merged(streamed, plan, out, work, **options) == said
+        assert said["fidelity"] == measured
         same_files(tmp_path / kind, tmp_path / f"{kind}-2")
         if name in FAMILIES:
             assert said["router"] == ("mapped" if kind == "mapped" else "plain")
@@ -193,7 +194,7 @@ def test_one_decoder_layer_is_in_memory_at_a_time(stored, input_ids, tmp_path):
 
 
 def test_whole_if_it_fits_and_streamed_if_not(stored, monkeypatch):
-    monkeypatch.setattr(streaming, "_held", lambda: 1_000_000)
+    monkeypatch.setattr(streaming, "_resident_memory", lambda: 1_000_000)
     size = sum(p.numel() * p.element_size() for p in tiny_model("mixtral").parameters())
     assert not next(open_model(stored)[0].model.layers.parameters()).is_meta
     assert next(open_model(stored, load="streamed")[0].model.layers.parameters()).is_meta
@@ -386,7 +387,7 @@ def test_what_layers_hand_on_survives_the_disk(tmp_path):
         "output": (torch.randn(2, 3), None, [1, 2.5, "x", True]),
         "shared": {"kv": {3: (torch.ones(2).bfloat16(),)}},
     }
-    outputs = streaming._Outputs(tmp_path)
+    outputs = streaming.Outputs(tmp_path)
     outputs.write(4, 0, kept)
     found = outputs.read(4, 0, "cpu")
     assert torch.equal(found["output"][0], kept["output"][0])
@@ -560,8 +561,8 @@ def test_killed_at_ten_random_moments_and_resumed(deep, tmp_path):
         out = tmp_path / f"killed-{finished}"
         until = done(out) + rng.randint(0, 4) if len(kills) < 10 else None
         run = command(*merge, "--out", out)
-        lock = streaming.work_of(out) / "lock"
-        while run.poll() is None and not (lock.exists() and lock.read_text() == str(run.pid)):
+        owner = streaming.work_of(out) / "pid"
+        while run.poll() is None and not (owner.exists() and owner.read_text() == str(run.pid)):
             time.sleep(0.001)
         while run.poll() is None and (until is None or done(out) < until):
             time.sleep(0.001)
