@@ -1,4 +1,4 @@
-"""Layer by layer gives what the whole model gives, to the byte; interrupted or broken it goes on or says what is wrong."""
+"""Layer by layer gives what the whole model gives, to the byte; interrupted it goes on, broken it says why."""
 
 import filecmp
 import json
@@ -208,6 +208,8 @@ def test_whole_if_it_fits_and_streamed_if_not(stored, monkeypatch):
         ValueError, match='"memory" argument is 1MB, but with the largest decoder layer .* give more'
     ):
         open_model(stored, memory="1MB")
+    with pytest.raises(ValueError, match='"memory" argument is 3kb'):  # bytes, in lower case too
+        open_model(stored, load="streamed", memory="3kb")
     for bad in ("3 apples", "-1GB", "GB"):
         with pytest.raises(ValueError, match=r'"memory" argument must be a size such as 3GB'):
             open_model(stored, memory=bad)
@@ -268,6 +270,34 @@ def test_a_full_disk_is_told_and_writing_goes_on(stored, input_ids, tmp_path, mo
     same_files(tmp_path / "a", tmp_path / "b")
     with pytest.raises(FileExistsError, match="exists; remove it"):
         stream_merged(model, plan, tmp_path / "b", tmp_path / "work-b")
+
+
+def test_fidelity_goes_on_after_the_last_layer_that_was_measured(stored, input_ids, tmp_path, monkeypatch):
+    model, _ = stream_model(stored)
+    plan, heldout = (
+        make_plan(capture(load_model(stored)[0], input_ids), model, experts=4),
+        tokens(2, 24, seed=5),
+    )
+    options = dict(observer=observer(heldout))
+    wanted = stream_merged(model, plan, tmp_path / "a", tmp_path / "work-a", **options)
+    usual, pushed = streaming._Source.push, []
+
+    def interrupted(source, index, *rest):
+        pushed.append(index)
+        if pushed == [0, 0, 1, 1]:
+            raise KeyboardInterrupt
+        usual(source, index, *rest)
+
+    monkeypatch.setattr(streaming._Source, "push", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        stream_merged(model, plan, tmp_path / "b", tmp_path / "work-b", **options)
+    assert not any(layer.merged for layer in find_moe_layers(model))
+    again = stream_model(stored)[0]
+    assert stream_merged(again, plan, tmp_path / "b", tmp_path / "work-b", **options) == wanted
+    assert pushed == [0, 0, 1, 1, 1, 1, 2, 2]
+    same_files(tmp_path / "a", tmp_path / "b")
+    with pytest.raises(ValueError, match="unfinished run, but it has other observer"):
+        stream_merged(again, plan, tmp_path / "c", tmp_path / "work-b", observer=observer(heldout + 1))
 
 
 def rewrite(folder, name, change):

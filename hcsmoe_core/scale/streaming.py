@@ -2,9 +2,9 @@
 
 A streamed model is transformers' own, built and loaded by ``from_pretrained``, except that the weights of its
 decoder layers stay on the meta device until they are asked for. transformers' own loading, with its weight
-conversion and dequantisation, then reads them one layer at a time. A capture runs the model's own forward once
-per layer and batch: the layers before the present one only return what the last of them returned before, so
-that masks, rotary tables and whatever else a layer is passed are the model's own.
+conversion and dequantisation, then reads them one layer at a time. A capture runs the model's own forward
+once per layer and batch: the layers before the present one only return what the last of them returned before,
+so that masks, rotary tables and whatever else a layer is passed are the model's own.
 """
 
 import ast
@@ -64,9 +64,8 @@ from hcsmoe_core.checkpoint import (
 )
 from hcsmoe_core.collect import Tokens, forward_options, needs_of
 from hcsmoe_core.families import decoder_layers, find_moe_layers
-from hcsmoe_core.merging import apply_layer, check_appliable
+from hcsmoe_core.merging import apply_layer, check_appliable, restore
 from hcsmoe_core.moe import check_loaded, fingerprint, set_tensor, source_of
-from hcsmoe_core.replace import take_experts
 from hcsmoe_core.scale import ranks
 from hcsmoe_core.statistics import SAMPLE, Statistics, load_statistics
 
@@ -101,16 +100,16 @@ def open_model(model, *, dtype="auto", device="auto", load: str = "auto", memory
     check_choice("load", load, LOADS)
     limit = _bytes_of(memory) if memory else free_memory("cpu") + _resident_memory()
     if load == "auto":
-        whole = device in DEVICE_MAPS or merge_record(folder_of(model)) or _fits(model, dtype, device, limit)
-        load = "whole" if whole else "streamed"
+        spread = device in DEVICE_MAPS or merge_record(folder_of(model))
+        load = "whole" if spread or _fits(model, dtype, device, limit) else "streamed"
     if load == "whole":
         return load_model(model, dtype=dtype, device=device)
     streamed, tokenizer = stream_model(model, dtype=dtype, device=device)
     need = _resident_memory() + LAYER * source_of(streamed).largest()
     if memory and need > limit:
         raise InputError(
-            f'The "memory" argument is {memory}, but with the largest decoder layer of {model} in memory this '
-            f"process takes about {need / 1e9:.2f} GB; give more."
+            f'The "memory" argument is {memory}, but with the largest decoder layer of {model} in memory '
+            f"this process takes about {need / 1e9:.2f} GB; give more."
         )
     return streamed, tokenizer
 
@@ -297,8 +296,8 @@ class _Source:
     def _check_unchanged(self, file):
         if not Path(file).is_file() or _identity(file) != self.shards[file]:
             raise InputError(
-                f"{file} was changed or removed since this run began; put it back, or start anew with one that "
-                "stays."
+                f"{file} was changed or removed since this run began; put it back, or start anew with one "
+                "that stays."
             )
 
     def moe_layers(self, index):
@@ -354,7 +353,7 @@ class _Source:
 
         self.read(index)
         forwards = [lambda *_, **__: state["output"]] * index + [run]
-        with layer.register_forward_hook(stop), _forwards(self.layers, forwards):
+        with layer.register_forward_hook(stop), replaced_forwards(self.layers, forwards):
             for start in tokens.starts:
                 state |= outputs.read(index - 1, start, self.device) if index else {"shared": {}}
                 rows = tokens.begin(collectors, start)
@@ -366,20 +365,23 @@ class _Source:
     @torch.no_grad()
     def logits(self, output, rows):
         """Logits ``[B, S, V]`` of a batch of tokens, given the output of the last decoder layer."""
-        with _forwards(self.layers, [lambda *_, **__: output] * len(self.layers)):
+        with replaced_forwards(self.layers, [lambda *_, **__: output] * len(self.layers)):
             return self.model(input_ids=rows.to(self.device), use_cache=False).logits
 
 
 @contextlib.contextmanager
-def _forwards(layers, forwards):
-    """The first layers compute other functions during the block."""
+def replaced_forwards(modules, forwards):
+    """The first modules compute other functions during the block."""
+    own = [vars(module).get("forward") for module in modules]  # of a model that is spread over devices
     try:
-        for layer, forward in zip(layers, forwards, strict=False):
-            layer.forward = forward
+        for module, forward in zip(modules, forwards, strict=False):
+            module.forward = forward
         yield
     finally:
-        for layer in layers:
-            vars(layer).pop("forward", None)
+        for module, forward in zip(modules, own, strict=True):
+            vars(module).pop("forward", None)
+            if forward is not None:
+                module.forward = forward
 
 
 class _LayerDone(Exception):  # noqa: N818 (no error)
@@ -493,7 +495,7 @@ class Outputs:
         return self.folder / f"{index:05d}-{start:08d}.safetensors"
 
     def write(self, index, start, state):
-        """Store nested tuples, lists, dictionaries, tensors and plain values of the batch that starts there."""
+        """Store nested tuples, lists, dictionaries, tensors and plain values of one batch."""
         tensors = {}
 
         def stored(value):
@@ -504,8 +506,8 @@ class Outputs:
             if value is None or isinstance(value, bool | int | float | str):
                 return value
             raise InputError(
-                f"a decoder layer gives a {type(value).__name__}, which cannot be kept on disk: load the model "
-                "whole."
+                f"a decoder layer gives a {type(value).__name__}, which cannot be kept on disk: load the "
+                "model whole."
             )
 
         layout = repr(recursively_apply(stored, state, test_type=lambda _: True))
@@ -517,8 +519,8 @@ class Outputs:
         file = self._file(index, start)
         if not file.is_file():
             raise FileNotFoundError(
-                f"{file} is gone, or not on a disk that all ranks share; remove {self.folder.parent} to start "
-                "anew."
+                f"{file} is gone, or not on a disk that all ranks share; remove {self.folder.parent} to "
+                "start anew."
             )
         with safe_open(file, "pt", backend="pread") as handle:
             layout = ast.literal_eval(handle.metadata()["layout"])
@@ -561,9 +563,9 @@ def stream_merged(
         writing goes on after the last part that is there.
     observer : callable, optional
         Measures what is written, as :func:`hcsmoe_core.score.fidelity.observer` does. Called with ``(source,
-        plan, folder)``, it gives an object whose ``push(index, layers)`` is called while decoder layer ``index``
-        is in memory with its MoE layers merged, unless ``done(index)``, and whose ``result()`` is the fidelity.
-        Its own attribute ``key`` is a JSON value that tells it from others.
+        plan, folder)``, it gives an object whose ``push(index, layers)`` is called while decoder layer
+        ``index`` is in memory with its MoE layers merged, unless ``done(index)``, and whose ``result()`` is
+        the fidelity. Its own attribute ``key`` is a JSON value that tells it from others.
 
     Returns
     -------
@@ -575,8 +577,8 @@ def stream_merged(
     FileExistsError
         If ``out`` exists.
     InputError
-        As :func:`hcsmoe_core.save_merged`; also if the plan compresses the experts of all layers together, the
-        folder is of another merge, or a shard cannot be read.
+        As :func:`hcsmoe_core.save_merged`; also if the plan compresses the experts of all layers together,
+        the folder is of another merge, or a shard cannot be read.
     """
     plan, router = exported(plan, router)
     check_absent(out)
@@ -595,9 +597,9 @@ def _begin_merge(model, plan, work, stats, router, observer):
     """Check what a merge is given, and begin or resume it in its work folder; what will be written."""
     if plan.compress:
         raise InputError(
-            "MC-SMoE's second step chooses what it keeps among the merged experts of all layers at once, so that "
-            "they must be in memory together: load the model whole (--load whole), or make a plan without "
-            '"compress".'
+            "MC-SMoE's second step chooses what it keeps among the merged experts of all layers at once, "
+            "so that they must be in memory together: load the model whole (--load whole), or make a plan "
+            'without "compress".'
         )
     check_appliable(model, plan, stats)
     target = target_of(model, plan, router)
@@ -635,18 +637,15 @@ def _write_parts(source, plan, folder, stats, target, observed):
 @contextlib.contextmanager
 def _merged(source, index, plan, stats):
     """MoE layers of one decoder layer, merged during the block; none at −1, outside the decoder layers."""
-    plans = {layer_plan.name: layer_plan for layer_plan in plan.layers}
-    layers = source.moe_layers(index)
-    if index >= 0:
-        source.read(index)
+    layers, plans = source.moe_layers(index), {layer_plan.name: layer_plan for layer_plan in plan.layers}
     try:
+        if index >= 0:
+            source.read(index)
         for layer in layers:
             apply_layer(layer, plans[layer.name], stats)
         yield layers
     finally:
-        for layer in layers:
-            if layer.merged:
-                take_experts(layer)
+        restore(source.model)
 
 
 @contextlib.contextmanager
@@ -697,12 +696,12 @@ def work_folder(out, model):
 
 def tidied(out) -> bool:
     """Whether ``out`` is complete and only the work folder of its run was left, which is then removed."""
-    work, out = work_of(out), Path(out)
+    work = work_of(out)
     renamed = (work / "run.json").is_file() and not (work / "model").exists()
-    complete = ranks.first(renamed and (out / "plan.json").is_file())
+    complete = bool(ranks.first(renamed and (Path(out) / "plan.json").is_file()))
     if complete and ranks.rank() == 0:
         _remove(work)
-    return bool(complete)
+    return complete
 
 
 def _remove(work):
@@ -734,12 +733,10 @@ def _begin(folder, settings):
     for unfinished in sorted(folder.rglob("*.part"), reverse=True):  # written when a run was killed
         shutil.rmtree(unfinished) if unfinished.is_dir() else unfinished.unlink()
     before = read_json(folder / "run.json") if (folder / "run.json").exists() else None
-    if before is None:
-        write_json(folder / "run.json", settings)
-        return
-    other = [name for name in settings if before.get(name) != settings[name]]
+    other = [name for name in settings if before and before.get(name) != settings[name]]
     if other:
         changed = f"it has other {', '.join(other)}"
         if other == ["checkpoint"]:
             changed = "the checkpoint was changed meanwhile"
         raise InputError(f"{folder} holds an unfinished run, but {changed}; remove {folder} to start anew.")
+    write_json(folder / "run.json", settings)

@@ -1,1 +1,1 @@
-"""How good a model is: tasks of lm-evaluation-harness, perplexity, and fidelity to the model it was made from."""
+"""How good a model is: tasks of lm-evaluation-harness, perplexity, and fidelity to the original."""

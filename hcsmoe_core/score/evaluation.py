@@ -1,4 +1,4 @@
-"""What a model can do and how well it predicts text: lm-evaluation-harness tasks, and perplexity by domain."""
+"""What a model can do and how well it predicts text: tasks of lm-evaluation-harness, perplexity by domain."""
 
 import math
 import time
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
 from hcsmoe_core._util import InputError, Table, check_count, sha256_json, versions
@@ -57,13 +58,14 @@ def evaluate(
     model, tokenizer
         Of :func:`hcsmoe_core.load_model`.
     tasks : list of str, optional
-        Tasks of :data:`TASKS` or of lm-evaluation-harness; by default the embedded ones (``demo_arithmetic``, …).
-        An empty list scores none.
+        Tasks of :data:`TASKS` or of lm-evaluation-harness; by default the embedded ones (``demo_arithmetic``,
+        …). An empty list scores none.
     limit : int, optional
         Items of each task and subtask, from its beginning; by default all.
     batch_size : int
     text : str or path or None
-        Source for :func:`hcsmoe_core.calibration_tokens` whose held-out split, if any, perplexity is measured on.
+        Source for :func:`hcsmoe_core.calibration_tokens` whose held-out split, if any, perplexity is measured
+        on.
     sequences, length, seed : int
         Of that text; the seed is also the harness'.
     answers : str or path, optional
@@ -116,9 +118,10 @@ def task_scores(
     Returns
     -------
     dict
-        ``tasks`` by name: ``acc``, ``acc_norm`` or what else the harness reports, their ``_stderr``, ``items``,
-        ``shots`` and ``version``; ``items`` by task, or subtask of a group: each item's value of each metric, and
-        a hash ``of`` the items, for :func:`paired`; ``groups``: their subtasks, and whether these count ``by_size``.
+        ``tasks`` by name: ``acc``, ``acc_norm`` or what else the harness reports, their ``_stderr``,
+        ``items``, ``shots`` and ``version``; ``items`` by task, or subtask of a group: each item's value of
+        each metric, and a hash ``of`` the items, for :func:`paired`; ``groups``: their subtasks, and whether
+        these count ``by_size``.
 
     Raises
     ------
@@ -151,22 +154,20 @@ def task_scores(
         log_samples=True,
         **dict.fromkeys(seeds, seed),
     )
-    groups = {name: _group(loaded[name]) for name in output["group_subtasks"] if name in loaded}
-    scores = {}
-    for name in loaded:
-        subtasks = groups[name]["tasks"] if name in groups else [name]
+    groups, scores = {}, {}
+    for name, task in loaded.items():
+        subtasks = [name]
+        if name in output["group_subtasks"]:
+            subtasks = [subtask.task_name for subtask in task.get_all_tasks()]
+            by_size = all(rule.weight_by_size for rule in task.aggregate_metric_list or ())
+            groups[name] = {"tasks": subtasks, "by_size": by_size}
         scores[name] = _numbers(output["results"][name]) | {
-            "items": sum(output["n-samples"][task]["effective"] for task in subtasks),
-            "shots": max(output["n-shot"][task] for task in subtasks),
+            "items": sum(output["n-samples"][subtask]["effective"] for subtask in subtasks),
+            "shots": max(output["n-shot"][subtask] for subtask in subtasks),
             "version": str(output["versions"][name]),
         }
     items = {task: _items(rows) for task, rows in output["samples"].items()}
     return {"tasks": scores, "items": items, "groups": groups}
-
-
-def _group(group):
-    by_size = all(rule.weight_by_size for rule in group.aggregate_metric_list or ())
-    return {"tasks": [task.task_name for task in group.get_all_tasks()], "by_size": by_size}
 
 
 def _numbers(results):
@@ -189,33 +190,35 @@ def _items(rows):
 
 def _mean_score(tasks, metric):
     """Plain mean over tasks, and its standard error if the tasks' are independent."""
-    values = [(t[metric], t.get(f"{metric}_stderr", math.nan)) for t in tasks.values() if metric in t]
+    values = [
+        (task[metric], task.get(f"{metric}_stderr", math.nan)) for task in tasks.values() if metric in task
+    ]
     if not values:
         return {}
-    means, errors = zip(*values, strict=True)
-    error = math.hypot(*errors) / len(values)
-    return {f"mean_{metric}": sum(means) / len(values), f"mean_{metric}_stderr": error}
+    mean, error = sum(value for value, _ in values) / len(values), math.hypot(*(error for _, error in values))
+    return {f"mean_{metric}": mean, f"mean_{metric}_stderr": error / len(values)}
 
 
 def paired(scores: dict, against: dict, *, metrics=("acc", "acc_norm")):
     """Differences of two models' scores on the same items, task by task.
 
     Because the items are the same, the error is that of the items' differences, which is smaller than the two
-    standard errors together: both models find the same items easy. Over the subtasks of a group it is pooled as
-    the harness pools standard errors; for the mean over tasks, tasks count as independent.
+    standard errors together: both models find the same items easy. Over the subtasks of a group it is pooled
+    as the harness pools standard errors; for the mean over tasks, tasks count as independent.
 
     Parameters
     ----------
     scores, against : dict
-        Of :func:`evaluate`, on the same tasks with the same limit; tasks that only one of them has are left out.
+        Of :func:`evaluate`, on the same tasks with the same limit; tasks that only one of them has are left
+        out.
     metrics : sequence of str
 
     Returns
     -------
     pandas.DataFrame
-        A row for each ``metric`` and ``task``, and for the tasks' ``mean``: ``score``, ``against``, ``difference``
-        (score − against), its standard ``error``, ``won`` and ``lost`` (items that count more, or less, than
-        against) and ``items``.
+        A row for each ``metric`` and ``task``, and for the tasks' ``mean``: ``score``, ``against``,
+        ``difference`` (score − against), its standard ``error``, ``won`` and ``lost`` (items that count more,
+        or less, than against) and ``items``.
 
     Raises
     ------
@@ -236,8 +239,8 @@ def paired(scores: dict, against: dict, *, metrics=("acc", "acc_norm")):
     if not rows:
         raise InputError(
             f"The two results have no items of {' or '.join(metrics)} in common: one has tasks "
-            f"{', '.join(scores['tasks'])}, the other {', '.join(against['tasks'])}; score both on the same tasks, "
-            "with this version."
+            f"{', '.join(scores['tasks'])}, the other {', '.join(against['tasks'])}; score both on the same "
+            "tasks, with this version."
         )
     return pd.DataFrame(rows)
 
@@ -252,8 +255,8 @@ def _paired_task(task, metric, scores, against):
             return None
         if one["of"] != other["of"]:
             raise InputError(
-                f"{name} was scored on {len(one[metric])} items here and on {len(other[metric])}, or on others, "
-                "there; score both on the same items: the same limit, and the same data."
+                f"{name} was scored on {len(one[metric])} items here and on {len(other[metric])}, or on "
+                "others, there; score both on the same items: the same limit, and the same data."
             )
         pairs.append(np.array([one[metric], other[metric]], float))
     sizes = [pair.shape[1] for pair in pairs] if group["by_size"] else None
@@ -274,28 +277,23 @@ def _paired_task(task, metric, scores, against):
 
 
 def _error(changes, by_size):
-    """Standard error of a mean change: pooled over subtasks as the harness does, or of the mean of their means."""
+    """Standard error of a mean change: pooled over subtasks as the harness does, or of their plain mean."""
     sizes = np.array([len(change) for change in changes])
-    squares = np.array([((change - change.mean()) ** 2).sum() for change in changes])
+    variances = np.array([change.var() for change in changes])
     with np.errstate(invalid="ignore"):  # 0/0, so nan, where a single item tells no spread
         if by_size:
-            return float(np.sqrt(squares.sum() / (sizes.sum() - len(sizes)) / sizes.sum()))
-        return float(np.sqrt((squares / (sizes - 1) / sizes).sum()) / len(sizes))
+            return float(np.sqrt(variances @ sizes / (sizes.sum() - len(sizes)) / sizes.sum()))
+        return float(np.sqrt((variances / (sizes - 1)).sum()) / len(sizes))
 
 
 def paired_table(frame) -> str:
     """Lines of text, in percent, of what :func:`paired` gives."""
-    lines = []
-    for metric, rows in frame.groupby("metric", sort=False):
+    line = "{task:<24}{against:>9.2f}{score:>9.2f}{difference:>+12.2f}{error:>10.2f}{won:>7}{lost:>7}"
+    percent, lines = frame.copy(), []
+    percent[["score", "against", "difference", "error"]] *= 100
+    for metric, rows in percent.groupby("metric", sort=False):
         lines.append(f"{metric + ', %':<24}  against    score  difference  ± paired    won   lost")
-        for row in rows.to_dict("records"):
-            score, reference, change, error = (
-                100 * row[key] for key in ("score", "against", "difference", "error")
-            )
-            counts = f"{row['won']:>7}{row['lost']:>7}"
-            lines.append(
-                f"{row['task']:<24}{reference:>9.2f}{score:>9.2f}{change:>+12.2f}{error:>10.2f}{counts}"
-            )
+        lines += [line.format(**row) for row in rows.to_dict("records")]
     return "\n".join(lines)
 
 
@@ -312,54 +310,50 @@ def perplexity(model, input_ids, *, domains=None, batch_size: int = 16, uncounte
     batch_size : int
     uncounted : sequence of str, optional
         Domains that are left out of the mean where there are others; by default those that any source of
-        :data:`hcsmoe_core.text.calibration.SOURCES` leaves out, such as code and prose of the embedded corpus,
-        which differ between versions of Python.
+        :data:`hcsmoe_core.text.calibration.SOURCES` leaves out, such as code and prose of the embedded
+        corpus, which differ between versions of Python.
 
     Returns
     -------
     dict
         ``loss`` and ``perplexity`` by domain, and ``mean_loss``, the plain mean over the domains that count.
     """
-    input_ids, row_losses, losses = check_tokens(input_ids, model), [], {}
+    input_ids, of_rows, of_domains = check_tokens(input_ids, model), [], {}
     if uncounted is None:
         uncounted = {domain for source in SOURCES.values() for domain in source.uncounted}
     batches = input_ids.split(batch_size)
     for batch in tqdm(batches, desc="perplexity", unit="batch", disable=None, leave=False):
-        rows, totals = batch.to(model.device), torch.zeros(len(batch), dtype=torch.float64)
-        for start, logits in _logits(model, rows[:, :-1]):
-            targets = rows[:, start + 1 : start + 1 + logits.shape[1]]
-            loss = torch.nn.functional.cross_entropy(logits.float().mT, targets, reduction="none")
-            totals += loss.double().sum(1).cpu()
-        row_losses += (totals / (rows.shape[1] - 1)).tolist()
-    for domain, value in zip(domains or ["all"] * len(input_ids), row_losses, strict=True):
-        losses.setdefault(domain, []).append(value)
-    loss = {domain: sum(values) / len(values) for domain, values in losses.items()}
+        rows, losses = batch.to(model.device), []
+        for logits in _logits(model, rows[:, :-1]):
+            start = 1 + sum(loss.shape[1] for loss in losses)
+            targets = rows[:, start : start + logits.shape[1]]
+            losses.append(cross_entropy(logits.float().mT, targets, reduction="none"))
+        of_rows += torch.cat(losses, 1).double().mean(1).tolist()
+    for domain, value in zip(domains or ["all"] * len(input_ids), of_rows, strict=True):
+        of_domains.setdefault(domain, []).append(value)
+    loss = {domain: sum(values) / len(values) for domain, values in of_domains.items()}
     counted = [value for domain, value in loss.items() if domain not in uncounted] or list(loss.values())
     perplexities = {domain: math.exp(value) for domain, value in loss.items()}
     return {"loss": loss, "perplexity": perplexities, "mean_loss": sum(counted) / len(counted)}
 
 
 def _logits(model, input_ids):
-    """Logits of a batch ``[B, S]`` by blocks of positions, each with its first position: ``LOGITS`` numbers at most.
+    """Logits of a batch ``[B, S]`` in blocks of positions, each of at most ``LOGITS`` numbers.
 
     The hidden states are computed once; the model's own class makes logits of some of them at a time.
     """
-    length = input_ids.shape[1]
     size = max(1, LOGITS // (len(input_ids) * model.config.get_text_config().vocab_size))
-    if size >= length or not forward_options(model):  # the class cannot make logits of some positions
-        logits = model(input_ids=input_ids, use_cache=False).logits
-        yield from zip(range(0, length, size), logits.split(size, 1), strict=True)
+    if size >= input_ids.shape[1] or not forward_options(
+        model
+    ):  # the class makes logits of all positions only
+        yield from model(input_ids=input_ids, use_cache=False).logits.split(size, 1)
         return
-    body = model.base_model
-    hidden, own = body(input_ids=input_ids, use_cache=False), vars(body).copy()
-    body.forward = lambda *_, **__: hidden
-    try:
-        for positions in torch.arange(length, device=input_ids.device).split(size):
-            options = {"use_cache": False, "logits_to_keep": positions}
-            yield int(positions[0]), model(input_ids=input_ids, **options).logits
-    finally:
-        del body.forward
-        vars(body).update(own)  # a model that is spread over devices has a forward of its own
+    from hcsmoe_core.scale.streaming import replaced_forwards
+
+    hidden = model.base_model(input_ids=input_ids, use_cache=False)
+    with replaced_forwards([model.base_model], [lambda *_, **__: hidden]):
+        for positions in torch.arange(input_ids.shape[1], device=input_ids.device).split(size):
+            yield model(input_ids=input_ids, use_cache=False, logits_to_keep=positions).logits
 
 
 def score_table(scores: dict) -> str:

@@ -31,7 +31,7 @@ POSITIONS = 256  # whose distributions are compared at once
 
 
 def fidelity(model, plan, input_ids, *, stats=None, progress: bool = True) -> dict:
-    """Compare a model merged by a plan with the original and, where it has another router, with the exact merge.
+    """Compare a merged model with the original and, where its router is another, with the exact merge.
 
     Parameters
     ----------
@@ -48,13 +48,13 @@ def fidelity(model, plan, input_ids, *, stats=None, progress: bool = True) -> di
     -------
     dict
         ``tokens``; ``layers``, names of the MoE layers; ``original`` with ``loss`` (nats per token) and
-        ``perplexity`` (None for a model that labels tokens); ``models`` by name: that of the plan's router, and
-        ``"mapped"`` beside it where router rows are joined; ``warning``, empty unless perplexity more than doubled.
-        Each model has ``loss``, ``perplexity``; ``kl``, the mean over tokens of ``KL(original ‖ merged)`` of the
-        next token's distribution in nats, and ``kl_from_mapped`` likewise; ``agreement``, the share of positions
-        with the same likeliest token; and for each layer ``‖y′ − y‖ / ‖y‖`` over all tokens: ``block_error``, of
-        its MoE block's output on the original's inputs, and ``hidden_error``, of the hidden states after its
-        decoder layer with all layers before it merged too.
+        ``perplexity`` (None for a model that labels tokens); ``models`` by name: that of the plan's router,
+        and ``"mapped"`` beside it where router rows are joined; ``warning``, empty unless perplexity more
+        than doubled. Each model has ``loss``, ``perplexity``; ``kl``, the mean over tokens of ``KL(original ‖
+        merged)`` of the next token's distribution in nats, and ``kl_from_mapped`` likewise; ``agreement``,
+        the share of positions with the same likeliest token; and for each layer ``‖y′ − y‖ / ‖y‖`` over all
+        tokens: ``block_error``, of its MoE block's output on the original's inputs, and ``hidden_error``, of
+        the hidden states after its decoder layer with all layers before it merged too.
 
     Raises
     ------
@@ -118,7 +118,7 @@ def unseen(input_ids, seen, *, length: int) -> torch.Tensor | None:
 
 
 def _names(plan):
-    """Names of the merged models that a plan is measured as: its own, and the exact merge if that is another."""
+    """Merged models that a plan is measured as: its own, and the exact merge if that is another."""
     router = next((layer.router for layer in plan.layers if layer.router != "mapped"), "mapped")
     trimmed = any(layer.width and not layer.joins for layer in plan.layers)
     return ["trimmed" if trimmed else NAMES[router], *(["mapped"] if router in JOINED else [])]
@@ -126,16 +126,16 @@ def _names(plan):
 
 @contextlib.contextmanager
 def _runnable(model, plan):
-    """Run experts one by one during the block, if they are of a width that kernels of grouped products refuse."""
-    implementation = _transformers.experts_implementation(model)
-    if implementation in (None, "eager") or not odd_widths(plan, model.dtype):
-        yield
-        return
-    model.set_experts_implementation("eager")
+    """Run experts one by one during the block, if kernels of grouped products refuse their width."""
+    usual = _transformers.experts_implementation(model)
+    change = usual not in (None, "eager") and odd_widths(plan, model.dtype)
     try:
+        if change:
+            model.set_experts_implementation("eager")
         yield
     finally:
-        model.set_experts_implementation(implementation)
+        if change:
+            model.set_experts_implementation(usual)
 
 
 @contextlib.contextmanager
@@ -191,7 +191,7 @@ def _compare(model, layers, variants, row, totals):
 
 @contextlib.contextmanager
 def _comparing_blocks(layers, variants, totals):
-    """While the original runs, run each MoE block again on its inputs, with the experts and router of every merge."""
+    """While the original runs, run each MoE block again on its inputs as every merged model."""
     running = []  # a block may hold another layer's, which must not be compared inside it
 
     def compare(layer, block, inputs, keywords, output):
@@ -233,7 +233,7 @@ def first_tensor(output):
 
 
 class _Observer:
-    """Held-out tokens on their way through the original and its merged models side by side, layer by layer."""
+    """Held-out tokens on their way through the original and its merged models, layer by layer."""
 
     def __init__(self, input_ids, source, plan, folder):
         self.source, self.plan, self.folder = source, plan, folder
@@ -259,14 +259,11 @@ class _Observer:
         ):
             bar.set_description(f"fidelity, layer {index}")
             bar.total *= len(self.outputs)
-            for name, outputs in self.outputs.items():
-                comparing = name == "original"
-                with (
-                    _comparing_blocks(layers, variants, self.totals)
-                    if comparing
-                    else _in_place(layers, variants[name])
-                ):
-                    self.source.push(index, outputs, self.tokens, [], bar)
+            with _comparing_blocks(layers, variants, self.totals):
+                self.source.push(index, self.outputs["original"], self.tokens, [], bar)
+            for name, variant in variants.items():
+                with _in_place(layers, variant):
+                    self.source.push(index, self.outputs[name], self.tokens, [], bar)
         for start in self.tokens.starts if layers else ():
             original = self._output("original", index, start)
             for name in variants:
@@ -320,7 +317,7 @@ class _Totals:
         self._add(f"{kind} {name} {layer}", error, original.square().sum())
 
     def add_loss(self, name, ids, logits):
-        """Loss of one sequence ``ids [S]``, and how its distributions differ from those of the models before it.
+        """Loss of one sequence ``ids [S]``, and how its distributions differ from the models' before it.
 
         ``logits`` are of all models up to this one, ``[S, V]`` by name.
         """
@@ -378,7 +375,8 @@ def _warning(result):
     steps = [b - a for a, b in zip([0.0, *hidden], hidden, strict=False)]
     worst = max(range(len(steps)), key=lambda i: steps[i] if math.isfinite(steps[i]) else math.inf)
     return (
-        f"Off a cliff: perplexity is {after:.4g} where the original's is {before:.4g}. The hidden states' error "
-        f"rises most in {result['layers'][worst]}, by {steps[worst]:.3g} to {hidden[worst]:.3g} (its MoE block "
-        f"alone: {merged['block_error'][worst]:.3g}). Keep more experts, there or everywhere, or try another method."
+        f"Off a cliff: perplexity is {after:.4g} where the original's is {before:.4g}. The hidden states' "
+        f"error rises most in {result['layers'][worst]}, by {steps[worst]:.3g} to {hidden[worst]:.3g} (its "
+        f"MoE block alone: {merged['block_error'][worst]:.3g}). Keep more experts, there or everywhere, or "
+        "try another method."
     )

@@ -22,8 +22,8 @@ def load_tasks(names: list[str]) -> dict:
     Parameters
     ----------
     names : list of str
-        Tasks of :data:`hcsmoe_core.score.evaluation.TASKS`, or tasks, groups (``mmlu``) and tags (``ai2_arc``) of
-        the harness. A tag stands for its tasks.
+        Tasks of :data:`hcsmoe_core.score.evaluation.TASKS`, or tasks, groups (``mmlu``) and tags
+        (``ai2_arc``) of the harness. A tag stands for its tasks.
 
     Returns
     -------
@@ -41,8 +41,8 @@ def load_tasks(names: list[str]) -> dict:
     unknown = [name for name in names if name not in own and name not in manager.all_tasks]
     if unknown:
         raise InputError(
-            f'The "tasks" argument names {", ".join(unknown)}, which the harness does not know; the embedded tasks '
-            f"are {', '.join(TASKS)}, and lm-eval ls tasks lists the others."
+            f'The "tasks" argument names {", ".join(unknown)}, which the harness does not know; the embedded '
+            f"tasks are {', '.join(TASKS)}, and lm-eval ls tasks lists the others."
         )
     tasks, missing = {}, {}
     for name in names:
@@ -56,15 +56,15 @@ def load_tasks(names: list[str]) -> dict:
         reasons = "".join(f"\n  {name}: {reason}" for name, reason in missing.items())
         raise FileNotFoundError(
             f"The data of {', '.join(missing)} are neither in the datasets cache "
-            f"({datasets.config.HF_DATASETS_CACHE}) nor available from the Hugging Face hub:{reasons}\nWhere there "
-            f"is a network, run: hcsmoe evaluate demo-qwen --tasks {','.join(missing)} --limit 2 --text none; then "
-            "take that folder along, or name it with HF_DATASETS_CACHE."
+            f"({datasets.config.HF_DATASETS_CACHE}) nor available from the Hugging Face hub:{reasons}\nWhere "
+            f"there is a network, run: hcsmoe evaluate demo-qwen --tasks {','.join(missing)} --limit 2 "
+            "--text none; then take that folder along, or name it with HF_DATASETS_CACHE."
         )
     return tasks
 
 
 def identity(model, tokenizer) -> str:
-    """Hash of all that a model's answers follow from: every weight as it is now, merged or not, and the tokenizer."""
+    """Hash of all that a model's answers follow from: every weight, merged or not, and the tokenizer."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -80,10 +80,11 @@ def identity(model, tokenizer) -> str:
 
 
 class Answering(HFLM):
-    """The harness' interface to a model in memory; with a folder, its answers are kept there and not asked twice.
+    """The harness' interface to a model in memory; with a folder, answers are kept and not asked twice.
 
-    A file has the answers to all requests of a task, in order, and what they depend on: the model, the requests
-    themselves (which few-shot examples and a limit change), batch size, dtype, kind of device, seed and versions.
+    A file has the answers to all requests of a task, in order, and what they depend on: the model, the
+    requests themselves (which few-shot examples and a limit change), batch size, dtype, kind of device, seed
+    and versions.
 
     Parameters
     ----------
