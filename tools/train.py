@@ -1,16 +1,16 @@
-"""Train the embedded models: ``python -m hcsmoe_core.demo.train demo-qwen --out runs/train/demo-qwen``.
+"""Train the embedded models: ``python -m tools.train demo-qwen --out runs/train/demo-qwen``.
 
-Both learn the next token of :mod:`hcsmoe_core.demo.corpus` (AdamW, warm-up, constant rate, cosine decay). They differ in
-how their experts come to be:
+Both predict the next token of :mod:`hcsmoe_core.demo.corpus` (AdamW, warm-up, constant rate, cosine decay).
+They differ in the origin of their experts:
 
 ``demo-mixtral``
     Eight experts from random weights: they have nothing in common.
 ``demo-qwen``
-    One expert is trained, copied eightfold with noise, trained, and every expert is split in two twice more. Experts of
-    one ancestor are a family; ``families.json`` beside the weights keeps them.
+    One expert is trained, copied eightfold with noise, trained, and every expert is split in two twice more.
+    Experts of one ancestor are a family; ``families.json`` beside the weights keeps them.
 
-Batches are drawn from the seed and the step alone, so that a run that was stopped and resumed gives the weights of one
-that was not.
+Batches depend on the seed and the step alone, so that a run which was stopped and resumed gives the weights
+of one that was not.
 """
 
 import argparse
@@ -27,7 +27,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
-from hcsmoe_core.demo import corpus, models
+from hcsmoe_core._util import EMBEDDED
+from hcsmoe_core.demo import corpus
+from tools import models
 
 SHARES = {
     "code": 0.14,
@@ -95,7 +97,8 @@ def build(name, experts, seed):
 def split_experts(parent, child, noise, seed):
     """Fill ``child`` with ``parent``'s weights; expert ``e`` of E becomes the experts ``e·n … e·n + n − 1``.
 
-    Every copy gets Gaussian noise of ``noise`` standard deviations of its tensor, so that the copies can part.
+    Every copy gets Gaussian noise of ``noise`` standard deviations of its tensor, so that the copies can
+    part.
     """
     generator = torch.Generator().manual_seed(seed)
     source = parent.state_dict()
@@ -125,7 +128,7 @@ class RouterTap:
         self.chosen.append(chosen)
 
     def balance_loss(self):
-        """``E · Σ_e (share of tokens of e) · (mean probability of e)``, mean over layers (Switch Transformer, eq. 4)."""
+        """``E · Σ_e (token share of e) · (mean probability of e)``, mean over layers (Switch, eq. 4)."""
         loss = 0.0
         for p, chosen in zip(self.probabilities, self.chosen, strict=True):
             experts = p.shape[-1]
@@ -137,7 +140,7 @@ class RouterTap:
 
 
 def rate_at(recipe, step, since_split):
-    """Learning rate: warm-up after every start and split, constant, cosine to 5 % over the last ``decay`` of the run."""
+    """Learning rate: warm-up after start and splits, constant, cosine to 5 % over the last ``decay``."""
     total = sum(steps for _, steps in recipe.stages)
     left = (total - step) / (recipe.decay * total)
     factor = 1.0 if left >= 1 else 0.05 + 0.95 * 0.5 * (1 - math.cos(math.pi * left))
@@ -293,7 +296,7 @@ def finish(name, folder, model, tokenizer, recipe, progress):
 def main():
     """Command line."""
     parser = argparse.ArgumentParser(description="Train an embedded model.")
-    parser.add_argument("name", choices=models.NAMES)
+    parser.add_argument("name", choices=EMBEDDED)
     parser.add_argument(
         "--out", type=Path, required=True, help="folder of checkpoints and of the finished model"
     )
