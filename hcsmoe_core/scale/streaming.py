@@ -40,23 +40,17 @@ from hcsmoe_core.checkpoint import (
     DEVICE_MAPS,
     WEIGHTS,
     check_conversion,
-    check_report,
     device_of,
     exported,
     finish,
-    hub_layout,
     load_model,
     load_skeleton,
     load_tokenizer,
-    loading,
+    load_with,
     merge_record,
-    model_class,
     on_disk,
     opened,
     parts_of,
-    readable,
-    readable_config,
-    set_experts,
     shard,
     target_of,
     without_bars,
@@ -171,18 +165,12 @@ def stream_model(model, *, dtype="auto", device="auto", experts_implementation: 
             f'The "device" argument is {device}, but a streamed model is on one device; to use several GPUs, '
             "start a rank for each: torchrun --nproc-per-node GPUS -m hcsmoe_core.ui.cli …"
         )
-    config, device = readable_config(folder, model), str(device_of(device))
-    with readable(model):
-        base = model_class(config)
-        options = loading(dtype, None if device == "cpu" else {"": device})
-        streamed = _transformers.class_with_loader(base, _read_outside)
-        loaded, report = streamed.from_pretrained(str(folder), config=config, **options)
-        check_report(report, model)
-    loaded.__class__ = base
+    device = str(device_of(device))
+    device_map = None if device == "cpu" else {"": device}
+    options = {"dtype": dtype, "device_map": device_map, "experts_implementation": experts_implementation}
+    loaded = load_with(_read_outside, str(folder), **options)
     loaded.name_or_path = str(model)
-    hub_layout(loaded, config)
-    set_experts(loaded, experts_implementation)
-    return loaded.eval(), load_tokenizer(folder)
+    return loaded, load_tokenizer(folder)
 
 
 def _read_outside(model, files, load_config, _):
@@ -431,8 +419,7 @@ def stream_capture(
         As :func:`hcsmoe_core.capture`; also if the folder is of another capture, or a shard cannot be read.
     """
     source, work = source_of(model), Path(work)
-    needs = needs_of(methods) if needs is None else tuple(needs)
-    settings = {"needs": list(needs), "sample": sample, "every": every, "batch_size": batch_size}
+    settings = {"needs": needs_of(methods, needs), "sample": sample, "every": every, "batch_size": batch_size}
     tokens = Tokens(model, input_ids, domains=domains, ranks=ranks, **settings)
     settings |= {"dtype": str(model.dtype), "device": source.device.type, "checkpoint": source.identity()}
     settings["tokens"] = sha256_json([tokens.hashes, tokens.of_sequence])

@@ -128,14 +128,11 @@ def _names(plan):
 def _runnable(model, plan):
     """Run experts one by one during the block, if kernels of grouped products refuse their width."""
     usual = _transformers.experts_implementation(model)
-    change = usual not in (None, "eager") and odd_widths(plan, model.dtype)
-    try:
-        if change:
+    with contextlib.ExitStack() as undo:
+        if usual not in (None, "eager") and odd_widths(plan, model.dtype):
+            undo.callback(model.set_experts_implementation, usual)
             model.set_experts_implementation("eager")
         yield
-    finally:
-        if change:
-            model.set_experts_implementation(usual)
 
 
 @contextlib.contextmanager
@@ -146,33 +143,26 @@ def _variants(layers, plan):
     """
     own, *exact = _names(plan)
     variants = {name: {} for name in (own, *exact)}
-    try:
+    with contextlib.ExitStack() as undo:
         for layer in layers:
             tensors, labels = layer.tensors(), layer.experts._merged.labels
             variants[own][layer.name] = lift_experts(layer)
+            undo.callback(lay_experts, layer, variants[own][layer.name])
+            undo.callback(lambda layer=layer: layer.merged and take_experts(layer))  # where exact failed
             for name in exact:
                 put_experts(layer, tensors, labels)
                 variants[name][layer.name] = lift_experts(layer)
         yield variants
-    finally:
-        for layer in layers:
-            if layer.name in variants[own]:
-                if layer.merged:  # interrupted where the next lines could not be reached
-                    take_experts(layer)
-                lay_experts(layer, variants[own][layer.name])
 
 
 @contextlib.contextmanager
 def _in_place(layers, variant):
     """Layers compute what one merged model does during the block."""
-    try:
+    with contextlib.ExitStack() as undo:
         for layer in layers:
             lay_experts(layer, variant[layer.name])
+            undo.callback(take_experts, layer)
         yield
-    finally:
-        for layer in layers:
-            if layer.merged:
-                take_experts(layer)
 
 
 @torch.no_grad()
@@ -195,14 +185,12 @@ def _comparing_blocks(layers, variants, totals):
     running = []  # a block may hold another layer's, which must not be compared inside it
 
     def compare(layer, block, inputs, keywords, output):
-        if running:
-            return
-        running.append(layer)
-        for name, variant in variants.items():
+        for name, variant in variants.items() if not running else ():
+            running.append(layer)
             with _in_place([layer], variant):
                 merged = block.forward(*inputs, **keywords)
             totals.add("block_error", name, layer.name, first_tensor(merged), first_tensor(output))
-        running.clear()
+            running.pop()
 
     with contextlib.ExitStack() as hooks:
         for layer in layers:
@@ -312,9 +300,8 @@ class _Totals:
 
     def add(self, kind, name, layer, merged, original):
         """Squared error of some outputs, and the original's squares."""
-        original = original.double()
-        error = (merged.double() - original).square().sum()
-        self._add(f"{kind} {name} {layer}", error, original.square().sum())
+        error, original = merged.double() - original.double(), original.double()
+        self._add(f"{kind} {name} {layer}", error.square().sum(), original.square().sum())
 
     def add_loss(self, name, ids, logits):
         """Loss of one sequence ``ids [S]``, and how its distributions differ from the models' before it.

@@ -71,9 +71,14 @@ def identity(model, tokenizer) -> str:
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     for layer in find_moe_layers(model):  # the map from E to r experts is no tensor of the model
         digest.update(str(layer.experts._merged.labels if layer.merged else None).encode())
-    config = model.config.to_diff_dict().items()
-    beside = ("transformers_version", "expert_merge", "auto_map")  # other in a merged folder than in memory
-    digest.update(str(sorted((key, value) for key, value in config if key not in beside)).encode())
+    config = model.config.to_diff_dict()
+    for key in (
+        "transformers_version",
+        "expert_merge",
+        "auto_map",
+    ):  # other in a merged folder than in memory
+        config.pop(key, None)
+    digest.update(str(sorted(config.items())).encode())
     fast = getattr(tokenizer, "backend_tokenizer", None)
     digest.update((fast.to_str() if fast is not None else sha256_json(tokenizer.get_vocab())).encode())
     return digest.hexdigest()
