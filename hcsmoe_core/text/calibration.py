@@ -148,6 +148,13 @@ def local_files(source: str | Path) -> list[Path]:
     return [file for name in names if _entry(name) is _FILE for file in _files(name)]
 
 
+def is_path(name: str) -> bool:
+    """Whether a source is a path. It must look like one; ``owner/name`` is a data set unless it exists here."""
+    path = Path(name).expanduser()
+    explicit = name.startswith((".", "~")) or path.is_absolute()
+    return explicit or path.suffix in (*TEXT_SUFFIXES, IDS_SUFFIX) or (len(path.parts) > 1 and path.exists())
+
+
 def own_sequences(source: str | Path, sequences: int) -> int:
     """Number of sequences that the model writes itself; it writes whole batches."""
     own = [(count, writing_of(name).batch) for name, count in _parts(source, sequences) if is_own(name)]
@@ -204,7 +211,7 @@ def _parts(source, sequences):
 def _entry(name):
     """Entry of a part: of :data:`SOURCES`, or that of all files, or that of all other data sets."""
     entry = dict(SOURCES).get(name.partition(":")[0], _DATASET)
-    return _FILE if entry is _DATASET and _is_path(name) else entry
+    return _FILE if entry is _DATASET and is_path(name) else entry
 
 
 def _common_entry(source):
@@ -218,13 +225,6 @@ def _labels(name):
     entry = _entry(name)
     label = Path(name).stem if entry is _FILE else name.partition(":")[0].rpartition("/")[2]
     return entry.domains(name) if entry.domains else (label,)
-
-
-def _is_path(name):
-    """Whether a part is a path. It must look like one; ``owner/name`` is a data set unless it exists here."""
-    path = Path(name).expanduser()
-    explicit = name.startswith((".", "~")) or path.is_absolute()
-    return explicit or path.suffix in (*TEXT_SUFFIXES, IDS_SUFFIX) or (len(path.parts) > 1 and path.exists())
 
 
 def _check_names(names):
