@@ -319,7 +319,7 @@ def test_without_data_it_is_offered_and_taken_only_where_none_were_named(
         cli.capture(str(tmp_path / "m"), calibration="c4", **how)
     cli.capture(str(tmp_path / "m"), **how)
     said = capsys.readouterr()
-    assert "No --calibration was given: going on with text that the model writes itself." in said.err
+    assert "No calibration was given: the model writes its own text." in said.err
     assert "calibrating on 3 × 12 tokens of self, seed 42" in said.out
     assert load_statistics(how["out"]).num_tokens == 36
 

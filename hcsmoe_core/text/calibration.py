@@ -149,7 +149,7 @@ def local_files(source: str | Path) -> list[Path]:
 
 
 def is_path(name: str) -> bool:
-    """Whether a source is a path. It must look like one; ``owner/name`` is a data set unless it exists here."""
+    """Whether a source is a path: it looks like one; ``owner/name`` is a data set unless it exists here."""
     path = Path(name).expanduser()
     explicit = name.startswith((".", "~")) or path.is_absolute()
     return explicit or path.suffix in (*TEXT_SUFFIXES, IDS_SUFFIX) or (len(path.parts) > 1 and path.exists())
