@@ -1,7 +1,8 @@
 """Figures of a paper; each function returns a :class:`matplotlib.figure.Figure`, and :func:`save` writes it.
 
-In all of them ``width`` and ``height`` are in inches, ``title`` stands above and ``label`` at the colour bar or at the axis of
-the values. Where there is an argument ``on``, a subfigure, the figure is drawn on it and not on a new one.
+In all of them ``width`` and ``height`` are in inches, ``title`` stands above and ``label`` at the colour
+bar or at the axis of the values. Where there is an argument ``on``, a subfigure, the figure is drawn on it
+and not on a new one.
 """
 
 import functools
@@ -13,7 +14,6 @@ from pathlib import Path
 
 import matplotlib
 import matplotlib.figure
-import matplotlib.ticker
 import numpy as np
 from matplotlib import patheffects
 from matplotlib.collections import PolyCollection
@@ -36,7 +36,9 @@ CUT_LINE = dict(color="black", lw=0.8, ls=(0, (4, 3)))
 REFERENCE = dict(color="0.4", lw=0.8)
 # Accuracy of guessing, by task of lm-evaluation-harness; of the embedded tasks see chance_level.
 CHANCE = dict.fromkeys(("boolq", "rte", "winogrande", "piqa", "copa", "wic", "wsc", "mrpc", "qnli"), 1 / 2)
-CHANCE |= dict.fromkeys(("arc_challenge", "arc_easy", "hellaswag", "mmlu", "openbookqa", "race", "sciq"), 1 / 4)
+CHANCE |= dict.fromkeys(
+    ("arc_challenge", "arc_easy", "hellaswag", "mmlu", "openbookqa", "race", "sciq"), 1 / 4
+)
 
 
 def styled(function):
@@ -54,7 +56,7 @@ def styled(function):
 
 @styled
 def png(figure, dpi=110, *, tight=True) -> bytes:
-    """A figure as PNG, the same bytes each time; without ``tight`` it keeps its own margins and is drawn twice as fast."""
+    """A figure as PNG, the same bytes each time; not ``tight``, it keeps its margins, in half the time."""
     buffer = io.BytesIO()
     with matplotlib.rc_context({"savefig.bbox": "tight" if tight else None}):
         figure.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
@@ -87,13 +89,15 @@ def leaf_order(tree) -> list[int]:
 def group_colours(labels, order) -> dict:
     """Colour of each group that has more than one expert; the others are grey.
 
-    Colours are assigned along ``order`` (the experts as a dendrogram shows them), so that neighbours differ, and repeat after
-    nine groups.
+    Colours are assigned along ``order`` (the experts as a dendrogram shows them), so that neighbours
+    differ, and repeat after nine groups.
     """
     cycle = [colour for colour in COLOURS if colour != "#949494"]
     sizes = np.bincount(labels)
     merged = dict.fromkeys(int(labels[e]) for e in order if sizes[labels[e]] > 1)
-    return dict.fromkeys(range(len(sizes)), UNMERGED) | dict(zip(merged, itertools.cycle(cycle), strict=False))
+    return dict.fromkeys(range(len(sizes)), UNMERGED) | dict(
+        zip(merged, itertools.cycle(cycle), strict=False)
+    )
 
 
 def _expert_colours(labels, order):
@@ -129,7 +133,8 @@ def _draw_tree(axes, tree, labels, *, orientation="top", scale=None):
 def untangled(tree, order) -> np.ndarray:
     """The same tree with branches swapped so that its leaves come close to another order.
 
-    At each join the branch whose experts stand further left in ``order``, on average, goes left; heights do not change.
+    At each join the branch whose experts stand further left in ``order``, on average, goes left; heights do
+    not change.
 
     Parameters
     ----------
@@ -154,13 +159,13 @@ def untangled(tree, order) -> np.ndarray:
 
 
 def crossings(first, second) -> int:
-    """Number of pairs of experts that two orders of leaves have in opposite order: lines between them cross."""
+    """Pairs of experts that two orders of leaves have in opposite order: lines between them cross."""
     position = np.argsort(second)[np.asarray(first)]
     return int((position[:, None] > position)[np.triu_indices(len(position), 1)].sum())
 
 
 def cut_height(tree, groups) -> float:
-    """Height at which a tree is cut into ``groups``: midway between the last join below and the first above."""
+    """Height at which a tree is cut into ``groups``, midway between the joins below and above."""
     experts = len(tree) + 1
     below = tree[experts - groups - 1, 2] if groups < experts else 0.0
     above = tree[experts - groups, 2] if groups > 1 else tree[-1, 2] * 1.05
@@ -184,7 +189,13 @@ def _margins(figure, *, left, right, bottom, top):
     return dict(left=left / width, right=1 - right / width, bottom=bottom / height, top=1 - top / height)
 
 
-def _panels(count, columns, width, height, *, sharex=True):
+def one_panel(width, height):
+    """New figure with one panel."""
+    figure = Figure(figsize=(width, height))
+    return figure, figure.add_subplot()
+
+
+def panel_grid(count, columns, width, height, *, sharex=True):
     """New figure of a number of panels, in rows of ``columns``, with shared axes."""
     figure = Figure(figsize=(width, height), layout="constrained")
     panels = figure.subplots(-(-count // columns), columns, sharex=sharex, sharey=True, squeeze=False).ravel()
@@ -193,7 +204,7 @@ def _panels(count, columns, width, height, *, sharex=True):
     return figure, panels[:count]
 
 
-def _title_and_legend(figure, panels, title, *, order=None, **options):
+def title_and_legend(figure, panels, title, *, order=None, **options):
     """Title above all panels, and below them one legend of what any of them shows, in the given order."""
     handles = {}
     for panel in panels:
@@ -213,11 +224,6 @@ def _square(condensed, order):
     return squareform(condensed)[np.ix_(order, order)]
 
 
-def _two_lines(label):
-    """A label broken at its first joint, for an axis that is too short for it."""
-    return label.replace(" between ", " between\n").replace(" of ", " of\n")
-
-
 def _usage_bars(axes, positions, order, usage, colours, width=0.8):
     """Share of routed tokens of each expert, in per cent, with a line at an equal share."""
     half, shares = width / 2, [100 * float(usage[e]) for e in order]
@@ -232,12 +238,12 @@ def _usage_bars(axes, positions, order, usage, colours, width=0.8):
 
 
 def _label_experts(axes, order, inches, positions=None, *, both=False):
-    """Number the experts along ``inches`` of an axis: all of them, or every n-th where there is no space for all."""
+    """Number the experts along ``inches`` of an axis: all of them, or every n-th where space is short."""
     space = 72 * inches / len(order)  # points per expert
     step = max(1, math.ceil(LEGIBLE / space))
     size, digits = min(7, 0.9 * space * step), len(str(max(order)))
     turned = space * step < 0.65 * digits * size + 2
-    # Not tick labels: a tick is five artists, and 64 of them are most of the time that a figure takes to draw.
+    # Not tick labels: a tick is five artists, and 64 of them are most of the time that drawing takes.
     axes.set_xticks([])
     shift = axes.figure.dpi_scale_trans
     below = axes.get_xaxis_transform() + ScaledTranslation(0, -3 / 72, shift)
@@ -345,7 +351,7 @@ def dendrogram(tree, *, groups=None, usage=None, title="", label="distance", wid
 def layer_grid(
     condensed, trees, *, groups=None, order=None, titles=None, label="distance between experts", width=PAGE
 ):
-    """Every layer's distances as small heatmaps with their trees above; each layer has a colour scale of its own.
+    """Every layer's distances as small heatmaps with their trees above, each on a colour scale of its own.
 
     Parameters
     ----------
@@ -377,32 +383,27 @@ def layer_grid(
 
 
 @styled
-def usage_by_domain(stats, layer, *, order=None, title="", width=PAGE):
+def usage_by_domain(stats, layer, *, title="", width=PAGE):
     """Which experts the tokens of each domain go to: share of the domain's routed tokens, in per cent.
 
     Parameters
     ----------
     stats : Statistics
     layer : int or str
-    order : list of int, optional
-        Order of the experts, such as :func:`leaf_order`.
     """
     count = stats.layer(layer).usage_count.double()
     share = 100 * (count / count.sum(1, keepdim=True)).numpy()
-    order = list(range(share.shape[1])) if order is None else order
-    figure = Figure(figsize=(width, 0.7 + 0.17 * len(stats.domains)))
-    axes = figure.add_subplot()
-    image = _heatmap(axes, share[:, order], SHARES)
-    _label_experts(axes, order, 0.8 * width)
-    axes.set_yticks(range(len(stats.domains)), stats.domains)
-    axes.set(xlabel="expert", title=title)
+    figure, axes = one_panel(width, 0.7 + 0.17 * len(stats.domains))
+    image = _heatmap(axes, share, SHARES)
+    _label_experts(axes, range(share.shape[1]), 0.8 * width)
+    axes.set(yticks=range(len(stats.domains)), yticklabels=stats.domains, xlabel="expert", title=title)
     figure.colorbar(image, ax=axes, pad=0.015, aspect=12, label="tokens, %")
     return figure
 
 
 @styled
 def expert_profile(shares, tokens, *, expected, most=18, title="", width=PAGE):
-    """Which tokens one expert gets: the share of each domain's tokens, and the tokens that it gets most often.
+    """Which tokens one expert gets: the share of each domain's tokens, and the tokens with the largest share.
 
     Parameters
     ----------
@@ -451,8 +452,7 @@ def curve(
     log : bool
         Whether ``x`` is drawn on a logarithmic axis.
     """
-    figure = Figure(figsize=(width, 0.78 * width))
-    axes = figure.add_subplot()
+    figure, axes = one_panel(width, 0.78 * width)
     groups = [("", frame)] if hue is None else list(frame.groupby(hue, sort=True))
     for i, (name, rows) in enumerate(groups):
         rows = rows.sort_values(x)
@@ -477,7 +477,7 @@ def curve(
 
 
 def _accuracy(task):
-    """Metric, value and standard error, in per cent, of a task's accuracy or exact matches; NaN if it has neither."""
+    """Metric, value and standard error, in per cent, of a task's accuracy or exact matches, or NaN."""
     for name, value in task.items():
         metric, comma, rule = name.partition(",")
         if metric in ("acc", "exact_match"):
@@ -487,20 +487,19 @@ def _accuracy(task):
 
 @styled
 def task_bars(scores, *, before=None, label="merged", title="", width=COLUMN):
-    """Accuracy on each task with one standard error, beside that of another model, and the accuracy of guessing.
+    """Accuracy on each task with one standard error, beside that of another model and that of guessing.
 
     Parameters
     ----------
     scores, before : dict
-        ``tasks`` as :func:`hcsmoe_core.evaluate` returns them, of a model and of the one to compare it with. Tasks without an
-        accuracy (or exact matches) are left out.
+        ``tasks`` as :func:`hcsmoe_core.evaluate` returns them, of a model and of the one to compare it
+        with. Tasks without an accuracy (or exact matches) are left out.
     label : str
         Of the model.
     """
     names = [name for name, task in scores["tasks"].items() if not math.isnan(_accuracy(task)[1])]
     rows = np.arange(len(names))
-    figure = Figure(figsize=(width, 0.6 + 0.26 * len(names)))
-    axes = figure.add_subplot()
+    figure, axes = one_panel(width, 0.6 + 0.26 * len(names))
     models = {label: scores} if before is None else {"original": before, label: scores}
     for i, (model, values) in enumerate(models.items()):
         bars = [_accuracy(values["tasks"].get(name, {}))[1:] for name in names]
@@ -514,8 +513,8 @@ def task_bars(scores, *, before=None, label="merged", title="", width=COLUMN):
         axes.plot(values, np.array(ends, float), ls=":", label="chance", **REFERENCE)
     matched = {"acc": "", "exact_match": " (exact match)"}
     labels = [name.removeprefix("demo_") + matched[_accuracy(scores["tasks"][name])[0]] for name in names]
-    axes.set_yticks(rows, labels)
-    axes.set(xlabel="accuracy, %", xlim=(0, 100), ylim=(len(names) - 0.5, -0.5), title=title)
+    axes.set(yticks=rows, yticklabels=labels, ylim=(max(len(names), 1) - 0.5, -0.5))
+    axes.set(xlabel="accuracy, %", xlim=(0, 100), title=title)
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
@@ -525,7 +524,7 @@ def method_dots(
     frame, *, value, error=None, kind=None, panels="experts", reference=None, log=False, xlabel="", title="",
     width=PAGE
 ):  # fmt: skip
-    """Every method's value, one panel per number of experts; methods are in one order, best first in the middle panel.
+    """Every method's value, one panel per number of experts; the middle panel has the best method first.
 
     Parameters
     ----------
@@ -547,7 +546,7 @@ def method_dots(
     frame, methods = frame.dropna(subset=[value]), frame["method"].unique()
     middle = frame[frame[panels] == counts[len(counts) // 2]].sort_values(value, ascending=log)
     order = list(dict.fromkeys([*middle["method"], *methods]))
-    figure, all_axes = _panels(len(counts), len(counts), width, 0.95 + 0.155 * len(order))
+    figure, all_axes = panel_grid(len(counts), len(counts), width, 0.95 + 0.155 * len(order))
     for axes, count in zip(all_axes, counts, strict=True):
         for name, marker in zip(sorted(frame[kind or ""].unique()), MARKERS, strict=False):
             rows = frame[(frame[panels] == count) & (frame[kind or ""] == name)]
@@ -558,12 +557,12 @@ def method_dots(
             axes.axvline(reference[0], ls="--", label=reference[1], **REFERENCE)
         if log:
             axes.set_xscale("log")
-        axes.set(title=f"{count} {panels}", axisbelow=True)
+        axes.set(title=f"{count} {panels}")
         axes.grid(axis="y", color="0.92", lw=0.6)
     all_axes[0].set_yticks(range(len(order)), order)
     all_axes[0].invert_yaxis()
     all_axes[len(all_axes) // 2].set_xlabel(xlabel)
-    _title_and_legend(figure, all_axes, title)
+    title_and_legend(figure, all_axes, title)
     return figure
 
 
@@ -571,8 +570,8 @@ def method_dots(
 def tanglegram(first, second, *, groups=None, titles=("", ""), label="distance", title="", width=PAGE):
     """Two merge trees of the same experts face to face, with one line per expert.
 
-    The second tree's branches are swapped so that few lines cross. Lines have the colour of the expert's group in the first
-    tree; where the second tree joins other experts, its own branches show it.
+    The second tree's branches are swapped so that few lines cross. Lines have the colour of the expert's
+    group in the first tree; where the second tree joins other experts, its own branches show it.
 
     Parameters
     ----------
@@ -616,30 +615,27 @@ def domain_errors(frame, *, title="", label="relative error of the group's outpu
     frame : pandas.DataFrame
         Of :func:`hcsmoe_core.ui.anatomy.output_errors`.
     """
+    import seaborn
+
     values = frame.pivot(index="combination", columns="domain", values="error")
     values = values.loc[frame["combination"].unique(), frame["domain"].unique()]
     tokens = frame.drop_duplicates("domain").set_index("domain")["tokens"]
-    figure = Figure(figsize=(width, 0.9 + 0.3 * len(values)))
-    axes = figure.add_subplot()
-    image = _heatmap(axes, values, vmax=max(1.0, np.nanmax(values)))
-    for (row, column), value in np.ndenumerate(values.to_numpy()):
-        if np.isfinite(value):
-            luminance = np.dot(image.to_rgba(value)[:3], (0.299, 0.587, 0.114))
-            look = dict(ha="center", va="center", size=6.5, color="black" if luminance > 0.5 else "white")
-            axes.text(column, row, f"{value:.2f}", **look)
-    columns = [f"{domain}\n{tokens[domain]}" for domain in values]
-    axes.set_xticks(range(len(columns)), columns, rotation=45, ha="right")
-    axes.set_yticks(range(len(values)), values.index)
-    axes.set(title=title, xlabel="domain, with its tokens in the sample")
-    axes.tick_params(length=0)
-    axes.spines[:].set_visible(False)
-    figure.colorbar(image, ax=axes, label=label.replace(" of ", " of\n"), shrink=0.9, pad=0.01)
+    figure, axes = one_panel(width, 0.9 + 0.3 * len(values))
+    scale = dict(label=label.replace(" of ", " of\n"), shrink=0.9, pad=0.01)
+    numbers = dict(
+        annot=True, fmt=".2f", annot_kws={"size": 6.5}
+    )  # black or white, by the colour that they stand on
+    limits = dict(vmin=0, vmax=max(1.0, np.nanmax(values)))
+    seaborn.heatmap(values, ax=axes, cmap=DISTANCES, cbar_kws=scale, **numbers, **limits)
+    axes.set_xticklabels([f"{domain}\n{tokens[domain]}" for domain in values], rotation=45, ha="right")
+    axes.set(title=title, xlabel="domain, with its tokens in the sample", ylabel="")
+    axes.tick_params(length=0, labelrotation=None)
     return figure
 
 
 @styled
 def neuron_matches(before, after, *, dominant, title="", width=COLUMN):
-    """Correlation of the neurons that are averaged, unaligned and aligned: one line per member, the largest first.
+    """Correlation of the neurons that are averaged, unaligned and aligned, one line per member.
 
     Parameters
     ----------
@@ -648,8 +644,7 @@ def neuron_matches(before, after, *, dominant, title="", width=COLUMN):
     dominant : int
         The expert that the others are matched to.
     """
-    figure = Figure(figsize=(width, 0.78 * width))
-    axes = figure.add_subplot()
+    figure, axes = one_panel(width, 0.78 * width)
     for member, colour in zip(after, itertools.cycle(COLOURS), strict=False):
         for matches, dashes, name in ((before, ":", None), (after, "-", f"expert {member}")):
             values = np.sort(np.diag(matches[member]))[::-1]
@@ -658,15 +653,16 @@ def neuron_matches(before, after, *, dominant, title="", width=COLUMN):
     axes.plot([], [], ":", color="0.4", label="unaligned")
     axes.axhline(0, color="0.6", lw=0.6)
     ylabel = f"correlation with expert {dominant}'s neuron"
-    axes.set(xlabel="neurons, % (best match first)", ylabel=ylabel, title=title)
-    axes.set(ylim=(min(-0.3, axes.get_ylim()[0]), 1.02))
+    bottom = min(-0.3, axes.get_ylim()[0])
+    axes.set(xlabel="neurons, % (best match first)", ylabel=ylabel, title=title, ylim=(bottom, 1.02))
     axes.legend(loc="upper right")
     return figure
 
 
 @styled
 def budget_strip(
-    costs, counts, *, uniform=None, layer=None, title="", label="relative error of outputs", width=PAGE, on=None
+    costs, counts, *, uniform=None, layer=None, title="", label="relative error of outputs", width=PAGE,
+    on=None
 ):  # fmt: skip
     """Where each layer's tree is cut, over what a cut there and elsewhere costs.
 
@@ -696,8 +692,8 @@ def budget_strip(
         axes.axvline(uniform, label=f"{uniform} in every layer", **look)
     if layer is not None:
         axes.plot(counts[layer], layer, "o", color=COLOURS[3], ms=6.5, mec="white")
-    axes.set(title=title, xlabel="experts kept", ylabel="MoE layer")
-    axes.set_yticks(layers if len(costs) <= 12 else layers[::4])
+    ticks = layers if len(costs) <= 12 else layers[::4]
+    axes.set(title=title, xlabel="experts kept", ylabel="MoE layer", yticks=ticks)
     figure.colorbar(image, cax=figure.add_subplot(grid[1]), label=label.replace(" of ", " of\n"))
     figure.legend(loc="lower center", ncols=2, borderaxespad=0.2)
     return figure
@@ -734,7 +730,7 @@ def cut_view(
 
 @styled
 def expert_frequencies(stats, *, title="", width=PAGE):
-    """How often each expert of every layer is chosen: bars, in per cent of the layer's routed tokens, by domain.
+    """How often each expert of every layer is chosen, in per cent of the layer's routed tokens, by domain.
 
     Parameters
     ----------
@@ -746,7 +742,9 @@ def expert_frequencies(stats, *, title="", width=PAGE):
     columns = few if len(counts) <= 4 else more if len(counts) <= 8 else many
     rows, entries = -(-len(counts) // columns), 6 if wide else 3
     legend = 0.17 * -(-(len(stats.domains) + 1) // entries)
-    figure, panels = _panels(len(counts), columns, width, (0.78 if rows > 3 else 1.15) * rows + legend + 0.5)
+    figure, panels = panel_grid(
+        len(counts), columns, width, (0.78 if rows > 3 else 1.15) * rows + legend + 0.5
+    )
     looks = [dict(color=c, hatch=h, edgecolor="white") for h in ("", "//////", "......") for c in COLOURS]
     for i, (axes, count) in enumerate(zip(panels, counts, strict=True)):
         shares, bottom = 100 * count / count.sum(), np.zeros(count.shape[1])
@@ -760,11 +758,13 @@ def expert_frequencies(stats, *, title="", width=PAGE):
         if i + columns >= len(counts):
             axes.set_xlabel("expert")
             axes.tick_params(labelbottom=True)
-    step = next(2**n for n in range(12) if experts <= 5.2 * width / columns * 2**n)  # as many as there is space for
+    step = next(
+        2**n for n in range(12) if experts <= 5.2 * width / columns * 2**n
+    )  # as many as there is space for
     panels[0].set_xticks(range(0, experts, step))
     figure.supylabel("routed tokens, %", size=matplotlib.rcParams["axes.labelsize"])
     names = ["an equal share", *(stats.domains if len(stats.domains) > 1 else ())]
-    _title_and_legend(figure, panels, title, order=names, ncols=entries, handlelength=1.2)
+    title_and_legend(figure, panels, title, order=names, ncols=entries, handlelength=1.2)
     return figure
 
 
@@ -775,14 +775,14 @@ def published_beside_ours(frame, *, title="", width=PAGE):
     Parameters
     ----------
     frame : pandas.DataFrame
-        Of :func:`hcsmoe_core.studies.paper.line_up`. Bars are one standard deviation over calibration seeds; a method that was
-        not measured has a cross at the left edge.
+        Of :func:`hcsmoe_core.studies.paper.line_up`. Bars are one standard deviation over calibration
+        seeds; a method that was not measured has a cross at the left edge.
     """
     frame = frame[frame["kept"] < 1]
     methods, shares = list(dict.fromkeys(frame["method"])), sorted(frame["kept"].unique(), reverse=True)
     columns = len(shares) if width > 5 else 1
     height = 0.85 + len(shares) // columns * (0.3 + 0.22 * len(methods))
-    figure, panels = _panels(len(shares), columns, width, height)
+    figure, panels = panel_grid(len(shares), columns, width, height)
     values = 100 * frame[["published_retained", "retained"]].to_numpy()
     margin = 0.12 * (np.nanmax(values) - np.nanmin(values) + 1)
     left, right = np.nanmin(values) - margin, np.nanmax(values) + margin
@@ -802,87 +802,11 @@ def published_beside_ours(frame, *, title="", width=PAGE):
         name = "{:.0%} of experts: published {experts}, ours {our_experts}".format(share, **rows.iloc[0])
         axes.set_title(name, size=7, loc="left")
         axes.grid(axis="y", color="0.92", lw=0.6)
-        axes.set_axisbelow(True)
-    panels[0].set_yticks(range(len(methods)), methods)
+    panels[0].set(yticks=range(len(methods)), yticklabels=methods)
     panels[0].set(xlim=(left, right), ylim=(len(methods) - 0.4, -0.6))
     for axes in panels[-columns:]:
         axes.set_xlabel("accuracy, % of the unmerged model's")
-    _title_and_legend(figure, panels, title, order=("published", "ours", "ours not measured"), handletextpad=0.3)
-    return figure
-
-
-@styled
-def tradeoff(frame, *, costs, value, hue, shade, fronts, labels, ylabel="", title="", width=PAGE):
-    """Loss against cost, one panel per cost, on logarithmic axes; rings mark the Pareto front.
-
-    Parameters
-    ----------
-    frame : pandas.DataFrame
-    costs : sequence of str
-        Columns along the panels' x axes.
-    value, hue : str
-        Columns of what is lost, and of what is shown as colour.
-    shade : str
-        Column whose values make lines of their own within a colour: the largest solid, smaller ones dashed and lighter.
-    fronts : sequence of (N,) bool arrays
-        By panel: which points are on the front.
-    labels : sequence of str
-        Of the x axes.
-    """
-    figure, panels = _panels(len(costs), len(costs), width, 0.55 * width, sharex=False)
-    shades = sorted(frame[shade].unique(), reverse=True)
-    for axes, cost, front, label in zip(panels, costs, fronts, labels, strict=True):
-        for i, (name, rows) in enumerate(frame.groupby(hue)):
-            levels = {level: rows[rows[shade] == level] for level in shades}
-            if max(map(len, levels.values())) <= 1:  # its shades are points of one line
-                levels = {shades[0]: rows}
-            for level, points in levels.items():
-                points, faint = points.sort_values([cost, value]), shades.index(level)
-                look = dict(color=COLOURS[i], marker=MARKERS[i % 6], ms=4, lw=0.9)
-                look |= dict(alpha=max(0.3, 1 - 0.3 * faint), ls=["-", "--", ":"][min(faint, 2)])
-                axes.plot(points[cost], points[value], label=None if faint else name, **look)
-        ring = dict(ls="none", marker="o", ms=8.5, mfc="none", mec="0.35", mew=0.8)
-        axes.plot(frame[front][cost], frame[front][value], label="not beaten in both", **ring)
-        axes.set(xscale="log", yscale="log", xlabel=label)
-        ticks = [0.05, 0.1, 0.2, 0.5, 1]
-        axes.set_xticks(ticks, [f"{100 * tick:.0f}" for tick in ticks])
-        axes.set_xticks([], minor=True)
-        axes.set_xlim(0.85 * frame[cost].min(), 1.15 * frame[cost].max())
-    panels[0].set_ylabel(ylabel or value)
-    _title_and_legend(figure, panels, title)
-    return figure
-
-
-@styled
-def predictions(panels, *, value, hue, lines=None, xlabels=None, ylabel="", title="", width=PAGE):
-    """Measured against predicted values, one panel per prediction, on logarithmic axes.
-
-    Parameters
-    ----------
-    panels : dict of str to pandas.DataFrame
-        By title: with a column ``x``.
-    value, hue : str
-        Columns of what was measured, and of what is shown as colour.
-    lines : dict of str to (float, float), optional
-        By title: slope and factor of ``value = factor · x^slope``.
-    xlabels : dict of str to str, optional
-    """
-    height = 0.4 + 0.38 * width * -(-len(panels) // 2)
-    figure, all_axes = _panels(len(panels), 2, width, height, sharex=False)
-    kinds = sorted({kind for frame in panels.values() for kind in frame[hue]})
-    for axes, (name, frame) in zip(all_axes, panels.items(), strict=True):
-        for i, kind in enumerate(kinds):
-            rows, look = frame[frame[hue] == kind], dict(color=f"C{i}", ms=4, label=kind)
-            axes.plot(rows["x"], rows[value], MARKERS[i % 6], **look)
-        slope, factor = (lines or {}).get(name, (np.nan, np.nan))
-        if np.isfinite([slope, factor]).all():
-            ends = np.array([frame["x"][frame["x"] > 0].min(), frame["x"].max()])
-            axes.plot(ends, factor * ends**slope, color="0.4", lw=0.9)
-            axes.text(0.04, 0.92, f"slope {slope:.2f}", transform=axes.transAxes, size=7, color="0.3")
-        axes.set(xscale="log", yscale="log", xlabel=(xlabels or {}).get(name, ""))
-        axes.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
-        axes.set_title(name, loc="left", size=7.5)
-    for axes in all_axes[::2]:
-        axes.set_ylabel(ylabel or value)
-    _title_and_legend(figure, all_axes, title, order=kinds)
+    title_and_legend(
+        figure, panels, title, order=("published", "ours", "ours not measured"), handletextpad=0.3
+    )
     return figure
