@@ -284,6 +284,8 @@ def test_a_record_writes_into_the_project_wherever_the_notebook_is_started(start
     monkeypatch.chdir(tmp_path / started_in)
     for _ in range(2):  # its cell may be run again
         record = Record("00_tour", {"model": "a/model"}, figures="figures")
+    record.data(pd.DataFrame({"a": [1]}))
+    assert (tmp_path / "runs/00_tour/model/results.csv").read_text() == "a\n1\n"
     record.write(scores={"acc": 1})
     content = json.loads((tmp_path / "runs/00_tour/model/results.json").read_text())
     assert content["scores"] == {"acc": 1}  # before anything is drawn

@@ -58,6 +58,10 @@ class Record:
         self.files += [write_table(frame, f"{path}{suffix}") for suffix in (".csv", ".tex")]
         return frame
 
+    def data(self, frame):
+        """Save the rows behind the results as CSV, beside ``results.json``."""
+        write_table(frame, self.results.with_suffix(".csv"))
+
     def write(self, **values):
         """Write ``results.json`` as it is so far."""
         content = {

@@ -43,24 +43,27 @@ def run(models, out, figures, workers, limit=None, *, full=False):
     for model in models:
         check_choice("models", model, EMBEDDED)
 
+    shared = {"figures": str(figures)}
+    numbers = {"dtype": "float32"}  # of the published numbers; the weights are stored in 16 bits
+
     def notebooks(*names, **parameters):
-        parameters |= {"figures": str(figures)}
+        parameters |= shared
         return [(sweep.notebook_path(name), {"model": m} | parameters) for m in models for name in names]
 
     # The tour captures the statistics that all the others read.
     options = dict(workers=workers, again=full)
-    done = sweep.run_cells(notebooks("00_tour"), out, description="tour", **options)
-    done += sweep.run_cells(notebooks(*LOOKS), out, description="looks", **options)
+    done = sweep.run_cells(notebooks("00_tour", **numbers), out, description="tour", **options)
+    done += sweep.run_cells(notebooks(*LOOKS, **numbers), out, description="looks", **options)
     cells = Path(out) / (
         f"{limit}-items" if limit else "all-items"
     )  # scores on other items are another study
     chosen = grids.names() if full else list(BRIEF)
-    planned = grids.plans(chosen, models, {"limit": limit, "figures": str(figures)})
+    planned = grids.plans(chosen, models, {"limit": limit} | numbers | shared)
     done += grids.run(planned, cells, workers=workers)
     if full:
         done += draw(chosen, models, cells, figures, workers)
     tables = notebooks("06_ablation", sweep=str(cells), grid=",".join(BRIEF))
-    tables += notebooks("07_paper", sweep=str(cells)) + notebooks(*TABLES)
+    tables += notebooks("07_paper", sweep=str(cells), **numbers) + notebooks(*TABLES)
     done += sweep.run_cells(tables, out, workers=workers, again=True, description="tables")
     report(models, out, cells, figures, len(done))
 
