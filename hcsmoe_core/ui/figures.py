@@ -629,7 +629,8 @@ def domain_errors(frame, *, title="", label="relative error of the group's outpu
     seaborn.heatmap(values, ax=axes, cmap=DISTANCES, cbar_kws=scale, **numbers, **limits)
     axes.set_xticklabels([f"{domain}\n{tokens[domain]}" for domain in values], rotation=45, ha="right")
     axes.set(title=title, xlabel="domain, with its tokens in the sample", ylabel="")
-    axes.tick_params(length=0, labelrotation=None)
+    axes.set_yticklabels(values.index, rotation=0)
+    axes.tick_params(length=0)
     return figure
 
 
