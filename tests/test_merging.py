@@ -74,7 +74,7 @@ def test_bfloat16_is_rounded_once():
     apply_plan(model, Plan(layers))
     exact = sum(w * original[e].double() for e, w in enumerate([0.2, 0.3, 0.5]))
     got = model.model.layers[0].mlp.experts.down_proj[0].detach()
-    # Sums are float32: a value may lie so close to the middle of two bfloat16 numbers that the last bit differs.
+    # Sums are float32: values close to the middle of two bfloat16 numbers may differ in the last bit.
     assert (got == exact.to(torch.bfloat16)).float().mean() > 0.99
     assert ((got.double() - exact).abs() <= exact.abs() * 2**-8).all()
 
@@ -204,7 +204,10 @@ BAD = {  # what is wrong with one layer's plan: the layer, and what the error sa
         dict(labels=PAIRS, width=8, rules=[SELECTION] * 3 + [{"rule": "average"}]),
         "a width goes with rules that choose neurons",
     ),
-    "a width within the rule": (dict(labels=PAIRS, combine=SELECTION | {"width": 8}), 'without "width"'),
+    "a width within the rule": (
+        dict(labels=PAIRS, combine=SELECTION | {"width": 8}),
+        "is the layer's, not that of a rule",
+    ),
     "no neurons": (dict(labels=ALONE, combine={"rule": "trimming"}, width=0), "whole number of at least 1"),
     "half a neuron": (
         dict(labels=ALONE, combine={"rule": "trimming"}, width=8.5),
