@@ -141,8 +141,8 @@ def distances(stats, layer, *, similarity: str = "expert-output", metric: str = 
         require(
             np.isfinite(condensed).all(),
             f'{name}: some distances by "{part}" and "{own}" are not numbers (an expert whose features are '
-            'all zero has no cosine, no router no logits); use metric "euclidean", or check the checkpoint for '
-            "NaN.",
+            'all zero has no cosine, no router no logits); use metric "euclidean", or check the checkpoint '
+            "for NaN.",
         )
         terms.append((condensed, weight))
         euclidean &= own == "euclidean"
