@@ -64,9 +64,14 @@ def described(similarity: str) -> str:
     return "distance between experts' " + " and ".join(features)
 
 
+def needs_of(similarity: str) -> tuple:
+    """Names of :data:`hcsmoe_core.statistics.NEEDS` that a similarity looks at."""
+    return tuple(need for name, _ in parts_of(similarity) for need in steps.similarity[name].needs_for({}))
+
+
 def available(stats) -> list:
     """The similarities that statistics suffice for."""
-    return [name for name, step in steps.similarity.items() if {*step.needs_for({})} <= {*stats.needs}]
+    return [name for name in steps.similarity if {*needs_of(name)} <= {*stats.needs}]
 
 
 def allowed_linkages(similarity: str, linkages) -> list:
