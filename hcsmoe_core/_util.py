@@ -10,7 +10,7 @@ import os
 import platform
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections import UserDict
 from pathlib import Path
 from typing import ClassVar
 
@@ -28,7 +28,7 @@ class InputError(ValueError):
     """Bad input: names the argument, its value, what is allowed and what to do. Any other error is a bug."""
 
 
-class Table(Mapping):
+class Table(UserDict):
     """Entries by name, registered by modules that are imported at the first lookup.
 
     Parameters
@@ -46,22 +46,15 @@ class Table(Mapping):
         """Add or replace one entry."""
         self._entries[name] = entry
 
-    def _filled(self):
+    @property
+    def data(self):
+        """The entries, once all providers have registered theirs."""
         while Table.providers:
             importlib.import_module(Table.providers.pop(0))
         return self._entries
 
     def __getitem__(self, name):
-        return self._filled()[check_choice(self.argument, name, self._filled())]
-
-    def __contains__(self, name):
-        return name in self._filled()
-
-    def __iter__(self):
-        return iter(self._filled())
-
-    def __len__(self):
-        return len(self._filled())
+        return self.data[check_choice(self.argument, name, self.data)]
 
 
 def check_choice(argument: str, value, choices):

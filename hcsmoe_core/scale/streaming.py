@@ -23,6 +23,7 @@ from accelerate.utils import convert_file_size_to_int, recursively_apply
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import nn
 
 from hcsmoe_core import _transformers
 from hcsmoe_core._util import (
@@ -59,7 +60,7 @@ from hcsmoe_core.checkpoint import (
 from hcsmoe_core.collect import Tokens, forward_options, needs_of
 from hcsmoe_core.families import decoder_layers, find_moe_layers
 from hcsmoe_core.merging import apply_layer, check_appliable, restore
-from hcsmoe_core.moe import check_loaded, fingerprint, set_tensor, source_of
+from hcsmoe_core.moe import check_loaded, fingerprint, source_of
 from hcsmoe_core.scale import ranks
 from hcsmoe_core.statistics import SAMPLE, Statistics, load_statistics
 
@@ -258,7 +259,9 @@ class _Source:
         for name in names:
             path, _, own = name.rpartition(".")
             module = self.model.get_submodule(path)
-            set_tensor(module, own, torch.empty_like(getattr(module, own), device="meta"))
+            empty = torch.empty_like(getattr(module, own), device="meta")
+            is_parameter = own in module._parameters
+            setattr(module, own, nn.Parameter(empty, requires_grad=False) if is_parameter else empty)
 
     def _read(self, part):
         keys_of = {}

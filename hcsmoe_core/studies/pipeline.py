@@ -7,21 +7,22 @@
 ``method``, ``plan_seed``, and any step or option by name (``linkage="ward"``)
     As for :func:`hcsmoe_core.make_plan`.
 ``calibration``, ``sequences``, ``length``, ``column``, ``calibration_seed``
-    As for :func:`hcsmoe_core.calibration_tokens`. Without a calibration, where the usual one is unavailable, a model
-    in memory writes its own text.
+    As for :func:`hcsmoe_core.calibration_tokens`. Without a calibration, where the usual one is unavailable,
+    a model in memory writes its own text.
 ``statistics``
     Statistics (their file) to plan from, or which the plan needs; by default they are captured.
 ``sample``, ``every``, ``batch_size``
     As for :func:`hcsmoe_core.capture`.
 ``until_stable``, ``until_excess``
-    Stop the capture early: ``agreement`` or ``excess`` of :func:`hcsmoe_core.studies.stability.capture_until_stable`.
+    Stop the capture early: ``agreement`` or ``excess`` of
+    :func:`hcsmoe_core.studies.stability.capture_until_stable`.
 ``out``, ``router``
     Folder to write, as for :func:`hcsmoe_core.save_merged`; without it the merged model stays in memory.
 ``fidelity``
     Held-out sequences on which the result is compared with the original; 0 for none.
 ``dtype``, ``device``, ``load``, ``memory``
-    As for :func:`hcsmoe_core.open_model`. A model that does not fit into memory goes through layer by layer, and an
-    interrupted run goes on when it is called again. Under ``torchrun``, ranks share the capture.
+    As for :func:`hcsmoe_core.open_model`. A model that does not fit into memory goes through layer by layer,
+    and an interrupted run goes on when it is called again. Under ``torchrun``, ranks share the capture.
 """
 
 import contextlib
@@ -90,8 +91,9 @@ def shrink(
     Returns
     -------
     dict, or None on every rank but the first
-        That of :func:`hcsmoe_core.save_merged` with ``out``, ``plan`` and ``advice`` (text, or empty); without a folder
-        only ``fidelity`` of these, the merged ``model`` and its ``tokenizer``. ``out`` alone if it was complete before.
+        That of :func:`hcsmoe_core.save_merged` with ``out``, ``plan`` and ``advice`` (text, or empty);
+        without a folder only ``fidelity`` of these, the merged ``model`` and its ``tokenizer``. ``out`` alone
+        if it was complete before.
     """
     settings = _checked(plan, experts, method, router, settings)
     device = ranks.started(device)
@@ -174,7 +176,8 @@ def _checked(plan, experts, method, router, settings):
     check_choice("router", router, ("", *ROUTERS))
     if (plan is None) == (experts == 0):
         raise InputError(
-            "Give either a plan (--plan FILE) or the number of experts kept per layer (--experts, from 1 to the "
+            "Give either a plan (--plan FILE) or the number of experts kept per layer (--experts, from 1 to "
+            "the "
             "model's number of experts), and not both."
         )
     if plan is not None:
@@ -217,7 +220,9 @@ class _Text:
 
 
 def _text(model, tokenizer, calibration, sequences, length, column, seed, heldout=0):
-    """Calibration tokens; text of the model's own where none was asked for and the usual source is unavailable."""
+    """Calibration tokens; text of the model's own where none was asked for and the usual source is
+    unavailable.
+    """
     settings = calibration_settings(model.name_or_path, calibration, sequences, length)
     source, count, size = settings["calibration"], settings["sequences"], settings["length"]
     options = dict(model=model, length=size, seed=seed, column=column)
@@ -245,7 +250,9 @@ def _say(text):
 
 
 def _until(stable, excess, experts, recipe=None):
-    """Options of :func:`capture_until_stable` for the trees that a method cuts; none if all tokens are taken."""
+    """Options of :func:`capture_until_stable` for the trees that a method cuts; none if all tokens are
+    taken.
+    """
     if stable and excess:
         raise InputError(
             "Give one of --until-stable (groups agree) and --until-excess (groups cost as much), not both."
@@ -329,7 +336,8 @@ def _advice(model, stats, recipe):
     if chosen is None or other is None:
         return f"{how}; how they compare shows only once both are measured, as the router chooses anew."
     return (
-        f"{how} would lose {other:.1%} of the layers' outputs on calibration tokens that plans are not fitted to, "
+        f"{how} would lose {other:.1%} of the layers' outputs on calibration tokens that plans are not "
+        "fitted to, "
         f"{recipe['method']!r} {chosen:.1%}."
     )
 
@@ -417,7 +425,8 @@ def layer_outputs(layer: Any, stats: Statistics) -> torch.Tensor | None:
 
 
 def written_text(written: dict) -> str:
-    """What :func:`shrink` wrote, what it was calibrated on, what engines ask, and how far it is from the original.
+    """What :func:`shrink` wrote, what it was calibrated on, what engines ask, and how far it is from the
+    original.
 
     The warning of the fidelity (``written["fidelity"]["warning"]``) is left to the caller.
     """
@@ -427,7 +436,8 @@ def written_text(written: dict) -> str:
     plan, measured = written["plan"], written["fidelity"]
     lines = [
         f"{out}: {kept_of(plan)}, {written['parameters']:,} of {written['original']:,} weights, "
-        f"{written['bytes'] / 1e6:.1f} MB, {written['router']}; {LOADING[written['router']]} or hcsmoe evaluate {out}"
+        f"{written['bytes'] / 1e6:.1f} MB, {written['router']}; {LOADING[written['router']]} or hcsmoe "
+        f"evaluate {out}"
     ]
     if plan.statistics:
         lines.append(f"calibrated on {calibrated(plan)}; text of other kinds may lose more")
