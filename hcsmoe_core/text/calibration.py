@@ -160,11 +160,6 @@ def own_sequences(source: str | Path, sequences: int) -> int:
     return sum(math.ceil(count / batch) * batch for count, batch in own)
 
 
-def is_demo(source: str | Path) -> bool:
-    """Whether a source is the embedded corpus, or some of its domains."""
-    return str(source).partition(":")[0] == "demo"
-
-
 def _weights(source):
     """Parts of a source and their weights; a source that is no mixture is one part."""
     relative = isinstance(source, Path) and not source.is_absolute()
