@@ -47,7 +47,7 @@ def auto_classes(config):
 
 def class_for(auto, config_class):
     """The model class that an auto class makes of a configuration of some class, or None."""
-    return auto._model_mapping[config_class] if config_class in auto._model_mapping else None
+    return auto._model_mapping.get(config_class, None)
 
 
 def experts_implementation(model):

@@ -114,7 +114,7 @@ def test_twins_share_one_expert(family, implementation):
 
 
 class Trace:
-    """What reaches every experts module, and a naive dense pass over it: each expert alone on every token, in float64."""
+    """What reaches every experts module: tokens, and which experts they are sent to."""
 
     def __init__(self, model, ids):
         self.tokens, self.chosen, handles = {}, {}, []

@@ -1,4 +1,4 @@
-"""The MoE families of the installed transformers: which there are, a tiny model of each, and what works on it.
+"""The MoE families of the installed transformers: which there are, a tiny model of each, what works on it.
 
 ``python -m tools.family_table [--out FILE] [NAME…]`` tries families out (minutes for all) and prints the
 table; with ``--out hcsmoe_core/ui/families.json`` it makes the committed one, which ``hcsmoe families``
@@ -6,7 +6,6 @@ prints.
 """
 
 import argparse
-
 import contextlib
 import dataclasses
 import importlib.util
@@ -301,7 +300,7 @@ def model_of(family, whole=False):
 
 
 def installed_models():
-    """Families, each with False for its text part and, where it has one of its own, with True for the whole model.
+    """Families, each with False for its text part and, where there is more, with True for the whole model.
 
     Returns
     -------
@@ -317,7 +316,7 @@ def installed_models():
 
 
 def _filled(kind, family, part="text"):
-    """A configuration of some class, with tiny sizes for all that it names and for the configurations in it."""
+    """A configuration of some class, with tiny sizes for all that it and configurations in it name."""
     sizes = TINY if part == "text" else TINY | TINY_OTHER
     values = {f.name: sizes[f.name] for f in dataclasses.fields(kind) if f.name in sizes}
     nested = kind.sub_configs

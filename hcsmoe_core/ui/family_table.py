@@ -1,9 +1,9 @@
-"""The committed table of what works on each MoE family of transformers; ``tools/family_table.py`` makes it."""
+"""The committed table of what works on each MoE family of transformers (made by ``tools.family_table``)."""
 
 import textwrap
 from pathlib import Path
 
-from hcsmoe_core._util import read_json
+from hcsmoe_core._util import check_choice, read_json
 
 TABLE = Path(__file__).with_name("families.json")
 
@@ -22,6 +22,25 @@ def committed() -> tuple[str, list[dict]]:
     return content["transformers"], content["families"]
 
 
+def text(names=None) -> str:
+    """The committed table of some families, by default of all, and whether another transformers is installed.
+
+    Raises
+    ------
+    InputError
+        If there is no family of some name.
+    """
+    import transformers
+
+    version, rows = committed()
+    for name in names or ():
+        check_choice("names", name, sorted({row["family"] for row in rows}))
+    lines = [table([row for row in rows if not names or row["family"] in names])]
+    if version != transformers.__version__:
+        lines.append(f"tried out with transformers {version}; {transformers.__version__} is installed")
+    return "\n".join(lines)
+
+
 def table(rows: list[dict]) -> str:
     """Rows as text."""
     lines = []
@@ -34,8 +53,9 @@ def table(rows: list[dict]) -> str:
     families = [row for row in rows if not row["whole"]]
     counts = [sum(not row[kind] for row in families) for kind in KINDS]
     lines.append(
-        f"{len(families)} of transformers' families: {counts[0]} can be merged with the router as it was (mapped), "
-        f"{counts[1]} merged and {counts[2]} pruned to checkpoints that stock engines open (folded or row-kept, pruned)"
+        f"{len(families)} of transformers' families: {counts[0]} can be merged with the router as it was "
+        f"(mapped), {counts[1]} merged and {counts[2]} pruned to checkpoints that stock engines open "
+        "(folded or row-kept, pruned)"
     )
     if len(families) < len(rows):
         lines.append('"whole" is a model that reads images too; the line above it is its text part alone')
