@@ -63,6 +63,8 @@ class Step:
         default = self.options[name]
         if name in self.choices:
             return check_choice(name, value, self.choices[name])
+        if isinstance(default, bool):
+            return bool(check_choice(name, value, (False, True)))
         if isinstance(default, int):
             return check_count(name, value, 0)
         if isinstance(default, float):

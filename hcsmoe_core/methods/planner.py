@@ -246,8 +246,8 @@ def _counts(layers, recipe, experts):
         fewest, total = [_fewest(layer, recipe) for layer in layers], experts * len(layers)
         if total < sum(fewest):
             raise InputError(
-                f'The "experts" argument is {experts}, {total} in all, but at least {sum(fewest)} must be '
-                "kept: in each layer its super experts, if the guard is on, and one more, or as many more as the "
+                f'The "experts" argument is {experts}, {total} in all, but at least {sum(fewest)} must '
+                "be kept: in each layer its super experts, if the guard is on, and one more, or as many more as the "
                 "largest group allows."
             )
         counts = recipe.present["budget"](layers, total, fewest, **recipe.by_kind["budget"])
