@@ -4,9 +4,7 @@ Seen in transformers 5.10 to 5.23. ``PRIVATE_NAMES`` says what stops working in 
 ``tests/test_transformers_names.py`` looks for each of them in the installed version.
 """
 
-import contextlib
 import inspect
-import os
 
 from hcsmoe_core.modeling_hcsmoe import named_alike
 
@@ -125,28 +123,15 @@ def load_tensors(model, tensors, load_config):
 
     They are read one by one as they are converted, rather than all before.
     """
+    from accelerate.utils import patch_environment
     from transformers.core_model_loading import convert_and_load_state_dict_in_model as load
 
     options = {"tp_plan": None} if "tp_plan" in inspect.signature(load).parameters else {}  # 5.10 wants one
-    with _sequential_reading():
+    with patch_environment(HF_DEACTIVATE_ASYNC_LOAD=1):
         report, *_ = load(model, tensors, load_config, **options)
     if is_quantised(load_config):
         forget_conversions(model)
     return report
-
-
-@contextlib.contextmanager
-def _sequential_reading():
-    name = "HF_DEACTIVATE_ASYNC_LOAD"
-    before = os.environ.get(name)
-    os.environ[name] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
 
 
 def tied_names(model):

@@ -128,6 +128,7 @@ class _Dbrx(MoELayer):
     """DBRX: gate, up and down projections of all experts flattened into ``[E·I, D]`` each, in a module below."""
 
     up_name = "gate_proj"
+    activation = "mlp.activation_fn"
     transposed = True
     names = {"gate_proj": "w1", "up_proj": "v1", "down_proj": "w2"}  # noqa: RUF012
 
@@ -149,10 +150,6 @@ class _Dbrx(MoELayer):
         tensors = self.tensors()
         return torch.cat([tensors["gate_proj"][expert], tensors["up_proj"][expert]])
 
-    def _activated(self, read):
-        gate, up = read.chunk(2, dim=-1)
-        return self.experts.mlp.activation_fn(gate) * up
-
     def stacked(self, experts):
         parts = {
             "gate_proj": [e.up[:, 0] for e in experts],
@@ -168,6 +165,8 @@ class _JetMoe(MoELayer):
     Its attention is a mixture of experts too, which is left as it is.
     """
 
+    activation = "activation"
+
     @staticmethod
     def block_of(model, name):
         return model.get_submodule(name)
@@ -182,10 +181,6 @@ class _JetMoe(MoELayer):
 
     def stored(self, tensors):
         return {"input_linear.weight": tensors["gate_up_proj"], "output_linear.weight": tensors["down_proj"]}
-
-    def _activated(self, read):
-        gate, up = read.chunk(2, dim=-1)
-        return self.experts.activation(gate) * up
 
     def listen(self, take_router, take_experts):
         def take(module, inputs, output):

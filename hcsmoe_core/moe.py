@@ -8,6 +8,7 @@ biases, groups of experts, scaling) happens before that and is never repeated he
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from operator import attrgetter
 
 import torch
 from torch import nn
@@ -70,6 +71,8 @@ class MoELayer:
     router: nn.Module | None
     block: nn.Module | None = None
     extra: int = 0
+
+    activation = "act_fn"  # attribute of the experts module
 
     @classmethod
     def at(cls, model, name: str, experts: nn.Module) -> "MoELayer":
@@ -200,8 +203,9 @@ class MoELayer:
         """What the model stores for :meth:`tensors`, by dotted name from the experts module."""
         return tensors
 
+    # TODO: goes with the factored file.
     @property
-    def projections(self) -> dict[str, torch.Tensor]:
+    def projections(self):
         """Stored projections, without biases, by their names in the model's state."""
         matrices = {n: t for n, t in self.tensors().items() if not n.endswith("_bias")}
         return {f"{self.name}.{n}": t for n, t in self.stored(matrices).items()}
@@ -231,12 +235,14 @@ class MoELayer:
 
     def _activated(self, read):
         """Activations ``[T, I]`` of what the up projection gave, ``[T, 2I]`` or, without a gate, ``[T, I]``."""
-        if not getattr(self.experts, "has_gate", self.up_name == "gate_up_proj"):
-            return self.experts.act_fn(read)
-        if family_function := gate_function(self.experts):
+        gated = getattr(self.experts, "has_gate", self.up_name != "up_proj")
+        if gated and (family_function := gate_function(self.experts)):
             return family_function(read)
+        activation = attrgetter(self.activation)(self.experts)
+        if not gated:
+            return activation(read)
         gate, up = read.chunk(2, dim=-1)
-        return self.experts.act_fn(gate) * up
+        return activation(gate) * up
 
     def expert_hidden(self, expert: int, tokens: torch.Tensor) -> torch.Tensor:
         """Activations ``[T, I]`` of one expert before its down projection, of tokens ``[T, D]``."""
@@ -274,18 +280,17 @@ class MoELayer:
         if tokens.device.type == "cpu":
             return torch.stack([self.expert_hidden(e, tokens).sum(0, dtype=torch.float64) for e in experts])
         step = max(1, PRODUCT_SIZE // (len(tokens) * len(self.up_matrix(0))))
-        return torch.cat([self._joined_sums(tokens, slice(e, e + step)) for e in experts[::step]])
+        return torch.cat([self._joined_sums(tokens, e, min(e + step, len(experts))) for e in experts[::step]])
 
-    def _joined_sums(self, tokens, experts):
-        """:meth:`hidden_sums` of a slice of the experts, by one product."""
-        numbers = range(self.num_stored)[experts]
+    def _joined_sums(self, tokens, first, last):
+        """:meth:`hidden_sums` of the experts from ``first`` to before ``last``, by one product."""
         if self.transposed:
-            up = torch.cat([self.up_matrix(e) for e in numbers])
+            up = torch.cat([self.up_matrix(e) for e in range(first, last)])
         else:
-            up = self.tensors()[self.up_name][experts].flatten(0, 1)
-        read = self._with_bias(linear(tokens, up), self.up_name, experts)
-        hidden = self._activated(read.view(len(tokens) * len(numbers), -1))
-        return hidden.view(len(tokens), len(numbers), -1).sum(0, dtype=torch.float64)
+            up = self.tensors()[self.up_name][first:last].flatten(0, 1)
+        read = self._with_bias(linear(tokens, up), self.up_name, slice(first, last))
+        hidden = self._activated(read.view(len(tokens) * (last - first), -1))
+        return hidden.view(len(tokens), last - first, -1).sum(0, dtype=torch.float64)
 
     def neuron_rows(self, width: int | None = None) -> torch.Tensor:
         """Rows of the up projection of each neuron, ``[I, p]``: its gate's and its own (p = 2), or its own (p = 1).
@@ -351,8 +356,8 @@ class MoELayer:
     def _read(self, neurons, tokens):
         """What neurons read of tokens, ``[T, p·I']``, in the order of the family's up projection, and that order."""
         rows = self.neuron_rows(len(neurons.up))
-        bias = None if neurons.bias is None else _by_row(neurons.bias, rows)
-        return linear(tokens.to(neurons.up.dtype), _by_row(neurons.up, rows), bias), rows
+        up, bias = _by_row(neurons.up, rows), _by_row(neurons.bias, rows)
+        return linear(tokens.to(up.dtype), up, bias), rows
 
     def activate(self, neurons: "Neurons", tokens: torch.Tensor) -> torch.Tensor:
         """Activations ``[T, I']`` of any neurons on tokens ``[T, D]``, in the neurons' dtype."""
@@ -375,13 +380,14 @@ class MoELayer:
             Up and down projections and their biases, with r rows each.
         """
         rows, own = self.neuron_rows(len(experts[0].up)), self.tensors()
-        parts = {self.up_name: [_by_row(e.up, rows) for e in experts], DOWN: [e.down for e in experts]}
-        if self.transposed:
-            parts = {name: [matrix.T for matrix in matrices] for name, matrices in parts.items()}
-        if experts[0].bias is not None:
-            parts[f"{self.up_name}_bias"] = [_by_row(e.bias, rows) for e in experts]
-        if experts[0].offset is not None:
-            parts[f"{DOWN}_bias"] = [e.offset for e in experts]
+        as_stored = torch.t if self.transposed else (lambda matrix: matrix)
+        parts = {
+            self.up_name: [as_stored(_by_row(e.up, rows)) for e in experts],
+            DOWN: [as_stored(e.down) for e in experts],
+            f"{self.up_name}_bias": [_by_row(e.bias, rows) for e in experts],
+            f"{DOWN}_bias": [e.offset for e in experts],
+        }
+        parts = {name: part for name, part in parts.items() if part[0] is not None}
         return {name: torch.stack([t.to(own[name].dtype) for t in part]) for name, part in parts.items()}
 
 
@@ -416,8 +422,8 @@ class Neurons:
 
 
 def _by_row(parts, rows):
-    """Parts of neurons ``[I, p, …]`` in the order of the up projection's rows, ``[p·I, …]``."""
-    return parts.flatten(0, 1)[rows.flatten().argsort().to(parts.device)]
+    """Parts of neurons ``[I, p, …]`` in the order of the up projection's rows, ``[p·I, …]``; None of None."""
+    return None if parts is None else parts.flatten(0, 1)[rows.flatten().argsort().to(parts.device)]
 
 
 def source_of(model):
@@ -488,10 +494,13 @@ def fingerprint(layer: MoELayer) -> bytes:
     """What :func:`hcsmoe_core.families.model_hash` looks at of one layer."""
     tensors = {f"{layer.name}.{n}": t for n, t in original_tensors(layer).items()}
     originals = (layer.merged and layer.experts._merged.originals) or {}
-    for path, module in layer.router.named_modules() if layer.router is not None else ():
-        for name, parameter in module.named_parameters(recurse=False):
-            key = f"{layer.name}:router.{path}.{name}" if path else f"{layer.name}:router.{name}"
-            tensors[key] = originals.get((module, name), parameter)
+    for name, tensor in (
+        layer.router.named_parameters(remove_duplicate=False) if layer.router is not None else ()
+    ):
+        owner, _, own = name.rpartition(".")
+        tensors[f"{layer.name}:router.{name}"] = originals.get(
+            (layer.router.get_submodule(owner), own), tensor
+        )
     parts = []
     for name, tensor in sorted(tensors.items()):
         flat = tensor.detach().reshape(-1)
@@ -516,12 +525,14 @@ def check_loaded(layer: MoELayer) -> None:
     if layer.router is not None:
         tensors |= {f"(router) {n}": p for n, p in layer.router.named_parameters(recurse=False)}
     for name, tensor in tensors.items():
-        if tensor.is_meta:
-            fault = "is offloaded; load the model without disk or CPU offload."
-        elif not tensor.is_floating_point() or tensor.element_size() < 2:
-            fault = f"is quantised ({tensor.dtype}); load a 16- or 32-bit checkpoint."
-        elif not all_finite(tensor.detach()):
-            fault = "holds NaN or infinite values; the checkpoint is damaged."
-        else:
-            continue
-        raise InputError(f"{layer.name}: {name} {fault}")
+        fault = (
+            "is offloaded; load the model without disk or CPU offload"
+            if tensor.is_meta
+            else f"is quantised ({tensor.dtype}); load a 16- or 32-bit checkpoint"
+            if not tensor.is_floating_point() or tensor.element_size() < 2
+            else "holds NaN or infinite values; the checkpoint is damaged"
+            if not all_finite(tensor.detach())
+            else ""
+        )
+        if fault:
+            raise InputError(f"{layer.name}: {name} {fault}.")

@@ -21,7 +21,7 @@ from hcsmoe_core.moe import (
 )
 
 
-def put_experts(layer: MoELayer, tensors, labels, *, rows=None, scales=None) -> None:
+def put_experts(layer: MoELayer, tensors, labels, *, rows=None, scales=None, keep=True) -> None:
     """Replace a layer's E experts by r.
 
     Without ``rows`` the router keeps its E outputs and what it chooses goes through ``labels``. A token that
@@ -54,15 +54,11 @@ def put_experts(layer: MoELayer, tensors, labels, *, rows=None, scales=None) -> 
     merged = ExpertMap(labels, layer.extra, mapped=rows is None)
     counts = {len(labels) + extra: stored + extra for extra in (0, layer.extra)}
     width = tensors[DOWN].shape[1 if layer.transposed else 2]
-    inside = [module for module in experts.modules() if module not in layer.routing]
-    new = {}  # value by module and name
-    for module in inside:
-        new |= {(module, name): value for name, value in _resized(module, counts).items()}
-        own = whole_numbers(module, WIDTHS).items()
-        new |= {(module, name): width for name, value in own if value == layer.width}
-    for path, tensor in layer.stored(tensors).items():
-        owner, _, name = path.rpartition(".")
-        new[experts.get_submodule(owner), name] = tensor
+    new = _stored(layer, tensors)  # value by module and name
+    for module in [module for module in experts.modules() if module not in layer.routing]:
+        widths = {name for name, value in whole_numbers(module, WIDTHS).items() if value == layer.width}
+        numbers = _resized(module, counts) | dict.fromkeys(widths, width)
+        new |= {(module, name): value for name, value in numbers.items()}
     if rows is not None:
         new |= _router_changes(layer, labels, rows, rows if scales is None else scales, counts, merged)
     merged.before, merged.originals = layer.tensors(), _exchange(new)
@@ -161,6 +157,10 @@ def _keeps_groups(layer, labels, rows):
     return True
 
 
+def adopt(experts) -> None:  # TODO: goes with its call in checkpoint
+    """Nothing: a model that was loaded merged has all that is known of its merge."""
+
+
 def _exchange(new):
     """Set parameters, buffers and attributes, by module and name; returns the values that were there."""
     before = {(module, name): getattr(module, name) for module, name in new}
@@ -171,11 +171,15 @@ def _exchange(new):
     return before
 
 
+def _stored(layer, tensors):
+    """Tensors of a layer by the module that holds each and its name there."""
+    parts = [(*path.rpartition(".")[::2], tensor) for path, tensor in layer.stored(tensors).items()]
+    return {(layer.experts.get_submodule(owner), name): tensor for owner, name, tensor in parts}
+
+
 def set_rows(layer: MoELayer, tensors) -> None:
     """Replace the tensors of a merged layer's experts by others of the same shapes."""
-    for path, tensor in layer.stored(tensors).items():
-        owner, _, name = path.rpartition(".")
-        _exchange({(layer.experts.get_submodule(owner), name): tensor})
+    _exchange(_stored(layer, tensors))
 
 
 def take_experts(layer: MoELayer) -> None:
