@@ -1,4 +1,6 @@
-"""Rules of the repository: one source of dependencies, rooms that import downwards, notebooks that stay clean."""
+"""Rules of the repository: one source of dependencies, floors that import downwards, notebooks that stay
+clean.
+"""
 
 import ast
 import json
@@ -12,53 +14,11 @@ import pytest
 import yaml
 from conftest import ROOT
 
+from hcsmoe_core import _VERBS as VERBS
+
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-ROOMS = [  # top to bottom: a room imports none above it
-    "cli",
-    "showcase",
-    "reproduce",
-    "grids",
-    "paper",
-    "sweep",
-    "engines",
-    "theory",
-    "tradeoff",
-    "compare",
-    "explore",
-    "anatomy",
-    "stability",
-    "study",
-    "figures",
-    "evaluation",
-    "harness",
-    "families",
-    "streaming",
-    "checkpoint",
-    "export",
-    "fidelity",
-    "methods",
-    "residual",
-    "rounding",
-    "merging",
-    "compression",
-    "combining",
-    "folding",
-    "plan",
-    "budget",
-    "clustering",
-    "pruning",
-    "similarity",
-    "capture",
-    "statistics",
-    "calibration",
-    "owntext",
-    "moe",
-    "demo",
-    "ranks",
-    "modeling_hcsmoe",
-    "files",
-    "version",
-]
+PACKAGE = ROOT / "hcsmoe_core"
+FLOORS = ["core", "scale", "methods", "text", "score", "demo", "studies", "ui"]  # from the ground up
 
 
 def project():
@@ -78,30 +38,103 @@ def test_constraints_pin_every_direct_dependency():
     assert pinned["torch"] == "2.13.0"
     wanted = [
         *project()["dependencies"],
-        *project()["optional-dependencies"]["test"],
-        *project()["optional-dependencies"]["eval"],
-        *project()["optional-dependencies"]["cluster"],
+        *(name for extra in project()["optional-dependencies"].values() for name in extra),
     ]
     names = {re.match(r"[\w-]+", w)[0] for w in wanted} - {"hcsmoe"}
     assert names <= set(pinned), names - set(pinned)
 
 
-def imported(path):
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("hcsmoe_core"):
-            parts = node.module.split(".")
-            yield from [parts[1]] if len(parts) > 1 else [a.name for a in node.names if a.name in ROOMS]
+def floor_of(module):
+    """Floor of a module of the package, such as "hcsmoe_core.ui.cli"; of the package itself, none."""
+    first = module.split(".")[1:2]
+    return None if not first else first[0] if first[0] in FLOORS else "core"
 
 
-def test_rooms_import_downwards():
-    package = ROOT / "hcsmoe_core"
-    found = {p.stem for p in package.glob("*.py")} - {"__init__"} | {"demo"}
-    assert found == set(ROOMS)
-    for room in ROOMS:
-        files = (package / "demo").glob("*.py") if room == "demo" else [package / f"{room}.py"]
-        for file in files:
-            above = [other for other in imported(file) if ROOMS.index(other) < ROOMS.index(room)]
-            assert not above, f"{file.name} imports {above}"
+def imported(source, module):
+    """Modules of the package that some source code imports, in whichever way, as dotted names.
+
+    That is ``import``, ``from … import`` (absolute and relative), and any string that is the dotted name of a
+    module of ours, as :func:`importlib.import_module` takes it. Verbs of the package count as the modules
+    that they come from.
+    """
+    tree = ast.parse(source)
+    texts = {id(n.value) for n in ast.walk(tree) if isinstance(n, ast.Expr)}  # docstrings
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name.startswith("hcsmoe_core"))
+        elif isinstance(node, ast.ImportFrom):
+            base = module.split(".")[: -node.level] if node.level else []
+            origin = ".".join([*base, *((node.module or "").split(".") if node.module else [])])
+            if origin == "hcsmoe_core":
+                yield from (f"hcsmoe_core.{VERBS.get(alias.name, alias.name)}" for alias in node.names)
+            elif origin.startswith("hcsmoe_core."):
+                yield origin
+        elif isinstance(node, ast.Constant) and id(node) not in texts:
+            yield from re.findall(r"^hcsmoe_core(?:\.\w+)+$", str(node.value))
+
+
+def modules():
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        yield path, ".".join(part for part in parts if part != "__init__")
+
+
+def test_floors_import_downwards_only():
+    """``hcsmoe_core/__init__.py`` is the roof: it names the verbs of all floors, and who fills the tables."""
+    folders = {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").exists()}
+    assert folders == set(FLOORS) - {"core"}
+    for path, module in modules():
+        if module == "hcsmoe_core":
+            continue
+        height = FLOORS.index(floor_of(module))
+        above = [
+            other for other in imported(path.read_text(), module) if FLOORS.index(floor_of(other)) > height
+        ]
+        assert not above, f"{path.relative_to(ROOT)} imports {above}"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "import hcsmoe_core.ui.cli",
+        "from hcsmoe_core.ui import cli",
+        "from hcsmoe_core import ui",
+        "from hcsmoe_core import make_plan",
+        "from .ui import cli",
+        "from . import ui",
+        "def f():\n    import importlib\n    importlib.import_module('hcsmoe_core.ui.cli')",
+    ],
+)
+def test_every_form_of_import_is_seen(line):
+    (other,) = imported(line, "hcsmoe_core.merging")
+    assert floor_of(other) in ("ui", "methods")
+
+
+def test_the_package_stays_thin():
+    statements, core_lines = 0, 0
+    for path, module in modules():
+        text = path.read_text()
+        core_lines += len(text.splitlines()) if path.parent == PACKAGE else 0
+        assert max(map(len, text.splitlines()), default=0) <= 110, path
+        tree = ast.parse(text)
+        for node in ast.walk(tree):
+            statements += isinstance(node, ast.stmt)
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                statements -= ast.get_docstring(node, clean=False) is not None
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                assert node.end_lineno - node.lineno < 60, f"{path}: {node.name}"
+        assert "/" not in module
+    assert core_lines <= 3200
+    assert statements <= 6600
+
+
+def test_verbs_are_few_and_no_module_has_the_name_of_one():
+    import hcsmoe_core
+
+    assert len(hcsmoe_core.__all__) <= 20
+    assert not {path.stem for path, _ in modules()} & set(hcsmoe_core.__all__)
+    for name in hcsmoe_core.__all__:
+        assert getattr(hcsmoe_core, name)
 
 
 def test_the_core_imports_without_what_only_notebooks_need():
@@ -112,9 +145,26 @@ def test_the_core_imports_without_what_only_notebooks_need():
         "for name in absent.split():\n"
         "    sys.modules[name] = None\n"
         "import hcsmoe_core\n"
-        "assert 'transformers' not in sys.modules\n"
+        "assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)\n"
+        "from hcsmoe_core import capture, make_plan, apply_plan, restore, load_statistics, load_plan, "
+        "linkage\n"
+        "import hcsmoe_core.checkpoint, hcsmoe_core.scale.streaming, hcsmoe_core.score.fidelity\n"
     )
     subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)
+
+
+def test_the_command_tells_its_options_without_torch():
+    script = (
+        "import sys\n"
+        "from hcsmoe_core.ui.cli import main\n"
+        "sys.argv = ['hcsmoe', '--help']\n"
+        "try:\n"
+        "    main()\n"
+        "except SystemExit as done:\n"
+        "    assert not done.code\n"
+        "assert not {'torch', 'transformers', 'pandas', 'scipy'} & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
 
 
 def test_nothing_is_unpickled():
