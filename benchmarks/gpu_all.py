@@ -53,8 +53,17 @@ class Found:
             result = function(*arguments, **keywords)
             self.values[name] = result
         except Exception as error:
-            result, last = None, [f"{Path(f.filename).name}:{f.lineno}" for f in traceback.extract_tb(error.__traceback__)[-4:]]
-            self.values[name] = {"error": f"{type(error).__name__}: {str(error)[:600]}", "at": " > ".join(last)}
+            result, last = (
+                None,
+                [
+                    f"{Path(f.filename).name}:{f.lineno}"
+                    for f in traceback.extract_tb(error.__traceback__)[-4:]
+                ],
+            )
+            self.values[name] = {
+                "error": f"{type(error).__name__}: {str(error)[:600]}",
+                "at": " > ".join(last),
+            }
         self.path.write_text(json.dumps(tidy(self.values)))
         return result
 
@@ -91,13 +100,23 @@ def imports(found, arguments):
         model, tokenizer = core.load_model("demo-qwen", dtype="float32", device=arguments.device)
         ids = core.calibration_tokens("demo", tokenizer, sequences=16, length=256)
         stats = core.capture(model, ids, progress=False)
-        row = {"device": str(model.device), "loss": core.evaluate(model, tokenizer, [], sequences=16)["mean_loss"]}
+        row = {
+            "device": str(model.device),
+            "loss": core.evaluate(model, tokenizer, [], sequences=16)["mean_loss"],
+        }
         core.apply_plan(model, core.make_plan(stats, experts=stats.layer(0).num_experts // 2))
-        return row | {"loss, half of the experts": core.evaluate(model, tokenizer, [], sequences=16)["mean_loss"]}
+        return row | {
+            "loss, half of the experts": core.evaluate(model, tokenizer, [], sequences=16)["mean_loss"]
+        }
 
     def modules():
-        made = {part.name: importable(f"hcsmoe_core.{part.name}") for part in pkgutil.iter_modules(core.__path__)}
-        return {"imported": list(made.values()).count(True), "not": {k: v for k, v in made.items() if v is not True}}
+        made = {
+            part.name: importable(f"hcsmoe_core.{part.name}") for part in pkgutil.iter_modules(core.__path__)
+        }
+        return {
+            "imported": list(made.values()).count(True),
+            "not": {k: v for k, v in made.items() if v is not True},
+        }
 
     packages = "datasets papermill lm_eval seaborn matplotlib pandas sklearn accelerate psutil typer".split()
     found.step("packages that can be imported", lambda: {name: importable(name) is True for name in packages})
@@ -117,14 +136,17 @@ def correctness(found, arguments):
 def compared(family, device):
     """A tiny model on the CPU and on the device."""
     import hcsmoe_core as core
-    from hcsmoe_core.families import outputs, tiny_model, tiny_tokens
+    from tools.family_table import outputs, tiny_model, tiny_tokens
 
     models = {"cpu": tiny_model(family)}
     models["gpu"] = copy.deepcopy(models["cpu"]).to(device)
     ids, row = tiny_tokens(16, 64), {}
     before = {name: outputs(model, ids.to(model.device)) for name, model in models.items()}
     row["logits of the original"] = difference(before["gpu"], before["cpu"])
-    stats = {n: core.capture(m, ids, needs=NEEDS, sample=512, batch_size=8, progress=False) for n, m in models.items()}
+    stats = {
+        n: core.capture(m, ids, needs=NEEDS, sample=512, batch_size=8, progress=False)
+        for n, m in models.items()
+    }
     pairs = list(zip(stats["gpu"].layers.values(), stats["cpu"].layers.values(), strict=True))
     moved = sum(int((ours.usage_count - theirs.usage_count).abs().sum()) // 2 for ours, theirs in pairs)
     row["choices of an expert that differ"] = f"{moved} of {sum(int(c.usage_count.sum()) for _, c in pairs)}"
@@ -140,10 +162,13 @@ def compared(family, device):
 
 def _planned(models, stats, ids, method):
     import hcsmoe_core as core
-    from hcsmoe_core.families import outputs
+    from tools.family_table import outputs
 
     try:
-        plans = {n: core.make_plan(stats[n], models[n], experts=KEPT[method], method=method, progress=False) for n in models}
+        plans = {
+            n: core.make_plan(stats[n], models[n], experts=KEPT[method], method=method, progress=False)
+            for n in models
+        }
         labels = {n: [layer.labels for layer in plan.layers] for n, plan in plans.items()}
         logits = {}
         for name, model in models.items():  # the CPU's plan on both
@@ -166,7 +191,7 @@ def _planned(models, stats, ids, method):
 def reloaded(family, dtype, device):
     """Whether what is saved and loaded computes the same as the live merged model, on the device."""
     import hcsmoe_core as core
-    from hcsmoe_core.families import outputs, tiny_model, tiny_tokens
+    from tools.family_table import outputs, tiny_model, tiny_tokens
 
     model, ids = tiny_model(family, dtype).to(device), tiny_tokens(16, 64).to(device)
     plan = core.make_plan(core.capture(model, ids, progress=False), model, experts=KEPT["hc-smoe"])
@@ -196,7 +221,9 @@ def experts(found, arguments):
 
 def sizes(arguments, **changed):
     """What ``pipeline.build`` takes, at Qwen1.5-MoE's layer shape."""
-    small = dict(hidden=64, width=48, experts=8) if arguments.small else dict(hidden=2048, width=1408, experts=60)
+    small = (
+        dict(hidden=64, width=48, experts=8) if arguments.small else dict(hidden=2048, width=1408, experts=60)
+    )
     given = dict(layers=4, families=2, noise=0.1, dtype=arguments.dtype, device=arguments.device)
     return SimpleNamespace(**given | small | changed)
 
@@ -252,7 +279,10 @@ def capture(found, arguments):
 
     for name, call in calls.items():
         found.step(name, measured, name, call)
-    found.step("usual way / ours", lambda: {n: seconds["usual way"] / s for n, s in seconds.items() if n != "usual way"})
+    found.step(
+        "usual way / ours",
+        lambda: {n: seconds["usual way"] / s for n, s in seconds.items() if n != "usual way"},
+    )
 
 
 def throughput(found, arguments):
@@ -262,7 +292,17 @@ def throughput(found, arguments):
     if not arguments.small:
         words = "--hidden 2048 --width 1408 --layers 4 --batch 16 --length 512 --new 32 --repeats 4"
     out = arguments.out.with_suffix(".throughput")
-    words = [*words.split(), "--rounds", "1", "--dtype", arguments.dtype, "--device", arguments.device, "--out", str(out)]
+    words = [
+        *words.split(),
+        "--rounds",
+        "1",
+        "--dtype",
+        arguments.dtype,
+        "--device",
+        arguments.device,
+        "--out",
+        str(out),
+    ]
 
     def measured():
         benchmark.build, sys.argv = built, ["throughput.py", *words]
@@ -284,8 +324,14 @@ def plans(found, arguments):
     import hcsmoe_core as core
 
     count, length = (8, 64) if arguments.small else (16, 512)
-    ids, needs = torch.randint(0, 1024, (count, length)), {*core.needs_of("hc-smoe"), *core.needs_of("least-residual")}
-    found.step("settings", lambda: vars(sizes(arguments)) | {"layers": "as told", "tokens": ids.numel(), "sample": ids.numel()})
+    ids, needs = (
+        torch.randint(0, 1024, (count, length)),
+        {*core.needs_of("hc-smoe"), *core.needs_of("least-residual")},
+    )
+    found.step(
+        "settings",
+        lambda: vars(sizes(arguments)) | {"layers": "as told", "tokens": ids.numel(), "sample": ids.numel()},
+    )
 
     def measured(model, stats, method, **settings):
         how = dict(experts=stats.layer(0).num_experts // 2, method=method, progress=False, **settings)
@@ -293,7 +339,12 @@ def plans(found, arguments):
         _, applied = timed(arguments.device, core.apply_plan, model, plan, stats)
         _, restored = timed(arguments.device, core.restore, model)
         shapes = [f"{layer.num_groups} of {layer.width or 'their'} width" for layer in plan.layers]
-        return {"make_plan, seconds": planned, "apply_plan, seconds": applied, "restore, seconds": restored, "experts": shapes}
+        return {
+            "make_plan, seconds": planned,
+            "apply_plan, seconds": applied,
+            "restore, seconds": restored,
+            "experts": shapes,
+        }
 
     for layers in (1, 2):
         model = built(sizes(arguments, layers=layers))
@@ -337,7 +388,9 @@ def run_part(name, limit, arguments):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--dtype", default="bfloat16", help="of what is timed")
     parser.add_argument("--small", action="store_true", help="tiny sizes, to try the script")
@@ -353,10 +406,15 @@ def main():
     until = time.perf_counter() + arguments.limit
     found = {"machine": machine(arguments.device)}
     if arguments.device.startswith("cuda"):
-        found["machine"] |= {"cuda": torch.version.cuda, "gpu memory, GB": round(torch.cuda.mem_get_info()[1] / 1e9, 1)}
+        found["machine"] |= {
+            "cuda": torch.version.cuda,
+            "gpu memory, GB": round(torch.cuda.mem_get_info()[1] / 1e9, 1),
+        }
     for name in arguments.parts.split(","):
         left = until - time.perf_counter()
-        found[name] = run_part(name, min(PARTS[name], left), arguments) if left > 5 else {"stopped": "no time left"}
+        found[name] = (
+            run_part(name, min(PARTS[name], left), arguments) if left > 5 else {"stopped": "no time left"}
+        )
         arguments.out.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         print(name, json.dumps(found[name], ensure_ascii=False), flush=True)
 

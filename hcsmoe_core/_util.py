@@ -1,38 +1,35 @@
-"""Writing files so that a reader never meets a half-written one, hashing, and errors that name the choices."""
+"""Files written whole or not at all, locks, hashes, tables of named entries, and checks of arguments."""
 
 import contextlib
 import hashlib
 import importlib
+import importlib.metadata
 import json
+import operator
 import os
+import platform
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections import UserDict
 from pathlib import Path
 from typing import ClassVar
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from hcsmoe_core._version import __version__
 
-
-def root():
-    """Root of the repository, or the working directory where the package is installed without one."""
-    folder = Path(__file__).resolve().parents[1]
-    return folder if (folder / "notebooks").is_dir() else Path.cwd()
-
-
-def place(path):
-    """``path``, from the repository's root if it is relative."""
-    return root() / path
+WEIGHTS = Path(__file__).parent / "demo" / "weights"
+# Names of the models that are part of the package.
+EMBEDDED = tuple(sorted(path.name for path in WEIGHTS.iterdir())) if WEIGHTS.is_dir() else ()
 
 
 class InputError(ValueError):
-    """Bad input: names the argument, what was given, what is allowed and what to do. Any other error is a bug of ours."""
+    """Bad input: names the argument, its value, what is allowed and what to do. Any other error is a bug."""
 
 
-class Table(Mapping):
-    """Things by name, filled by the modules that define them, which are imported when the table is first looked at.
+class Table(UserDict):
+    """Entries by name, registered by modules that are imported at the first lookup.
 
     Parameters
     ----------
@@ -40,53 +37,49 @@ class Table(Mapping):
         What errors call the name that is looked up.
     """
 
-    providers: ClassVar[list] = []  # modules, by name, that fill any of the tables
+    providers: ClassVar[list] = []  # names of modules that register entries, of this table or another
 
     def __init__(self, argument):
         self.argument, self._entries = argument, {}
 
-    def add(self, name, entry):
+    def add(self, name: str, entry):
         """Add or replace one entry."""
         self._entries[name] = entry
 
-    def _filled(self):
-        while Table.providers:  # each is asked once; those that fill one table fill the others too
+    @property
+    def data(self):
+        """The entries, once all providers have registered theirs."""
+        while Table.providers:
             importlib.import_module(Table.providers.pop(0))
         return self._entries
 
     def __getitem__(self, name):
-        return self._filled()[check_choice(self.argument, name, self._filled())]
-
-    def __contains__(self, name):
-        return name in self._filled()
-
-    def __iter__(self):
-        return iter(self._filled())
-
-    def __len__(self):
-        return len(self._filled())
+        return self.data[check_choice(self.argument, name, self.data)]
 
 
-def check_choice(argument, value, choices):
-    """Raise ValueError that lists the choices unless ``value`` is one of them."""
+def check_choice(argument: str, value, choices):
+    """``value``; InputError listing the choices if it is none of them."""
     if value not in choices:
         listed = ", ".join(f'"{c}"' for c in choices)
         raise InputError(f'The "{argument}" argument must be one of {listed}; not {value!r}.')
     return value
 
 
-def check_count(argument, value, low, high=None):
-    """Raise ValueError unless ``value`` is a whole number from ``low`` to ``high``."""
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    if not whole or value < low or (high is not None and value > high):
+def check_count(argument: str, value, low: int, high: int | None = None) -> int:
+    """``value`` as an int; InputError unless it is a whole number (of any integer type) in ``low … high``."""
+    try:
+        count = low - 1 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        count = low - 1
+    if count < low or (high is not None and count > high):
         allowed = f"from {low} to {high}" if high is not None else f"of at least {low}"
         raise InputError(f'The "{argument}" argument must be a whole number {allowed}; not {value!r}.')
-    return value
+    return count
 
 
 @contextlib.contextmanager
 def replacing(path):
-    """Path to write to, beside ``path``; renamed to it when the block ends well, removed when it does not."""
+    """Temporary path beside ``path``, renamed to it when the block ends, removed when the block fails."""
     path = Path(path)
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder; give the path of a file.")
@@ -102,21 +95,21 @@ def replacing(path):
 
 @contextlib.contextmanager
 def writing(path):
-    """Tell a disk that is full, or fails, as the OSError that it is, also where safetensors wraps it."""
+    """Raise OSError where safetensors fails to write, as on a full disk."""
     try:
         yield
     except SafetensorError as error:
-        raise OSError(f"{path} cannot be written ({error}); see that the disk has room.") from None
+        raise OSError(f"{path} cannot be written ({error}); is the disk full?") from None
 
 
 @contextlib.contextmanager
 def new_folder(path):
-    """Folder to fill, beside ``path``; renamed to it when the block ends well, removed when it does not.
+    """Temporary folder beside ``path``, renamed to it when the block ends, removed when the block fails.
 
     Raises
     ------
     FileExistsError
-        If ``path`` exists: nothing that is there is ever overwritten.
+        If ``path`` exists: nothing is ever overwritten.
     """
     path = Path(path)
     check_absent(path)
@@ -125,80 +118,60 @@ def new_folder(path):
     part.mkdir()
     try:
         yield part
-        check_absent(
-            path
-        )  # another process may have been quicker; a rename would replace an empty folder silently
+        check_absent(path)  # another process may have been faster; a rename would replace an empty folder
         os.replace(part, path)
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def lock_file(file, *, wait=False):
-    """Lock an open file for as long as this process has it open, however it ends; whether nobody else has it."""
-    try:
-        import fcntl
-    except ImportError:  # not on Windows
-        return True
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-        return False
-    except OSError:  # a file system without locks: work may then be done twice, at worst
-        return True
-    return True
-
-
-@contextlib.contextmanager
-def held(path):
-    """Hold the lock of ``path`` during the block, after waiting for whoever holds it; it goes with the process that dies."""
-    lock = _lock_of(path)
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    while True:
-        file = open(lock, "a")  # noqa: SIM115
-        lock_file(file, wait=True)
-        if lock.exists() and os.path.samestat(lock.stat(), os.fstat(file.fileno())):
-            break
-        file.close()  # whoever held it has removed it in the meantime
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):
-            lock.unlink()
-        file.close()
-
-
-def is_held(path):
-    """Whether a living process holds the lock of ``path``; False also where one died with it."""
-    try:
-        with open(_lock_of(path)) as file:
-            return not lock_file(file)
-    except FileNotFoundError:
-        return False
+def check_absent(path):
+    """Raise FileExistsError if ``path`` exists."""
+    if Path(path).exists():
+        raise FileExistsError(f"The output folder {path} exists; remove it or give another one.")
 
 
 def _lock_of(path):
     return Path(path).with_name(f".{Path(path).name}.lock")
 
 
-def check_absent(path):
-    """Raise FileExistsError if ``path`` is there."""
-    if Path(path).exists():
-        raise FileExistsError(f"The output folder {path} exists; remove it or give another one.")
+@contextlib.contextmanager
+def locked(path):
+    """Lock ``path`` during the block, after waiting for other processes; a lock ends with its process."""
+    lock = _lock_of(path)
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(lock):
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):  # Windows removes no open file
+                lock.unlink()
 
 
-def sha256_file(path):
+def is_locked(path) -> bool:
+    """Whether a living process has locked ``path``."""
+    lock = _lock_of(path)
+    if not lock.exists():
+        return False
+    try:
+        with FileLock(lock, blocking=False):
+            return False
+    except Timeout:
+        return True
+
+
+def sha256_file(path) -> str:
     """SHA-256 of a file, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def sha256_json(value):
-    """SHA-256 of a JSON value, whatever the order of its keys and its layout."""
+def sha256_json(value) -> str:
+    """SHA-256 of a JSON value, independent of the order of keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def write_json(path, value, *, indent=1):
-    """Write ``value`` as JSON, indented so that a person can read it or on one line, beside its place and renamed."""
+    """Write ``value`` as JSON, in full or not at all."""
     with replacing(path) as part:
         part.write_text(json.dumps(value, indent=indent) + "\n", encoding="utf-8")
 
@@ -211,51 +184,57 @@ def read_json(path):
         return None
 
 
-def kept(folder, about, measure):
-    """What was measured under some settings, if its file is in a folder already; else measured now, and kept there.
+def folder_of(model):
+    """Folder of an embedded model; any other name or path unchanged."""
+    return WEIGHTS / model if model in EMBEDDED else model
 
-    Parameters
-    ----------
-    folder : path
-    about : dict
-        The settings, as JSON values; the file is named by their hash.
-    measure : callable
-        Gives the result, a JSON value.
 
-    Returns
-    -------
-    dict
-        ``about`` with the ``result``.
-    """
-    path = Path(folder) / f"{sha256_json(about)[:12]}.json"
-    if not path.exists():
-        write_json(path, about | {"result": measure()})
-    return read_json(path)
+def versions() -> dict:
+    """Versions of the packages that numbers depend on."""
+    by_package = {"hcsmoe": __version__, "python": platform.python_version()}
+    for package in ("torch", "transformers", "lm_eval", "datasets", "scipy"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            by_package[package] = importlib.metadata.version(package)
+    return by_package
+
+
+# Until their last users are gone:
+held, is_held = locked, is_locked
+
+
+def lock_file(file, *, wait=False):
+    """Lock an open file; whether nobody else has it."""
+    import fcntl
+
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def root():
+    """Root of the repository, or the working directory."""
+    folder = Path(__file__).resolve().parents[1]
+    return folder if (folder / "notebooks").is_dir() else Path.cwd()
+
+
+def place(path):
+    """``path``, from the repository's root if it is relative."""
+    return root() / path
 
 
 def shown(path):
-    """``path`` as a person at the repository's root would write it."""
+    """``path`` relative to the repository's root."""
     path = Path(path)
     return path.relative_to(root()) if path.is_relative_to(root()) else path
 
 
-WEIGHTS = Path(__file__).parent / "demo" / "weights"
-# Models that are part of the package, by name.
-EMBEDDED = tuple(sorted(path.name for path in WEIGHTS.iterdir())) if WEIGHTS.is_dir() else ()
-
-
-def folder_of(model):
-    """Folder of an embedded model; the name or path of any other as it is given."""
-    return WEIGHTS / model if model in EMBEDDED else model
-
-
-def versions():
-    """Versions of everything that a number may depend on, by package."""
-    import importlib.metadata
-    import platform
-
-    found = {"hcsmoe": __version__, "python": platform.python_version()}
-    for package in ("torch", "transformers", "lm_eval", "datasets", "scipy"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[package] = importlib.metadata.version(package)
-    return found
+def kept(folder, about, measure):
+    """Result of ``measure`` under some settings, from its file in ``folder`` if there is one."""
+    path = Path(folder) / f"{sha256_json(about)[:12]}.json"
+    if not path.exists():
+        write_json(path, about | {"result": measure()})
+    return read_json(path)

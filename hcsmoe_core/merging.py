@@ -1,4 +1,4 @@
-"""A plan and the weights give the r experts of a layer, on the live model."""
+"""A plan and the weights give the r experts of each layer, on the live model."""
 
 import torch
 from tqdm.auto import tqdm
@@ -6,76 +6,27 @@ from tqdm.auto import tqdm
 from hcsmoe_core._util import InputError, check_count
 from hcsmoe_core.families import find_moe_layers, model_hash
 from hcsmoe_core.moe import Neurons, all_finite
+from hcsmoe_core.plan import check_layer
 from hcsmoe_core.replace import put_experts, take_experts
 from hcsmoe_core.steps import combine, compress, refine, router
-
-
-def check_statistics(stats, model):
-    """Raise ValueError unless the statistics were captured on this model."""
-    if stats.model["hash"] != model_hash(model):
-        raise InputError(
-            f"These statistics were captured on another model ({stats.model['name']}, {stats.model['class']}) than the one "
-            f"given ({model.name_or_path or 'unnamed'}, {type(model).__name__}); capture on this one."
-        )
-
-
-def check_fits(plan, model):
-    """MoE layers of ``model`` in the order of the plan's.
-
-    Raises
-    ------
-    ValueError
-        If the plan is for other layers, other numbers of experts or other weights than the model has.
-    """
-    layers = {layer.name: layer for layer in find_moe_layers(model)}
-    planned = [layer.name for layer in plan.layers]
-    if planned != list(layers):
-        missing = (
-            [n for n in layers if n not in planned]
-            or [n for n in planned if n not in layers]
-            or ["another order"]
-        )
-        raise InputError(
-            f"The plan does not fit the model: it has {len(planned)} MoE layers and the model {len(layers)}; they differ "
-            f"in {missing[0]}. Make a plan from this model's statistics."
-        )
-    for layer_plan in plan.layers:
-        experts = layers[layer_plan.name].num_experts
-        if len(layer_plan.labels) != experts:
-            raise InputError(
-                f"The plan does not fit the model: {layer_plan.name} has {experts} experts, but the plan labels "
-                f"{len(layer_plan.labels)}. Make a plan from this model's statistics."
-            )
-    return [layers[name] for name in planned]
-
-
-def check_weights(plan, model):
-    """Raise ValueError if the plan names the model it was made for, and that is not this one."""
-    if plan.model.get("hash") and plan.model["hash"] != model_hash(model):
-        raise InputError(
-            f"The plan was made for another model ({plan.model.get('name')}, {plan.model.get('class')}): this one has the "
-            "same shape but other weights. Make a plan from this model's statistics."
-        )
-
 
 BLOCK = 1 << 16  # weights that are summed at once: wide sums of so many stay in a CPU's caches
 
 
 def apply_plan(model, plan, stats=None):
-    """Merge or prune the experts of a live model, in place.
+    """Merge or prune the experts of a live model, in place; :func:`restore` undoes it.
 
-    Where the plan keeps the router (``"mapped"``), what it chooses among E experts is sent through the plan's labels to r
-    merged ones, so that the model computes exactly what E experts would of which those of a group are equal. Where it
-    drops rows, the router chooses among those left by the model's own rule. Undone by :func:`restore`; the original
-    weights stay in memory until then.
+    With router ``"mapped"`` what it chooses among E experts goes through the plan's labels to r merged ones:
+    the model computes exactly what E experts would of which those of a group are equal. With others the
+    router chooses among r rows by the model's own rule. The original weights stay in memory.
 
     Parameters
     ----------
     model : transformers.PreTrainedModel
     plan : Plan
     stats : Statistics, optional
-        Those that the plan was made from; needed where experts are combined by what they do on the sample of layer inputs
-        (least squares, selection, trimming, activations, MC-SMoE).
+        Those that the plan was made from; needed where experts are combined, or router rows fitted, by the
+        sample of layer inputs.
 
     Returns
     -------
@@ -84,15 +35,14 @@ def apply_plan(model, plan, stats=None):
 
     Raises
     ------
-    ValueError
-        If the plan does not fit the model, needs statistics that are not given, the model is merged already, or a merged
-        weight is not finite. The model is then as it was.
+    InputError
+        If the plan does not fit the model, needs statistics that are not given, the model is merged already,
+        or a merged weight is not finite. The model is then as it was.
     """
     layers = check_appliable(model, plan, stats)
     try:
-        bar = tqdm(
-            plan.layers, desc="merge", unit="layer", leave=False, disable=None if plan.needs_sample else True
-        )
+        hidden = None if plan.needs_sample else True
+        bar = tqdm(plan.layers, desc="merge", unit="layer", leave=False, disable=hidden)
         for layer, layer_plan in zip(layers, bar, strict=True):
             apply_layer(layer, layer_plan, stats)
         if plan.compress:
@@ -103,27 +53,13 @@ def apply_plan(model, plan, stats=None):
     return model
 
 
-def check_appliable(model, plan, stats=None):
-    """MoE layers of a model that a plan can be applied to, in the plan's order; ValueError as of :func:`apply_plan`."""
-    layers = check_fits(plan, model)
-    check_unmerged(layers)
-    check_weights(plan, model)
-    check_sample(plan, stats)
-    return layers
-
-
 def apply_layer(layer, layer_plan, stats=None):
     """Merge or prune the experts of one layer, in place."""
     sample = stats.layers[layer.name].sample if stats is not None else None
-    put_layer(layer, layer_plan, merge_layer(layer, layer_plan, sample), sample)
-
-
-def put_layer(layer, layer_plan, tensors, sample=None):
-    """Give one layer its merged experts, as :func:`merge_layer` made them, and the router that the plan says."""
-    means = layer_plan.router_rows()
-    rows, scales = (None if means is None else torch.from_numpy(means)), None
+    tensors, rows, scales = merge_layer(layer, layer_plan, sample), layer_plan.router_rows(), None
     if layer_plan.router in router:
-        rows, scales = torch.from_numpy(router[layer_plan.router](layer_plan, sample)), rows
+        rows, scales = router[layer_plan.router](layer_plan, sample), torch.from_numpy(rows)
+    rows = None if rows is None else torch.from_numpy(rows)
     put_experts(layer, tensors, layer_plan.labels, rows=rows, scales=scales)
     layer.experts._merged.plan = layer_plan
 
@@ -133,7 +69,7 @@ def restore(model):
 
     Raises
     ------
-    ValueError
+    InputError
         If the model was loaded merged.
     """
     for layer in find_moe_layers(model):
@@ -142,36 +78,85 @@ def restore(model):
     return model
 
 
+def check_appliable(model, plan, stats=None) -> list:
+    """MoE layers of a model in the plan's order; InputError unless the plan can be applied to it."""
+    layers = check_fits(plan, model)
+    check_unmerged(layers)
+    if plan.model.get("hash") and plan.model["hash"] != model_hash(model):
+        raise InputError(
+            f"The plan was made for another model ({plan.model.get('name')}, {plan.model.get('class')}): "
+            "this one has the same shape but other weights. Make a plan from this model's statistics."
+        )
+    check_sample(plan, stats)
+    return layers
+
+
+def check_statistics(stats, model):
+    """Raise InputError unless the statistics were captured on this model."""
+    if stats.model["hash"] != model_hash(model):
+        raise InputError(
+            f"These statistics were captured on another model ({stats.model['name']}, "
+            f"{stats.model['class']}) than the one given ({model.name_or_path or 'unnamed'}, "
+            f"{type(model).__name__}); capture on this one."
+        )
+
+
+def check_fits(plan, model) -> list:
+    """MoE layers of a model in the plan's order; InputError unless it is valid and fits their shapes."""
+    layers = {layer.name: layer for layer in find_moe_layers(model)}
+    planned = [layer.name for layer in plan.layers]
+    if planned != list(layers):
+        differing = next((n for n in (*layers, *planned) if (n in layers) != (n in planned)), "another order")
+        raise InputError(
+            f"The plan does not fit the model: it has {len(planned)} MoE layers and the model {len(layers)}; "
+            f"they differ in {differing}. Make a plan from this model's statistics."
+        )
+    for layer_plan in plan.layers:
+        layer = layers[layer_plan.name]
+        if len(layer_plan.labels) != layer.num_experts:
+            raise InputError(
+                f"The plan does not fit the model: {layer.name} has {layer.num_experts} experts, but the "
+                f"plan labels {len(layer_plan.labels)}. Make a plan from this model's statistics."
+            )
+        check_layer(layer_plan)
+        if not layer.merged and (layer_plan.width or 0) > layer.width:
+            raise InputError(
+                f"The plan does not fit the model: {layer.name} has experts of width {layer.width}, but the "
+                f"plan one of {layer_plan.width}."
+            )
+    return list(layers.values())
+
+
 def check_unmerged(layers):
-    """Raise ValueError if a layer is merged."""
+    """Raise InputError if a layer is merged."""
     if any(layer.merged for layer in layers):
         raise InputError("This model is merged already; restore(model) first, or load the original.")
 
 
 def check_sample(plan, stats):
-    """Raise ValueError unless ``stats`` hold the sample that the plan needs, and are those it was made from."""
+    """Raise InputError unless ``stats`` have the sample that the plan needs, and are those it is from."""
     if not plan.needs_sample:
         return
     if stats is None:
         raise InputError(
-            "This plan looks at the sample of layer inputs, by which experts are combined or routers folded; give the "
-            "statistics it was made from: "
+            "This plan looks at the sample of layer inputs; give the statistics it was made from: "
             "apply_plan(model, plan, stats), or --statistics FILE on the command line."
         )
     stats.check(("sample",), "This plan")
-    if plan.statistics and plan.statistics != stats.identity():
+    if not stats.matches(plan.statistics):
         raise InputError(
-            f"The plan was made from other statistics (hash {plan.statistics.get('hash')}) than those given "
-            f"({stats.identity()['hash']}); give the ones it was made from, or make the plan again."
+            f"The plan was made from other statistics ({plan.statistics}) than those given "
+            f"({stats.identity()}); give the ones it was made from, or make the plan again."
         )
 
 
-def merge_layer(layer, layer_plan, sample=None):
+@torch.no_grad()
+def merge_layer(layer, layer_plan, sample=None) -> dict:
     """The r experts that a plan leaves of a layer.
 
-    Averages, ``W_g = Σ_{e in g} w_e W_e`` (HC-SMoE, arXiv 2410.08589, eq. 6), are summed in float32 (float64 for float32
-    weights) and rounded once to the weights' dtype; for other rules see :func:`hcsmoe_core.merging.combine_group`. An expert
-    that is alone in its group is copied, bit for bit, unless it is trimmed.
+    Averages, ``W_g = Σ_{e in g} w_e W_e`` (HC-SMoE, arXiv 2410.08589, eq. 6), are summed in float32 (float64
+    for float32 weights) and rounded once to the weights' dtype; for other rules see :func:`combine_group`. An
+    expert that is alone in its group is copied, bit for bit, unless it is trimmed.
 
     Parameters
     ----------
@@ -187,24 +172,26 @@ def merge_layer(layer, layer_plan, sample=None):
 
     Raises
     ------
-    ValueError
+    InputError
         If a merged weight is not finite, or the rule needs a sample that is not given.
     """
     if sample is None and layer_plan.uses_sample:
         rules = sorted({layer_plan.rule_of(group)["rule"] for group in range(layer_plan.num_groups)})
         raise InputError(f'{layer.name}: rule {" and ".join(map(repr, rules))} needs the "sample" argument.')
-    merged = {name: _averages(tensor.detach(), layer_plan) for name, tensor in layer.tensors().items()}
-    options = layer_plan.combine
-    plain = (
-        options["rule"] == "average" and options.get("align", "none") == "none" and not options.get("refit")
-    )
-    if layer_plan.rules or not plain:
-        merged |= _combined(layer, layer_plan, sample)
-    for name, tensor in merged.items():
-        if not all_finite(tensor):
-            members = next(
-                m for row, m in zip(tensor, layer_plan.groups(), strict=True) if not all_finite(row)
-            )
+    rule, combined = layer_plan.combine, {}
+    if (
+        layer_plan.rules
+        or rule["rule"] != "average"
+        or rule.get("align", "none") != "none"
+        or rule.get("refit")
+    ):
+        combined = _combined(layer, layer_plan, sample)
+    merged = {}
+    for name, tensor in layer.tensors().items():
+        merged[name] = combined[name] if name in combined else _averages(tensor, layer_plan)
+        if not all_finite(merged[name]):
+            groups = zip(merged[name], layer_plan.groups(), strict=True)
+            members = next(members for row, members in groups if not all_finite(row))
             raise InputError(
                 f"{layer.name}: {name} of experts {members} merges to values that are not finite."
             )
@@ -214,48 +201,48 @@ def merge_layer(layer, layer_plan, sample=None):
 def _averages(tensor, layer_plan):
     """Weighted averages of one tensor's rows, by group or by the plan's mixture."""
     flat = tensor.reshape(len(tensor), -1)
-    rows = flat.new_empty(layer_plan.num_groups, flat.shape[1])
+    merged = flat.new_empty(layer_plan.num_groups, flat.shape[1])
     wide = torch.float64 if tensor.dtype in (torch.float32, torch.float64) else torch.float32
-    total, part = torch.empty(2, min(BLOCK, flat.shape[1]), dtype=wide, device=tensor.device)
+    total, term = torch.empty(2, min(BLOCK, flat.shape[1]), dtype=wide, device=tensor.device)
     for group, members in enumerate(layer_plan.groups()):
         weights = layer_plan.weights
         if layer_plan.mixture is not None:
             weights = layer_plan.mixture[group]
             members = [e for e, w in enumerate(weights) if w > 0]
         if len(members) == 1:
-            rows[group] = flat[members[0]]
+            merged[group] = flat[members[0]]
             continue
-        blocks = zip(rows[group].split(BLOCK), *(flat[e].split(BLOCK) for e in members), strict=True)
-        for made, *given in blocks:
-            summed, one = total[: len(made)].zero_(), part[: len(made)]
-            for expert, values in zip(members, given, strict=True):
-                summed.add_(one.copy_(values), alpha=weights[expert])
-            made.copy_(summed)
-    return rows.view(-1, *tensor.shape[1:])
+        for average, *blocks in zip(
+            merged[group].split(BLOCK), *(flat[e].split(BLOCK) for e in members), strict=True
+        ):
+            block_sum, wide_block = total[: len(average)].zero_(), term[: len(average)]
+            for expert, block in zip(members, blocks, strict=True):
+                block_sum.add_(wide_block.copy_(block), alpha=weights[expert])
+            average.copy_(block_sum)
+    return merged.view(-1, *tensor.shape[1:])
 
 
-@torch.no_grad()
 def _combined(layer, layer_plan, sample):
     """Projections and biases by the plan's rules."""
-    made = []
-    for place, members in enumerate(layer_plan.groups()):
+    experts = []
+    for group, members in enumerate(layer_plan.groups()):
         if len(members) == 1 and layer_plan.width in (None, layer.width):
-            made.append(layer.neurons(members[0]))
+            experts.append(layer.neurons(members[0]))
         else:
-            made.append(combine_group(*group_and_options(layer, layer_plan, place, sample)))
-    return layer.stacked(made)
+            experts.append(combine_group(*group_and_options(layer, layer_plan, group, sample)))
+    return layer.stacked(experts)
 
 
-def group_and_options(layer, layer_plan, place, sample):
-    """One group of a plan, and how it becomes one expert: what :func:`hcsmoe_core.merging.combine_group` takes."""
-    members = layer_plan.groups()[place]
-    dominant = members[0] if layer_plan.dominant is None else layer_plan.dominant[place]
+def group_and_options(layer, layer_plan, group: int, sample):
+    """One group of a plan and its rule with options: the arguments of :func:`combine_group`."""
+    members = layer_plan.groups()[group]
+    dominant = members[0] if layer_plan.dominant is None else layer_plan.dominant[group]
     width = {} if layer_plan.width is None else {"width": layer_plan.width}
-    return Group(layer, members, layer_plan.weights, dominant, sample), layer_plan.rule_of(place) | width
+    return Group(layer, members, layer_plan.weights, dominant, sample), layer_plan.rule_of(group) | width
 
 
 class Group:
-    """The experts that become one, and what the calibration sample says about them.
+    """The n experts that become one, and what the calibration sample says about them.
 
     Attributes
     ----------
@@ -265,7 +252,7 @@ class Group:
     weights : (n,) float64 tensor
         Of each member in the group; they sum to one.
     dominant : int
-        Place of the dominant expert among the members.
+        Index of the dominant expert among the members.
     experts : list of n Neurons
         In float64, or float32 where the model is in 16 bits.
     """
@@ -278,78 +265,78 @@ class Group:
         self.weights = torch.tensor([weights[e] for e in members], dtype=torch.float64)
         self.dominant = self.members.index(dominant)
         self.experts = [layer.neurons(e, self.dtype) for e in members]
-        self._found = {}
+        self._computed = {}
 
-    def once(self, key, make):
-        """What ``make`` gives, worked out the first time only: options are tried one after another on the same group."""
-        if key not in self._found:
-            self._found[key] = make()
-        return self._found[key]
+    def once(self, key, compute):
+        """``compute()``, at the first call with this key only."""
+        if key not in self._computed:
+            self._computed[key] = compute()
+        return self._computed[key]
 
     def tokens(self, members=None):
-        """Sampled tokens that were routed to any of some members (all by default), and the members' gates.
+        """Sampled tokens routed to any member (or of ``members``, indices), ``(T, D)``, and these' gates
+        ``(T, n)``.
 
-        Parameters
-        ----------
-        members : list of int, optional
-            Places among the group's members.
-
-        Returns
-        -------
-        tokens : (T, D) tensor
-        gates : (T, n) tensor
-            Applied routing weights; zero where a member was not chosen.
+        Gates are the applied routing weights, zero where an expert was not chosen.
         """
         chosen = self.members if members is None else [self.members[m] for m in members]
-        gates = self.sample.gates[:, chosen]
-        rows = (gates != 0).any(1)
-        tokens = self.sample.inputs[rows].to(self.device, self.dtype)
-        return tokens, gates[rows].to(self.device, self.dtype)
 
-    def outputs(self, offset=None):
-        """What the members give together on :meth:`tokens`, ``Σ_e g_e f_e(x)``, less what an offset gives, ``(T, D)``."""
-        total = self.once("outputs", lambda: gated_outputs(self))
-        return total if offset is None else total - self.tokens()[1].sum(1, keepdim=True) * offset
+        def gather():
+            gates = self.sample.gates[:, chosen]
+            rows = (gates != 0).any(1)
+            return (x[rows].to(self.device, self.dtype) for x in (self.sample.inputs, gates))
 
-    def activations(self, neurons):
-        """What some neurons would give in the group's place on :meth:`tokens`, times the summed gates, ``(T, I')``."""
+        return self.once(("tokens", *chosen), lambda: tuple(gather()))
+
+    def outputs(self, offset=None) -> torch.Tensor:
+        """Sum of the members' gated outputs on :meth:`tokens`, ``Σ_e g_e (f_e(x) − offset)``, ``(T, D)``."""
+        tokens, gates = self.tokens()
+        total = self.once("outputs", lambda: self._gated_outputs(tokens, gates))
+        return total if offset is None else total - gates.sum(1, keepdim=True) * offset
+
+    def _gated_outputs(self, tokens, gates):
+        total = torch.zeros(len(tokens), self.layer.hidden_size, dtype=self.dtype, device=self.device)
+        for expert, gate in zip(self.experts, gates.T, strict=True):
+            rows = gate.nonzero()[:, 0]
+            output = self.layer.activate(expert, tokens[rows]) @ expert.down.T
+            total[rows] += gate[rows, None] * (output if expert.offset is None else output + expert.offset)
+        return total
+
+    def activations(self, neurons) -> torch.Tensor:
+        """Activations of other neurons on :meth:`tokens`, times the members' summed gates, ``(T, I')``."""
         tokens, gates = self.tokens()
         return self.layer.activate(neurons, tokens) * gates.sum(1, keepdim=True)
 
-    def average(self):
+    def average(self) -> Neurons:
         """Weighted average of the members as they are, ``Σ_e w_e W_e``."""
         return mean_of(self.experts, self.weights)
 
 
-def mean_of(experts, weights):
+def mean_of(experts, weights) -> Neurons:
     """Weighted average of experts whose neurons are in the same order."""
 
-    def add(*tensors):
+    def mean(*tensors):
         if tensors[0] is None:
             return None
-        return sum(float(w) * t for w, t in zip(weights, tensors, strict=True))
+        return sum(float(w) * tensor for w, tensor in zip(weights, tensors, strict=True))
 
-    columns = ("up", "down", "bias", "offset")
-    return Neurons(*(add(*(getattr(e, c) for e in experts)) for c in columns))
+    parts = ("up", "down", "bias", "offset")
+    return Neurons(*(mean(*(getattr(expert, part) for expert in experts)) for part in parts))
 
 
-def combine_group(group, options):
+def combine_group(group, options) -> Neurons:
     """One expert from a group of several.
 
     Parameters
     ----------
     group : Group
     options : dict
-        ``rule``, a step of :data:`hcsmoe_core.steps.combine`, with its options; and ``refit``, rounds of fitting what the
-        expert's neurons read as well.
-
-    Returns
-    -------
-    Neurons
+        ``rule``, a step of :data:`hcsmoe_core.steps.combine`, with its options; and ``refit``, rounds in
+        which what the expert's neurons read is fitted as well.
 
     Raises
     ------
-    ValueError
+    InputError
         If the rule is unknown, or solves for a projection where that is not possible.
     """
     rule, rounds = combine[options["rule"]], check_count("refit", options.get("refit", 0), 0)
@@ -359,19 +346,8 @@ def combine_group(group, options):
             f'{group.layer.name}: {group.layer.unsolvable}, so that combine "{rule.name}"'
             f"{' with refit' if rounds else ''} has nothing to solve; use one of {others}, without refit."
         )
-    neurons = rule(group, **{k: v for k, v in options.items() if k not in ("rule", "refit")})
+    neurons = rule(group, **{key: value for key, value in options.items() if key not in ("rule", "refit")})
     if not rounds:
         return neurons
-    return refine["refit"](group, neurons, rounds, **{k: v for k, v in options.items() if k == "ridge"})
-
-
-def gated_outputs(group):
-    tokens, gates = group.tokens()
-    total = torch.zeros(len(tokens), group.experts[0].down.shape[0], dtype=group.dtype, device=group.device)
-    for place, expert in enumerate(group.experts):
-        rows = gates[:, place].nonzero()[:, 0]
-        output = group.layer.activate(expert, tokens[rows]) @ expert.down.T
-        total[rows] += gates[rows, place, None] * (
-            output if expert.offset is None else output + expert.offset
-        )
-    return total
+    ridge = {"ridge": options["ridge"]} if "ridge" in options else {}
+    return refine["refit"](group, neurons, rounds, **ridge)

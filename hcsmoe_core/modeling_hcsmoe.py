@@ -1,8 +1,9 @@
-"""Merged mixture-of-experts models: a family's own class with r experts a layer, and the map from the router's E to them.
+"""Merged mixture-of-experts models: a family's own class with r experts per layer, and a map to them from E.
 
-A copy of this file lies in every model folder whose router is "mapped", so that transformers opens it where hcsmoe is not
-installed: ``AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)``. It therefore needs torch and
-transformers alone. What has to be changed in which layer stands under ``expert_merge`` in ``config.json``.
+A copy of this file lies in every model folder whose router is "mapped", so that transformers opens it where
+hcsmoe is not installed: ``AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)``. It
+therefore needs torch and transformers alone. What changes in which layer stands in ``config.json``,
+``expert_merge``.
 """
 
 import copy
@@ -17,62 +18,76 @@ VERSION = 3
 
 
 class ExpertMap:
-    """Where the choices of a layer's router go; an experts module that was merged has one as ``_merged``.
+    """Where the choices of a layer's router go; the experts module of a merged layer has one as ``_merged``.
 
     Attributes
     ----------
     labels : list of E int
-        Merged expert of each that the router chooses from.
+        Merged expert of each that the router chose from before; -1 for one that was dropped.
     extra : int
         Choices beyond them, of experts without weights.
     mapped : bool
         Whether the router still chooses among E, rather than among r.
     """
 
+    # What hcsmoe keeps of a merge that it made in memory: the layer's tensors, every value that was replaced
+    # by module and name, the handle of the hook, what was decided, and the size of what would be compressed.
+    before = originals = handle = plan = factors = compressed_bytes = None
+
     def __init__(self, labels, extra=0, mapped=True):
         self.labels, self.extra, self.mapped = list(labels), extra, mapped
-        # The map is not a buffer: transformers re-allocates non-persistent buffers when it loads a checkpoint.
+        # No buffer: transformers re-allocates those that are not persistent when it loads a checkpoint.
         self._lookup = {}
 
+    @property
+    def routed(self):
+        """Experts that the router now chooses from."""
+        return len(self.labels) if self.mapped else max(self.labels) + 1
+
+    @property
+    def changed(self):  # TODO: goes with its use in checkpoint
+        """Module and name of every value that was replaced."""
+        return list(self.originals)
+
     def lookup(self, device):
-        """The map as a tensor; experts without weights stay behind those that have some."""
+        """The map as a tensor on a device; experts without weights stay behind those that have some."""
         if device not in self._lookup:
             stored = max(self.labels) + 1
-            self._lookup[device] = torch.tensor(
-                [*self.labels, *range(stored, stored + self.extra)], device=device
-            )
+            places = [*self.labels, *range(stored, stored + self.extra)]
+            self._lookup[device] = torch.tensor(places, device=device)
         return self._lookup[device]
 
 
 def remap(experts):
-    """Send what the router chooses through the map of an experts module; returns a handle that undoes it."""
+    """Send what the router chooses through the map of an experts module; returns a handle to undo it."""
     kind = type(experts).__name__
     if kind == "JetMoeMoE":
-        return _Undo(experts, experts.router.register_forward_hook(_Resort(experts)))
+        return experts.router.register_forward_hook(_SortByMergedExpert(experts))
     if kind == "Llama4TextExperts":
-        experts.forward = _Dense(experts)
-        return _Undo(experts)
-    return experts.register_forward_pre_hook(_remapped, with_kwargs=True, prepend=True)
+        experts.forward = _DenseForward(experts)
+        return experts.forward
+    return experts.register_forward_pre_hook(_map_index, with_kwargs=True, prepend=True)
 
 
-def _remapped(experts, inputs, keywords):
+def _map_index(experts, inputs, keywords):
     """Forward pre-hook: the router's choice among E experts becomes one among r."""
     names = list(inspect.signature(type(experts).forward).parameters)[1:4]
     tokens, index, weight = [*inputs, *(keywords[n] for n in names if n in keywords)]
     return (tokens, experts._merged.lookup(index.device)[index], weight), {}
 
 
-class _Resort:
-    """Forward hook on JetMoE's router, which gives tokens sorted by expert: they are sorted by merged expert."""
+# Objects, like the next, rather than closures: in a copy of the model they then know the copied experts.
+class _SortByMergedExpert:
+    """Forward hook on JetMoE's router: tokens that it sorted by expert are sorted by merged expert."""
 
     def __init__(self, experts):
         self.experts = experts
 
     def __call__(self, router, inputs, output):
         order, batch, gates, sizes, logits = output
-        mapped = self.experts._merged.lookup(order.device)[repeated(sizes, order.device)]
-        again = mapped.argsort(stable=True)
-        sizes = mapped.bincount(minlength=max(self.experts._merged.labels) + 1).tolist()
+        merged = self.experts._merged.lookup(order.device)[repeated(sizes, order.device)]
+        again = merged.argsort(stable=True)
+        sizes = merged.bincount(minlength=max(self.experts._merged.labels) + 1).tolist()
         return order[again], batch[again], gates[again], sizes, logits
 
 
@@ -81,7 +96,7 @@ def repeated(sizes, device):
     return torch.arange(len(sizes), device=device).repeat_interleave(torch.tensor(sizes, device=device))
 
 
-class _Dense:
+class _DenseForward:
     """Forward of Llama 4's experts, each of which gets every token: a merged one those of all its members."""
 
     def __init__(self, experts):
@@ -96,22 +111,13 @@ class _Dense:
             outputs.append((up * experts.act_fn(gate)) @ experts.down_proj[group])
         return torch.cat(outputs)
 
-
-class _Undo:
-    """Handle of a hook, or of a forward that was replaced."""
-
-    def __init__(self, experts, handle=None):
-        self.experts, self.handle = experts, handle
-
     def remove(self):
-        if self.handle is None:
-            del self.experts.forward
-        else:
-            self.handle.remove()
+        """Put the experts' own forward back."""
+        del self.experts.forward
 
 
-def make_room(model, name, record):
-    """Give a model tensors of the shapes that a merged layer has, to be filled by loading, and the map to its experts.
+def _resize(model, name, record):
+    """Give a model empty tensors of the shapes that a merged layer has, and the map to its experts.
 
     Parameters
     ----------
@@ -119,8 +125,8 @@ def make_room(model, name, record):
     name : str
         Of the experts module.
     record : dict
-        ``tensors``, shapes by name; ``values``, attributes by module (under ``config`` those of the module's own copy of
-        the configuration); ``labels`` and ``extra`` of :class:`ExpertMap`; ``mapped``, whether the router still has E rows.
+        ``tensors``, shapes by name; ``values``, attributes by module (under ``config`` those of the module's
+        own copy of the configuration); ``labels``, ``extra`` and ``mapped`` of :class:`ExpertMap`.
 
     Raises
     ------
@@ -131,35 +137,31 @@ def make_room(model, name, record):
         for path, shape in record["tensors"].items():
             owner, _, attribute = path.rpartition(".")
             module = model.get_submodule(owner)
-            held = module._parameters if attribute in module._parameters else module._buffers
-            held[attribute] = room(held[attribute], shape)
+            setattr(module, attribute, room(getattr(module, attribute), shape))
         for path, values in record["values"].items():
             module = model.get_submodule(path)
             for attribute, value in values.items():
                 if attribute == "config":
-                    changed, value = value, copy.copy(module.config)
-                    vars(value).update(changed)
+                    changes, value = value, copy.copy(module.config)
+                    vars(value).update(changes)
                 setattr(module, attribute, value)
         experts = model.get_submodule(name)
         experts._merged = ExpertMap(record["labels"], record["extra"], record["mapped"])
         if record["mapped"]:
             remap(experts)
     except (AttributeError, KeyError, TypeError) as error:
-        raise ValueError(
-            f'config.json: "expert_merge" does not fit {name} ({error!r}); it was changed.'
-        ) from None
+        message = f'config.json: "expert_merge" does not fit {name} ({error!r}); it was changed.'
+        raise ValueError(message) from None
 
 
 def room(tensor, shape):
-    """Room for a tensor of another shape, of the same kind (parameter or buffer) and on the same device."""
-    made = torch.empty(shape, dtype=tensor.dtype, device=tensor.device)
-    return (
-        nn.Parameter(made, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made
-    )
+    """An empty tensor of another shape, of the same kind (parameter or buffer), dtype and device."""
+    empty = torch.empty(shape, dtype=tensor.dtype, device=tensor.device)
+    return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
 
 
 def merged_class(base):
-    """``base``, a model class, with the layers that its configuration says, so that transformers' own loading fills them."""
+    """A model class with the layers that its configuration says, which transformers' own loading fills."""
 
     class Merged(base):
         def __init__(self, config, *inputs, **keywords):
@@ -168,11 +170,11 @@ def merged_class(base):
             if merge.get("version") != VERSION:
                 raise ValueError("This model folder was written by another version of hcsmoe; merge again.")
             for name, record in merge["layers"].items():
-                make_room(self, name, record)
+                _resize(self, name, record)
 
         @classmethod
         def register_for_auto_class(cls, auto_class="AutoModel"):
-            """Nothing: its code is the family's own, which is not to be copied; :meth:`save_pretrained` copies this file."""
+            """Nothing: its code is the family's own; :meth:`save_pretrained` copies this file instead."""
 
         def save_pretrained(self, save_directory, *inputs, **keywords):
             super().save_pretrained(save_directory, *inputs, **keywords)
@@ -182,21 +184,21 @@ def merged_class(base):
     return named_alike(Merged, base)
 
 
-def named_alike(made, base):
-    """``made``, a subclass of a model class, under the name of that class.
+def named_alike(subclass, base):
+    """A subclass of a model class under the name of that class.
 
     transformers finds a family's weight conversion and experts implementations by these names.
     """
-    made.__name__ = made.__qualname__ = base.__name__
-    made.__module__ = base.__module__
-    return made
+    subclass.__name__ = subclass.__qualname__ = base.__name__
+    subclass.__module__ = base.__module__
+    return subclass
 
 
 def __getattr__(name):
-    """``Merged`` and the name of a class of transformers, such as ``MergedMixtralForCausalLM``: that class, merged."""
+    """``MergedMixtralForCausalLM`` and the like: a class of transformers with merged layers."""
     if name.startswith("Merged"):
         import transformers
 
-        if hasattr(transformers, name.removeprefix("Merged")):
-            return merged_class(getattr(transformers, name.removeprefix("Merged")))
+        if base := getattr(transformers, name.removeprefix("Merged"), None):
+            return merged_class(base)
     raise AttributeError(f"module {__name__} has no attribute {name}")

@@ -1,65 +1,48 @@
-"""The sparse MoE layers of a transformers model: find them, read them, replace their experts.
+"""One sparse MoE layer of a transformers model: its router, its stacked experts, and how to run one of them.
 
-This is the only room that knows how transformers builds MoE blocks, and it goes by the experts module, not by the model
-family: since version 5, a block's experts are stacked in one module whose forward takes the tokens, the experts that
-the router chose for each and their weights. The few families that do otherwise have an entry. What a router does
-(softmax, sigmoid, biases, groups of experts, scaling) happens before that and is never repeated here.
+Since version 5 of transformers, a block's experts are stacked in one module whose forward takes the tokens,
+the experts that the router chose for each, and their weights. This view goes by that module, not by the model
+family; the few that differ stand in :mod:`hcsmoe_core.families`. What a router does (softmax, sigmoid,
+biases, groups of experts, scaling) happens before that and is never repeated here.
 """
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from operator import attrgetter
 
 import torch
 from torch import nn
+from torch.nn.functional import linear
 
+from hcsmoe_core._transformers import gate_function
 from hcsmoe_core._util import InputError
-from hcsmoe_core.modeling_hcsmoe import remap
 
 UP = ("gate_up_proj", "up_proj")
-
-
 DOWN = "down_proj"
 
-
+# Attribute names that transformers uses, of modules and of configurations: for groups of experts that a
+# router chooses among first, for how many of them it chooses, for the number of experts, for the experts per
+# token, for their width.
 ROUTER_GROUPS = ("num_group", "n_group")
-
-
-# Groups of experts that such a router chooses first.
 GROUP_CHOICES = ("topk_group",)
-
-
-# What a block, its router or its experts call the number of experts and the experts a token.
 COUNTS = (
-    "num_experts",
-    "num_local_experts",
-    "n_routed_experts",
-    "num_routed_experts",
-    "moe_num_experts",
-    # Experts without weights among them, which some routers also choose from.
-    "total_experts",
-    "n_total_experts",
-    "num_router_classes",
+    *("num_experts", "num_local_experts", "n_routed_experts", "num_routed_experts", "moe_num_experts"),
+    # With experts that have no weights, which some routers also choose from.
+    *("total_experts", "n_total_experts", "num_router_classes"),
 )
-
-
 CHOICES = (
-    "top_k",
-    "num_experts_per_tok",
-    "num_experts_per_token",
-    "top_k_experts",
-    "moe_top_k",
-    "moe_topk",
-    "moe_k",
+    *("top_k", "num_experts_per_tok", "num_experts_per_token", "top_k_experts"),
+    *("moe_top_k", "moe_topk", "moe_k"),
 )
-
-
 WIDTHS = ("intermediate_dim", "intermediate_size", "expert_dim", "ffn_hidden_size")
 
+PRODUCT_SIZE = 1 << 27  # numbers that the up projections of several experts give at once on a GPU
 
-ROUTER_NAMES = ("gate", "router")
 
-
-JOINED = 1 << 27  # numbers that the up projections of several experts make at once on a GPU
+def whole_numbers(holder, names) -> dict[str, int]:
+    """Attributes of a module or a configuration that are whole numbers, by name, in the order of ``names``."""
+    values = {name: getattr(holder, name, None) for name in names}
+    return {name: value for name, value in values.items() if isinstance(value, int)}
 
 
 @dataclass(frozen=True)
@@ -69,16 +52,18 @@ class MoELayer:
     Attributes
     ----------
     name : str
-        Dotted name of the experts module, such as ``model.layers.3.mlp.experts``; plans and statistics go by it.
+        Dotted name of the experts module, such as ``model.layers.3.mlp.experts``; plans and statistics go by
+        it.
     experts : torch.nn.Module
         Holds the stacked weights; called as ``experts(tokens [T, D], index [T, k], weight [T, k])``.
     router : torch.nn.Module or None
-        The module beside the experts that scores them; its output has logits ``[T, E]``. None if none was found.
+        The module beside the experts that scores them; its output has logits ``[T, E]``. None if there is
+        none.
     block : torch.nn.Module or None
         The MoE block that holds both.
     extra : int
-        Rows that the router has beyond its experts': of experts without weights (which pass a token on as it is, or skip
-        it), or of shared ones. They come last and are never merged.
+        Rows of the router beyond its experts', which come last: of experts without weights (which pass a
+        token on as it is, or skip it), or of shared ones. They are never merged.
     """
 
     name: str
@@ -87,210 +72,201 @@ class MoELayer:
     block: nn.Module | None = None
     extra: int = 0
 
+    activation = "act_fn"  # attribute of the experts module
+
     @classmethod
-    def at(cls, model, name, experts):
-        """The layer of an experts module that has some name in a model, with the router that is found beside it."""
-        block = cls.block_of(model, name)
-        layer = cls(name, experts, None, block)
-        count = experts._merged.routed if layer.merged else layer.num_stored
-        router, extra = _find_router(block, experts, count)
+    def at(cls, model, name: str, experts: nn.Module) -> "MoELayer":
+        """The layer of an experts module, by its name in the model, with the router beside it."""
+        layer = cls(name, experts, None, cls.block_of(model, name))
+        routed = experts._merged.routed if layer.merged else layer.num_stored
+        router, extra = _find_router(layer.block, experts, routed)
         return replace(layer, router=router, extra=extra)
 
     @staticmethod
-    def block_of(model, name):
+    def block_of(model, name: str) -> nn.Module:
         """The module that holds the experts and their router."""
         return model.get_submodule(name.rpartition(".")[0])
 
-    def listen(self, take_router, take_experts):
-        """Hooks that tell what the router gives and what the experts get, whenever the layer runs.
+    def listen(self, take_router, take_experts) -> list:
+        """Add hooks that are told what the router gives and what the experts get, whenever the layer runs.
 
         Parameters
         ----------
         take_router : callable
-            A forward hook, ``(module, inputs, output)``, of whose output :func:`router_logits` are found.
+            Forward hook ``(module, inputs, output)``; :func:`router_logits` are in the output.
         take_experts : callable
-            A forward pre-hook, ``(module, inputs, keywords)``, whose inputs are tokens, index and weight.
+            Forward pre-hook ``(module, inputs, keywords)``; the inputs are tokens, index and weight.
 
         Returns
         -------
         list of handles
         """
-        called = []
+        router_was_called = False
 
         def take(module, inputs, output):
-            if module is self.router:
-                called.append(True)
-            elif called:
-                return
-            take_router(module, inputs, output)
+            nonlocal router_was_called
+            router_was_called |= module is self.router
+            if module is self.router or not router_was_called:
+                take_router(module, inputs, output)
 
-        # Some families read a router's weights without calling the module that has them; then what holds it is listened to.
-        routers = [
-            m
-            for m in self.routing
-            if m is not self.block and any(self.router is inner for inner in m.modules())
-        ]
-        handles = [router.register_forward_hook(take) for router in routers]
+        # Some families read a router's weights without calling it; then the module that holds it is called.
+        holders = [m for m in self.routing if m is not self.block and self._holds_router(m)]
+        handles = [module.register_forward_hook(take) for module in holders]
         return [*handles, self.experts.register_forward_pre_hook(take_experts, with_kwargs=True)]
 
-    def remap(self):
-        """Send what the router chooses through the map to the merged experts; returns a handle that undoes it."""
-        return remap(self.experts)
+    def _holds_router(self, module):
+        return any(self.router is inner for inner in module.modules())
+
+    @cached_property
+    def routing(self) -> list[nn.Module]:
+        """Modules that route: the router, those in it, and those that hold it, up to the block."""
+        if self.router is None:
+            return []
+        inside = list(self.router.modules())
+        return inside + [m for m in self.block.modules() if m not in inside and self._holds_router(m)]
 
     @property
-    def merged(self):
-        """Whether :func:`put_experts` has replaced this layer's experts."""
+    def merged(self) -> bool:
+        """Whether this layer's experts were replaced by merged ones."""
         return hasattr(self.experts, "_merged")
 
     @property
-    def num_experts(self):
+    def num_experts(self) -> int:
         """E: experts that the router chooses from, merged or not."""
         return len(self.experts._merged.labels) if self.merged else self.num_stored
 
     @property
-    def num_stored(self):
-        """Experts whose weights are held: E, or r once merged."""
+    def num_stored(self) -> int:
+        """Experts that have weights of their own: E, or r once merged."""
         return getattr(self.experts, DOWN).shape[0]
 
     @property
-    def device(self):
-        """Where the weights are."""
-        return self.tensors()[DOWN].device
-
-    @cached_property
-    def routing(self):
-        """Modules that route: the router, those in it, and those that hold it, up to the block."""
-        if self.router is None:
-            return []
-        below = list(self.router.modules())
-        return below + [
-            m
-            for m in self.block.modules()
-            if m not in below and any(self.router is inner for inner in m.modules())
-        ]
-
-    @property
-    def top_k(self):
-        """k: experts a token goes to, or None where neither the routing modules nor their configuration say."""
-        holders = [*self.routing, self.experts, self.block]
-        named = [(m, "top_k") for m in holders] + [
-            (getattr(m, "config", None), c) for m in holders for c in CHOICES
-        ]
-        return next(
-            (k for k in (getattr(owner, name, None) for owner, name in named) if isinstance(k, int)), None
-        )
-
-    @property
-    def router_groups(self):
-        """Groups of neighbouring experts that a group-limited router chooses among first (DeepSeek-V3); else 1."""
-        found = (getattr(m, a, None) for m in self.routing for a in ROUTER_GROUPS)
-        return next((n for n in found if isinstance(n, int)), 1)
-
-    @property
-    def fewest(self):
-        """Experts that the router's rule needs: one that chooses among groups first adds up the two best scores of each."""
-        return (
-            2
-            if any(isinstance(getattr(m, name, None), int) for m in self.routing for name in ROUTER_GROUPS)
-            else 1
-        )
-
-    @property
-    def affine(self):
-        """Whether an expert's output is affine in its activations, so that the mean of one gives that of the other."""
-        return not getattr(self.experts, "has_post_expert_norm", False)
-
-    @property
-    def unsolvable(self):
-        """Why a projection of these experts cannot be solved for from what they put out; empty if it can."""
-        return "" if self.affine else "each expert's output is normalised"
-
-    @property
-    def up_name(self):
-        """Name of the up projection, joined with the gate's where there is one."""
-        held = self.tensors()
-        return next(name for name in UP if name in held)
-
-    @property
-    def transposed(self):
-        """Whether the weights are kept as ``[E, D, 2I]`` and ``[E, I, D]`` rather than as ``[E, 2I, D]`` and ``[E, D, I]``."""
-        return bool(getattr(self.experts, "is_transposed", False))
-
-    def tensors(self):
-        """Every tensor that has one row an expert: projections and, where there are any, their biases."""
-        held = {**self.experts._parameters, **self.experts._buffers}
-        count = self.num_stored
-        return {n: t for n, t in held.items() if t is not None and t.ndim >= 1 and t.shape[0] == count}
-
-    def stored(self, tensors):
-        """What the model stores for :meth:`tensors`, by dotted name from the experts module."""
-        return tensors
-
-    @property
-    def projections(self):
-        """Where the model stores the projections, without biases, by name in its state."""
-        held = {n: t for n, t in self.tensors().items() if not n.endswith("_bias")}
-        return {f"{self.name}.{n}": t for n, t in self.stored(held).items()}
-
-    def shapes(self, stored, width):
-        """Shapes that :meth:`tensors` have with another number of experts and another width, by name."""
-        held = self.tensors()
-        each = held[self.up_name].shape[2 if self.transposed else 1] // self.width
-        changed = {
-            self.up_name: (2 if self.transposed else 1, each * width),
-            f"{self.up_name}_bias": (1, each * width),
-            DOWN: (1 if self.transposed else 2, width),
-        }
-        shapes = {}
-        for name, tensor in held.items():
-            shapes[name] = [stored, *tensor.shape[1:]]
-            if name in changed:
-                axis, size = changed[name]
-                shapes[name][axis] = size
-        return shapes
-
-    @property
-    def width(self):
+    def width(self) -> int:
         """I: neurons of each expert."""
         return self.tensors()[DOWN].shape[1 if self.transposed else 2]
 
     @property
-    def hidden_size(self):
-        """D."""
+    def hidden_size(self) -> int:
+        """D: size of what an expert reads and writes."""
         return self.tensors()[DOWN].shape[2 if self.transposed else 1]
 
-    def up_matrix(self, expert):
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.tensors()[DOWN].device
+
+    @property
+    def top_k(self) -> int | None:
+        """k: experts per token, or None where neither the routing modules nor their configuration say."""
+        modules = [*self.routing, self.experts, self.block]
+        holders = [(m, ("top_k",)) for m in modules] + [
+            (getattr(m, "config", None), CHOICES) for m in modules
+        ]
+        return next((k for holder in holders for k in whole_numbers(*holder).values()), None)
+
+    @property
+    def router_groups(self) -> int:
+        """Groups of neighbouring experts that a group-limited router chooses among first (DeepSeek-V3); else 1."""
+        return next((n for m in self.routing for n in whole_numbers(m, ROUTER_GROUPS).values()), 1)
+
+    @property
+    def fewest(self) -> int:
+        """Experts that the router's rule needs: one that chooses groups adds up the two best scores of each."""
+        return 2 if any(whole_numbers(m, ROUTER_GROUPS) for m in self.routing) else 1
+
+    @property
+    def affine(self) -> bool:
+        """Whether an expert's output is affine in its activations, so that means of one give means of the other."""
+        return not getattr(self.experts, "has_post_expert_norm", False)
+
+    @property
+    def unsolvable(self) -> str:
+        """Why a projection of these experts cannot be solved for from what they put out; empty if it can."""
+        return "" if self.affine else "each expert's output is normalised"
+
+    @property
+    def up_name(self) -> str:
+        """Name of the up projection, joined with the gate's where there is one."""
+        return next(name for name in UP if name in self.tensors())
+
+    @property
+    def transposed(self) -> bool:
+        """Whether weights are stored as ``[E, D, 2I]`` and ``[E, I, D]``, not as ``[E, 2I, D]`` and ``[E, D, I]``."""
+        return bool(getattr(self.experts, "is_transposed", False))
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Every tensor that has one row per expert: projections and, where there are any, their biases."""
+        own, count = {**self.experts._parameters, **self.experts._buffers}, self.num_stored
+        return {n: t for n, t in own.items() if t is not None and t.ndim >= 1 and t.shape[0] == count}
+
+    def stored(self, tensors) -> dict[str, torch.Tensor]:
+        """What the model stores for :meth:`tensors`, by dotted name from the experts module."""
+        return tensors
+
+    # TODO: goes with the factored file.
+    @property
+    def projections(self):
+        """Stored projections, without biases, by their names in the model's state."""
+        matrices = {n: t for n, t in self.tensors().items() if not n.endswith("_bias")}
+        return {f"{self.name}.{n}": t for n, t in self.stored(matrices).items()}
+
+    def shapes(self, stored: int, width: int) -> dict[str, list[int]]:
+        """Shapes that :meth:`tensors` have with another number of experts and another width, by name."""
+        up, rows = self.up_name, len(self.up_matrix(0)) // self.width
+        axes = {up: 2 if self.transposed else 1, f"{up}_bias": 1, DOWN: 1 if self.transposed else 2}
+        shapes = {name: [stored, *tensor.shape[1:]] for name, tensor in self.tensors().items()}
+        for name in axes.keys() & shapes.keys():
+            shapes[name][axes[name]] = width if name == DOWN else rows * width
+        return shapes
+
+    def up_matrix(self, expert: int) -> torch.Tensor:
         """Up projection of one expert, joined with the gate's where there is one: ``[2I, D]`` or ``[I, D]``."""
         up = self.tensors()[self.up_name][expert]
         return up.T if self.transposed else up
 
-    def down_matrix(self, expert):
+    def down_matrix(self, expert: int) -> torch.Tensor:
         """Down projection of one expert, ``[D, I]``."""
         down = self.tensors()[DOWN][expert]
         return down.T if self.transposed else down
 
-    def expert_hidden(self, expert, tokens):
-        """Activations of one expert before its down projection.
+    def _with_bias(self, output, name, expert):
+        bias = getattr(self.experts, f"{name}_bias", None)
+        return output if bias is None else output + bias[expert].flatten()
 
-        Parameters
-        ----------
-        expert : int
-        tokens : (T, D) tensor
+    def _activated(self, read):
+        """Activations ``[T, I]`` of what the up projection gave, ``[T, 2I]`` or, without a gate, ``[T, I]``."""
+        gated = getattr(self.experts, "has_gate", self.up_name != "up_proj")
+        if gated and (family_function := gate_function(self.experts)):
+            return family_function(read)
+        activation = attrgetter(self.activation)(self.experts)
+        if not gated:
+            return activation(read)
+        gate, up = read.chunk(2, dim=-1)
+        return activation(gate) * up
 
-        Returns
-        -------
-        (T, I) tensor
+    def expert_hidden(self, expert: int, tokens: torch.Tensor) -> torch.Tensor:
+        """Activations ``[T, I]`` of one expert before its down projection, of tokens ``[T, D]``."""
+        return self._activated(self._with_bias(linear(tokens, self.up_matrix(expert)), self.up_name, expert))
+
+    def expert_output(self, expert: int, hidden: torch.Tensor) -> torch.Tensor:
+        """Outputs ``[T, D]`` of one expert, from its activations ``[T, I]``."""
+        output = self._with_bias(linear(hidden, self.down_matrix(expert)), DOWN, expert)
+        return output if self.affine else self.experts.post_expert_norm(output)
+
+    def down_project(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Outputs ``[E, D]`` of one activation vector per expert ``[E, I]``, in float64.
+
+        The down projection is affine, so that this gives an expert's mean output from its mean activation.
         """
-        hidden = nn.functional.linear(tokens, self.up_matrix(expert))
-        bias = getattr(self.experts, f"{self.up_name}_bias", None)
-        return self._activated(hidden if bias is None else hidden + bias[expert])
+        downs = [self.down_matrix(e).double() for e in range(self.num_stored)]
+        return torch.stack([self._with_bias(down @ hidden[e], DOWN, e) for e, down in enumerate(downs)])
 
-    def hidden_sums(self, tokens):
-        """Activations of every expert before its down projection, each on all tokens, added up over these.
+    def hidden_sums(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Activations of every expert before its down projection, summed over all tokens.
 
-        On a CPU expert by expert, so that what one makes stays in the caches; on a GPU several experts in one product.
-        Products are in the weights' dtype (16-bit ones with float32 accumulation), sums in float64, and nothing is copied to
-        the host.
+        On a CPU expert by expert, so that what one gives stays in the caches; on a GPU several experts in one
+        product. Products are in the weights' dtype (16-bit ones with float32 accumulation), sums in float64;
+        nothing is copied to the host.
 
         Parameters
         ----------
@@ -300,15 +276,11 @@ class MoELayer:
         -------
         (E, I) float64 tensor
         """
-        count = self.num_stored
+        experts = range(self.num_stored)
         if tokens.device.type == "cpu":
-            return torch.stack(
-                [self.expert_hidden(e, tokens).sum(0, dtype=torch.float64) for e in range(count)]
-            )
-        made, together = [], max(1, JOINED // (len(tokens) * len(self.up_matrix(0))))
-        for first in range(0, count, together):
-            made.append(self._joined_sums(tokens, first, min(first + together, count)))
-        return torch.cat(made)
+            return torch.stack([self.expert_hidden(e, tokens).sum(0, dtype=torch.float64) for e in experts])
+        step = max(1, PRODUCT_SIZE // (len(tokens) * len(self.up_matrix(0))))
+        return torch.cat([self._joined_sums(tokens, e, min(e + step, len(experts))) for e in experts[::step]])
 
     def _joined_sums(self, tokens, first, last):
         """:meth:`hidden_sums` of the experts from ``first`` to before ``last``, by one product."""
@@ -316,43 +288,12 @@ class MoELayer:
             up = torch.cat([self.up_matrix(e) for e in range(first, last)])
         else:
             up = self.tensors()[self.up_name][first:last].flatten(0, 1)
-        hidden = nn.functional.linear(tokens, up)
-        bias = getattr(self.experts, f"{self.up_name}_bias", None)
-        if bias is not None:
-            hidden += bias[first:last].flatten()
-        hidden = self._activated(hidden.view(len(tokens) * (last - first), -1))
+        read = self._with_bias(linear(tokens, up), self.up_name, slice(first, last))
+        hidden = self._activated(read.view(len(tokens) * (last - first), -1))
         return hidden.view(len(tokens), last - first, -1).sum(0, dtype=torch.float64)
 
-    def _activated(self, hidden):
-        """Activations ``[T, I]`` of what the up projection gave, ``[T, 2I]`` or, without a gate, ``[T, I]``."""
-        if not getattr(self.experts, "has_gate", self.up_name == "gate_up_proj"):
-            return self.experts.act_fn(hidden)
-        if hasattr(self.experts, "_apply_gate"):  # clamps, interleaved halves and other scales live in there
-            return self.experts._apply_gate(hidden)
-        gate, up = hidden.chunk(2, dim=-1)
-        return self.experts.act_fn(gate) * up
-
-    def expert_output(self, expert, hidden):
-        """Outputs ``[T, D]`` of one expert, from its activations ``[T, I]``."""
-        output = nn.functional.linear(hidden, self.down_matrix(expert))
-        bias = getattr(self.experts, f"{DOWN}_bias", None)
-        output = output if bias is None else output + bias[expert]
-        return output if self.affine else self.experts.post_expert_norm(output)
-
-    def down_project(self, hidden):
-        """Outputs ``[E, D]`` of one activation vector an expert ``[E, I]``, in float64.
-
-        The down projection is affine, so that this gives an expert's mean output from its mean activation.
-        """
-        bias = getattr(self.experts, f"{DOWN}_bias", None)
-        outputs = []
-        for e in range(self.num_stored):
-            output = self.down_matrix(e).to(torch.float64) @ hidden[e]
-            outputs.append(output if bias is None else output + bias[e].to(torch.float64))
-        return torch.stack(outputs)
-
-    def neuron_rows(self, width=None):
-        """Rows of the up projection that make each neuron, ``[I, p]``: its gate's and its own (p = 2), or its own (p = 1).
+    def neuron_rows(self, width: int | None = None) -> torch.Tensor:
+        """Rows of the up projection of each neuron, ``[I, p]``: its gate's and its own (p = 2), or its own (p = 1).
 
         Parameters
         ----------
@@ -361,114 +302,93 @@ class MoELayer:
 
         Raises
         ------
-        ValueError
-            If the neurons are laid out in neither of the known ways.
+        InputError
+            If the neurons are laid out in none of the known ways.
         """
-        width = self.width if width is None else width
-        if len(self.up_matrix(0)) == self.width:
-            return torch.arange(width)[:, None]
-        rows = torch.arange(2 * width)
-        return rows.reshape(-1, 2) if self._interleaved else rows.reshape(2, -1).T
-
-    @cached_property
-    def _interleaved(self):
-        """Whether a neuron's two rows follow each other, rather than lie in the two halves of the up projection.
-
-        Found once, by shuffling neurons and seeing which layout shuffles the activations alike.
-        """
-        up, width = self.up_matrix(0), self.width
-        count = len(up)
-        generator = torch.Generator().manual_seed(0)
-        probe, order = torch.randn(1, count, generator=generator), torch.randperm(width, generator=generator)
-        rows = torch.arange(count)
-        layouts = {False: rows.reshape(2, -1).T, True: rows.reshape(-1, 2)} if count == 2 * width else {}
-        for interleaved, layout in layouts.items():
-            shuffled = torch.empty_like(probe)
-            shuffled[:, layout] = probe[:, layout[order]]
-            both = self._activated(torch.cat([probe, shuffled]).to(up.device))
-            if torch.allclose(both[1], both[0, order.to(up.device)]):
-                return interleaved
-        raise InputError(
-            f"{self.name}: which rows of {self.up_name} ({count}) make which of the {width} neurons is not known, so that "
-            'neurons cannot be matched or chosen; use combine "average".'
-        )
+        if not self.neurons_known:
+            raise InputError(
+                f"{self.name}: which rows of {self.up_name} make which of the {self.width} neurons is not known, so "
+                'that neurons cannot be matched or chosen; use combine "average".'
+            )
+        return self._layout(self.width if width is None else width)
 
     @property
-    def neurons_known(self):
-        """Whether it can be told which rows of the up projection make which neuron."""
-        try:
-            self.neuron_rows()
-        except ValueError:
-            return False
-        return True
+    def neurons_known(self) -> bool:
+        """Whether it is known which rows of the up projection make which neuron."""
+        return self._layout is not None
 
-    def neurons(self, expert, dtype=None):
-        """One expert neuron by neuron, whatever way the family stores it.
+    @cached_property
+    def _layout(self):
+        """Function from a width to :meth:`neuron_rows`; None if unknown.
 
-        Parameters
-        ----------
-        expert : int
-        dtype : torch.dtype, optional
-            By default the weights' own.
-
-        Returns
-        -------
-        Neurons
+        It is the one by which shuffling the neurons' rows shuffles their activations alike.
         """
-        held, rows = self.tensors(), self.neuron_rows()
-        up, down = self.up_matrix(expert).detach(), self.down_matrix(expert).detach()
-        bias, offset = held.get(f"{self.up_name}_bias"), held.get(f"{DOWN}_bias")
-        parts = (
-            up[rows],
-            down,
-            None if bias is None else bias[expert].detach()[rows],
-            None if offset is None else offset[expert].detach(),
+        up, width = self.up_matrix(0), self.width
+        if len(up) == width:
+            return lambda width: torch.arange(width)[:, None]
+        layouts = {
+            "halves": lambda width: torch.arange(2 * width).reshape(2, -1).T,
+            "interleaved": lambda width: torch.arange(2 * width).reshape(-1, 2),
+        }
+        generator = torch.Generator().manual_seed(0)
+        probe = torch.randn(1, len(up), generator=generator)
+        order = torch.randperm(width, generator=generator)
+        for layout in layouts.values() if len(up) == 2 * width else ():
+            rows, shuffled = layout(width), torch.empty_like(probe)
+            shuffled[:, rows] = probe[:, rows[order]]
+            hidden = self._activated(torch.cat([probe, shuffled]).to(up.device))
+            if torch.allclose(hidden[1], hidden[0, order.to(up.device)]):
+                return layout
+        return None
+
+    def neurons(self, expert: int, dtype: torch.dtype | None = None) -> "Neurons":
+        """One expert neuron by neuron, whatever way the family stores it, by default in the weights' own dtype."""
+        tensors, rows = self.tensors(), self.neuron_rows()
+        bias, offset = (tensors.get(f"{name}_bias") for name in (self.up_name, DOWN))
+        neurons = Neurons(
+            self.up_matrix(expert)[rows],
+            self.down_matrix(expert),
+            None if bias is None else bias[expert][rows],
+            None if offset is None else offset[expert],
         )
-        return Neurons(*(None if part is None else part.to(dtype or part.dtype) for part in parts))
+        return neurons.map(lambda tensor: tensor.detach().to(dtype or tensor.dtype))
 
-    def activate(self, neurons, tokens):
+    def _read(self, neurons, tokens):
+        """What neurons read of tokens, ``[T, p·I']``, in the order of the family's up projection, and that order."""
+        rows = self.neuron_rows(len(neurons.up))
+        up, bias = _by_row(neurons.up, rows), _by_row(neurons.bias, rows)
+        return linear(tokens.to(up.dtype), up, bias), rows
+
+    def activate(self, neurons: "Neurons", tokens: torch.Tensor) -> torch.Tensor:
         """Activations ``[T, I']`` of any neurons on tokens ``[T, D]``, in the neurons' dtype."""
-        rows = self.neuron_rows(len(neurons.up))
-        up = _by_row(neurons.up, rows)
-        bias = None if neurons.bias is None else _by_row(neurons.bias, rows)
-        return self._activated(nn.functional.linear(tokens.to(up.dtype), up, bias))
+        return self._activated(self._read(neurons, tokens)[0])
 
-    def slopes(self, neurons, tokens):
-        """How activations ``[T, I']`` change with what each neuron reads, ``[p, T, I']``: its gate's product and its own."""
-        rows = self.neuron_rows(len(neurons.up))
-        bias = None if neurons.bias is None else _by_row(neurons.bias, rows)
+    def slopes(self, neurons: "Neurons", tokens: torch.Tensor) -> torch.Tensor:
+        """Derivatives ``[p, T, I']`` of activations by what each neuron reads: its gate's product and its own."""
+        read, rows = self._read(neurons, tokens)
         with torch.enable_grad():
-            read = (
-                nn.functional.linear(tokens.to(neurons.up.dtype), _by_row(neurons.up, rows), bias)
-                .detach()
-                .requires_grad_()
-            )
-            slope = torch.autograd.grad(self._activated(read).sum(), read)[0]
-        return torch.stack([slope[:, part] for part in rows.T])
+            read = read.detach().requires_grad_()
+            slopes = torch.autograd.grad(self._activated(read).sum(), read)[0]
+        return torch.stack([slopes[:, part] for part in rows.T])
 
-    def stacked(self, experts):
-        """Stacked tensors, in the family's own layout, dtype and names, of experts given neuron by neuron.
-
-        Parameters
-        ----------
-        experts : list of r Neurons
-            All of one width I'.
+    def stacked(self, experts: list["Neurons"]) -> dict[str, torch.Tensor]:
+        """Stacked tensors, in the family's own layout, dtype and names, of r experts of one width I'.
 
         Returns
         -------
         dict of str to tensor
             Up and down projections and their biases, with r rows each.
         """
-        held = self.tensors()
-        rows = self.neuron_rows(len(experts[0].up))
-        ups, downs = [_by_row(e.up, rows) for e in experts], [e.down for e in experts]
-        turn = (lambda t: t.T) if self.transposed else (lambda t: t)
-        made = {self.up_name: [turn(t) for t in ups], DOWN: [turn(t) for t in downs]}
-        if experts[0].bias is not None:
-            made[f"{self.up_name}_bias"] = [_by_row(e.bias, rows) for e in experts]
-        if experts[0].offset is not None:
-            made[f"{DOWN}_bias"] = [e.offset for e in experts]
-        return {n: torch.stack([t.to(held[n].dtype) for t in parts]) for n, parts in made.items()}
+        rows, own = self.neuron_rows(len(experts[0].up)), self.tensors()
+        as_stored = torch.t if self.transposed else (lambda matrix: matrix)
+        parts = {
+            self.up_name: [as_stored(_by_row(e.up, rows)) for e in experts],
+            DOWN: [as_stored(e.down) for e in experts],
+            f"{self.up_name}_bias": [_by_row(e.bias, rows) for e in experts],
+            f"{DOWN}_bias": [e.offset for e in experts],
+        }
+        parts = {name: part for name, part in parts.items() if part[0] is not None}
+        return {name: torch.stack([t.to(own[name].dtype) for t in part]) for name, part in parts.items()}
 
 
 @dataclass(frozen=True)
@@ -490,37 +410,34 @@ class Neurons:
     bias: torch.Tensor | None = None
     offset: torch.Tensor | None = None
 
-    def take(self, order):
-        """The neurons at the places ``order``, in that order."""
-        return Neurons(
-            self.up[order], self.down[:, order], None if self.bias is None else self.bias[order], self.offset
-        )
+    def take(self, order) -> "Neurons":
+        """The neurons at some indices, in that order."""
+        bias = None if self.bias is None else self.bias[order]
+        return Neurons(self.up[order], self.down[:, order], bias, self.offset)
 
-    def map(self, function):
+    def map(self, function) -> "Neurons":
         """The same with a function applied to each tensor."""
         parts = (self.up, self.down, self.bias, self.offset)
         return Neurons(*(None if part is None else function(part) for part in parts))
 
 
 def _by_row(parts, rows):
-    """``[I, p, …]`` put back as rows ``[p·I, …]``."""
-    made = parts.new_empty(rows.numel(), *parts.shape[2:])
-    made[rows] = parts
-    return made
+    """Parts of neurons ``[I, p, …]`` in the order of the up projection's rows, ``[p·I, …]``; None of None."""
+    return None if parts is None else parts.flatten(0, 1)[rows.flatten().argsort().to(parts.device)]
 
 
 def source_of(model):
-    """Where a model that is streamed (:mod:`hcsmoe_core.scale.streaming`) reads its layers from; None if it is in memory."""
+    """What reads the layers of a streamed model (:mod:`hcsmoe_core.scale.streaming`); None if it is in memory."""
     return getattr(model, "_source", None)
 
 
 def _find_router(block, experts, count):
-    """The innermost module of the block's router that has one row for each of ``count`` experts, and its rows beyond them.
+    """The innermost module of a block's router with one row for each of ``count`` experts, and its rows beyond them.
 
     It is looked for under its usual names first, then by its shape alone among the block's modules.
     """
-    named = [m for m in (getattr(block, name, None) for name in ROUTER_NAMES) if isinstance(m, nn.Module)]
-    inside, own = [m for router in named for m in router.modules()], set(experts.modules())
+    usual = [m for name in ("gate", "router") if isinstance(m := getattr(block, name, None), nn.Module)]
+    inside, own = [m for router in usual for m in router.modules()], set(experts.modules())
     for module in (*inside, *(m for m in block.modules() if m not in own)):
         if count in _matrix_rows(module):
             return module, 0
@@ -532,101 +449,90 @@ def _matrix_rows(module):
     return [p.shape[0] for p in module.parameters(recurse=False) if p.ndim == 2]
 
 
-def router_logits(output, experts, extra=0):
+def router_logits(output, experts: int, extra: int = 0) -> torch.Tensor:
     """Logits ``[T, E]`` among what a router returns, or ``[T, E + extra]`` where it has none of just the experts.
 
     Raises
     ------
-    ValueError
-        If nothing in it has one column an expert.
+    InputError
+        If nothing in it has one column per expert.
     """
-    parts = output if isinstance(output, tuple | list) else (output,)
-    for wanted in dict.fromkeys((experts, experts + extra)):
-        for part in parts:
-            if torch.is_tensor(part) and part.is_floating_point() and part.shape[-1] == wanted:
-                return part.reshape(-1, wanted)
-    shapes = [tuple(p.shape) for p in parts if torch.is_tensor(p)]
+    tensors = [t for t in (output if isinstance(output, tuple | list) else (output,)) if torch.is_tensor(t)]
+    for columns in (experts, experts + extra):
+        for tensor in tensors:
+            if tensor.is_floating_point() and tensor.shape[-1] == columns:
+                return tensor.reshape(-1, columns)
+    shapes = [tuple(t.shape) for t in tensors]
     raise InputError(
         f"A router of {experts} experts returned tensors of shapes {shapes}, none of which are its logits."
     )
 
 
-def fingerprint(layer):
-    """What :func:`model_hash` looks at of one layer, as bytes."""
+def routing_tensors(layer: MoELayer, count: int) -> list[tuple[nn.Module, str, torch.Tensor]]:
+    """Tensors of a layer's routing that have one row for each of ``count`` experts: ``[(module, name, tensor), …]``.
+
+    Everything of that kind in the router and below it (also ``[1, E]``), and the vectors ``[E]`` of the
+    modules that hold the router: some families keep a correction bias in the block. Rows beyond the experts'
+    count along.
+    """
+    tensors, inside = [], set(layer.router.modules())
+    for module in layer.routing:
+        for name, tensor in {**module._parameters, **module._buffers}.items():
+            shape = () if tensor is None else tuple(tensor.shape)
+            for rows in {count, count + layer.extra}:
+                if shape in ((rows,), (1, rows)) or (module in inside and shape[:1] == (rows,)):
+                    tensors.append((module, name, tensor))
+    return tensors
+
+
+def original_tensors(layer: MoELayer) -> dict[str, torch.Tensor]:
+    """Per-expert tensors as they were before a merge, or those there are if the model was loaded merged."""
+    return (layer.merged and layer.experts._merged.before) or layer.tensors()
+
+
+def fingerprint(layer: MoELayer) -> bytes:
+    """What :func:`hcsmoe_core.families.model_hash` looks at of one layer."""
     tensors = {f"{layer.name}.{n}": t for n, t in original_tensors(layer).items()}
-    if layer.router is not None:
-        tensors |= {f"{layer.name}:router.{n}": p for n, p in original_router(layer).items()}
+    originals = (layer.merged and layer.experts._merged.originals) or {}
+    for name, tensor in (
+        layer.router.named_parameters(remove_duplicate=False) if layer.router is not None else ()
+    ):
+        owner, _, own = name.rpartition(".")
+        tensors[f"{layer.name}:router.{name}"] = originals.get(
+            (layer.router.get_submodule(owner), own), tensor
+        )
     parts = []
-    for name in sorted(tensors):
-        tensor = tensors[name].detach()
-        flat = tensor.reshape(-1)
+    for name, tensor in sorted(tensors.items()):
+        flat = tensor.detach().reshape(-1)
         sample = flat[:: max(1, flat.numel() // 4096)].to(torch.bfloat16).cpu().contiguous().view(torch.int16)
         parts += [f"{name} {tuple(tensor.shape)}".encode(), sample.numpy().tobytes()]
     return b"".join(parts)
 
 
-def all_finite(tensor):
-    """Whether a tensor holds neither NaN nor infinite values.
+def all_finite(tensor: torch.Tensor) -> bool:
+    """Whether a tensor has neither NaN nor infinite values.
 
-    One that does has no finite sum; one whose sum is not finite is looked at value by value, as large values add up to one too.
+    One that does has no finite sum; one without a finite sum is looked at row by row, as large values have
+    none too.
     """
     total = tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32))
     return bool(torch.isfinite(total)) or all(bool(torch.isfinite(row).all()) for row in tensor)
 
 
-def check_loaded(layer):
-    """Raise ValueError if a layer's weights are not in memory or not plain finite floating-point numbers."""
-    named = dict(layer.tensors())
+def check_loaded(layer: MoELayer) -> None:
+    """Raise InputError unless a layer's weights are in memory and plain finite floating-point numbers."""
+    tensors = dict(layer.tensors())
     if layer.router is not None:
-        named |= {f"(router) {n}": p for n, p in layer.router.named_parameters(recurse=False)}
-    for name, tensor in named.items():
-        if tensor.is_meta:
-            raise InputError(
-                f"{layer.name}: {name} is offloaded; load the model without disk or CPU offload."
-            )
-        if not tensor.is_floating_point() or tensor.element_size() < 2:
-            raise InputError(
-                f"{layer.name}: {name} is quantised ({tensor.dtype}); load a 16- or 32-bit checkpoint."
-            )
-        if not all_finite(tensor.detach()):
-            raise InputError(f"{layer.name}: {name} holds NaN or infinite values; the checkpoint is damaged.")
-
-
-def routing_tensors(layer, count):
-    """Tensors of a layer's routing that have one row for each of ``count`` experts: ``[(module, name, tensor), …]``.
-
-    Everything of that kind in the router and below it (also ``[1, E]``), and the vectors ``[E]`` of the modules that hold
-    the router: some families keep a correction bias in the block. Rows beyond the experts' count along.
-    """
-    found, below = [], set(layer.router.modules())
-    for module in layer.routing:
-        for name, tensor in {**module._parameters, **module._buffers}.items():
-            shape = () if tensor is None else tuple(tensor.shape)
-            for rows in dict.fromkeys((count, count + layer.extra)):
-                if shape in ((rows,), (1, rows)) or (module in below and shape[:1] == (rows,)):
-                    found.append((module, name, tensor))
-    return found
-
-
-def original_tensors(layer):
-    """Per-expert tensors as they were before :func:`put_experts`, or those held if it was loaded merged."""
-    return (layer.merged and layer.experts._merged.before) or layer.tensors()
-
-
-def original_router(layer):
-    """Parameters of a layer's router as they were before :func:`put_experts`."""
-    held = {}
-    for prefix, module in layer.router.named_modules():
-        originals = layer.experts._merged.originals(module) if layer.merged else {}
-        for name, parameter in module.named_parameters(recurse=False):
-            held[f"{prefix}.{name}".lstrip(".")] = originals.get(name, parameter)
-    return held
-
-
-def set_tensor(module, name, tensor):
-    if name in module._parameters:
-        if not isinstance(tensor, nn.Parameter):
-            tensor = nn.Parameter(tensor, requires_grad=False)
-        module._parameters[name] = tensor
-    else:
-        module._buffers[name] = tensor
+        tensors |= {f"(router) {n}": p for n, p in layer.router.named_parameters(recurse=False)}
+    for name, tensor in tensors.items():
+        fault = (
+            "is offloaded; load the model without disk or CPU offload"
+            if tensor.is_meta
+            else f"is quantised ({tensor.dtype}); load a 16- or 32-bit checkpoint"
+            if not tensor.is_floating_point() or tensor.element_size() < 2
+            else "holds NaN or infinite values; the checkpoint is damaged"
+            if not all_finite(tensor.detach())
+            else ""
+        )
+        if fault:
+            raise InputError(f"{layer.name}: {name} {fault}.")

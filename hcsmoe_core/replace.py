@@ -1,11 +1,13 @@
-"""TODO."""
+"""Put r experts and an index map in the place of a layer's E experts, and take them out again."""
 
+import contextlib
 import copy
 
 import torch
+from torch import nn
 
 from hcsmoe_core._util import InputError
-from hcsmoe_core.modeling_hcsmoe import ExpertMap
+from hcsmoe_core.modeling_hcsmoe import ExpertMap, remap
 from hcsmoe_core.moe import (
     CHOICES,
     COUNTS,
@@ -13,48 +15,19 @@ from hcsmoe_core.moe import (
     GROUP_CHOICES,
     ROUTER_GROUPS,
     WIDTHS,
+    MoELayer,
     routing_tensors,
-    set_tensor,
+    whole_numbers,
 )
 
 
-class _Merged(ExpertMap):
-    """What :func:`put_experts` leaves on an experts module: the map, and what :func:`take_experts` puts back."""
-
-    def __init__(self, labels, routed, keep, extra):
-        super().__init__(labels, extra)
-        self.routed = routed  # experts that the router now chooses from
-        self.keep = keep
-        self.plan = self.factors = None  # what was applied, for whoever writes the model
-        self.changed = []  # (module, name) of every tensor and attribute that was replaced
-        self.undo = []  # (module, name, tensor or value)
-        self.before = {}  # the layer's tensors, where they are kept
-        self.handle = None
-
-    def set(self, module, name, value):
-        """Replace a tensor or an attribute, and remember what was there."""
-        self.changed.append((module, name))
-        if torch.is_tensor(value):
-            held = module._parameters if name in module._parameters else module._buffers
-            if self.keep:
-                self.undo.append((module, name, held[name]))
-            set_tensor(module, name, value)
-        else:
-            self.undo.append((module, name, getattr(module, name)))
-            setattr(module, name, value)
-
-    def originals(self, module):
-        """Tensors of a module that were replaced, by name."""
-        return {name: value for owner, name, value in self.undo if owner is module and torch.is_tensor(value)}
-
-
-def put_experts(layer, tensors, labels, *, rows=None, scales=None, keep=True):
+def put_experts(layer: MoELayer, tensors, labels, *, rows=None, scales=None, keep=True) -> None:
     """Replace a layer's E experts by r.
 
-    Without ``rows`` the router keeps its E outputs and what it chooses goes through ``labels``. A token that picks two
-    experts of one group goes through their expert twice, with both weights: the output is exactly that of E experts of
-    which those of a group are equal. With ``rows`` the router itself has r outputs, and chooses, scores and normalises
-    among them by the model's own rule; a token goes to no more than r.
+    Without ``rows`` the router keeps its E outputs and what it chooses goes through ``labels``. A token that
+    picks two experts of one group goes through their expert twice, with both weights: the output is exactly
+    that of E experts of which those of a group are equal. With ``rows`` the router itself has r outputs, and
+    chooses, scores and normalises among them by the model's own rule; a token goes to no more than r.
 
     Parameters
     ----------
@@ -64,133 +37,91 @@ def put_experts(layer, tensors, labels, *, rows=None, scales=None, keep=True):
     labels : sequence of E int
         Group of each expert, from 0 to r − 1; −1 for one that is dropped.
     rows : (r, E) float tensor, optional
-        Each new row of the router's tensors as a sum of the old ones; a row with a single 1 takes one as it is. Where
-        experts are joined, a router that chooses among groups of experts first chooses among all at once instead.
+        Each new row of the router's tensors as a sum of the old ones; a row with a single 1 copies one. Where
+        experts are joined, a router that chooses among groups of experts first chooses among all at once
+        instead.
     scales : (r, E) float tensor, optional
-        Where ``rows`` were fitted so that the logits alone route as before: how what multiplies each expert's weight is
-        averaged. What is added to the scores for the choice alone becomes zero.
-    keep : bool
-        Keep the original tensors so that :func:`take_experts` can put them back.
+        Where ``rows`` were fitted so that the logits alone route as before: how what multiplies each expert's
+        weight is averaged. What is added to the scores for the choice alone becomes zero.
 
     Raises
     ------
-    ValueError
-        If no router was found, or experts are dropped and its groups of experts would come to be of different sizes.
+    InputError
+        If no router was found, or experts are dropped and its groups of experts would come to be of different
+        sizes.
     """
     experts, stored = layer.experts, max(labels) + 1
-    grouped = rows is None or _keeps_groups(layer, labels, rows)
-    state = _Merged(labels, len(labels) if rows is None else stored, keep, layer.extra)
-    state.before = layer.tensors() if keep else {}
-    counts = {len(labels): stored, len(labels) + layer.extra: stored + layer.extra}
-    width, old_width = tensors[DOWN].shape[1 if layer.transposed else 2], layer.width
-    inside = [m for m in experts.modules() if m not in layer.routing]
-    physical = layer.stored(tensors)
-    for module in inside if rows is None else (*inside, *layer.routing):
-        for name in COUNTS:
-            if isinstance(value := getattr(module, name, None), int) and value in counts:
-                state.set(module, name, counts[value])
-    for module in inside:
-        for name in WIDTHS:
-            if getattr(module, name, None) == old_width:
-                state.set(module, name, width)
-    for name, tensor in physical.items():
-        owner, _, attribute = name.rpartition(".")
-        state.set(experts.get_submodule(owner), attribute, tensor)
+    merged = ExpertMap(labels, layer.extra, mapped=rows is None)
+    counts = {len(labels) + extra: stored + extra for extra in (0, layer.extra)}
+    width = tensors[DOWN].shape[1 if layer.transposed else 2]
+    new = _stored(layer, tensors)  # value by module and name
+    for module in [module for module in experts.modules() if module not in layer.routing]:
+        widths = {name for name, value in whole_numbers(module, WIDTHS).items() if value == layer.width}
+        numbers = _resized(module, counts) | dict.fromkeys(widths, width)
+        new |= {(module, name): value for name, value in numbers.items()}
     if rows is not None:
-        _put_rows(layer, rows, rows if scales is None else scales, state, counts)
-        _put_tables(layer, state)
-    if not grouped:
-        _ungroup(layer, state)
-    experts._merged = state
-    if rows is None and state.labels != list(range(len(labels))):
-        state.handle = layer.remap()
+        new |= _router_changes(layer, labels, rows, rows if scales is None else scales, counts, merged)
+    merged.before, merged.originals = layer.tensors(), _exchange(new)
+    experts._merged = merged
+    if rows is None and merged.labels != list(range(len(labels))):
+        merged.handle = remap(experts)
 
 
-def _put_rows(layer, rows, scales, state, counts):
-    """Give the router r outputs, and let it choose no more than r."""
+def _router_changes(layer, labels, rows, scales, counts, merged):
+    """New values by module and name, with which a router has r outputs and chooses no more than r."""
     kept, experts = rows.shape
+    ungroup, new = not _keeps_groups(layer, labels, rows), {}
     for module, name, tensor in routing_tensors(layer, experts):
-        here = rows if _makes_logits(layer, module, name, tensor) else scales
-        if here is scales and scales is not rows and "scale" not in name:
-            here = torch.zeros_like(rows)
+        weights = rows
+        # Not part of the projection that makes the logits: used after it.
+        if (tensor.ndim != 2 or tensor.shape[0] == 1) and not (module is layer.router and name == "bias"):
+            weights = scales if scales is rows or "scale" in name else torch.zeros_like(rows)
         if experts not in (tensor.numel(), tensor.shape[0]):
-            here = torch.block_diag(here, torch.eye(layer.extra, dtype=rows.dtype, device=rows.device))
-        made = mixed_rows(tensor.detach().reshape(here.shape[1], -1), here)
-        state.set(
-            module,
-            name,
-            made.reshape(1, len(here)) if tensor.shape[0] == 1 else made.reshape(-1, *tensor.shape[1:]),
+            weights = torch.block_diag(weights, torch.eye(layer.extra, dtype=rows.dtype, device=rows.device))
+        mixed = mixed_rows(tensor.detach().reshape(weights.shape[1], -1), weights)
+        new[module, name] = (
+            mixed.reshape(1, -1) if tensor.shape[0] == 1 else mixed.reshape(-1, *tensor.shape[1:])
         )
-    chosen = layer.top_k
+    for module, name, table in _expert_tables(layer):
+        new[module, name] = merged.lookup(table.device)[table].to(table.dtype)
+    # OpenAI's privacy filter calls the experts per token by a name for all experts, too.
+    either = counts if layer.top_k is None else {layer.top_k: min(layer.top_k, kept)} | counts
     for module in dict.fromkeys((layer.experts, *layer.routing)):
-        for name in (*CHOICES, *COUNTS):
-            value = getattr(module, name, None)
-            # OpenAI's privacy filter calls the experts a token by a name for all experts, too.
-            if isinstance(value, int) and (name in CHOICES or value == chosen not in counts):
-                state.set(module, name, min(value, kept))
-    for module in _configured(layer):
-        state.set(module, "config", _smaller_config(module.config, counts, kept))
+        numbers = _resized(module, either, kept, ungroup and module in layer.routing)
+        new |= {(module, name): value for name, value in numbers.items()}
+        # A module that looks its counts up in a configuration gets one of its own.
+        if module in layer.routing and module is not layer.block and hasattr(module, "config"):
+            new[module, "config"] = config = copy.copy(module.config)
+            for name, value in _resized(config, counts, kept, ungroup).items():
+                setattr(config, name, value)
+    return new
 
 
-def _makes_logits(layer, module, name, tensor):
-    """Whether a tensor of the routing is of the projection that makes the logits, rather than used after it."""
-    return (tensor.ndim == 2 and tensor.shape[0] != 1) or (module is layer.router and name == "bias")
+def _resized(holder, counts, top_k=None, ungroup=False):
+    """New values, by name, of the numbers of experts and of choices that a module or a configuration goes by."""
+    new = {name: counts[value] for name, value in whole_numbers(holder, COUNTS).items() if value in counts}
+    if top_k is not None:
+        new |= {name: min(value, top_k) for name, value in whole_numbers(holder, CHOICES).items()}
+    return new | dict.fromkeys(whole_numbers(holder, ROUTER_GROUPS + GROUP_CHOICES) if ungroup else (), 1)
 
 
-def _configured(layer):
-    """Modules that look their counts up in a configuration, of which they then get one of their own."""
-    return [module for module in layer.routing if hasattr(module, "config") and module is not layer.block]
+def _expert_tables(layer):
+    """Buffers by which a router looks experts up token by token (DeepSeek-V4)."""
+    buffers = [(m, name, b) for m in layer.routing for name, b in m._buffers.items() if b is not None]
+    return [(m, name, b) for m, name, b in buffers if b.ndim == 2 and not b.is_floating_point()]
 
 
-def _put_tables(layer, state):
-    """Where a router looks experts up token by token (DeepSeek-V4), let it find the merged ones."""
-    for module, name, table in _tables(layer):
-        state.set(module, name, state.lookup(table.device)[table].to(table.dtype))
-
-
-def _tables(layer):
-    held = [(module, name, table) for module in layer.routing for name, table in module._buffers.items()]
-    return [(m, n, t) for m, n, t in held if t is not None and t.ndim == 2 and not t.is_floating_point()]
-
-
-def _ungroup(layer, state):
-    """Let a router that chooses among groups of experts first choose among all at once."""
-    for module in layer.routing:
-        for name in (*ROUTER_GROUPS, *GROUP_CHOICES):
-            if isinstance(getattr(module, name, None), int):
-                state.set(module, name, 1)
-    for module in _configured(layer):
-        config = copy.copy(module.config)
-        for name in (*ROUTER_GROUPS, *GROUP_CHOICES):
-            if isinstance(getattr(config, name, None), int):
-                setattr(config, name, 1)
-        state.set(module, "config", config)
-
-
-def _smaller_config(config, counts, kept):
-    """A copy of a configuration with another number of experts, and no more choices than those."""
-    config = copy.copy(config)
-    for name in COUNTS:
-        if isinstance(value := getattr(config, name, None), int) and value in counts:
-            setattr(config, name, counts[value])
-    for name in CHOICES:
-        if isinstance(getattr(config, name, None), int):
-            setattr(config, name, min(getattr(config, name), kept))
-    return config
-
-
-def mixed_rows(tensor, rows):
+def mixed_rows(tensor: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """``rows @ tensor`` ``[r, …]``; rows that take one row as it is copy it bit for bit."""
-    made = torch.empty(len(rows), *tensor.shape[1:], dtype=tensor.dtype, device=tensor.device)
-    for new, row in zip(made, rows, strict=True):
+    mixed = torch.empty(len(rows), *tensor.shape[1:], dtype=tensor.dtype, device=tensor.device)
+    for new, row in zip(mixed, rows, strict=True):
         members = row.nonzero()[:, 0].tolist()
         if len(members) == 1 and row[members[0]] == 1:
             new.copy_(tensor[members[0]])
         else:
-            new.copy_(
-                (row[members].double().to(tensor.device) @ tensor[members].double().flatten(1)).view_as(new)
-            )
-    return made
+            weights = row[members].double().to(tensor.device)
+            new.copy_((weights @ tensor[members].double().flatten(1)).view_as(new))
+    return mixed
 
 
 def _keeps_groups(layer, labels, rows):
@@ -199,86 +130,115 @@ def _keeps_groups(layer, labels, rows):
         raise InputError(
             f"{layer.name}: no router was found, so that its rows cannot be dropped; use a method that merges."
         )
-    dropped = min(labels) < 0
     if len(rows) < layer.fewest:
         raise InputError(
-            f"{layer.name}: its router's rule takes {layer.fewest} experts at least, and {len(rows)} would be left; keep more, "
-            'or let the router keep its rows (router "mapped").'
+            f"{layer.name}: its router's rule takes {layer.fewest} experts at least, and {len(rows)} would be left; "
+            'keep more, or let the router keep its rows (router "mapped").'
         )
-    if dropped and (tables := _tables(layer)):
+    dropped = min(labels) < 0
+    if dropped and (tables := _expert_tables(layer)):
         raise InputError(
-            f"{layer.name}: its router looks experts up in a table ({tables[0][1]}), token by token, so that none of them can "
-            "be dropped; use a method that merges."
+            f"{layer.name}: its router looks experts up in a table ({tables[0][1]}), token by token, so that none of "
+            "them can be dropped; use a method that merges."
         )
-    if not any(isinstance(getattr(m, name, None), int) for m in layer.routing for name in ROUTER_GROUPS):
+    if not any(whole_numbers(module, ROUTER_GROUPS) for module in layer.routing):
         return True
     if not dropped:
         return False
     groups = layer.router_groups
-    size = rows.shape[1] // groups
-    kept = [int((rows[:, g * size : (g + 1) * size].sum(1) > 0).sum()) for g in range(groups)]
+    kept = (rows.unflatten(1, (groups, -1)).sum(2) > 0).sum(0).tolist()
     # Such a router adds up the two best scores of each group.
     if len(set(kept)) > 1 or min(kept) < 2:
         raise InputError(
-            f"{layer.name}: its router chooses among {groups} groups of experts first, which must stay of one size and have "
-            f"two experts at least, but {kept} of them would be kept; drop as many of each, or use a method that merges."
+            f"{layer.name}: its router chooses among {groups} groups of experts first, which must stay of one size and "
+            f"have two experts at least, but {kept} of them would be kept; drop as many of each, or use a method that "
+            "merges."
         )
     return True
 
 
-def adopt(experts):
-    """Make the map that a model was loaded with one that knows what was merged; the original experts are not to be had."""
-    found = experts._merged
-    routed = len(found.labels) if found.mapped else max(found.labels) + 1
-    experts._merged = _Merged(found.labels, routed, False, found.extra)
+def adopt(experts) -> None:  # TODO: goes with its call in checkpoint
+    """Nothing: a model that was loaded merged has all that is known of its merge."""
 
 
-def set_rows(layer, tensors):
-    """Replace tensors of a merged layer by others of the same shapes."""
-    for name, tensor in layer.stored(tensors).items():
-        owner, _, attribute = name.rpartition(".")
-        set_tensor(layer.experts.get_submodule(owner), attribute, tensor)
+def _exchange(new):
+    """Set parameters, buffers and attributes, by module and name; returns the values that were there."""
+    before = {(module, name): getattr(module, name) for module, name in new}
+    for (module, name), value in new.items():
+        if name in module._parameters and not isinstance(value, nn.Parameter):
+            value = nn.Parameter(value, requires_grad=False)
+        setattr(module, name, value)
+    return before
 
 
-def take_experts(layer):
+def _stored(layer, tensors):
+    """Tensors of a layer by the module that holds each and its name there."""
+    parts = [(*path.rpartition(".")[::2], tensor) for path, tensor in layer.stored(tensors).items()]
+    return {(layer.experts.get_submodule(owner), name): tensor for owner, name, tensor in parts}
+
+
+def set_rows(layer: MoELayer, tensors) -> None:
+    """Replace the tensors of a merged layer's experts by others of the same shapes."""
+    _exchange(_stored(layer, tensors))
+
+
+def take_experts(layer: MoELayer) -> None:
     """Put the original experts and router of a merged layer back: the same tensors, to the bit.
 
     Raises
     ------
-    ValueError
-        If they were not kept (a model that was loaded merged never had them).
+    InputError
+        If they are not in memory: a model that was loaded merged never had them.
     """
-    state = layer.experts._merged
-    if not state.keep:
+    lift_experts(layer)
+
+
+def lift_experts(layer: MoELayer):
+    """Put the original experts back for a while; pass what is returned to :func:`lay_experts` to undo it.
+
+    Raises
+    ------
+    InputError
+        As :func:`take_experts`.
+    """
+    merged = layer.experts._merged
+    if merged.originals is None:
         raise InputError(
             f"{layer.name} was loaded merged; the original experts are in the original checkpoint."
         )
-    if state.handle is not None:
-        state.handle.remove()
-    for module, name, value in reversed(state.undo):
-        if torch.is_tensor(value):
-            set_tensor(module, name, value)
-        else:
-            setattr(module, name, value)
+    if merged.handle is not None:
+        merged.handle.remove()
+    values = _exchange(merged.originals)
     del layer.experts._merged
+    return merged, values
 
 
-def lift_experts(layer):
-    """Put the original experts back for a while; what is returned puts the merged ones back, by :func:`lay_experts`."""
-    state = layer.experts._merged
-    values = [(module, name, getattr(module, name)) for module, name in dict.fromkeys(state.changed)]
-    take_experts(layer)
-    return state, values
+def lay_experts(layer: MoELayer, lifted) -> None:
+    """Put the merged experts back that :func:`lift_experts` took out: the same tensors, without another merge."""
+    merged, values = lifted
+    _exchange(values)
+    layer.experts._merged = merged
+    if merged.handle is not None:
+        merged.handle = remap(layer.experts)
 
 
-def lay_experts(layer, lifted):
-    """Put back what :func:`lift_experts` took off: the same tensors, without another merge."""
-    state, values = lifted
-    for module, name, value in values:
-        if torch.is_tensor(value):
-            set_tensor(module, name, value)
-        else:
-            setattr(module, name, value)
-    layer.experts._merged = state
-    if state.handle is not None:
-        state.handle = layer.remap()
+@contextlib.contextmanager
+def suspended(layers):
+    """Put the original experts of merged layers back during the block, and the merged ones after it, also on error.
+
+    Layers that are not merged are left alone.
+
+    Parameters
+    ----------
+    layers : iterable of MoELayer
+
+    Raises
+    ------
+    InputError
+        If a layer's original experts are not in memory; then nothing was changed.
+    """
+    with contextlib.ExitStack() as undo:
+        for layer in layers:
+            if layer.merged:
+                undo.callback(lay_experts, layer, lift_experts(layer))
+        yield

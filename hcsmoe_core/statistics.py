@@ -1,16 +1,15 @@
-"""What one pass over the calibration tokens leaves: sums that add up, and a sample of layer inputs.
+"""What one pass over the calibration tokens gives: sums that add up, and a sample of layer inputs.
 
-Statistics are sums over tokens: those of two disjoint sets of tokens add up to those of both. They are kept for each
-domain of the calibration tokens, so that the mix can be chosen afterwards. The sample is the tokens with the smallest
-hashes, so that it does not depend on batches or order and that of two parts is found from theirs.
+The statistics of two disjoint sets of tokens add up to those of both. They are separate for each domain, so
+that the mix can be chosen later. The sample is the tokens with the smallest hashes: it does not depend on
+batches or order, and that of two sets follows from theirs.
 """
 
-import dataclasses
 import hashlib
 import json
 import warnings
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 
@@ -22,9 +21,7 @@ from safetensors.torch import save_file
 from hcsmoe_core._util import InputError, check_count, replacing, sha256_json
 
 FORMAT = "hcsmoe-statistics-2"
-
-
-# What can be collected, by name, with the sums that each is made of; "sample" is no sum.
+# What can be collected, with the sums that each is made of.
 NEEDS = {
     "usage": ("tokens", "usage_count", "routing_mass", "score_mass", "logit_gram"),
     "outputs": ("output_sum",),
@@ -32,166 +29,100 @@ NEEDS = {
     "grams": ("output_gram", "routed_gram", "routed_square", "cosine_sum"),
     "sample": (),
 }
-
-
-DEFAULT_NEEDS = ("usage", "outputs", "norms", "grams")
-
-
+SUMS = tuple(key for keys in NEEDS.values() for key in keys)
+DEFAULT_NEEDS = ("usage", "outputs", "norms", "grams")  # every similarity but CKA, for caches and notebooks
 OWN_TEXT = "self"  # domain of text that the model wrote itself
-SAMPLE = 32768  # what is solved for has thousands of unknowns in each expert
+SAMPLE = 32768  # tokens; the systems to be solved have thousands of unknowns per expert
 
 
 @dataclass
 class LayerSample:
-    """What reached one layer for the tokens of the sample; R tokens, the same in every layer.
+    """What reached one layer for the R tokens of the sample, the same in every layer."""
 
-    Attributes
-    ----------
-    inputs : (R, D) tensor
-        Hidden states as they enter the experts, in the model's dtype.
-    logits : (R, E) float32 or float64 tensor
-        The router's; NaN where no router was found.
-    index : (R, k) int64 tensor
-        Experts that the router chose.
-    weight : (R, k) float32 or float64 tensor
-        Weights that their outputs were multiplied with.
-    """
-
-    inputs: torch.Tensor
-    logits: torch.Tensor
-    index: torch.Tensor
-    weight: torch.Tensor
+    inputs: torch.Tensor  # (R, D) in the model's dtype: hidden states as they enter the experts
+    logits: torch.Tensor  # (R, E) float32 or float64: the router's; NaN where no router was found
+    index: torch.Tensor  # (R, k) int64: experts that the router chose
+    weight: torch.Tensor  # (R, k) float32 or float64: what their outputs were multiplied with
 
     @cached_property
-    def gates(self):
+    def gates(self) -> torch.Tensor:
         """Applied routing weights ``(R, E)`` float64: zero where an expert was not chosen."""
         dense = torch.zeros(self.logits.shape, dtype=torch.float64)
         return dense.scatter_add_(1, self.index, self.weight.double())
 
     @property
-    def chosen(self):
-        """Whether each expert was chosen by each token, ``(R, E)`` bool."""
+    def chosen(self) -> torch.Tensor:
+        """Whether each token was routed to each expert, ``(R, E)`` bool."""
         return self.gates != 0
 
 
-SAMPLED = tuple(f.name for f in dataclasses.fields(LayerSample))
+SAMPLED = tuple(column.name for column in fields(LayerSample))
 
 
 @dataclass
 class LayerStatistics:
-    """Sums over the calibration tokens of one layer, by domain; G domains, E experts, D hidden size.
+    """Sums over the calibration tokens of one layer, float64; G domains, E experts, D hidden size.
 
-    ``f_e(x)`` is the output of expert e and ``g_e(x)`` the weight that the router gave it: zero where it was not chosen.
-    Sums that were not asked for are None.
-
-    Attributes
-    ----------
-    tokens : (G,) int64
-        Tokens that reached the layer.
-    usage_count : (G, E) int64
-        Tokens that the router sent to each expert (k a token), as it really did.
-    routing_mass : (G, E) float64
-        ``Σ g_e``.
-    score_mass : (G, E) float64
-        ``Σ p_e`` over all tokens, the router's scores before any choice: softmax of its logits, or their sigmoid where
-        the weights show that it uses that. All NaN where a layer's router could not be found.
-    logit_gram : (G, E, E) float64
-        ``Σ l lᵀ`` of the router's logits; all NaN where a layer's router could not be found.
-    output_sum : (G, E, D) float64
-        ``Σ f_e`` over *all* tokens, routed to the expert or not, without routing weight.
-    norm_sum, gated_norm_sum : (G, E) float64
-        ``Σ ‖f_e‖`` and ``Σ g_e ‖f_e‖`` over the tokens routed to the expert.
-    output_max : (G, E) float64
-        Largest absolute value among the outputs for tokens routed to the expert.
-    output_gram : (G, E, E) float64
-        ``Σ ⟨f_i, f_j⟩`` over all tokens.
-    routed_gram, routed_square : (G, E, E) float64
-        ``Σ g_i ⟨f_i, f_j⟩`` and ``Σ g_i ‖f_j‖²`` over all tokens.
-    cosine_sum : (G, E, E) float64
-        ``Σ cos(f_i, f_j)`` over all tokens; the cosine with a zero output is 0.
-    sample : LayerSample or None
+    ``f_e`` is the output of expert e and ``g_e`` the weight that the router gave it, zero where it was not
+    chosen; sums are over all tokens, routed to the expert or not. What was not collected is None.
     """
 
-    tokens: torch.Tensor
-    usage_count: torch.Tensor
-    routing_mass: torch.Tensor
+    tokens: torch.Tensor  # (G,) int64: that reached the layer
+    usage_count: torch.Tensor  # (G, E) int64: tokens that the router sent to each expert, k per token
+    routing_mass: torch.Tensor  # (G, E): Σ g_e
+    # (G, E): Σ of the router's scores before any choice, softmax or sigmoid of its logits l; NaN without one
     score_mass: torch.Tensor
-    logit_gram: torch.Tensor
-    output_sum: torch.Tensor | None = None
-    norm_sum: torch.Tensor | None = None
-    gated_norm_sum: torch.Tensor | None = None
-    output_max: torch.Tensor | None = None
-    output_gram: torch.Tensor | None = None
-    routed_gram: torch.Tensor | None = None
-    routed_square: torch.Tensor | None = None
-    cosine_sum: torch.Tensor | None = None
+    logit_gram: torch.Tensor  # (G, E, E): Σ l lᵀ; NaN where no router was found
+    output_sum: torch.Tensor | None = None  # (G, E, D): Σ f_e, without routing weight
+    norm_sum: torch.Tensor | None = None  # (G, E): Σ ‖f_e‖ over the tokens routed to the expert
+    gated_norm_sum: torch.Tensor | None = None  # (G, E): Σ g_e ‖f_e‖
+    output_max: torch.Tensor | None = None  # (G, E): largest |f_e| over the tokens routed to the expert
+    output_gram: torch.Tensor | None = None  # (G, E, E): Σ ⟨f_i, f_j⟩
+    routed_gram: torch.Tensor | None = None  # (G, E, E): Σ g_i ⟨f_i, f_j⟩
+    routed_square: torch.Tensor | None = None  # (G, E, E): Σ g_i ‖f_j‖²
+    cosine_sum: torch.Tensor | None = None  # (G, E, E): Σ cos(f_i, f_j), 0 with a zero output
     sample: LayerSample | None = None
 
     @property
-    def num_experts(self):
+    def num_experts(self) -> int:
         """E."""
         return self.usage_count.shape[1]
 
     @property
-    def mean_output(self):
+    def mean_output(self) -> torch.Tensor:
         """``(E, D)`` float64: the expert-output feature of HC-SMoE (arXiv 2410.08589, section 3.2)."""
         return self.output_sum.sum(0) / self.tokens.sum()
 
     @property
-    def frequency(self):
+    def frequency(self) -> torch.Tensor:
         """``(E,)`` float64: share of all routed (token, expert) pairs; sums to one."""
         count = self.usage_count.sum(0).double()
         return count / count.sum()
 
-    def held(self):
-        """The sums that are there, by name."""
+    def held(self) -> dict:
+        """The collected sums by name."""
         return {key: getattr(self, key) for key in SUMS if getattr(self, key) is not None}
-
-
-SUMS = tuple(key for keys in NEEDS.values() for key in keys)
 
 
 @dataclass
 class Statistics:
-    """What one pass over the calibration tokens tells about every MoE layer of a model.
+    """Statistics of every MoE layer of a model."""
 
-    Attributes
-    ----------
-    layers : dict of str to LayerStatistics
-        By the name of the experts module, in model order.
-    domains : list of str
-        Names along the first axis of every sum.
-    model : dict
-        ``name`` it was loaded by, ``class``, ``hash`` of its experts and routers, and ``layers``: what each layer's
-        router and experts are like (``top_k``, ``router_groups``, ``width``); ``every``, where experts were not applied to
-        all tokens.
-    sequences : list of str
-        Hash of each calibration sequence.
-    sampled : (R, 3) int64 tensor or None
-        Of each token of the sample: place of its sequence, position in it, and place of its domain.
-    stability : dict or None
-        Where the capture stopped by itself, when and why: :func:`hcsmoe_core.studies.stability.capture_until_stable`.
-    """
-
-    layers: dict
-    domains: list
+    layers: dict  # LayerStatistics by the name of the experts module, in model order
+    domains: list  # names along the first axis of every sum
+    # "name" it was loaded by, "class", "hash" of experts and routers, "layers" with each one's "top_k",
+    # "router_groups" and "width"; "every" n, where experts were applied to every n-th token only
     model: dict
-    sequences: list
-    sampled: torch.Tensor | None = field(default=None)
-    stability: dict | None = field(default=None)
+    sequences: list  # hash of each calibration sequence
+    sampled: torch.Tensor | None = None  # (R, 3) int64: sequence, position and domain of each sampled token
+    stability: dict | None = None  # when and why capture_until_stable stopped
 
-    def layer(self, layer):
-        """Statistics of one layer, by its place among the MoE layers (from 0) or by name.
-
-        Raises
-        ------
-        ValueError
-            If there is no such layer.
-        """
+    def layer(self, layer) -> LayerStatistics:
+        """Statistics of one layer, by its number among the MoE layers (from 0) or by name."""
         return self.layers[self.layer_name(layer)]
 
-    def layer_name(self, layer):
-        """Name of a layer given by place or by name."""
+    def layer_name(self, layer) -> str:
+        """Name of a layer given by number or by name; InputError if there is none."""
         names = list(self.layers)
         if isinstance(layer, str):
             if layer not in self.layers:
@@ -200,42 +131,49 @@ class Statistics:
         return names[check_count("layer", layer, 0, len(names) - 1)]
 
     @property
-    def num_tokens(self):
+    def num_tokens(self) -> int:
         """Calibration tokens behind these statistics."""
         return int(max(layer.tokens.sum() for layer in self.layers.values()))
 
     @property
-    def needs(self):
-        """Names of :data:`NEEDS` that these statistics hold."""
-        sums = next(iter(self.layers.values()))
-        held = sums.held()
-        return tuple(
-            n
-            for n, keys in NEEDS.items()
-            if (all(k in held for k in keys) if keys else sums.sample is not None)
-        )
+    def needs(self) -> tuple:
+        """Names of :data:`NEEDS` that were collected."""
+        first = next(iter(self.layers.values()))
+        collected = {*first.held(), *(["sample"] if first.sample is not None else [])}
+        return tuple(need for need, keys in NEEDS.items() if collected.issuperset(keys or [need]))
 
-    def check(self, needs, what):
-        """Raise ValueError unless everything that ``what`` needs was collected."""
-        missing = [n for n in needs if n not in self.needs]
+    def check(self, needs, purpose: str):
+        """Raise InputError unless everything that ``purpose`` needs was collected."""
+        missing = [need for need in needs if need not in self.needs]
         if missing:
-            held = ", ".join(self.needs)
             raise InputError(
-                f"{what} needs {' and '.join(map(repr, missing))}, but these statistics hold {held} only; capture again with "
-                f"needs={(*self.needs, *missing)}, or on the command line: hcsmoe capture MODEL --for METHOD."
+                f"{purpose} needs {' and '.join(map(repr, missing))}, but these statistics hold "
+                f"{', '.join(self.needs)} only; capture again with needs={(*self.needs, *missing)}, or on "
+                "the command line: hcsmoe capture MODEL --for METHOD."
             )
 
-    def identity(self):
-        """What a plan keeps to name these statistics."""
-        return {"tokens": self.num_tokens, "domains": self.domains, "hash": sha256_json(self.sequences)}
+    def identity(self) -> dict:
+        """Tokens, in whatever order, and sample of these statistics, for the plans made from them."""
+        record = {"tokens": self.num_tokens, "domains": sorted(self.domains)}
+        record |= {"sequences": sha256_json(sorted(self.sequences)), "every": self.model.get("every", 1)}
+        if self.sampled is not None:
+            inputs = next(iter(self.layers.values())).sample.inputs
+            record |= {"sample": len(self.sampled), "dtype": str(inputs.dtype).removeprefix("torch.")}
+        return record
+
+    def matches(self, identity: dict) -> bool:
+        """Whether a plan's record is of these statistics; plans of earlier versions recorded less."""
+        own = self.identity() | {"hash": sha256_json(self.sequences)}
+        recorded = identity | {"domains": sorted(identity.get("domains", self.domains))}
+        return all(own[key] == recorded[key] for key in own.keys() & recorded.keys())
 
     def __add__(self, other):
-        """Statistics of the tokens of both, as far as both hold them; the tokens must be disjoint.
+        """Statistics of the tokens of both, which must be disjoint; of what both collected.
 
         Raises
         ------
-        ValueError
-            If the two are not of the same model.
+        InputError
+            If the two are of different models.
         """
         if not isinstance(other, Statistics):
             return NotImplemented
@@ -244,7 +182,7 @@ class Statistics:
                 f"These statistics are of different models: {self.model['name']} and {other.model['name']}. "
                 "Capture both on the same checkpoint."
             )
-        shared = sum((Counter(self.sequences) & Counter(other.sequences)).values())
+        shared = (Counter(self.sequences) & Counter(other.sequences)).total()
         if shared:
             warnings.warn(
                 f"{shared} calibration sequences are in both statistics and now count twice.", stacklevel=2
@@ -253,86 +191,77 @@ class Statistics:
         sequences = self.sequences + other.sequences
         sampled, order = _joined_sample(self, other, domains, sequences)
         layers = {}
-        for name, mine in self.layers.items():
-            theirs = other.layers[name]
-            both = [key for key in mine.held() if key in theirs.held()]
-            sums = {
-                key: _joined(self, other, key, getattr(mine, key), getattr(theirs, key), domains)
-                for key in both
+        for name, first in self.layers.items():
+            second = other.layers[name]
+            shares = {key: (value, second.held().get(key)) for key, value in first.held().items()}
+            joined = {
+                key: _joined(self, other, key, a, b, domains)
+                for key, (a, b) in shares.items()
+                if b is not None
             }
             if sampled is not None:
-                pairs = {key: (getattr(mine.sample, key), getattr(theirs.sample, key)) for key in SAMPLED}
-                sums["sample"] = LayerSample(**{key: torch.cat(pair)[order] for key, pair in pairs.items()})
-            layers[name] = LayerStatistics(**sums)
-        return Statistics(layers, domains, dict(self.model), sequences, sampled)
+                pairs = [(getattr(first.sample, key), getattr(second.sample, key)) for key in SAMPLED]
+                joined["sample"] = LayerSample(*(torch.cat(pair)[order] for pair in pairs))
+            layers[name] = LayerStatistics(**joined)
+        model = dict(self.model)
+        if every := max(s.model.get("every", 0) for s in (self, other)):
+            model["every"] = every
+        return Statistics(layers, domains, model, sequences, sampled)
 
     def save(self, path):
         """Write to a ``.safetensors`` file, in full or not at all."""
-        tensors = {
-            f"{name}/{key}": value for name, sums in self.layers.items() for key, value in sums.held().items()
-        }
-        if self.sampled is not None:
-            tensors["sampled"] = self.sampled
-            tensors |= {
-                f"{name}/sample/{k}": getattr(s.sample, k) for name, s in self.layers.items() for k in SAMPLED
-            }
-        about = {
-            "model": self.model,
-            "domains": self.domains,
-            "sequences": self.sequences,
-            "layers": list(self.layers),
-        }
+        tensors = {} if self.sampled is None else {"sampled": self.sampled}
+        for name, layer in self.layers.items():
+            tensors |= {f"{name}/{key}": value for key, value in layer.held().items()}
+            if self.sampled is not None:
+                tensors |= {f"{name}/sample/{key}": getattr(layer.sample, key) for key in SAMPLED}
+        record = {"model": self.model, "domains": self.domains, "sequences": self.sequences}
+        record["layers"] = list(self.layers)
         if self.stability is not None:
-            about["stability"] = self.stability
-        header = json.dumps({"format": FORMAT, "about": about, "sha256": _digest(tensors, about)})
-        with replacing(
-            path
-        ) as part:  # one key: safetensors writes several in an order that changes from run to run
+            record["stability"] = self.stability
+        header = json.dumps({"format": FORMAT, "about": record, "sha256": _digest(tensors, record)})
+        with replacing(path) as part:
+            # One key: safetensors writes several in an order that changes from run to run.
             save_file({n: t.contiguous() for n, t in tensors.items()}, part, metadata={"hcsmoe": header})
 
 
 def _joined(first, second, key, a, b, domains):
     total = torch.zeros(len(domains), *a.shape[1:], dtype=a.dtype)
-    for statistics, sums in ((first, a), (second, b)):
-        places = [domains.index(d) for d in statistics.domains]
-        total[places] = torch.maximum(total[places], sums) if key == "output_max" else total[places] + sums
+    for stats, values in ((first, a), (second, b)):
+        rows = [domains.index(d) for d in stats.domains]
+        total[rows] = torch.maximum(total[rows], values) if key == "output_max" else total[rows] + values
     return total
 
 
 def _joined_sample(first, second, domains, sequences):
-    """Which tokens of two samples are the sample of both, and their places among the tokens of both."""
+    """The sample of the tokens of both, and where its tokens are in the two samples joined."""
     if first.sampled is None or second.sampled is None:
         return None, None
-    parts = []
-    for statistics, shift in ((first, 0), (second, len(first.sequences))):
-        of_domain = torch.tensor([domains.index(d) for d in statistics.domains])
-        part = statistics.sampled.clone()
-        part[:, 0] += shift
-        part[:, 2] = of_domain[part[:, 2]]
-        parts.append(part)
-    sampled = torch.cat(parts)
-    # A sample smaller than its tokens is known only up to its largest hash.
-    whole = [len(s.sampled) == s.num_tokens for s in (first, second)]
-    size = min([len(p) for p, w in zip(parts, whole, strict=True) if not w], default=len(sampled))
+    sampled = torch.cat([first.sampled, second.sampled])
+    own = len(first.sampled)
+    sampled[own:, 0] += len(first.sequences)
+    sampled[own:, 2] = torch.tensor([domains.index(d) for d in second.domains])[sampled[own:, 2]]
+    # A sample of fewer tokens than there are is known only up to its largest hash.
+    size = min([len(s.sampled) for s in (first, second) if len(s.sampled) < s.num_tokens], default=None)
     keys = sample_keys([sequences[i] for i in sampled[:, 0].tolist()], sampled[:, 1].numpy())
     order = torch.from_numpy(np.argsort(keys, kind="stable")[:size].copy())
     return sampled[order], order
 
 
-def sequence_hashes(input_ids):
-    """Hash of each calibration sequence ``[N, S]``, by which statistics know it."""
+def sequence_hashes(input_ids) -> list:
+    """Hash of each calibration sequence ``[N, S]``."""
     return [hashlib.sha256(row.numpy().tobytes()).hexdigest()[:16] for row in input_ids]
 
 
-def sample_keys(sequences, positions):
+def sample_keys(sequences, positions) -> np.ndarray:
     """Hash of each token by its sequence's hash and its position, uint64: the smallest are the sample."""
-    number, place = np.unique(np.asarray(sequences), return_inverse=True)
-    seeds = np.array([int(n, 16) for n in number], dtype=np.uint64)[place]
+    unique, inverse = np.unique(np.asarray(sequences), return_inverse=True)
+    seeds = np.array([int(name, 16) for name in unique], dtype=np.uint64)[inverse]
     return _mixed(seeds ^ _mixed(np.asarray(positions).astype(np.uint64)))
 
 
 def _mixed(x):
-    """The finaliser of splitmix64 (Steele, Lea and Flood, 2014): every bit of the input changes half of the output's."""
+    """The finaliser of splitmix64 (Steele, Lea and Flood, 2014)."""
     with np.errstate(over="ignore"):
         x = x + np.uint64(0x9E3779B97F4A7C15)
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -340,17 +269,15 @@ def _mixed(x):
         return x ^ (x >> np.uint64(31))
 
 
-def sample_of(hashes, length, size):
-    """Which tokens of sequences ``[N, S]`` are the sample: ``(min(size, N·S), 2)`` int64 of sequence and position."""
-    places = np.stack(np.meshgrid(np.arange(len(hashes)), np.arange(length), indexing="ij"), -1).reshape(
-        -1, 2
-    )
-    keys = sample_keys(np.asarray(hashes)[places[:, 0]], places[:, 1])
-    return torch.from_numpy(places[np.argsort(keys, kind="stable")[:size]])
+def sample_of(hashes, length: int, size: int) -> torch.Tensor:
+    """Sequence and position of the sampled tokens of N sequences, ``(min(size, N·S), 2)`` int64."""
+    tokens = np.indices((len(hashes), length)).reshape(2, -1).T
+    keys = sample_keys(np.asarray(hashes)[tokens[:, 0]], tokens[:, 1])
+    return torch.from_numpy(tokens[np.argsort(keys, kind="stable")[:size]])
 
 
-def _digest(tensors, about):
-    digest = hashlib.sha256(sha256_json(about).encode())
+def _digest(tensors, record):
+    digest = hashlib.sha256(sha256_json(record).encode())
     for name in sorted(tensors):
         tensor = tensors[name].contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -358,15 +285,15 @@ def _digest(tensors, about):
     return digest.hexdigest()
 
 
-def load_statistics(path):
+def load_statistics(path) -> Statistics:
     """Read statistics that :meth:`Statistics.save` wrote.
 
     Raises
     ------
     FileNotFoundError
         If there is no such file.
-    ValueError
-        If the file is not one of ours, is cut short, or was changed since it was written.
+    InputError
+        If the file is of another kind, cut short, or was changed after it was written.
     """
     path = Path(path)
     if not path.is_file():
@@ -381,45 +308,14 @@ def load_statistics(path):
         raise InputError(f"{path} is not a readable statistics file ({error}); capture again.") from None
     if header.get("format") != FORMAT:
         raise InputError(f"{path} is no statistics file of this version of hcsmoe ({FORMAT}); capture again.")
-    about = header["about"]
-    if _digest(tensors, about) != header["sha256"]:
+    record = header["about"]
+    if _digest(tensors, record) != header["sha256"]:
         raise InputError(f"{path} was changed since it was written; capture again.")
-    layers = {}
-    for name in about["layers"]:
-        sums = {key: tensors[f"{name}/{key}"] for key in SUMS if f"{name}/{key}" in tensors}
-        if "sampled" in tensors:
-            sums["sample"] = LayerSample(**{key: tensors[f"{name}/sample/{key}"] for key in SAMPLED})
-        layers[name] = LayerStatistics(**sums)
-    return Statistics(
-        layers,
-        about["domains"],
-        about["model"],
-        about["sequences"],
-        tensors.get("sampled"),
-        about.get("stability"),
-    )
-
-
-def estimated_bytes(layers, needs, *, domains, tokens, sample=SAMPLE):
-    """Bytes of a statistics file, before it is made.
-
-    Parameters
-    ----------
-    layers : list of (E, D, k, element size)
-        Experts, hidden size, experts a token and bytes of a hidden value of each MoE layer.
-    needs : sequence of str
-        Names of :data:`NEEDS`.
-    domains, tokens, sample : int
-
-    Returns
-    -------
-    int
-    """
-    rows, total = min(sample, tokens), 0
-    for experts, hidden, choices, size in layers:
-        numbers = {"usage": 1 + 3 * experts + experts**2, "outputs": experts * hidden, "norms": 3 * experts}
-        numbers["grams"] = 4 * experts**2
-        total += 8 * domains * sum(numbers[n] for n in needs if n in numbers)
-        if "sample" in needs:
-            total += rows * (hidden * size + 4 * experts + (8 + 4) * choices)
-    return total + ("sample" in needs) * rows * 24
+    layers, sampled = {}, tensors.get("sampled")
+    for name in record["layers"]:
+        values = {key: tensors[f"{name}/{key}"] for key in SUMS if f"{name}/{key}" in tensors}
+        if sampled is not None:
+            values["sample"] = LayerSample(*(tensors[f"{name}/sample/{key}"] for key in SAMPLED))
+        layers[name] = LayerStatistics(**values)
+    record.pop("layers")
+    return Statistics(layers, sampled=sampled, **record)

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from hcsmoe_core import Statistics, capture, load_statistics
 from hcsmoe_core.families import find_moe_layers
+from hcsmoe_core.statistics import DEFAULT_NEEDS
 
 
 def router_name(layer_name, family):
@@ -180,8 +181,8 @@ def test_experts_joined_in_one_product_are_those_alone(name, input_ids):
 def test_experts_on_some_tokens_estimate_sums_over_all():
     ids, every = tokens(5, 17), 4
     model = tiny_model("mixtral", torch.float64)
-    whole = capture(model, ids, domains=list("abaab"))
-    stats = capture(model, ids, domains=list("abaab"), every=every, batch_size=3)
+    whole = capture(model, ids, domains=list("abaab"), needs=DEFAULT_NEEDS)
+    stats = capture(model, ids, domains=list("abaab"), needs=DEFAULT_NEEDS, every=every, batch_size=3)
     names = [layer.name for layer in find_moe_layers(model)]
     trace = naive.Trace(model, ids, names, [router_name(n, "mixtral") for n in names])
     chosen = [[(t + int(h, 16)) % every == 0 for t in range(17)] for h in stats.sequences]

@@ -3,6 +3,7 @@ import torch
 from conftest import FAMILIES, OTHERS, logits, tiny_model, tokens
 
 from hcsmoe_core import families, moe, replace
+from hcsmoe_core._util import InputError
 
 
 @pytest.mark.parametrize("name", FAMILIES + OTHERS)
@@ -92,3 +93,87 @@ def test_router_logits_are_found_by_their_width():
     assert torch.equal(moe.router_logits((torch.rand(4, 2), wanted, index), 8), wanted)
     with pytest.raises(ValueError, match="none of which are its logits"):
         moe.router_logits((torch.rand(4, 2), index), 8)
+
+
+def parts(model):
+    """Every tensor, every number of experts and every map of a model, by where it is."""
+    found = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for name, module in model.named_modules():
+        numbers = moe.whole_numbers(module, (*moe.COUNTS, *moe.CHOICES, *moe.WIDTHS, *moe.ROUTER_GROUPS))
+        found |= {f"{name}.{key}": torch.tensor(value) for key, value in numbers.items()}
+        if hasattr(module, "_merged"):
+            found[f"{name} labels"] = torch.tensor(module._merged.labels)
+    return found
+
+
+def same(parts, others):
+    return parts.keys() == others.keys() and all(
+        torch.equal(value, others[key]) for key, value in parts.items()
+    )
+
+
+def merge_some(model):
+    """Merge one layer with its router as it is, and one with r router rows; leave the others alone."""
+    layers, kept = families.find_moe_layers(model), [0, 1, 2, 3]
+    for layer, rows in zip(layers[-2:], (None, torch.eye(8)[kept]), strict=True):
+        new = {name: tensor.detach()[kept] * 2 for name, tensor in layer.tensors().items()}
+        replace.put_experts(layer, new, [0, 1, 2, 3, 3, 2, 1, 0], rows=rows)
+    return layers
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "deepseek_v3"])
+def test_suspended_layers_have_their_originals_and_then_what_was_merged(name):
+    model, ids = tiny_model(name), tokens()
+    original, before = parts(model), logits(model, ids)
+    layers = merge_some(model)
+    merged, after = parts(model), logits(model, ids)
+    assert not torch.equal(after, before)
+    with replace.suspended(families.find_moe_layers(model)):
+        assert not any(layer.merged for layer in layers)
+        assert same(parts(model), original)
+        assert torch.equal(logits(model, ids), before)
+    assert [layer.merged for layer in layers[-3:]] == [False, True, True][-len(layers) :]
+    assert same(parts(model), merged)
+    assert torch.equal(logits(model, ids), after)
+    for layer in layers[-2:]:
+        replace.take_experts(layer)
+    assert same(parts(model), original)
+    assert torch.equal(logits(model, ids), before)
+
+
+def test_suspended_layers_are_merged_again_after_an_error(mixtral):
+    ids = tokens()
+    layers = merge_some(mixtral)
+    merged, after, maps = (
+        parts(mixtral),
+        logits(mixtral, ids),
+        [layer.experts._merged for layer in layers[-2:]],
+    )
+    with pytest.raises(ZeroDivisionError), replace.suspended(layers):
+        raise ZeroDivisionError
+    assert same(parts(mixtral), merged)
+    assert torch.equal(logits(mixtral, ids), after)
+    assert all(layer.experts._merged is before for layer, before in zip(layers[-2:], maps, strict=True))
+
+
+def test_changes_of_merged_tensors_outlive_a_suspension(mixtral):
+    layer = merge_some(mixtral)[-2]
+    replace.set_rows(layer, {name: tensor.detach() + 1 for name, tensor in layer.tensors().items()})
+    merged = parts(mixtral)
+    with replace.suspended([layer]):
+        pass
+    assert same(parts(mixtral), merged)
+
+
+def test_layers_without_their_originals_are_not_suspended(mixtral):
+    layers = merge_some(mixtral)
+    layers[-1].experts._merged.originals = None  # as of a model that was loaded merged
+    merged = parts(mixtral)
+    with (
+        pytest.raises(
+            InputError, match="was loaded merged; the original experts are in the original checkpoint"
+        ),
+        replace.suspended(layers),
+    ):
+        raise AssertionError
+    assert same(parts(mixtral), merged)

@@ -20,6 +20,7 @@ from hcsmoe_core.methods import grouping, residual
 from hcsmoe_core.methods import saliency as pruning
 from hcsmoe_core.methods.combine import ALIGNMENTS, NEURON_FEATURES, POOLS
 from hcsmoe_core.plan import DROPPED, MERGES, ROUTERS, LayerPlan, Plan, merge_weights, uses_sample
+from hcsmoe_core.steps import METHODS as METHOD_TABLE
 from hcsmoe_core.steps import combine
 
 GROUPINGS = ("hierarchical", "k-means", "single-shot", "random", "fuzzy", "prune", "none", "residual")
@@ -270,6 +271,11 @@ class Method:
     steps: Steps = field(default_factory=Steps)
     cost: str = "milliseconds"
 
+    @property
+    def needs(self):
+        """What it needs of the statistics."""
+        return self.steps.needs()
+
 
 def _prune(saliency, **steps):
     return Steps(group="prune", router="dropped", saliency=saliency, **steps)
@@ -409,6 +415,10 @@ METHODS = {
     ),
     "random-prune": Method("random experts are dropped (a control)", "-", _prune("random")),
 }
+
+
+for _name, _method in METHODS.items():
+    METHOD_TABLE.add(_name, _method)
 
 
 REFIT = 2  # rounds in which what neurons read is fitted, of grouping by residual

@@ -166,14 +166,15 @@ def capture(
     """Run the model once over calibration tokens and save the statistics. Under torchrun, ranks share the
     batches.
     """
+    options = dict(locals())
     from hcsmoe_core.studies.pipeline import capture_to_file
 
-    options = {name: value for name, value in locals().items() if name not in ("plugin", "capture_to_file")}
+    del options["plugin"]
     options |= dict(methods=_items(",".join(methods or ())), stable_at=_numbers("--stable-at", stable_at))
-    print_lines(capture_to_file(**options))
+    _print(capture_to_file(**options))
 
 
-def print_lines(text: str | None) -> None:
+def _print(text: str | None) -> None:
     """Print text, unless there is none (as on ranks other than the first)."""
     if text:
         print(text)
@@ -252,9 +253,17 @@ def merge(
     """Write a smaller checkpoint, from a plan or with a number of experts. If interrupted, run it again to
     continue.
     """
+    options = dict(locals())
     from hcsmoe_core.studies.pipeline import shrink, written_text
 
-    raise NotImplementedError(shrink, written_text)
+    settings = _settings(*map(options.pop, ("similarity", "metric", "linkage", "merge", "others")))
+    del options["plugin"]
+    written = shrink(**options, **settings)
+    if written is None:  # ranks other than the first
+        return
+    print(written_text(written))
+    if warning := (written.get("fidelity") or {}).get("warning"):
+        print(f"\nWARNING: {warning}", file=sys.stderr)
 
 
 @app.command()
@@ -480,7 +489,7 @@ def sweep(
             names, model, overrides
         )  # errors are told before a cluster is asked for anything
         with _engine(workers, scheduler, slurm, jobs, slurm_options or (), out) as engine:
-            print_lines(engine.dashboard and f"dashboard {engine.dashboard}")
+            _print(engine.dashboard and f"dashboard {engine.dashboard}")
             try:
                 grids.run(planned, out, engine=engine, retries=retries)
             finally:

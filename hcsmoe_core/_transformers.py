@@ -1,0 +1,144 @@
+"""Everything used of transformers that is not part of its public interface; no other module uses such names.
+
+Seen in transformers 5.10 to 5.23. ``PRIVATE_NAMES`` says what stops working in a version that lacks one;
+``tests/test_transformers_names.py`` looks for each of them in the installed version.
+"""
+
+import inspect
+
+from hcsmoe_core.modeling_hcsmoe import named_alike
+
+# Attributes are looked for on a loaded model, its configuration, an experts module and an auto class.
+PRIVATE_NAMES = {
+    "PreTrainedModel._load_pretrained_model": "loading: checkpoints are not checked, none can be streamed",
+    "LoadStateDictConfig.weight_mapping": "loading and streaming: what a file's tensors become is unknown",
+    "LoadStateDictConfig.hf_quantizer": "loading: whether a checkpoint is quantised is unknown",
+    "LoadStateDictConfig.device_map": "streaming: the device that decoder layers belong on is unknown",
+    "LoadStateDictInfo.missing_keys": "loading: tensors that a checkpoint lacks stay random without a word",
+    "LoadStateDictInfo.mismatched_keys": "loading: tensors of other shapes stay random without a word",
+    "LoadStateDictInfo.conversion_errors": "loading: tensors that could not be converted stay random",
+    "core_model_loading.WeightConverter": "loading and streaming: names of converted tensors are unknown",
+    "core_model_loading.WeightRenaming": "loading and streaming: names of renamed tensors are unknown",
+    "core_model_loading.rename_source_key": "loading and streaming: names on disk have no name in the model",
+    "core_model_loading.convert_and_load_state_dict_in_model": "streaming: decoder layers cannot be read",
+    "HF_DEACTIVATE_ASYNC_LOAD": "streaming: a whole decoder layer is read before any of it is converted",
+    "model._weight_conversions": "saving: dequantised models are written as blocks they no longer have",
+    "model.all_tied_weights_keys": "streaming: tied embeddings stay in memory, or are freed while in use",
+    "config._experts_implementation": "fidelity: experts of odd widths meet kernels that refuse them",
+    "PreTrainedModel.tie_weights(recompute_mapping)": "streaming: embeddings read again are not tied",
+    "experts.has_gate": "activations: experts without a gate are taken for gated ones",
+    "experts.is_transposed": "reading: experts stored as [E, D, I] are taken for [E, I, D]",
+    "experts._apply_gate": "activations: clamped, scaled and interleaved gates are computed wrongly",
+    "auto._model_mapping": "loading: the model class of a configuration is unknown",
+}
+
+
+def auto_classes(config):
+    """Auto classes that know a configuration, each with the model class that it makes of it.
+
+    Language models come first, then models that also read images, then those that label tokens.
+    """
+    import transformers
+
+    names = ("CausalLM", "ImageTextToText", "MultimodalLM", "TokenClassification")
+    autos = [getattr(transformers, f"AutoModelFor{name}") for name in names]
+    mappings = [(auto, auto._model_mapping) for auto in autos]
+    return [(auto, mapping[type(config)]) for auto, mapping in mappings if type(config) in mapping]
+
+
+def experts_implementation(model):
+    """How a model runs its experts, such as "eager" or "grouped_mm"; None where there is no choice."""
+    return getattr(model.config, "_experts_implementation", None)
+
+
+def gate_function(experts):
+    """The family's own function from up projection ``[T, 2I]`` to activations ``[T, I]``, or None.
+
+    Clamps, interleaved halves and other scales live in there.
+    """
+    return getattr(experts, "_apply_gate", None)
+
+
+def forget_conversions(model):
+    """Let a dequantised model be saved under its family's usual names, rather than as packed blocks."""
+    model.__dict__.pop("_weight_conversions", None)
+
+
+def class_with_loader(base, load):
+    """A model class whose ``from_pretrained`` fills the model by a function of ours.
+
+    Parameters
+    ----------
+    base : type
+        The family's own class.
+    load : callable
+        ``(model, files, load_config, usual)``, which returns a report on the tensors that were loaded and an
+        index of offloaded ones (or None), as ``usual()``, transformers' own loading, does.
+    """
+
+    class Loading(base):
+        @staticmethod
+        def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *rest, **options):
+            def usual():
+                return base._load_pretrained_model(
+                    model, state_dict, checkpoint_files, load_config, *rest, **options
+                )
+
+            return load(model, checkpoint_files, load_config, usual)
+
+    return named_alike(Loading, base)
+
+
+def is_quantised(load_config):
+    """Whether a checkpoint says that it is quantised."""
+    return load_config.hf_quantizer is not None
+
+
+def device_of_load(load_config):
+    """The device that a model which is loaded to a single device goes to."""
+    return next(iter((load_config.device_map or {"": "cpu"}).values()))
+
+
+def names_in_model(model, load_config):
+    """Function from a tensor's name in a checkpoint to its names in the model, none if it has no such."""
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    shapes = model.state_dict()
+    renamings = [rule for rule in load_config.weight_mapping if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in load_config.weight_mapping if isinstance(rule, WeightConverter)]
+    targets = {pattern: rule.target_patterns for rule in converters for pattern in rule.source_patterns}
+
+    def names(key):
+        name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, shapes)
+        if name not in shapes:
+            return [key] if key in shapes else []
+        first, *others = targets.get(pattern, [name])
+        return [name, *(name.replace(first, other) for other in others)]
+
+    return names
+
+
+def load_tensors(model, tensors, load_config):
+    """Convert tensors of a checkpoint, by their names there, into a model; returns transformers' report.
+
+    They are read one by one as they are converted, rather than all before.
+    """
+    from accelerate.utils import patch_environment
+    from transformers.core_model_loading import convert_and_load_state_dict_in_model as load
+
+    options = {"tp_plan": None} if "tp_plan" in inspect.signature(load).parameters else {}  # 5.10 wants one
+    with patch_environment(HF_DEACTIVATE_ASYNC_LOAD=1):
+        report, *_ = load(model, tensors, load_config, **options)
+    if is_quantised(load_config):
+        forget_conversions(model)
+    return report
+
+
+def tied_names(model):
+    """Names of the tensors that are others under a second name, such as a head that is the embedding too."""
+    return set(model.all_tied_weights_keys)
+
+
+def tie_again(model, missing):
+    """Tie what is tied, after tensors of a model were replaced; ``missing`` are names that no file holds."""
+    model.tie_weights(missing_keys=missing, recompute_mapping=False)
