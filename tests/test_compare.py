@@ -47,7 +47,7 @@ def test_verdicts_are_paired_over_the_samples():
     assert table.loc["dek", "samples"] == 0
     said = comparison.table(frame(losses))
     assert "refused: no such budget" in said
-    lines = [line.split()[0] for line in said.splitlines() if line and "experts a layer" not in line]
+    lines = [line.split()[0] for line in said.splitlines() if line and "experts per layer" not in line]
     assert lines.index("trimming") < lines.index("hc-smoe") < lines.index("reap")
 
 
@@ -77,7 +77,7 @@ def test_dots_are_drawn_for_every_method():
 
 def test_bad_settings_are_refused_before_anything_is_measured(tmp_path):
     for settings, message in (
-        (dict(methods=["hcsmoe"]), '"methods" argument must be one of'),
+        (dict(methods=["hcsmoe"]), '"method" argument must be one of'),
         (dict(experts=[9]), '"experts" argument must be a whole number from 1 to 8'),
         (dict(settings={"linkage": "centroid"}), '"linkage" argument must be one of'),
     ):
@@ -161,5 +161,5 @@ def test_the_command_compares_lists_and_captures_for_methods(tmp_path):
         64,
     )
     said = hcsmoe("compare", "demo-mixtral", *few, "--dtype", "float32", "--out", tmp_path / "c")
-    assert "4 experts a layer" in said
+    assert "4 experts per layer" in said
     assert (tmp_path / "c" / "demo-mixtral.csv").exists()
