@@ -356,17 +356,3 @@ def by_cka(stats, name, metric, layer):
         inner += strip.flatten(1) @ strip.flatten(1).T
         first += size
     return _from_gram(inner.cpu().numpy(), "cosine")
-
-
-def __getattr__(name):
-    """Until the last users are gone of the tables that were here."""
-    table = steps.similarity
-    old = {
-        "SIMILARITIES": lambda: tuple(table),
-        "NEEDED": lambda: {name: step.needs_for({}) for name, step in table.items()},
-        "ALLOWED": lambda: {name: step.properties["metrics"] for name, step in table.items()},
-        "FROM_MODEL": lambda: tuple(n for n, step in table.items() if step.properties.get("weights")),
-    }
-    if name not in old:
-        raise AttributeError(name)
-    return old[name]()
