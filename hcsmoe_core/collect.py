@@ -158,9 +158,8 @@ class Tokens:
 
     def bar(self, progress: bool):
         """Progress bar over this rank's tokens."""
-        sequences = sum(min(self.batch_size, len(self.input_ids) - start) for start in self.starts)
+        total = sum(self.input_ids[start : start + self.batch_size].numel() for start in self.starts)
         hidden = None if progress and self.ranks.rank() == 0 else True
-        total = sequences * self.input_ids.shape[1]
         return tqdm(total=total, desc="capture", unit="token", unit_scale=True, disable=hidden)
 
     def finished(self, collectors) -> dict:
@@ -210,8 +209,7 @@ class _Collector:
             size = layer.width if layer.affine else layer.hidden_size
             self.totals["output_sum"] = self._zeros(domains, experts, size)
         self.batch_domains = self.batch_rows = self.batch_applied = None
-        self.logits = self.scoring = None
-        self.sampled = []
+        self.logits, self.scoring, self.sampled = None, None, []
 
     def _zeros(self, *shape, dtype=torch.float64):
         return torch.zeros(*shape, dtype=dtype, device=self.device)
@@ -292,8 +290,8 @@ class _Collector:
         norm = output.double().norm(dim=1)
         self.totals["norm_sum"][domain, expert] += norm.sum()
         self.totals["gated_norm_sum"][domain, expert] += gate @ norm
-        largest = self.totals["output_max"]
-        largest[domain, expert] = torch.maximum(largest[domain, expert], output.abs().max().double())
+        largest = self.totals["output_max"][domain]
+        largest[expert] = torch.maximum(largest[expert], output.abs().max().double())
 
     def _add_grams(self, domain, outputs, gates):
         """Inner products of all pairs of experts' outputs, ``E × [T, D]``, per token and summed."""

@@ -124,11 +124,10 @@ class Statistics:
     def layer_name(self, layer) -> str:
         """Name of a layer given by number or by name; InputError if there is none."""
         names = list(self.layers)
-        if isinstance(layer, str):
-            listed = ", ".join(names)
-            require(layer in names, f'The "layer" argument must be one of {listed}; not {layer!r}.')
-            return layer
-        return names[check_count("layer", layer, 0, len(names) - 1)]
+        if not isinstance(layer, str):
+            return names[check_count("layer", layer, 0, len(names) - 1)]
+        require(layer in names, f'The "layer" argument must be one of {", ".join(names)}; not {layer!r}.')
+        return layer
 
     @property
     def num_tokens(self) -> int:
@@ -154,8 +153,12 @@ class Statistics:
 
     def identity(self) -> dict:
         """Tokens, in whatever order, and sample of these statistics, for the plans made from them."""
-        record = {"tokens": self.num_tokens, "domains": sorted(self.domains)}
-        record |= {"sequences": sha256_json(sorted(self.sequences)), "every": self.model.get("every", 1)}
+        record = {
+            "tokens": self.num_tokens,
+            "domains": sorted(self.domains),
+            "sequences": sha256_json(sorted(self.sequences)),
+            "every": self.model.get("every", 1),
+        }
         if self.sampled is not None:
             inputs = next(iter(self.layers.values())).sample.inputs
             record |= {"sample": len(self.sampled), "dtype": str(inputs.dtype).removeprefix("torch.")}
@@ -205,8 +208,12 @@ class Statistics:
             tensors |= {f"{name}/{key}": value for key, value in layer.held().items()}
             if self.sampled is not None:
                 tensors |= {f"{name}/sample/{key}": getattr(layer.sample, key) for key in SAMPLED}
-        record = {"model": self.model, "domains": self.domains, "sequences": self.sequences}
-        record["layers"] = list(self.layers)
+        record = {
+            "model": self.model,
+            "domains": self.domains,
+            "sequences": self.sequences,
+            "layers": list(self.layers),
+        }
         if self.stability is not None:
             record["stability"] = self.stability
         header = json.dumps({"format": FORMAT, "about": record, "sha256": _digest(tensors, record)})
