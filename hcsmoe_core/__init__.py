@@ -27,7 +27,7 @@ from hcsmoe_core._version import __version__
 Table.providers += ["hcsmoe_core.methods", "hcsmoe_core.demo"]
 
 _VERBS = {
-    "METHODS": "methods.planner",
+    "METHODS": "methods",
     "LayerPlan": "plan",
     "LayerStatistics": "statistics",
     "MoELayer": "moe",
@@ -47,10 +47,9 @@ _VERBS = {
     "load_model": "checkpoint",
     "load_plan": "plan",
     "load_statistics": "statistics",
-    "make_plan": "methods.planner",
-    "make_plans": "methods.planner",
-    "merge_tree": "methods.planner",
-    "needs_of": "methods.planner",
+    "make_plan": "methods",
+    "make_plans": "methods",
+    "merge_tree": "methods",
     "open_model": "scale.streaming",
     "paired": "score.evaluation",
     "restore": "merging",

@@ -1,292 +1,222 @@
-"""What lies beside the weights in a merged model's folder: configuration, tokenizer, licence, checksums and a model card."""
+"""What lies beside the weights of a merged model: configuration, tokenizer, checksums, model card."""
 
-import copy
 import json
 import shutil
 import textwrap
 from pathlib import Path
 
+from huggingface_hub import ModelCard, ModelCardData, snapshot_download
+
 from hcsmoe_core import modeling_hcsmoe
-from hcsmoe_core._util import EMBEDDED, InputError, folder_of, replacing, sha256_file, write_json
+from hcsmoe_core._util import EMBEDDED, InputError, folder_of, read_json, sha256_file, write_json
 from hcsmoe_core.plan import odd_widths
 
 MODELING = Path(modeling_hcsmoe.__file__)
-
-
 CHECKSUMS = "SHA256SUMS"
-
-
-CARD = "README.md"
-
-
-# Files that go along unchanged from the original's folder, where it has them and they are not written anew.
-ALONG = (
-    "generation_config.json",
-    *(
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "special_tokens_map.json",
-        "added_tokens.json",
-        "tokenizer.model",
-    ),
-    *("vocab.json", "vocab.txt", "merges.txt", "tiktoken.model", "chat_template.jinja", "chat_template.json"),
-    *("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"),
-    *("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE"),
-)
-
-
-# Names for layers that predict further tokens (MTP): transformers does not load them, so that they are not written either.
+# Files that are copied unchanged from the original's folder, if it has them and they are not written anew.
+COPIED = """
+generation_config.json tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json
+tokenizer.model vocab.json vocab.txt merges.txt tiktoken.model chat_template.jinja chat_template.json
+preprocessor_config.json processor_config.json video_preprocessor_config.json
+LICENSE LICENSE.txt LICENSE.md NOTICE
+""".split()
+# Numbers of layers that predict further tokens (MTP), which transformers neither loads nor writes.
 FURTHER_LAYERS = ("num_nextn_predict_layers", "num_mtp_layers")
+# Keys that no longer hold: weights are dequantised, and remote code is neither run nor copied.
+REMOVED = ("quantization_config", "compression_config", "auto_map", "torch_dtype")
 
 
-# Of a configuration: weights are dequantised by now, and remote code is neither run nor copied.
-GONE = ("quantization_config", "compression_config", "auto_map", "torch_dtype")
+def copy_along(model, folder):
+    """Copy :data:`COPIED` from where a model was loaded, except what is there already.
 
-
-def source_of_files(model):
-    """Folder that a model was loaded from, of a model on the hub with what goes along; None if there is none."""
-    from huggingface_hub import snapshot_download
-
+    Returns that folder, downloaded from the hub if need be, or None if there is none.
+    """
     name = str(model.name_or_path)
-    source = Path(folder_of(name))
-    if not name or source.is_dir():
-        return source if name else None
-    try:
-        return Path(snapshot_download(name, allow_patterns=["config.json", *ALONG]))
-    except (OSError, ValueError):  # neither a folder nor a name that the hub or its cache has
-        return None
-
-
-def copy_along(source, folder):
-    """Copy :data:`ALONG` from the original's folder, but for what is there already."""
-    for name in ALONG if source is not None else ():
-        if (source / name).is_file() and not (folder / name).exists():
-            shutil.copyfile(source / name, folder / name)
+    source = Path(folder_of(name)) if name else None
+    if name and not source.is_dir():
+        try:
+            source = Path(snapshot_download(name, allow_patterns=["config.json", *COPIED]))
+        except (OSError, ValueError):  # neither a folder nor a name that the hub or its cache has
+            source = None
+    for file in COPIED if source is not None else ():
+        if (source / file).is_file() and not (folder / file).exists():
+            shutil.copyfile(source / file, folder / file)
+    return source
 
 
 def write_config(model, folder, config, more, source=None):
-    """Write ``config.json``: the original's own with what has to be otherwise, so that engines find their usual keys.
+    """Write ``config.json`` of a checkpoint with some configuration, and ``more`` keys, made of ``model``.
 
-    Without the original's folder it is what transformers writes.
-
-    Parameters
-    ----------
-    model : transformers.PreTrainedModel
-    folder : path
-    config : transformers.PreTrainedConfig
-        What the checkpoint's is to be.
-    more : dict
-        Keys beyond it.
-    source : path, optional
-        The original's folder.
+    It is the file in ``source``, the original's folder, with what changed, so that engines find their usual
+    keys; without one, it is what transformers writes.
     """
-    after = json.loads(config.to_json_string(use_diff=False))
-    made = json.loads(config.to_json_string())
-    if source is not None and (source / "config.json").is_file():
-        original = json.loads((source / "config.json").read_text(encoding="utf-8"))
-        if original.get("model_type") == made.get("model_type"):
-            before = json.loads(model.config.to_json_string(use_diff=False))
-            made = _carried(original, before, after, config)
-    made["architectures"] = [type(model).__name__]
-    for part in (made, *(value for value in made.values() if isinstance(value, dict))):
-        part.update({name: 0 for name in FURTHER_LAYERS if part.get(name)})
-        for name in GONE:
-            part.pop(name, None)
-    made["dtype"] = str(model.dtype).removeprefix("torch.")
-    write_json(folder / "config.json", made | more)
+    content, path = json.loads(config.to_json_string()), Path(source or folder) / "config.json"
+    original = read_json(path) if source and path.is_file() else {}
+    if original.get("model_type") == content.get("model_type"):
+        before, after = (json.loads(c.to_json_string(use_diff=False)) for c in (model.config, config))
+        content = _with_changes(original, before, after, config)
+    content["architectures"] = [type(model).__name__]
+    for holder in (content, *(value for value in content.values() if isinstance(value, dict))):
+        holder.update({name: 0 for name in FURTHER_LAYERS if holder.get(name)})
+        for name in REMOVED:
+            holder.pop(name, None)
+    content["dtype"] = str(model.dtype).removeprefix("torch.")
+    write_json(folder / "config.json", content | more)
 
 
-def _carried(original, before, after, config):
-    """``original`` with every value that differs between ``before`` and ``after``, under the name that it has there."""
-    made = copy.deepcopy(original)
-    for key, value in after.items():
-        if before.get(key) == value:
-            continue
-        if isinstance(value, dict) and isinstance(made.get(key), dict):
-            made[key] = _carried(made[key], before[key], value, getattr(config, key))
-            continue
-        aliases = [alias for alias, name in type(config).attribute_map.items() if name == key]
-        made |= dict.fromkeys([n for n in aliases if n in made] or [key], value)
-        if key in made:
-            made[key] = value
-    return made
+def _with_changes(original, before, after, config):
+    """``original`` with the values in which ``after`` differs from ``before``, under the names it uses."""
+    content = dict(original)
+    for key in (key for key, value in after.items() if before.get(key) != value):
+        names = [*(alias for alias, name in type(config).attribute_map.items() if name == key), key]
+        value = after[key]
+        if isinstance(value, dict) and isinstance(content.get(key), dict):
+            value = _with_changes(content[key], before[key], value, getattr(config, key))
+        content |= dict.fromkeys([name for name in names if name in content] or [key], value)
+    return content
 
 
 def write_checksums(folder):
     """Write ``SHA256SUMS`` of the weight files, which ``sha256sum --check`` reads too."""
-    with replacing(folder / CHECKSUMS) as part:
-        lines = [f"{sha256_file(file)}  {file.name}\n" for file in sorted(folder.glob("*.safetensors"))]
-        part.write_text("".join(lines), encoding="utf-8")
+    lines = [f"{sha256_file(file)}  {file.name}\n" for file in sorted(folder.glob("*.safetensors"))]
+    (folder / CHECKSUMS).write_text("".join(lines), encoding="utf-8")
 
 
 def check_checksums(folder, verify=True):
-    """Compare weight files with ``SHA256SUMS``; a folder that something else has saved anew has none.
+    """Compare weight files with ``SHA256SUMS``; a folder that another program has saved anew has none.
 
-    Raises
-    ------
-    FileNotFoundError
-        If a file is missing.
-    ValueError
-        If one is damaged or changed.
+    Raises FileNotFoundError if a file is missing, InputError if one is damaged or changed.
     """
-    listed = folder / CHECKSUMS
-    for line in listed.read_text(encoding="utf-8").splitlines() if listed.is_file() else ():
+    path = folder / CHECKSUMS
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
         digest, _, name = line.partition("  ")
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} lacks {name}; copy it again, or merge again.")
         if verify and sha256_file(folder / name) != digest:
             raise InputError(
-                f"{folder / name} was cut short or changed since it was written; copy it again, or merge again."
+                f"{folder / name} was cut short or changed since it was written; copy it or merge again."
             )
 
 
 LOADING = {
     "plain": """
-        It is a plain checkpoint of the original family with other numbers in its configuration; no code of hcsmoe is needed:
+        It is a plain checkpoint of the original family with other numbers in its configuration; no code of
+        hcsmoe is needed:
 
-            from transformers import {auto}
-            model = {auto}.from_pretrained("path/to/this/folder")
+            from transformers import {loader}
+            model = {loader}.from_pretrained("path/to/this/folder")
         """,
     "mapped": """
-        What each layer has stands in `config.json` under `expert_merge`; where the router keeps its rows for all original
-        experts, with the map to the merged ones: exact, but not what engines for the original family expect. With hcsmoe:
+        `config.json` says under `expert_merge` what each layer has; where the router keeps its rows for all
+        original experts, with the map to the merged ones: exact, but not what engines for the original family
+        expect. With hcsmoe:
 
             from hcsmoe_core import load_merged
             model = load_merged("path/to/this/folder")
 
-        Without, by the small file `modeling_hcsmoe.py` in this folder, which needs torch and transformers alone:
+        Without, by the small file `modeling_hcsmoe.py` in this folder, which needs torch and transformers
+        alone:
 
-            from transformers import {auto}
-            model = {auto}.from_pretrained("path/to/this/folder", trust_remote_code=True)
-        """,
-    "factored": """
-        Experts are written as factors, which only hcsmoe multiplies out:
-
-            from hcsmoe_core import load_merged
-            model = load_merged("path/to/this/folder")
+            from transformers import {loader}
+            model = {loader}.from_pretrained("path/to/this/folder", trust_remote_code=True)
         """,
 }
-
-
 ROUTERS = {
     "mapped": "kept as it was, with a map from what it chooses to the merged experts",
-    "dropped": "the rows of dropped experts are gone",
-    "averaged": "one row a group, the mean of its members'",
-    "row-kept": "one row a group, that of its dominant expert",
-    "folded": "one row a group, fitted to what the calibration tokens were routed to in the group",
+    "dropped": "the rows of dropped experts are removed",
+    "averaged": "one row per group, the mean of its members'",
+    "row-kept": "one row per group, that of its dominant expert",
+    "folded": "one row per group, fitted to what the calibration tokens were routed to in the group",
 }
 
 
-def write_card(model, folder, plan, *, kind, opener, sizes, limits, fidelity=None, about=None):
-    """Write a model card: what was merged, by which plan, the fidelity measured, how to load it.
+def write_card(model, folder, plan, written, *, loader, lines=None):
+    """Write the model card: what was merged, by which plan, the fidelity measured, how to load it.
 
-    Parameters
-    ----------
-    model : transformers.PreTrainedModel
-        The original.
-    folder : path
-    plan : Plan
-    kind : {"plain", "mapped", "factored"}
-    opener : str
-        The auto class of transformers that opens it.
-    sizes : dict
-        ``before`` and ``after``, in weights, and ``bytes``.
-    limits : list of str
-        Of :func:`limits`.
-    fidelity : dict, optional
-        Of :func:`hcsmoe_core.score.fidelity.fidelity`.
-    about : dict, optional
-        More lines of the summary by name, such as where the calibration tokens came from.
+    ``written`` is what :func:`hcsmoe_core.checkpoint.save_merged` returns, ``loader`` the auto class that
+    opens the folder, ``lines`` are more rows of the summary, by name.
     """
-    local = not model.name_or_path or Path(model.name_or_path).exists() or model.name_or_path in EMBEDDED
-    shown = Path(model.name_or_path).name if local else model.name_or_path
-    head = ["---", "library_name: transformers", "tags:", "- mixture-of-experts", "- merge", "- hcsmoe"]
-    head += [] if local else [f"base_model: {shown}"]
-    rows = _summary(model, plan, kind, sizes) | (about or {})
-    blocks = [
-        "\n".join([*head, "---"]),
-        f"# {shown or type(model).__name__}, {kept_of(plan) if _fewer(plan) else 'trimmed'}",
-        f"Made by hcsmoe of {shown or 'a model in memory'}, without retraining. The licence of the original applies.",
-        "\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items())]),
+    name = str(model.name_or_path)
+    local = not name or Path(name).exists() or name in EMBEDDED
+    title = Path(name).name if local else name
+    trimmed = all(layer.num_groups == len(layer.labels) for layer in plan.layers)
+    tags = ["mixture-of-experts", "merge", "hcsmoe"]
+    data = ModelCardData(library_name="transformers", tags=tags, base_model=None if local else name)
+    sections = [
+        f"---\n{data.to_yaml()}\n---",
+        f"# {title or type(model).__name__}, {'trimmed' if trimmed else kept_of(plan)}",
+        f"Made by hcsmoe of {title or 'a model in memory'}, without retraining. "
+        "The licence of the original applies.",
+        _table([("", ""), *(_summary(model, plan, written) | (lines or {})).items()]),
         "## Loading",
-        textwrap.dedent(LOADING[kind]).strip().format(auto=opener),
+        textwrap.dedent(LOADING[written["router"]]).strip().format(loader=loader),
         "## Limits for engines",
-        "\n".join(f"- {line}" for line in limits),
+        "\n".join(f"- {line}" for line in written["limits"]),
         "## Fidelity",
-        fidelity_text(fidelity) if fidelity else "Not measured.",
+        fidelity_text(written["fidelity"]) if written["fidelity"] else "Not measured.",
         "## Plan",
         "`plan.json` says which experts were joined or dropped in each layer. Its settings:",
         "\n".join(f"    {key}: {json.dumps(value)}" for key, value in plan.settings.items()),
     ]
-    with replacing(folder / CARD) as part:
-        part.write_text("\n\n".join(blocks) + "\n", encoding="utf-8")
+    ModelCard("\n\n".join(sections) + "\n").save(folder / "README.md")
 
 
-def _fewer(plan):
-    """Whether any layer has fewer experts than before, or else the same of another width."""
-    return any(layer.num_groups < len(layer.labels) for layer in plan.layers)
+def _table(rows):
+    """A Markdown table of rows of cells, the first of which is its head."""
+    lines = [f"| {' | '.join(map(str, row))} |" for row in rows]
+    return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
+
+
+def _either(numbers):
+    return " or ".join(map(str, sorted(set(numbers))))
 
 
 def kept_of(plan):
-    """What a plan leaves of each layer, in words: so many experts, and their width where it is another."""
-    widths = " or ".join(map(str, sorted({layer.width for layer in plan.layers if layer.width})))
-    return f"{counts(plan)} experts{f' of {widths} neurons' if widths else ''} a layer"
+    """What a plan leaves of each layer, in words: the number of experts, and their width if it is another."""
+    widths = _either(layer.width for layer in plan.layers if layer.width)
+    counts = _either(layer.num_groups for layer in plan.layers)
+    return f"{counts} experts of {widths} neurons per layer" if widths else f"{counts} experts per layer"
 
 
-def counts(plan):
-    """How many experts a plan leaves in each layer, in words."""
-    return " or ".join(map(str, sorted({layer.num_groups for layer in plan.layers})))
-
-
-def _summary(model, plan, kind, sizes):
-    rules = dict.fromkeys(ROUTERS[layer.router] for layer in plan.layers)
-    before = " or ".join(map(str, sorted({len(layer.labels) for layer in plan.layers})))
-    widths = {layer.width for layer in plan.layers if layer.width}
+def _summary(model, plan, written):
+    after, before = zip(*((layer.num_groups, len(layer.labels)) for layer in plan.layers), strict=True)
     rows = {
         "class": type(model).__name__,
         "method": plan.settings.get("method", "a plan written by hand"),
-        "experts a layer": f"{counts(plan)} of {before}, in {len(plan.layers)} MoE layers",
-        **({"width of each expert": " or ".join(map(str, sorted(widths)))} if widths else {}),
-        "weights": f"{sizes['after']:,} of {sizes['before']:,}",
-        "size": f"{sizes['bytes'] / 1e9:.4g} GB",
-        "router": "; ".join(rules),
-        "kind": kind,
+        "experts per layer": f"{_either(after)} of {_either(before)}, in {len(plan.layers)} MoE layers",
+        "width of each expert": _either(layer.width for layer in plan.layers if layer.width),
+        "weights": f"{written['parameters']:,} of {written['original']:,}",
+        "size": f"{written['bytes'] / 1e9:.4g} GB",
+        "router": "; ".join(dict.fromkeys(ROUTERS[layer.router] for layer in plan.layers)),
+        "kind": written["router"],
+        "calibrated on": calibrated(plan) if plan.statistics else "",
     }
-    if plan.statistics:
-        rows["calibrated on"] = calibrated(plan)
-    return rows
+    return {key: value for key, value in rows.items() if value}
 
 
 def calibrated(plan):
-    """How many tokens a plan's statistics are of, and of which domains, if they were told apart."""
+    """How many tokens a plan's statistics are of, and of which domains if they were told apart."""
     tokens, domains = f"{plan.statistics['tokens']:,} tokens", plan.statistics["domains"]
     return tokens if domains == ["all"] else f"{tokens}; domains: {', '.join(domains)}"
 
 
-def limits(plan, kind, top_k, dtype):
-    """What engines ask of a checkpoint's number of experts, and what of it this one meets; lines of text."""
-    if (odd := odd_widths(plan, dtype)) and kind == "plain":
+def limits(plan, router, top_k, dtype):
+    """What engines ask of a "plain" or "mapped" checkpoint, and what this one meets of it: lines of text."""
+    if router != "plain":
+        engines = "vLLM, SGLang and llama.cpp"
+        return [f"{engines} do not open it: they know no map from a router's choice to fewer experts."]
+    if widths := odd_widths(plan, dtype):
         return [
-            f"Experts of {odd[0]} neurons are not a multiple of 16 bytes wide, which PyTorch's grouped products want: load it "
-            'with experts_implementation="eager", or trim to another width.'
+            f"Experts of {widths[0]} neurons are not a multiple of 16 bytes wide, which PyTorch's grouped "
+            'products need: load it with experts_implementation="eager", or trim to another width.'
         ]
-    if kind != "plain":
-        return [
-            "vLLM, SGLang and llama.cpp do not open it: they know no map from a router's choice to fewer experts."
-        ]
-    (count,) = {layer.num_groups for layer in plan.layers}
-    sizes = [n for n in range(1, count + 1) if count % n == 0]
-    lines = [
-        f"Expert parallelism: {count} experts divide evenly over {', '.join(map(str, sizes))} devices and no others."
-    ]
+    count = plan.layers[0].num_groups
+    divisors = ", ".join(str(n) for n in range(1, count + 1) if count % n == 0)
+    lines = [f"Expert parallelism: {count} experts divide evenly over {divisors} devices and no others."]
     if count & (count - 1):
-        lines.append(
-            "llama.cpp's fastest routing on CUDA wants a power of two; with other numbers it takes a slower one."
-        )
+        lines.append("llama.cpp's fastest routing on CUDA needs a power of two; it takes a slower one here.")
     if top_k is not None and count < top_k:
-        lines.append(
-            f"A token goes to all {count} experts, as there are no more, rather than to {top_k} as in the original."
-        )
+        lines.append(f"A token goes to all {count} experts rather than to {top_k} as in the original.")
     return lines
 
 
@@ -296,29 +226,22 @@ def _number(value):
 
 def fidelity_text(fidelity):
     """What :func:`hcsmoe_core.score.fidelity.fidelity` measured, as Markdown."""
-    lines = [
+    models = fidelity["models"]
+    kl = "KL divergence from the original (nats per token)"
+    rows = [("", "perplexity", kl, "from the exact merge", "same likeliest next token")]
+    rows += [("original", _number(fidelity["original"]["perplexity"]), 0, "", "")]
+    for name, scores in models.items():
+        numbers = (_number(scores.get(key)) for key in ("perplexity", "kl", "kl_from_mapped"))
+        rows.append((name, *numbers, f"{scores['agreement']:.1%}"))
+    errors = [("layer", *(f"{name}: {what}" for name in models for what in ("block", "hidden states")))]
+    columns = [models[name][key] for name in models for key in ("block_error", "hidden_error")]
+    for layer, *numbers in zip(fidelity["layers"], *columns, strict=True):
+        errors.append((layer, *(f"{number:.3g}" for number in numbers)))
+    blocks = [
         f"On {fidelity['tokens']:,} tokens that were held out of the calibration:",
-        "",
-        "| | perplexity | KL divergence from the original (nats a token) | from the exact merge | same likeliest next token |",
-        "|---|---|---|---|---|",
-        f"| original | {_number(fidelity['original']['perplexity'])} | 0 | | |",
+        _table(rows),
+        "Relative error of each layer's output: of its MoE block alone on the original's inputs, and of the "
+        "hidden states that leave the decoder layer, all layers before it merged too.",
+        _table(errors),
     ]
-    for name, found in fidelity["models"].items():
-        shares = [_number(found.get(key)) for key in ("perplexity", "kl", "kl_from_mapped")]
-        lines.append(f"| {name} | {' | '.join(shares)} | {found['agreement']:.1%} |")
-    models = list(fidelity["models"])
-    lines += [
-        "",
-        "Relative error of each layer's output: of its MoE block alone on the original's inputs, and of the hidden ",
-    ]
-    lines[-1] += "states that leave the decoder layer, all layers before it merged too."
-    lines += ["", "| layer | " + " | ".join(f"{m}: block | {m}: hidden states" for m in models) + " |"]
-    lines.append("|---" * (1 + 2 * len(models)) + "|")
-    for place, name in enumerate(fidelity["layers"]):
-        numbers = [
-            fidelity["models"][m][key][place] for m in models for key in ("block_error", "hidden_error")
-        ]
-        lines.append(f"| {name} | " + " | ".join(f"{n:.3g}" for n in numbers) + " |")
-    if fidelity["warning"]:
-        lines += ["", f"**{fidelity['warning']}**"]
-    return "\n".join(lines)
+    return "\n\n".join(blocks + ([f"**{fidelity['warning']}**"] if fidelity["warning"] else []))

@@ -1,19 +1,22 @@
-"""The steps that methods are made of, as tables: who defines a step registers it; who needs one looks it up by name.
+"""The steps that methods are made of, and the methods: tables, filled by the modules that define the entries.
 
-A step is a function. What it needs of the statistics is said where it is registered, and its options are its keyword-only
-arguments::
+A step is a function registered under a name. Its options are its keyword-only arguments, whose ``Literal``
+annotations list what they may be; what it needs of the statistics, and what it goes with, is said where it is
+registered::
 
-    @combine("least-squares", needs=("sample",))
-    def least_squares(group, *, align="none", ridge=0.05): ...
+    @combine("least-squares", needs=("sample",), solves=True)
+    def least_squares(group, *, align: Literal["none", "weights"] = "none", ridge: float = 0.05): ...
 
-    combine["least-squares"].options  # {"align": "none", "ridge": 0.05}
+    METHODS["mergemoe"] = Method("arXiv 2510.14436", similarity="weight", combine="least-squares")
 """
 
 import inspect
+import numbers
+import typing
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from hcsmoe_core._util import Table
+from hcsmoe_core._util import InputError, Table, check_choice, check_count
 
 
 @dataclass(frozen=True)
@@ -22,28 +25,57 @@ class Step:
 
     Attributes
     ----------
-    name : str
+    kind, name : str
+        Table and entry, such as ``"combine"`` and ``"least-squares"``.
     function : callable
     needs : tuple of str, or callable
         Names of :data:`hcsmoe_core.statistics.NEEDS`; a callable gives them for the step's options.
     options : dict
         The function's keyword-only arguments, with their defaults.
+    choices : dict
+        Allowed values of the options that have a ``Literal`` annotation.
     properties : dict
-        What else whoever uses this kind of step must know.
+        What else is said where the step is registered: ``fractions``, names of the options that must be
+        above 0 and at most 1; and see :mod:`hcsmoe_core.methods.recipes`.
     """
 
+    kind: str
     name: str
     function: Callable
     needs: tuple | Callable = ()
     options: dict = field(default_factory=dict)
+    choices: dict = field(default_factory=dict)
     properties: dict = field(default_factory=dict)
 
     def __call__(self, *arguments, **options):
-        return self.function(*arguments, **options)
+        """Call the function, with options that are checked."""
+        return self.function(*arguments, **{k: self.checked(k, v) for k, v in options.items()})
 
-    def needs_for(self, options):
+    def needs_for(self, options: dict) -> tuple:
         """Names of what the step needs of the statistics with these options."""
         return tuple(self.needs({**self.options, **options}) if callable(self.needs) else self.needs)
+
+    def checked(self, name: str, value):
+        """An option's value in the type of its default; InputError if there is no such option or value."""
+        if name not in self.options:
+            listed = ", ".join(self.options) or "none"
+            raise InputError(f'{self.kind} "{self.name}" has no option {name!r}; its options: {listed}.')
+        default = self.options[name]
+        if name in self.choices:
+            return check_choice(name, value, self.choices[name])
+        if isinstance(default, bool):
+            return bool(check_choice(name, value, (False, True)))
+        if isinstance(default, int):
+            return check_count(name, value, 0)
+        if isinstance(default, float):
+            if not isinstance(value, numbers.Real) or isinstance(value, bool):
+                raise InputError(f'The "{name}" argument must be a number; not {value!r}.')
+            if name in self.properties.get("fractions", ()) and not 0 < value <= 1:
+                raise InputError(f'The "{name}" argument must be above 0 and at most 1; not {value}.')
+            return float(value)
+        if isinstance(default, str) and not isinstance(value, str):
+            return [check_count(name, number, 0) for number in value]
+        return value
 
 
 class StepTable(Table):
@@ -54,11 +86,20 @@ class StepTable(Table):
 
         def register(function):
             parameters = inspect.signature(function).parameters.values()
-            options = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
-            self.add(name, Step(name, function, needs, options, properties))
+            keywords = [p for p in parameters if p.kind is p.KEYWORD_ONLY]
+            literal = [p for p in keywords if typing.get_origin(p.annotation) is typing.Literal]
+            options = {p.name: p.default for p in keywords}
+            choices = {p.name: typing.get_args(p.annotation) for p in literal}
+            self.add(name, Step(self.argument, name, function, needs, options, choices, properties))
             return function
 
         return register
+
+
+class MethodTable(Table):
+    """Methods by name; a row is added, or replaced, by ``METHODS[name] = Method(…)``."""
+
+    __setitem__ = Table.add
 
 
 similarity = StepTable("similarity")
@@ -73,4 +114,4 @@ TABLES = {
     table.argument: table
     for table in (similarity, group, budget, saliency, combine, router, compress, refine)
 }
-METHODS = Table("method")
+METHODS = MethodTable("method")

@@ -39,15 +39,15 @@ def test_errors_are_of_what_the_group_gives_together(measured):
     lost = together - gates[:, members].sum(1, keepdim=True) * mine
     routed = (gates[:, members] != 0).any(1)
     table = anatomy.output_errors(stats, model, place, members)
-    assert list(dict.fromkeys(table["way"])) == list(anatomy.WAYS)
-    found = table[table["way"] == "average"].set_index("domain")
+    assert list(dict.fromkeys(table["combination"])) == list(anatomy.COMBINATIONS)
+    found = table[table["combination"] == "average"].set_index("domain")
     for domain in ("all", "x", "y", "z"):
         of = torch.tensor([domain in ("all", stats.domains[d]) for d in stats.sampled[:, 2]]) & routed
         assert found.loc[domain, "tokens"] == int(of.sum())
         assert found.loc[domain, "error"] == pytest.approx(
             float(lost[of].norm() / together[of].norm()), rel=1e-9
         )
-    whole = table[table["domain"] == "all"].set_index("way")["error"]
+    whole = table[table["domain"] == "all"].set_index("combination")["error"]
     assert whole["least-squares"] < whole["average"]
 
 
@@ -69,7 +69,7 @@ def test_a_permuted_twin_matches_in_full_once_aligned(measured):
         moving = np.abs(before).max(1) > 0
         assert np.diag(after)[moving] == pytest.approx(1)
         assert np.diag(before).mean() < 0.9
-        errors = anatomy.output_errors(stats, model, 0, [2, 5]).set_index(["way", "domain"])["error"]
+        errors = anatomy.output_errors(stats, model, 0, [2, 5]).set_index(["combination", "domain"])["error"]
         assert errors["average, aligned", "all"] < 1e-9 < errors["average", "all"]
     finally:
         with torch.no_grad():
@@ -80,11 +80,11 @@ def test_a_permuted_twin_matches_in_full_once_aligned(measured):
 def test_pictures_and_the_explorer(measured):
     model, stats = measured
     plan = make_plan(stats, model, experts=4)
-    groups = anatomy.joined_groups(plan, 0)
+    groups = anatomy.merged_groups(plan, 0)
     assert [len(g) for g in groups] == sorted((len(g) for g in groups), reverse=True)
     assert all(len(g) > 1 for g in groups)
     merging = explore.merge_explorer(stats, model, plan)
-    assert "Least error on the sample" in merging.note
+    assert "Smallest error on the sample" in merging.note
     merging._controls["group"].value = merging._controls["group"].max
     merging._controls["layer"].value = 2
     matches = anatomy.neuron_matches(stats, model, 0, groups[0])
@@ -151,5 +151,5 @@ def test_other_tokens_than_those_of_the_statistics_are_refused():
         anatomy.expert_tokens(stats, 0, 0, ids + 1)
     with pytest.raises(ValueError, match='"expert" argument must be a whole number from 0 to 7; not 8'):
         anatomy.token_shares(stats, 0, 8, ids)
-    with pytest.raises(ValueError, match="Showing what an expert takes needs 'sample'"):
+    with pytest.raises(ValueError, match="Showing what an expert gets needs 'sample'"):
         anatomy.expert_tokens(capture(model, ids), 0, 0, ids)

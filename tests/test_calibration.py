@@ -1,5 +1,6 @@
 import itertools
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,8 +9,9 @@ from conftest import tiny_model  # noqa: F401 (shared fixtures)
 from safetensors.torch import save_file
 
 from hcsmoe_core import calibration_tokens, domains_of
+from hcsmoe_core._util import InputError
 from hcsmoe_core.demo import corpus, models
-from hcsmoe_core.text.calibration import local_files
+from hcsmoe_core.text.calibration import SOURCES, calibration_settings, local_files, scoring_of
 
 
 @pytest.fixture(scope="module")
@@ -262,3 +264,78 @@ def test_bad_input_is_refused(tokenizer, tmp_path, monkeypatch):
             FileNotFoundError, match=f"Cannot load calibration data '{name}'.* did not give {shown}"
         ):
             calibration_tokens(name, tokenizer, sequences=1, length=8)
+
+
+def test_a_path_must_look_like_one(tokenizer, tmp_path, monkeypatch):
+    """``code`` is a data set, and a folder of that name is written ``./code``: neither is read by mistake."""
+    import datasets
+
+    asked = []
+
+    def load(path, **_):
+        asked.append(path)
+        return datasets.Dataset.from_dict({"text": ["from the hub"] * 99})
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    size = dict(sequences=1, length=8)
+    local, hub = (tokenizer(text)["input_ids"] for text in ("from here", "from the hub"))
+    for name in ("c4", "code", "math", "wikitext", "notes"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.txt").write_text("from here" * 9)
+        for source in (name, f"demo:units+{name}"):
+            with pytest.raises(InputError, match=f'write "./{name}" for the one here, or "{name}:" for the'):
+                calibration_tokens(source, tokenizer, sequences=24, length=8)
+            with pytest.raises(InputError, match="is a file or folder here and may be a data set"):
+                local_files(source)
+        for source in (f"./{name}", f"~/{name}", tmp_path / name, Path(name), f"{tmp_path}/{name}"):
+            assert calibration_tokens(source, tokenizer, **size)[0].tolist()[:3] == local[:3]
+            assert [file.resolve() for file in local_files(source)] == [tmp_path / name / "a.txt"]
+    (tmp_path / "c5").write_text("from here" * 9)
+    with pytest.raises(InputError, match="is a file or folder here"):
+        calibration_tokens("c5", tokenizer, **size)
+    assert asked == []
+    assert calibration_tokens("c4:", tokenizer, **size)[0].tolist() == (hub * 9)[:8]
+    calibration_tokens("notes:", tokenizer, **size)
+    calibration_tokens("owner/name", tokenizer, **size)
+    assert asked == ["allenai/c4", "notes", "owner/name"]
+    assert local_files("owner/name") == local_files("0.5*c4:+0.5*owner/name") == []
+    (tmp_path / "owner").mkdir()
+    (tmp_path / "owner/name").write_text("from here" * 9)
+    assert calibration_tokens("owner/name", tokenizer, **size)[0].tolist()[:3] == local[:3]
+    assert local_files("0.5*c4:+0.5*owner/name") == [Path("owner/name")]
+    for missing in ("./none", "none.txt", "none.safetensors", "~/none", "/none/none"):
+        with pytest.raises(FileNotFoundError, match="There is no file"):
+            calibration_tokens(missing, tokenizer, **size)
+    assert asked[3:] == []
+
+
+def test_what_needs_no_file_is_not_taken_for_one(tokenizer, tmp_path, monkeypatch):
+    """The defaults work beside a folder of their name, which is not read."""
+    monkeypatch.chdir(tmp_path)
+    wanted = calibration_tokens("demo", tokenizer, sequences=2, length=8)
+    for name in ("demo", "self"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.txt").write_text("from here" * 9)
+        assert local_files(name) == []
+    assert torch.equal(calibration_tokens("demo", tokenizer, sequences=2, length=8), wanted)
+    assert domains_of("demo", 2) == ["code", "prose"]
+
+
+def test_sources_say_how_they_are_used():
+    assert {"c4", "wikitext", "math", "code", "self", "demo"} <= set(SOURCES)
+    assert scoring_of("demo") == scoring_of("demo:code,units") == ("heldout", ("code", "prose"))
+    for other in ("c4", "self", "notes.txt", "owner/name", "demo+wikitext"):
+        assert scoring_of(other) == (None, ())
+    shape = {"sequences": 96, "length": 256}
+    assert calibration_settings("x", "demo:code") == {"calibration": "demo:code"} | shape
+    assert calibration_settings("demo-mixtral") == {"calibration": "demo"} | shape
+    paper = {"sequences": 32, "length": 2048}
+    for source in ("c4", "demo+c4", "./demo", "owner/name"):
+        assert calibration_settings("demo-mixtral", source) == {"calibration": source} | paper
+    assert calibration_settings("x", sequences=4, length=8) == {
+        "calibration": "c4",
+        "sequences": 4,
+        "length": 8,
+    }

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import subprocess
 import sys
@@ -7,7 +8,17 @@ import torch
 from conftest import FAMILIES, OTHERS, ROOT, logits, tiny_model
 from safetensors.torch import load_file, save_file
 
-from hcsmoe_core import apply_plan, capture, load_merged, load_model, make_plan, restore, save_merged
+from hcsmoe_core import (
+    apply_plan,
+    capture,
+    checkpoint,
+    export,
+    load_merged,
+    load_model,
+    make_plan,
+    restore,
+    save_merged,
+)
 from hcsmoe_core.families import find_moe_layers
 
 
@@ -60,6 +71,8 @@ def test_saved_from_an_applied_plan(mixtral, input_ids, tmp_path):
     live = logits(mixtral, input_ids)
     with pytest.raises(ValueError, match="Another plan is applied"):
         save_merged(mixtral, other, tmp_path / "m")
+    with pytest.raises(ValueError, match="Another plan is applied"):
+        save_merged(mixtral, dataclasses.replace(plan, compress={"share": 0.5}), tmp_path / "m")
     save_merged(mixtral, plan, tmp_path / "m")
     assert torch.equal(logits(mixtral, input_ids), live)
     loaded, tokenizer = load_model(tmp_path / "m")
@@ -107,6 +120,80 @@ def test_nothing_is_overwritten_or_left_half_written(mixtral, input_ids, tmp_pat
     assert not any(layer.merged for layer in find_moe_layers(mixtral))
     with pytest.raises(ValueError, match='"router" argument must be one of "", "plain", "mapped"'):
         save_merged(mixtral, plan, tmp_path / "m", router="guessed")
+
+
+@pytest.mark.parametrize("applied", [False, True])
+def test_a_failure_at_the_end_leaves_no_folder_and_the_model_as_it_was(
+    applied, mixtral, input_ids, tmp_path, monkeypatch
+):
+    plan = make_plan(capture(mixtral, input_ids), mixtral, experts=4)
+    if applied:
+        apply_plan(mixtral, plan)
+    live = logits(mixtral, input_ids)
+
+    def broken(*_, **__):
+        raise RuntimeError("no card")
+
+    monkeypatch.setattr(export, "write_card", broken)
+    with pytest.raises(RuntimeError, match="no card"):
+        save_merged(mixtral, plan, tmp_path / "m")
+    assert not list(tmp_path.iterdir())
+    assert {layer.merged for layer in find_moe_layers(mixtral)} == {applied}
+    assert torch.equal(logits(mixtral, input_ids), live)
+
+
+def test_merged_folders_are_spread_over_devices_as_others_are(mixtral, input_ids, tmp_path, monkeypatch):
+    """The device map that is asked for is what transformers gets, and what it loads computes the same."""
+    plan = make_plan(capture(mixtral, input_ids), mixtral, experts=4)
+    save_merged(mixtral, plan, tmp_path / "m")
+    live = logits(apply_plan(mixtral, plan), input_ids)
+    asked, usual = [], checkpoint.loading
+
+    def loading(dtype, device_map=None):
+        asked.append(device_map)
+        return usual(dtype, device_map)
+
+    monkeypatch.setattr(checkpoint, "loading", loading)
+    for device in checkpoint.DEVICE_MAPS:
+        options = dict(device=device, experts_implementation="eager")
+        for loaded in (load_merged(tmp_path / "m", **options), load_model(tmp_path / "m", **options)[0]):
+            torch.testing.assert_close(logits(loaded, input_ids), live)
+            assert [layer.num_stored for layer in find_moe_layers(loaded)] == [4] * 3
+    assert asked == [device for device in checkpoint.DEVICE_MAPS for _ in range(2)]
+
+
+def test_merged_layers_run_where_a_device_map_puts_them(mixtral, input_ids, tmp_path, monkeypatch):
+    """One decoder layer is elsewhere, here on disk: accelerate's hooks run around the map of experts."""
+    plan = make_plan(capture(mixtral, input_ids), mixtral, experts=4)
+    save_merged(mixtral, plan, tmp_path / "m")
+    live = logits(apply_plan(mixtral, plan), input_ids)
+    device_map = {
+        "model.embed_tokens": "cpu",
+        "model.norm": "cpu",
+        "model.rotary_emb": "cpu",
+        "lm_head": "cpu",
+    }
+    device_map |= {f"model.layers.{i}": "cpu" if i else "disk" for i in range(3)}
+    usual = checkpoint.loading
+    monkeypatch.setattr(
+        checkpoint,
+        "loading",
+        lambda dtype, _: usual(dtype, device_map) | {"offload_folder": tmp_path / "offload"},
+    )
+    loaded = load_merged(tmp_path / "m", device="balanced", experts_implementation="eager")
+    assert set(loaded.hf_device_map.values()) == {"cpu", "disk"}
+    torch.testing.assert_close(logits(loaded, input_ids), live)
+
+
+def test_memory_that_runs_out_is_no_fault_of_the_checkpoint(mixtral, tmp_path, monkeypatch):
+    mixtral.save_pretrained(tmp_path / "plain")
+
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(type(mixtral), "_load_pretrained_model", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        load_model(tmp_path / "plain")
 
 
 def test_no_pickle_is_read_or_written(mixtral, input_ids, tmp_path):

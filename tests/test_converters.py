@@ -14,8 +14,8 @@ from hcsmoe_core import calibration_tokens, capture, load_model, make_plan, save
 
 # Its source package carries llama.cpp, the converter included.
 PACKAGE = "llama-cpp-python==0.3.36"
-# The converter knows tokenizers by a hash of what they do, and stops at others: the embedded models' is none of them. Nor is
-# it one of SentencePiece, which it looks for first.
+# The converter knows tokenizers by a hash of what they do, and stops at others, such as the embedded models'.
+# Nor is that one of SentencePiece, which it looks for first.
 CONVERT = """
 import sys
 root = sys.argv[1]
@@ -33,15 +33,16 @@ READ = """
 import json, sys
 sys.path.insert(0, sys.argv[1] + "/gguf-py")
 import numpy, gguf
-held = gguf.GGUFReader(sys.argv[2])
-fields = {name: field.contents() for name, field in held.fields.items() if "expert" in name}
-tensors = {t.name: [list(map(int, t.shape)), float(numpy.abs(t.data.astype("f8")).sum())] for t in held.tensors}
+file = gguf.GGUFReader(sys.argv[2])
+fields = {name: field.contents() for name, field in file.fields.items() if "expert" in name}
+total = lambda t: float(numpy.abs(t.data.astype("f8")).sum())
+tensors = {t.name: [list(map(int, t.shape)), total(t)] for t in file.tensors}
 print(json.dumps([fields, tensors]))
 """
 
 
 def sources(folder):
-    """Folder of llama.cpp's sources, fetched into ``folder``; what pip says where they cannot be had."""
+    """Folder of llama.cpp's sources, fetched into ``folder``; what pip says where they are unavailable."""
     words = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, PACKAGE]
     got = subprocess.run(words, capture_output=True, text=True)
     if got.returncode:
@@ -66,7 +67,7 @@ def llama_cpp(tmp_path_factory):
     try:
         return sources(tmp_path_factory.mktemp("llama"))
     except OSError as error:
-        pytest.skip(f"LLAMA.CPP NOT TRIED: {PACKAGE} cannot be had here ({error})")
+        pytest.skip(f"LLAMA.CPP NOT TRIED: {PACKAGE} is unavailable here ({error})")
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """The embedded corpus, tasks and models: what the README says of them."""
 
+import datetime
 import json
 import random
 from collections import Counter
@@ -11,7 +12,9 @@ from sklearn.metrics import adjusted_rand_score, mutual_info_score
 import hcsmoe_core as core
 from hcsmoe_core.demo import corpus, models, tasks
 from hcsmoe_core.studies import tables as study
+from tools import models as shapes
 from tools import train
+from tools.tasks import make_items, write_items
 
 
 @pytest.mark.parametrize("domain", corpus.PROCEDURAL)
@@ -51,28 +54,34 @@ ANSWERS = {
 def test_answers_are_right(domain):
     rng = random.Random(1)
     for _ in range(300):
-        item = corpus.PROCEDURAL[domain].make(rng)
+        item = corpus.PROCEDURAL[domain](rng)
         assert item.answer == ANSWERS[domain](item.prompt)
 
 
 def test_more_answers_are_right():
-    assert [corpus._to_roman(n) for n in (1, 4, 9, 14, 40, 90, 400, 1994, 3999)] == [
+    assert [corpus.roman_numeral(n) for n in (1, 4, 9, 14, 40, 90, 400, 1994, 3999)] == [
         "I", "IV", "IX", "XIV", "XL", "XC", "CD", "MCMXCIV", "MMMCMXCIX",
     ]  # fmt: skip
-    assert all(corpus._from_roman(corpus._to_roman(n)) == n for n in range(1, 4000))
-    import datetime
-
-    for day in range(365):
-        date = datetime.date(2023, 1, 1) + datetime.timedelta(day)
-        for shift in (-20, -1, 1, 14):
-            other = date + datetime.timedelta(shift)
-            assert corpus._shifted(date.day, date.month - 1, shift) == (other.day, other.month - 1)
+    value = {"I": 1, "V": 5, "X": 10, "L": 50, "C": 100, "D": 500, "M": 1000}
+    for number in range(1, 4000):
+        digits = [value[letter] for letter in corpus.roman_numeral(number)]
+        pairs = zip(digits, [*digits[1:], 0], strict=True)
+        assert number == sum(-digit if digit < following else digit for digit, following in pairs)
+    rng, ahead = random.Random(2), {"after": 1, "before": -1}
+    for item in (corpus.dates(rng) for _ in range(2000)):
+        if item.prompt.endswith(" is") and " days " in item.prompt:
+            days, _, direction, *start, _ = item.prompt.split()
+            date, other = (
+                datetime.datetime.strptime(f"{text} 2023", "%d %B %Y")
+                for text in (" ".join(start), item.answer.strip())
+            )
+            assert ahead[direction] * (other - date).days % 365 == int(days)
 
 
 @pytest.mark.parametrize("name", tasks.NAMES)
 def test_items_are_those_of_the_generator(name):
     items = tasks.load_items(name)
-    assert items == tasks.make_items(name.removeprefix(tasks.PREFIX))
+    assert items == make_items(name.removeprefix(tasks.PREFIX))
     assert len(items) >= 250
     assert len({i["prompt"] for i in items}) == len(items)
     assert all(len(set(i["choices"])) == 4 for i in items)
@@ -83,7 +92,7 @@ def test_items_are_those_of_the_generator(name):
 
 
 def test_items_made_again(tmp_path):
-    tasks.write_items(tmp_path)
+    write_items(tmp_path)
     for name in tasks.NAMES:
         assert (tmp_path / tasks.path_of(name).name).read_bytes() == tasks.path_of(name).read_bytes()
 
@@ -142,6 +151,16 @@ def test_true_families_are_known_where_the_model_was_grown():
     assert families[8] == [e // 4 for e in range(32)]
 
 
+@pytest.mark.parametrize("name", models.NAMES)
+def test_shapes_are_those_of_the_committed_weights(name):
+    wanted = json.loads((models.folder(name) / "config.json").read_text())
+    made = json.loads(shapes.configuration(name).to_json_string(use_diff=False))
+    set_by_saving = {"architectures", "dtype", "transformers_version"}
+    assert {key: made.get(key) for key in wanted if key not in set_by_saving} == {
+        key: value for key, value in wanted.items() if key not in set_by_saving
+    }
+
+
 def test_training_is_recorded():
     for name in models.NAMES:
         made = json.loads((models.folder(name) / "training.json").read_text())
@@ -150,7 +169,7 @@ def test_training_is_recorded():
 
 
 def test_splitting_keeps_what_the_parent_computes():
-    """Without noise, twice the experts of which each pair is one expert twice, at twice the top-k, compute the same."""
+    """Without noise, twice the experts, each twice, at twice the top-k compute the same."""
     parent = train.build("demo-qwen", 8, 0)
     child = train.build("demo-qwen", 16, 1)
     train.split_experts(parent, child, 0.0, 0)

@@ -5,11 +5,14 @@ import naive
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_model, tokens
+from conftest import FAMILIES, OTHERS, logits, tiny_model, tokens
 
 import hcsmoe_core as core
 from hcsmoe_core.demo import tasks
-from hcsmoe_core.score.evaluation import paired_table, perplexity, score_table
+from hcsmoe_core.score import evaluation
+from hcsmoe_core.score import fidelity as measuring
+from hcsmoe_core.score.evaluation import TASKS, TaskSource, paired_table, perplexity, score_table, task_scores
+from hcsmoe_core.score.fidelity import fidelity
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +46,97 @@ def test_perplexity_equals_a_naive_one():
     assert got["mean_loss"] == pytest.approx(
         (np.mean(loss["x"]) + np.mean(loss["y"])) / 2, rel=1e-5
     )  # code is left out
+
+
+@pytest.mark.parametrize("name", FAMILIES + OTHERS)
+def test_perplexity_holds_the_logits_of_some_positions_at_a_time(name, monkeypatch):
+    """Those of a batch of 16 sequences of 2,047 tokens and a vocabulary of 152,000 took 20 GB."""
+    model, ids, sizes = tiny_model(name), tokens(5, 12), []
+    wanted = perplexity(model, ids, domains=list("aabbb"), batch_size=3)
+    hook = model.lm_head.register_forward_hook(lambda *parts: sizes.append(parts[-1].numel()))
+    monkeypatch.setattr(evaluation, "LOGITS", 3 * 4 * 96)
+    bounded = perplexity(model, ids, domains=list("aabbb"), batch_size=3)
+    hook.remove()
+    assert max(sizes) <= 3 * 4 * 96 < 3 * 11 * 96
+    assert sum(sizes) == 5 * 11 * 96
+    for key in ("loss", "perplexity"):
+        assert bounded[key] == pytest.approx(wanted[key], rel=1e-6)
+    assert "forward" not in vars(model.base_model)
+
+
+def test_a_model_is_as_before_when_perplexity_is_interrupted(monkeypatch):
+    model, ids = tiny_model("qwen3_moe"), tokens(2, 12)
+    before = logits(model, ids)
+    monkeypatch.setattr(evaluation, "LOGITS", 96)
+    usual, calls = model.lm_head.forward, []
+
+    def interrupted(hidden):
+        calls.append(hidden)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return usual(hidden)
+
+    monkeypatch.setattr(model.lm_head, "forward", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        perplexity(model, ids)
+    assert torch.equal(logits(model, ids), before)
+
+
+class Failing:
+    """Raises an error at its n-th call, and counts them."""
+
+    def __init__(self, function, error, after):
+        self.function, self.error, self.after, self.calls = function, error, after, 0
+
+    def __call__(self, *arguments, **options):
+        self.calls += 1
+        if self.calls == self.after:
+            raise self.error
+        return self.function(*arguments, **options)
+
+
+@pytest.mark.parametrize("applied", [False, True])
+@pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyboardInterrupt()])
+@pytest.mark.parametrize("where", ["forward", "block", "lift_experts", "put_experts", "lay_experts"])
+def test_a_failed_fidelity_leaves_the_model_as_it_was(applied, error, where, input_ids, monkeypatch):
+    model, ids = tiny_model("qwen2_moe"), tokens(2, 12)
+    stats = core.capture(model, input_ids, needs=("usage", "outputs", "sample"), progress=False)
+    plan = core.make_plan(stats, model, experts=4, router="folded")
+    before, wanted = logits(model, input_ids), fidelity(model, plan, ids, stats=stats, progress=False)
+    if applied:
+        core.apply_plan(model, plan, stats)
+        before = logits(model, input_ids)
+    owner, name = measuring, where
+    if where in ("forward", "block"):
+        owner, name = model if where == "forward" else model.model.layers[1].mlp, "forward"
+    failing = Failing(getattr(owner, name), error, after=10_000)
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, failing)
+        fidelity(model, plan, ids, stats=stats, progress=False)
+    assert failing.calls > 2
+    for after in range(1, failing.calls + 1):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, Failing(getattr(owner, name), error, after))
+            if where == "lay_experts" and after > failing.calls - 3:
+                break  # these put the merged experts back
+            with pytest.raises(type(error)):
+                fidelity(model, plan, ids, stats=stats, progress=False)
+        assert [layer.merged for layer in core.find_moe_layers(model)] == [applied] * 3
+        assert torch.equal(logits(model, input_ids), before), after
+    assert fidelity(model, plan, ids, stats=stats, progress=False) == wanted
+
+
+def test_tasks_of_a_users_own(embedded, monkeypatch):
+    model, tokenizer = embedded
+    assert [name for name in TASKS if TASKS[name].default] == list(tasks.NAMES)
+    monkeypatch.setattr(TASKS, "_entries", dict(TASKS))
+
+    def units(name):
+        return tasks.configuration("demo_units") | {"task": name}
+
+    TASKS.add("my_units", TaskSource(units, bos=True))
+    scores = task_scores(model, tokenizer, ["my_units", "demo_units"], limit=20)["tasks"]
+    assert scores["my_units"] == scores["demo_units"]
 
 
 def test_merged_models_are_scored_alike_live_and_loaded(embedded, tmp_path):
@@ -168,3 +262,7 @@ def test_bad_input_is_refused(embedded):
     for bad in (dict(batch_size=0), dict(limit=0)):
         with pytest.raises(ValueError, match=f'"{next(iter(bad))}" argument'):
             core.evaluate(model, tokenizer, **bad)
+        with pytest.raises(ValueError, match=f'"{next(iter(bad))}" argument'):
+            task_scores(model, tokenizer, ["demo_units"], **bad)
+    everything = task_scores(model, tokenizer, ["demo_units"], limit=None)["tasks"]["demo_units"]
+    assert everything["items"] == tasks.ITEMS

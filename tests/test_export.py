@@ -1,4 +1,4 @@
-"""What is written beside the weights, routers with fewer rows, and how far a written model is from the original."""
+"""What lies beside the weights, routers with fewer rows, how far a written model is from the original."""
 
 import hashlib
 import json
@@ -18,10 +18,11 @@ from hcsmoe_core import (
     load_merged,
     load_model,
     make_plan,
-    needs_of,
     restore,
     save_merged,
 )
+from hcsmoe_core._util import InputError
+from hcsmoe_core.export import fidelity_text
 from hcsmoe_core.methods.router import PENALTY, folded_rows
 from hcsmoe_core.plan import LayerPlan, Plan, load_plan, with_router
 from hcsmoe_core.score.fidelity import fidelity, unseen
@@ -41,7 +42,7 @@ def stats(model, input_ids):
     return capture(model, input_ids, needs=NEEDS)
 
 
-# --- rows kept ---------------------------------------------------------------------------------------------------------
+# --- rows kept ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "gpt_oss", "deepseek_v3"])
@@ -94,11 +95,11 @@ def test_groups_that_a_router_chooses_first_become_one(input_ids, tmp_path):
     torch.testing.assert_close(logits(load_model(tmp_path / "m")[0], input_ids), live)
 
 
-# --- rows folded -------------------------------------------------------------------------------------------------------
+# --- rows folded --------------------------------------------------------------------------------------------
 
 
 def naive_loss(rows, start, sample, labels, scoring, normalised):
-    """Mean cross-entropy of a token between where it went and where the new rows send it, token by token in float64."""
+    """Mean cross-entropy between where a token went and where the new rows send it, one by one in float64."""
     total = 0.0
     for logit, index, weight in zip(
         sample.logits.double(), sample.index, sample.weight.double(), strict=True
@@ -131,7 +132,7 @@ def naive_loss(rows, start, sample, labels, scoring, normalised):
     ],
 )
 def test_folded_rows_are_the_best_there_are(name, scoring, normalised):
-    """The loss is convex: where a naive one, differentiated by PyTorch, has no slope, there is nothing better."""
+    """The loss is convex: where a naive one, differentiated by PyTorch, has no slope, it is smallest."""
     model = families.tiny_model(name)
     stats = capture(model, families.tiny_tokens(8), needs=NEEDS, sample=60, progress=False)
     for layer_plan in make_plan(stats, model, experts=4, router="folded").layers:
@@ -147,7 +148,7 @@ def test_folded_rows_are_the_best_there_are(name, scoring, normalised):
 
 
 def test_folding_finds_planted_rows():
-    """Every expert a twin of another: the routing to pairs is a softmax of one logit a pair, which rows can give exactly."""
+    """Every expert has a twin: routing to pairs is a softmax of one logit per pair, which rows can give."""
     model = families.tiny_model("olmoe")  # its weights are not normalised
     with torch.no_grad():
         for layer in find_moe_layers(model):
@@ -169,7 +170,7 @@ def test_folding_is_nearer_to_the_exact_merge_than_keeping_rows(tmp_path):
     rows = calibration_tokens("demo", tokenizer, sequences=44, length=128, seed=0)
     stats = capture(model, rows[:40], needs=NEEDS, progress=False)
     found = {}
-    for router in ("row-kept", "average", "folded"):
+    for router in ("row-kept", "averaged", "folded"):
         plan = make_plan(stats, model, experts=16, router=router)
         found[router] = fidelity(
             model, plan, unseen(rows, stats.sequences, length=128), stats=stats, progress=False
@@ -220,7 +221,7 @@ def test_layers_with_different_numbers_have_no_plain_checkpoint(model, stats, tm
         save_merged(model, plan, tmp_path / "m", stats=stats, router="folded")
 
 
-# --- fidelity ----------------------------------------------------------------------------------------------------------
+# --- fidelity -----------------------------------------------------------------------------------------------
 
 
 def test_a_plan_that_changes_nothing_is_faithful(model, stats, input_ids):
@@ -295,7 +296,7 @@ def test_fidelity_of_a_model_that_is_merged_already(model, stats, input_ids):
 
 
 def test_the_layer_that_ruins_a_model_is_named(model, input_ids, tmp_path, capsys):
-    """All experts of the second layer are joined, which are large there and cancel; the others stay as they are."""
+    """All experts of the second layer, which are large and cancel, are joined; other layers stay."""
     with torch.no_grad():
         for tensor in find_moe_layers(model)[1].tensors().values():
             tensor.mul_(30)
@@ -320,32 +321,36 @@ def test_only_tokens_that_were_not_captured_are_held_out(model, input_ids):
     assert torch.equal(unseen(both, [], length=99), both)
 
 
-# --- the folder --------------------------------------------------------------------------------------------------------
+# --- the folder ---------------------------------------------------------------------------------------------
 
 
 def test_the_card_tells_what_was_done(model, stats, tmp_path):
     model.name_or_path = "someone/mixture"
     plan = make_plan(stats, model, experts=5, linkage="complete")
-    written = save_merged(
-        model,
-        plan,
-        tmp_path / "m",
-        stats=stats,
-        router="folded",
-        heldout=tokens(2, seed=9),
-        about={"calibration": "of mine"},
-    )
+    measured = fidelity(model, with_router(plan, "folded"), tokens(2, seed=9), stats=stats, progress=False)
+    options = dict(stats=stats, router="folded", fidelity=measured, card={"calibration": "of mine"})
+    written = save_merged(model, plan, tmp_path / "m", **options)
     _, head, text = (tmp_path / "m" / "README.md").read_text().split("---\n", 2)
     assert yaml.safe_load(head)["base_model"] == "someone/mixture"
-    assert "| experts a layer | 5 of 8, in 3 MoE layers |" in text
+    assert "| experts per layer | 5 of 8, in 3 MoE layers |" in text
     assert '    linkage: "complete"' in text
     assert "| calibration | of mine |" in text
     assert "divide evenly over 1, 5 devices" in text
-    made = written["fidelity"]["models"]["folded"]
+    assert written["fidelity"] == measured
+    made = measured["models"]["folded"]
     assert f"| folded | {made['perplexity']:.4g} | {made['kl']:.4g} |" in text
     assert "AutoModelForCausalLM.from_pretrained" in text
     assert str(tmp_path) not in text
     assert load_plan(tmp_path / "m" / "plan.json").layers[0].router == "folded"
+
+
+def test_a_model_that_predicts_no_tokens_has_no_perplexity(model, stats):
+    measured = fidelity(model, make_plan(stats, model, experts=4), tokens(1, seed=9), progress=False)
+    for scores in (measured["original"], measured["models"]["mapped"]):
+        scores["perplexity"] = None
+    text = fidelity_text(measured)
+    assert "| original | – | 0 |" in text
+    assert "| mapped | – | " in text
 
 
 def test_the_card_of_a_model_from_a_folder_shows_no_path(input_ids, tmp_path):
@@ -376,7 +381,7 @@ def test_checksums_are_those_of_the_files(model, stats, tmp_path):
 
 
 def test_the_original_configuration_is_carried_over(input_ids, tmp_path):
-    """As of a checkpoint that another version wrote: other names for the same, and keys that transformers does not know."""
+    """As of a checkpoint of another version: other names for the same, and keys unknown to transformers."""
     folder = tmp_path / "original"
     tiny_model("qwen3_moe").save_pretrained(folder)
     before = json.loads((folder / "config.json").read_text())
@@ -411,14 +416,15 @@ def test_the_original_configuration_is_carried_over(input_ids, tmp_path):
     )
 
 
-# --- without us --------------------------------------------------------------------------------------------------------
+# --- without us ---------------------------------------------------------------------------------------------
 
 STOCK = """
 import json, sys
 sys.modules["hcsmoe_core"] = None  # cannot be imported
 import torch, transformers
 for folder, name, ours in json.loads(sys.argv[1]):
-    model = getattr(transformers, name).from_pretrained(folder, **({"trust_remote_code": True} if ours else {})).eval()
+    options = {"trust_remote_code": True} if ours else {}
+    model = getattr(transformers, name).from_pretrained(folder, **options).eval()
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data = tensor.data.clone()
     ids = torch.load(folder + "/ids.pt")
@@ -438,21 +444,16 @@ def plan_of(kind, stats, model):
 
 
 def write_all(family, folder, ids):
-    """Every kind of checkpoint of a family that there is, with what the live model says; and why there is no other."""
+    """Write every kind of checkpoint that a family has; outputs of the live models, and why others lack."""
     model, made, refused = families.tiny_model(family), {}, {}
     stats = capture(model, ids, needs=NEEDS, sample=64, progress=False)
     for kind in KINDS:
         try:
             plan = plan_of(kind, stats, model)
             router = "mapped" if kind == "mapped" else "plain"
-            save_merged(
-                model,
-                plan,
-                folder / kind,
-                stats=stats,
-                router=router,
-                heldout=families.tiny_tokens(1, 8, seed=3),
-            )
+            save_merged(model, plan, folder / kind, stats=stats, router=router)
+            measured = fidelity(model, plan, families.tiny_tokens(1, 8, seed=3), stats=stats, progress=False)
+            assert f"| {next(iter(measured['models']))} | " in fidelity_text(measured)
             apply_plan(model, plan, stats)
         except ValueError as error:
             refused[kind] = str(error)
@@ -463,7 +464,7 @@ def write_all(family, folder, ids):
     return made, refused
 
 
-# Why some families have no plain checkpoint of some kind: their configuration or their router has no room for it.
+# Why some families have no plain checkpoint of some kind: their configuration or router cannot say it.
 REFUSED = {
     "deepseek_v4": (
         "row-kept, pruned",
@@ -518,18 +519,33 @@ def test_a_mapped_model_that_stock_transformers_saved_again(model, stats, input_
     assert torch.equal(opened.generate(prompt, **options), model.generate(prompt, **options))
 
 
-def test_factored_experts_are_not_taken_for_missing_ones(model, input_ids, tmp_path):
-    """Stock transformers fills missing weights with random numbers and only warns."""
+@pytest.mark.parametrize("router", ["mapped", "folded"])
+def test_low_rank_experts_are_written_dense(model, stats, input_ids, tmp_path, router):
     from transformers import AutoModelForCausalLM
 
-    stats = capture(model, input_ids, needs=needs_of("mc-smoe"))
-    plan = make_plan(stats, model, experts=4, method="mc-smoe")
-    save_merged(model, plan, tmp_path / "m", stats=stats)
-    for options in ({}, {"trust_remote_code": True}):
-        with pytest.raises(OSError, match=r"model\.safetensors"):
-            AutoModelForCausalLM.from_pretrained(tmp_path / "m", **options)
+    plan = make_plan(stats, model, experts=4, method="mc-smoe", budget="uniform")
+    save_merged(model, plan, tmp_path / "m", stats=stats, router=router)
+    assert not any(layer.merged for layer in find_moe_layers(model))
+    plan = load_plan(tmp_path / "m" / "plan.json")
+    assert plan.compress
     live = logits(apply_plan(model, plan, stats), input_ids)
-    torch.testing.assert_close(logits(load_merged(tmp_path / "m"), input_ids), live)
+    opened = AutoModelForCausalLM.from_pretrained(tmp_path / "m", trust_remote_code=router == "mapped").eval()
+    for loaded in (load_model(tmp_path / "m")[0], opened):
+        torch.testing.assert_close(logits(loaded, input_ids), live)
+
+
+def test_folders_with_factors_are_refused(model, stats, tmp_path):
+    """As earlier versions wrote them: experts in a file of their own, other weights under unusual names."""
+    folder = tmp_path / "m"
+    save_merged(model, make_plan(stats, model, experts=4), folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["expert_merge"]["factored"] = True
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "model.safetensors").rename(folder / "model.factored.safetensors")
+    (folder / "SHA256SUMS").unlink()
+    for load in (load_merged, load_model):
+        with pytest.raises(InputError, match=r"keeps its experts as factors.*hcsmoe merge MODEL --plan"):
+            load(folder)
 
 
 def test_records_that_do_not_fit_are_refused_by_the_file_in_the_folder(model, stats, tmp_path):
@@ -601,10 +617,12 @@ def test_the_command_writes_every_kind(tmp_path):
     )
     assert code == 0
     assert "| mapped |" in said
-    code, said, _ = run("--experts", "4", "--out", tmp_path / "best", "--fidelity", "0")
+    code, said, _ = run(
+        "--experts", "4", "--method", "recommended", "--out", tmp_path / "best", "--fidelity", "0"
+    )
     assert code == 0
     assert 'method: "least-residual", which is recommended; the paper\'s is --method hc-smoe' in said
-    assert "8 experts of 128 neurons a layer" in said  # unrelated: trimmed
+    assert "8 experts of 128 neurons per layer" in said  # unrelated: trimmed
     assert json.loads((tmp_path / "best/plan.json").read_text())["settings"]["method"] == "least-residual"
     code, _, said = run("--experts", "4", "--router", "guessed", "--out", tmp_path / "no")
     assert code == 2

@@ -1,26 +1,30 @@
+import ast
 import io
+import json
 
 import matplotlib.image
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import tiny_model, tokens
+from conftest import ROOT, tiny_model, tokens
 from matplotlib.figure import Figure
 from scipy.cluster import hierarchy
 
-from hcsmoe_core import capture, cut, distances, find_moe_layers, linkage, load_plan, make_plan, merge_tree
+from hcsmoe_core import capture, cut, distances, find_moe_layers, linkage, load_plan, make_plan
 from hcsmoe_core.clustering import by_first_appearance
-from hcsmoe_core.statistics import LayerStatistics, Statistics
+from hcsmoe_core.methods import merge_tree
+from hcsmoe_core.statistics import DEFAULT_NEEDS, LayerStatistics, Statistics
 from hcsmoe_core.studies import tables as study
 from hcsmoe_core.ui import figures
 from hcsmoe_core.ui import widgets as explore
+from hcsmoe_core.ui.notebook import Record
 
 
 @pytest.fixture(scope="module")
 def measured():
     model = tiny_model("qwen2_moe")
-    return model, capture(model, tokens(6), domains=list("ababab"))
+    return model, capture(model, tokens(6), needs=DEFAULT_NEEDS, domains=list("ababab"))
 
 
 def drawn(stats):
@@ -147,7 +151,7 @@ def test_picture_and_note_are_outputs_of_the_cell_that_are_replaced(measured):
     assert [output.update for output in shown.outputs] == [False, False, False, True, True]
 
 
-def test_a_combination_that_does_not_exist_is_said_and_the_picture_stays(measured):
+def test_a_combination_that_does_not_exist_is_reported_and_the_picture_stays(measured):
     model, stats = measured
     similar = explore.similarity_explorer(stats, model, similarity="pairwise-cosine")
     before = similar.picture
@@ -190,7 +194,7 @@ def test_cuts_are_drawn_by_hand_and_saved_as_a_plan(measured, tmp_path, monkeypa
     assert cutting.counts[1] < before
     controls["experts"].value = 5
     cutting._buttons["save plan"].click()
-    assert "hcsmoe merge MODEL --plan" in cutting._said.value
+    assert "hcsmoe merge MODEL --plan" in cutting._message.value
     saved = load_plan(tmp_path / "p.json")
     assert [layer.num_groups for layer in saved.layers] == cutting.counts == [2, 5, 4]
     assert saved.layers == make_plan(stats, experts=[2, 5, 4]).layers
@@ -200,13 +204,13 @@ def test_cuts_are_drawn_by_hand_and_saved_as_a_plan(measured, tmp_path, monkeypa
         lambda model, *_, **__: {"mean_loss": float(find_moe_layers(model)[0].num_stored)},
     )
     cutting._buttons["apply and score"].click()
-    assert "Loss 8.0000 before, 2.0000 with this plan (11 experts in all)" in cutting._said.value
+    assert "Loss 8.0000 before, 2.0000 with this plan (11 experts in all)" in cutting._message.value
     assert not find_moe_layers(model)[0].merged
     cutting._buttons["same in every layer"].click()
     assert cutting.counts == [5, 5, 5]
     cutting._path.value = str(tmp_path)
     cutting._buttons["save plan"].click()
-    assert "is a folder" in cutting._said.value
+    assert "is a folder" in cutting._message.value
     assert all(c.description for c in (*controls.values(), *cutting._buttons.values(), cutting._path))
 
 
@@ -218,3 +222,94 @@ def test_values_out_of_range_are_errors_where_a_slider_would_clamp(measured):
         explore.CutExplorer(stats, model, experts=9, path="p.json")
     with pytest.raises(ValueError, match='"linkage" argument must be one of'):
         explore.similarity_explorer(stats, model, linkage="centroid")
+
+
+def chance_lines(figure):
+    """By task: where the line of guessing is drawn."""
+    axes = figure.axes[0]
+    (line,) = [line for line in axes.lines if line.get_label() == "chance"] or [None]
+    if line is None:
+        return {}
+    names = [text.get_text() for text in axes.get_yticklabels()]
+    points = zip(line.get_xdata(), line.get_ydata(), strict=True)
+    return {names[round(y + 0.5)]: x for x, y in list(points)[::3]}
+
+
+def test_chance_is_that_of_each_task():
+    names = ("boolq", "rte", "winogrande", "arc_easy", "demo_units", "of_my_own")
+    scores = {"tasks": {name: {"acc": 0.6, "acc_stderr": 0.01} for name in names}}
+    expected = {"boolq": 50, "rte": 50, "winogrande": 50, "arc_easy": 25, "units": 25}
+    assert chance_lines(figures.task_bars(scores)) == expected
+    assert figures.chance_level("boolq", "arc_easy", "demo_units") == pytest.approx(1 / 3)
+    assert figures.chance_level("boolq", "of_my_own") is None
+    assert figures.chance_level() is None
+    assert chance_lines(figures.task_bars({"tasks": {"of_my_own": {"acc": 0.6, "acc_stderr": 0.1}}})) == {}
+
+
+def test_bars_of_tasks_without_accuracy_and_of_one_item():
+    generated = {"exact_match,strict-match": 0.3, "exact_match_stderr,strict-match": 0.1, "items": 20}
+    one_item = {"acc": 1.0, "acc_norm": 1.0, "items": 1}
+    tasks = {"gsm8k": generated, "boolq": one_item, "wikitext": {"word_perplexity": 20.0, "items": 5}}
+    figure = figures.task_bars({"tasks": tasks}, before={"tasks": {"boolq": one_item}})
+    figures.png(figure)
+    bars = [bar.get_width() for bar in figure.axes[0].patches]
+    assert bars[2:] == [30, 100]
+    assert np.isnan(bars[0])  # the other model was not scored on it
+    assert [t.get_text() for t in figure.axes[0].get_yticklabels()] == ["gsm8k (exact match)", "boolq"]
+    figures.png(figures.task_bars({"tasks": {"wikitext": tasks["wikitext"]}}))
+
+
+def test_a_curve_leaves_out_settings_that_are_missing():
+    frame = pd.DataFrame({"x": [2.0, 4.0, np.nan], "y": [0.5, 0.6, 0.7]})
+    axes = figures.curve(frame, x="x", y="y").axes[0]
+    assert axes.get_xticks().tolist() == [2, 4]
+    figures.png(figures.curve(frame.iloc[2:], x="x", y="y"))
+
+
+def test_numbers_are_legible_on_the_colour_of_their_cell():
+    rows = [
+        {"combination": w, "domain": d, "tokens": 1, "error": e}
+        for w, d, e in (("a", "all", 0.6), ("a", "x", 1.2), ("b", "all", 4.0), ("b", "x", 0.0))
+    ]
+    axes = figures.domain_errors(pd.DataFrame(rows)).axes[0]
+    colours = {text.get_text(): matplotlib.colors.to_hex(text.get_color()) for text in axes.texts}
+    assert colours["0.00"] == colours["0.60"] == colours["1.20"] == "#ffffff"
+    assert colours["4.00"] != "#ffffff"
+
+
+@pytest.mark.parametrize("started_in", ["", "notebooks"])
+def test_a_record_writes_into_the_project_wherever_the_notebook_is_started(started_in, tmp_path, monkeypatch):
+    (tmp_path / "notebooks").mkdir()
+    (tmp_path / "notebooks/00_tour.ipynb").write_text("{}")
+    monkeypatch.chdir(tmp_path / started_in)
+    for _ in range(2):  # its cell may be run again
+        record = Record("00_tour", {"model": "a/model"}, figures="figures")
+    record.data(pd.DataFrame({"a": [1]}))
+    assert (tmp_path / "runs/00_tour/model/results.csv").read_text() == "a\n1\n"
+    record.write(scores={"acc": 1})
+    content = json.loads((tmp_path / "runs/00_tour/model/results.json").read_text())
+    assert content["scores"] == {"acc": 1}  # before anything is drawn
+    record.figure(figures.dendrogram(linkage(np.array([1.0, 2.0, 3.0]))), "tree")
+    record.close(scores={"acc": 1})
+    content = json.loads((tmp_path / "runs/00_tour/model/results.json").read_text())
+    assert content["figures"] == ["figures/model/00_tree.png", "figures/model/00_tree.pdf"]
+    assert (tmp_path / content["figures"][1]).is_file()
+
+
+def test_scores_are_written_before_they_are_drawn():
+    cells = json.loads((ROOT / "notebooks/05_accuracy.ipynb").read_text())["cells"]
+    source = "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "code")
+    assert 0 < source.index("evaluate(") < source.index("record.write(scores=") < source.index("task_bars(")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda p: p.stem)
+def test_notebooks_change_to_the_project_before_anything_is_read(path):
+    """A record does; of our own modules only imports come before it, and no number is worked out."""
+    cells = [c for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code"]
+    body = ast.parse("".join(cells[1]["source"])).body
+    first = next(i for i, node in enumerate(body) if "Record(" in ast.unparse(node))
+    allowed = {"dict", "Record"}
+    calls = {
+        ast.unparse(n.func) for node in body[: first + 1] for n in ast.walk(node) if isinstance(n, ast.Call)
+    }
+    assert calls <= allowed

@@ -14,12 +14,12 @@ from hcsmoe_core import METHODS, apply_plan, capture, load_plan, load_statistics
 from hcsmoe_core.families import find_moe_layers
 from hcsmoe_core.merging import Group
 from hcsmoe_core.merging import combine_group as combine
-from hcsmoe_core.methods.budget import BUDGETS
-from hcsmoe_core.methods.planner import steps_of
-from hcsmoe_core.methods.saliency import super_experts
+from hcsmoe_core.methods import resolve
+from hcsmoe_core.methods.pruning import super_experts
 from hcsmoe_core.moe import Neurons
 from hcsmoe_core.plan import DROPPED, LayerPlan, Plan
 from hcsmoe_core.statistics import SAMPLED, LayerStatistics, Statistics
+from hcsmoe_core.steps import budget as BUDGETS
 from hcsmoe_core.steps import combine as COMBINE
 
 NEEDS = ("usage", "outputs", "norms", "grams", "sample")
@@ -41,6 +41,8 @@ EVERY_RULE = [
     {"rule": "least-squares", "align": "none", "ridge": 0.05},
     {"rule": "joint-svd", "align": "none", "rank": 1.0},
     {"rule": "selection"},
+    {"rule": "ties"},
+    {"rule": "dare"},
 ]
 
 
@@ -76,8 +78,8 @@ def check_layer(layer, experts, method):
     assert len(layer.labels) == len(layer.weights) == experts
     kept = [label for label in layer.labels if label != DROPPED]
     assert list(dict.fromkeys(kept)) == list(range(layer.num_groups))
-    assert len(kept) == experts or steps_of(method).grouping == "prune"
-    if steps_of(method).grouping == "prune":
+    assert len(kept) == experts or resolve(method).steps["group"] == "prune"
+    if resolve(method).steps["group"] == "prune":
         assert layer.router == "dropped"
         assert len(kept) == layer.num_groups  # nothing is joined
     members = [e for group in layer.groups() for e in group]
@@ -94,7 +96,7 @@ def check_layer(layer, experts, method):
 def allowed(method, budget):
     """Whether a method takes a budget."""
     try:
-        steps_of(method, budget=budget)
+        resolve(method, budget=budget)
     except ValueError:
         return False
     return True
@@ -109,7 +111,7 @@ def test_which_budgets_go_with_which_methods():
         wanted = set(BUDGETS)
         if method in ("trimming", "least-residual"):
             wanted = {"uniform"}
-        elif steps_of(method).grouping != "prune" or method == "o-prune":
+        elif resolve(method).steps["group"] != "prune" or method == "o-prune":
             wanted -= {"saliency"}
         assert budgets == wanted, method
 
@@ -117,10 +119,11 @@ def test_which_budgets_go_with_which_methods():
 @pytest.mark.parametrize("method", METHODS)
 def test_every_plan_is_a_partition_with_the_exact_total(method):
     model, stats = measured("mixtral")
+    few = {"subsets": 50} if method == "o-prune" else {}
     for budget in (b for m, b in PAIRS if m == method):
         for experts in range(1, 9):
             plan = make_plan(
-                stats, model, experts=experts, method=method, budget=budget, subsets=50, progress=False
+                stats, model, experts=experts, method=method, budget=budget, progress=False, **few
             )
             for layer in plan.layers:
                 check_layer(layer, 8, method)
@@ -142,9 +145,9 @@ def test_every_plan_is_a_partition_with_the_exact_total(method):
 
 
 WEIGHTLESS = [
-    m for m in METHODS if "sample" not in steps_of(m).needs() or steps_of(m).grouping == "hierarchical"
+    m for m in METHODS if "sample" not in resolve(m).needs or resolve(m).steps["group"] == "hierarchical"
 ]
-WEIGHTLESS = [m for m in WEIGHTLESS if not steps_of(m).needs_model() and m != "trimming"]
+WEIGHTLESS = [m for m in WEIGHTLESS if not resolve(m).needs_model and m != "trimming"]
 
 
 @st.composite
@@ -198,7 +201,7 @@ def test_made_up_statistics_give_partitions_with_the_exact_total(stats, data):
     experts = data.draw(st.integers(1, min(sizes)))
     how = dict(experts=experts, method=method, budget=budget, seed=data.draw(st.integers(0, 9)))
     protected = (
-        super_experts(stats) if steps_of(method).grouping != "fuzzy" and data.draw(st.booleans()) else {}
+        super_experts(stats) if resolve(method).steps["group"] != "fuzzy" and data.draw(st.booleans()) else {}
     )
     fewest = [min(len(p) + 1, size) for p, size in zip(protected.values(), sizes, strict=bool(protected))]
     if sum(fewest) > experts * len(sizes) or (budget == "uniform" and max(fewest, default=0) > experts):
@@ -384,7 +387,8 @@ def test_relabelling_experts_relabels_the_plan_and_nothing_else(family, method):
         other, again = _measured[family, *order]
         for more in ({}, *SETTINGS.get(method, [])):
             for experts in (2, 4, 5):
-                how = dict(experts=experts, method=method, seed=experts, subsets=50, progress=False, **more)
+                few = {"subsets": 50} if method == "o-prune" else {}
+                how = dict(experts=experts, method=method, seed=experts, progress=False, **few, **more)
                 before, after = make_plan(stats, model, **how), make_plan(again, other, **how)
                 for a, b in zip(before.layers, after.layers, strict=True):
                     *first, weights, mixture = described(a, range(8))
@@ -408,7 +412,8 @@ def _undecided(mixture, *layers):
 
 
 def make(method, stats, model, experts=4):
-    return make_plan(stats, model, experts=experts, method=method, subsets=50, progress=False)
+    few = {"subsets": 50} if method == "o-prune" else {}
+    return make_plan(stats, model, experts=experts, method=method, progress=False, **few)
 
 
 def same_plans(first, second):

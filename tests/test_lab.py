@@ -1,4 +1,4 @@
-"""JupyterLab under a headless Chromium: controls by keyboard, pictures that follow them and outlive the kernel."""
+"""JupyterLab in a headless Chromium: controls by keyboard; pictures follow them and outlive the kernel."""
 
 import json
 import os
@@ -31,7 +31,7 @@ PATIENCE = 240  # seconds: a notebook on two busy cores
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
-    """JupyterLab as ``./run lab`` starts it, on copies of two notebooks with small parameters and no user settings."""
+    """JupyterLab as ``./run lab`` starts it, on copies of two notebooks with small parameters."""
     if CHROMIUM is None:
         say = pytest.fail if os.environ.get("HCSMOE_REQUIRE_BROWSER") == "1" else pytest.skip
         say("JUPYTERLAB NOT TESTED: there is no chromium, chromium-browser or google-chrome on this machine")
@@ -105,7 +105,7 @@ def _answers(lab):
 
 @contextmanager
 def window(lab, name):
-    """A notebook, opened in a browser that knows nothing and with a kernel that has run nothing; nothing may complain."""
+    """A notebook, opened in a fresh browser and with a fresh kernel; the browser may report no error."""
     from playwright.sync_api import expect, sync_playwright
 
     for session in _ask(lab, "/api/sessions"):
@@ -149,7 +149,8 @@ def run_all(page):
     error = page.locator('[data-mime-type="application/vnd.jupyter.error"]')
     page.wait_for_function(
         """() => document.querySelector('[data-mime-type="application/vnd.jupyter.error"]')
-            || [...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].every(e => /[0-9]/.test(e.textContent))"""
+            || [...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')]
+                .every(e => /[0-9]/.test(e.textContent))"""
     )
     assert error.all_inner_texts() == []
 
@@ -167,7 +168,7 @@ def explorer(page, label):
 
 
 def slider(cell, label):
-    # ipywidgets puts a label before a slider, and does not tie it to the handle: by role alone it has no name.
+    # ipywidgets does not tie a slider's label to its handle: by role alone it has no name.
     return cell.locator(".widget-slider", has_text=re.compile(rf"^{label}\s*[\d.]+$")).get_by_role("slider")
 
 
@@ -250,15 +251,15 @@ def test_a_cut_drawn_in_the_notebook_is_merged_by_the_command(lab):
         before = changed(cell, before)
         press(dropdown(cell, "linkage"), "Space", "w", "Enter")
         before = changed(cell, before)
-        height = slider(cell, "cut height, of the tree's").get_attribute("aria-valuetext")
+        height = slider(cell, "relative cut height").get_attribute("aria-valuetext")
         press(slider(cell, "experts kept here"), "ArrowLeft")
         last = changed(cell, before)
         share = 100 * (1 - (kept - 1) / EXPERTS)
         note = cell.get_by_text("This layer:")
         expect(note).to_contain_text(f"{share:.0f} % of its expert weights saved")
         expect(note).to_contain_text(f"{LAYERS * kept - 1} experts")
-        expect(slider(cell, "cut height, of the tree's")).not_to_have_attribute("aria-valuetext", height)
-        tab_to(slider(cell, "cut height, of the tree's"))
+        expect(slider(cell, "relative cut height")).not_to_have_attribute("aria-valuetext", height)
+        tab_to(slider(cell, "relative cut height"))
         tab_to(cell.get_by_role("button", name="same in every layer"))
         press(cell.get_by_role("button", name="save plan"), "Enter")
         told = cell.get_by_text(re.compile("^Saved;")).inner_text()

@@ -17,29 +17,24 @@ from hcsmoe_core import (
     load_plan,
     make_plan,
     make_plans,
-    needs_of,
     restore,
     save_merged,
 )
 from hcsmoe_core.collect import expected_bytes
 from hcsmoe_core.families import find_moe_layers
-from hcsmoe_core.methods.planner import method_table, steps_of
+from hcsmoe_core.methods import resolve, table
 from hcsmoe_core.methods.summary import summarise
 from hcsmoe_core.moe import routing_tensors
 from hcsmoe_core.statistics import NEEDS
 
 ALL = tuple(NEEDS)
-PLAIN = [
-    name
-    for name, method in METHODS.items()
-    if method.steps.router != "mapped" or method.steps.group == "none"
-]
+PLAIN = [name for name in METHODS if resolve(name).kind in ("prunes", "trims") or resolve(name).steps["router"] != "mapped"]
 OPTIONS = {"o-prune": {"subsets": 50}}
 
 
 def uniform(method):
     """Settings under which every layer keeps alike many."""
-    return {"budget": "uniform"} if METHODS[method].steps.budget != "uniform" else {}
+    return {"budget": "uniform"} if METHODS[method].settings.get("budget", "uniform") != "uniform" else {}
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +53,7 @@ def measured():
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_lists_what_it_needs_and_needs_no_more(method, measured):
     model, full = measured("qwen2_moe")
-    needs = needs_of(method)
+    needs = METHODS[method].needs
     stats = capture(model, tokens(), needs=needs)
     assert stats.needs == needs
     plan = make_plan(stats, model, experts=4, method=method, **OPTIONS.get(method, {}))
@@ -74,7 +69,7 @@ def test_every_method_lists_what_it_needs_and_needs_no_more(method, measured):
             make_plan(less, model, experts=4, method=method)
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if "sample" in needs_of(m)])
+@pytest.mark.parametrize("method", [m for m in METHODS if "sample" in METHODS[m].needs])
 def test_without_the_sample_it_is_asked_for(method, measured):
     model, full = measured("mixtral")
     without = capture(model, tokens(), needs=[n for n in ALL if n != "sample"])
@@ -169,20 +164,21 @@ def test_non_uniform_pruning_is_written_mapped(measured, tmp_path):
     )
 
 
-def test_factors_are_smaller_on_disk(measured, tmp_path):
+def test_factors_take_fewer_bytes_and_are_written_dense(measured, tmp_path):
     model, stats = measured("mixtral", torch.bfloat16)
-    whole = make_plan(stats, model, experts=4, method="m-smoe", budget="uniform")
-    half = make_plan(stats, model, experts=4, method="mc-smoe", budget="uniform", share=0.5)
-    sizes = [save_merged(model, p, tmp_path / str(i), stats=stats) for i, p in enumerate((whole, half))]
-    assert not find_moe_layers(model)[0].merged
-    kept = 3 * 4 * 3 * 32 * 24 // 2
-    assert 0 <= sizes[0]["parameters"] - kept - sizes[1]["parameters"] < 32
-    assert sizes[1]["savings"]["weights"]["compressed"] <= kept
-    with (tmp_path / "1" / "experts-factored.safetensors").open("r+b") as file:
-        file.seek(-1, 2)
-        file.write(b"\x7f")
-    with pytest.raises(ValueError, match="cut short or changed"):
-        load_merged(tmp_path / "1")
+    plan = make_plan(stats, model, experts=4, method="mc-smoe", budget="uniform", share=0.5)
+    assert plan.compress == {"share": 0.5, "rank": None}
+    apply_plan(model, plan, stats)
+    live = logits(model, tokens(seed=2))
+    for layer in find_moe_layers(model):
+        dense = sum(t.numel() for t in layer.tensors().values()) * 2
+        assert dense * 0.4 < layer.experts._merged.compressed_bytes
+    numbers = 3 * 4 * 3 * 32 * 24 // 2  # half of the weights at 2 bytes each, and 8 bytes for each row that is stored
+    stored = sum(layer.experts._merged.compressed_bytes for layer in find_moe_layers(model))
+    assert 2 * (numbers - 32) < stored < 2 * numbers + 8 * 3 * 4 * (24 + 24 + 32)
+    save_merged(model, plan, tmp_path / "m", stats=stats)
+    restore(model)
+    assert torch.equal(logits(load_merged(tmp_path / "m", experts_implementation="eager"), tokens(seed=2)), live)
 
 
 def test_two_plans_of_the_same_groups_are_told_apart(measured, tmp_path):
@@ -220,7 +216,7 @@ def test_steps_that_do_not_go_together_are_refused():
     }
     for message, settings in refused.items():
         with pytest.raises(ValueError, match=message):
-            steps_of(**settings)
+            resolve(**settings)
 
 
 def test_more_experts_than_a_group_limit_holds_are_refused_first(measured):
@@ -262,7 +258,7 @@ def test_the_guard_is_stated_and_kept(measured):
 
 
 def test_the_table_names_every_method():
-    text = method_table()
+    text = table()
     for name, method in METHODS.items():
         assert f"\n{name}: {method.title}" in "\n" + text
         assert method.paper in text

@@ -33,10 +33,9 @@ from hcsmoe_core import (
 )
 from hcsmoe_core.clustering import LINKAGES, by_first_appearance
 from hcsmoe_core.families import find_moe_layers
-from hcsmoe_core.methods import budget as budgets
+from hcsmoe_core.methods import budgets, resolve
 from hcsmoe_core.methods.grouping import fuzzy_cmeans, kmeans, random_groups, restricted, single_shot
-from hcsmoe_core.methods.planner import steps_of
-from hcsmoe_core.methods.saliency import (
+from hcsmoe_core.methods.pruning import (
     DropLoss,
     best_kept,
     output_grams,
@@ -433,8 +432,8 @@ def test_similarities_that_cannot_be_are_refused():
         ({"similarity": "functional+cka", "metric": "manhattan"}, '"metric" argument must be one of'),
     ):
         with pytest.raises(ValueError, match=message):
-            steps_of("hc-smoe", **bad)
-    assert steps_of("hc-smoe", similarity="functional+weight", linkage="ward").used_metric == "euclidean"
+            resolve("hc-smoe", **bad)
+    assert resolve("hc-smoe", similarity="functional+weight", linkage="ward").metric == "euclidean"
     with pytest.raises(ValueError, match="not distances between points"):
         coordinates(np.ones(28), "routing-weighted")
     for metric in ("cosine", "routing-weighted", "mixed"):
@@ -827,7 +826,7 @@ def test_layers_that_are_alike_keep_alike():
     scores, condensed = rng.random(8), random_distances(rng, 8)
     tree, similarity = linkage(condensed), np.exp(-squareform(condensed))
     for keep in range(1, 9):
-        assert budgets.uniform(keep, [1] * 3, [8] * 3) == [keep] * 3
+        assert budgets.uniform([None] * 3, 3 * keep, [1] * 3) == [keep] * 3
         assert budgets.by_score([scores] * 3, 3 * keep, [1] * 3) == [keep] * 3
         assert budgets.by_merge_cost([tree] * 3, [1.0] * 3, 3 * keep, [1] * 3) == [keep] * 3
         for gamma in (0, 0.1, 1):
@@ -838,7 +837,7 @@ def test_layers_that_are_alike_keep_alike():
 def test_more_protected_experts_than_are_kept_are_refused(monkeypatch, budget):
     r = run("mixtral")
     monkeypatch.setattr(
-        "hcsmoe_core.methods.saliency.super_experts", lambda stats: {n: [0, 1, 2] for n in stats.layers}
+        "hcsmoe_core.methods.pruning.super_experts", lambda stats: {n: [0, 1, 2] for n in stats.layers}
     )
 
     grape = budgets.grape
@@ -1045,7 +1044,7 @@ def test_drop_loss_in_parts_is_the_same(monkeypatch):
     kept = torch.rand(40, E, generator=torch.Generator().manual_seed(0)) < 0.6
     kept[:, 0] = True
     whole = loss(kept)
-    monkeypatch.setattr("hcsmoe_core.methods.saliency.BATCH", 3 * 30 * E)
+    monkeypatch.setattr("hcsmoe_core.methods.pruning.BATCH", 3 * 30 * E)
     close(loss(kept), whole, rtol=1e-12)
 
 
@@ -1186,7 +1185,7 @@ def test_a_search_over_more_than_16_experts_in_a_plan():
 def test_protected_experts_are_kept_by_every_pruning(monkeypatch):
     r = run("qwen2_moe")
     worst = {n: [int(saliency(r.stats, n, "reap").argmin()), 7] for n in r.names}
-    monkeypatch.setattr("hcsmoe_core.methods.saliency.super_experts", lambda stats: worst)
+    monkeypatch.setattr("hcsmoe_core.methods.pruning.super_experts", lambda stats: worst)
     for method in ("reap", "ean", "man", "random-prune", "o-prune", "f-prune", "s-prune"):
         plan = make_plan(r.stats, r.model, experts=4, method=method, guard=True)
         for layer in plan.layers:
@@ -1201,7 +1200,7 @@ def test_protected_experts_are_kept_by_every_pruning(monkeypatch):
 def test_protected_experts_of_one_router_group_are_kept(monkeypatch):
     r = run("deepseek_v3")
     monkeypatch.setattr(
-        "hcsmoe_core.methods.saliency.super_experts", lambda stats: {n: [0, 1, 2] for n in stats.layers}
+        "hcsmoe_core.methods.pruning.super_experts", lambda stats: {n: [0, 1, 2] for n in stats.layers}
     )
     try:
         plan = make_plan(r.stats, r.model, experts=4, method="reap", guard=True)

@@ -1,4 +1,4 @@
-"""Text that a model writes itself, against a naive sampler that reads the whole prefix again for every token."""
+"""Text that a model writes itself, against a naive sampler that rereads the whole prefix for every token."""
 
 import threading
 
@@ -15,6 +15,7 @@ from hcsmoe_core.scale.streaming import stream_model
 from hcsmoe_core.score.evaluation import perplexity
 from hcsmoe_core.studies import cache, cost
 from hcsmoe_core.text import own_text as owntext
+from hcsmoe_core.text.calibration import calibration_settings
 from hcsmoe_core.text.own_text import LOOP, PERIOD, own_text, repetition, writing_of
 
 WORDS = [f"w{i}" for i in range(84)]
@@ -26,7 +27,7 @@ TEMPLATE = (
 
 
 def writer(family="mixtral", ends=(1, 3, 17, 40), **how):
-    """A tiny model in float64, whose documents are short and whose generation settings would spoil the text."""
+    """A tiny float64 model of short documents, whose generation settings would spoil the text."""
     model = tiny_model(family, torch.float64, **how)
     model.config.bos_token_id, model.config.eos_token_id = 0, None
     model.generation_config.update(
@@ -37,7 +38,7 @@ def writer(family="mixtral", ends=(1, 3, 17, 40), **how):
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    """Words of the tiny models' vocabulary, with special and added tokens among them; a text begins with ``<s>``."""
+    """Words of the tiny models' vocabulary, with special and added tokens; a text begins with ``<s>``."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -74,7 +75,7 @@ def test_it_is_what_a_naive_sampler_writes(family):
 
 
 def test_a_chat_model_writes_both_turns(tokenizer):
-    """The user's turn after the template's beginning, the rest of the template, the answer; every second sequence."""
+    """Template, the user's turn, the rest of the template, the answer; every second sequence."""
     model = writer(ends=(3, 30, 31))
     chat = tokenizer.__class__(
         tokenizer_object=tokenizer.backend_tokenizer, bos_token="<s>", eos_token="</s>"
@@ -270,26 +271,26 @@ def test_it_is_a_source_by_name_and_a_part_of_mixtures(tmp_path):
 
 def test_notebooks_take_it(tmp_path, monkeypatch):
     """Statistics captured on it are those of its tokens, and its cost is told beforehand."""
-    monkeypatch.setattr("hcsmoe_core.text.own_text.place", lambda path: tmp_path / path)
+    monkeypatch.chdir(tmp_path)
     model = tiny_model("qwen2_moe")
     model.save_pretrained(tmp_path / "m")
     model.name_or_path = str(tmp_path / "m")
     source = dict(calibration="self:batch=4", sequences=6, length=20)
-    stats = cache.statistics(model, None, folder=tmp_path / "s", seed=9, **source)
+    stats = cache.cached_statistics(model, None, folder=tmp_path / "s", seed=9, **source)
     wanted = capture(
         model, own_text(model, sequences=6, length=20, seed=9, batch=4, folder=None), progress=False
     )
     assert stats.sequences == wanted.sequences
     told = cost.forecast(str(tmp_path / "m"), **source).splitlines()
     assert told[2].startswith("own text     160 tokens, one after another: ")  # whole batches
-    assert cache.calibration_of("demo-qwen", "self") == {
+    assert calibration_settings("demo-qwen", "self") == {
         "calibration": "self",
         "sequences": 288,
         "length": 256,
     }
-    assert cache.calibration_of("demo-qwen", "self+notes.txt")["length"] == 256
-    assert cache.calibration_of("demo-qwen") == {"calibration": "demo", "sequences": 96, "length": 256}
-    assert cache.calibration_of("x", "self") == {"calibration": "self", "sequences": 32, "length": 2048}
+    assert calibration_settings("demo-qwen", "self+notes.txt")["length"] == 256
+    assert calibration_settings("demo-qwen") == {"calibration": "demo", "sequences": 96, "length": 256}
+    assert calibration_settings("x", "self") == {"calibration": "self", "sequences": 32, "length": 2048}
 
 
 def no_data(monkeypatch):
@@ -308,7 +309,7 @@ def test_without_data_it_is_offered_and_taken_only_where_none_were_named(
     from hcsmoe_core.ui import cli
 
     no_data(monkeypatch)
-    monkeypatch.setattr("hcsmoe_core.text.own_text.place", lambda path: tmp_path / path)
+    monkeypatch.chdir(tmp_path)
     tiny_model("mixtral").save_pretrained(tmp_path / "m")
     tokenizer.save_pretrained(tmp_path / "m")
     how = dict(out=tmp_path / "s.safetensors", sequences=3, length=12)
@@ -318,7 +319,7 @@ def test_without_data_it_is_offered_and_taken_only_where_none_were_named(
         cli.capture(str(tmp_path / "m"), calibration="c4", **how)
     cli.capture(str(tmp_path / "m"), **how)
     said = capsys.readouterr()
-    assert "No --calibration was given: going on with text that the model writes itself." in said.err
+    assert "No calibration was given: the model writes its own text." in said.err
     assert "calibrating on 3 × 12 tokens of self, seed 42" in said.out
     assert load_statistics(how["out"]).num_tokens == 36
 
@@ -327,7 +328,7 @@ def test_merge_holds_out_other_sequences_and_says_what_they_are(tmp_path, monkey
     from hcsmoe_core.score import fidelity
     from hcsmoe_core.ui import cli
 
-    monkeypatch.setattr("hcsmoe_core.text.own_text.place", lambda path: tmp_path / path)
+    monkeypatch.chdir(tmp_path)
     tiny_model("mixtral").save_pretrained(tmp_path / "m")
     asked, usual = [], fidelity.unseen
 
@@ -393,7 +394,7 @@ def test_who_cannot_write_is_refused(mixtral, tmp_path):
 
 
 def test_a_merged_model_is_scored_on_what_the_original_wrote(tmp_path, monkeypatch, tokenizer):
-    monkeypatch.setattr("hcsmoe_core.text.own_text.place", lambda path: tmp_path / path)
+    monkeypatch.chdir(tmp_path)
     model = tiny_model("mixtral")
     how = dict(tasks=[], text="self:batch=4", sequences=4, length=12)
     before = evaluate(model, tokenizer, **how)

@@ -16,11 +16,17 @@ QWEN, MIXTRAL = "Qwen/Qwen1.5-MoE-A2.7B-Chat", "mistralai/Mixtral-8x7B-v0.1"
 SIZE = {"demo-qwen": 32, "demo-mixtral": 8, QWEN: 60, MIXTRAL: 8}
 
 
-def cell(model, experts, score, *, seed=42, tasks=None, **steps):
+def cell(model, experts, score, *, calibration_seed=42, tasks=None, **steps):
     """A results.json of 05_accuracy as it would be; ``tasks`` are all scored the same."""
     tasks = tasks or (demo_tasks.NAMES if model.startswith("demo") else paper.table_of("qwen")["tasks"])
     parameters = dict(
-        model=model, dtype="float32", calibration="", sequences=0, length=0, seed=seed, experts=experts
+        model=model,
+        dtype="float32",
+        calibration="",
+        sequences=0,
+        length=0,
+        calibration_seed=calibration_seed,
+        experts=experts,
     )
     parameters |= (
         dict(method="hc-smoe", similarity="", linkage="", merge="", tasks="", limit=0, text="demo") | steps
@@ -106,8 +112,8 @@ def test_rows_line_up_one_to_one_on_the_papers_model(tmp_path):
         cell(QWEN, 30, 0.4, linkage="single"),
     ]
     # Three samples, one of them twice: once with a step spelt out that is the method's own.
-    scored += [cell(QWEN, 45, s, seed=i) for i, s in enumerate((0.55, 0.57, 0.59))]
-    scored += [cell(QWEN, 45, 0.59, seed=2, linkage="average", merge="frequency")]
+    scored += [cell(QWEN, 45, s, calibration_seed=i) for i, s in enumerate((0.55, 0.57, 0.59))]
+    scored += [cell(QWEN, 45, 0.59, calibration_seed=2, linkage="average", merge="frequency")]
     scored += [cell(QWEN, 45, 0.1, linkage="ward")]
     scored[1]["scores"]["tasks"]["rte"]["acc"] = 0.9
     frame = paper.line_up(collected(tmp_path, scored), "qwen")
@@ -231,8 +237,8 @@ def test_bars_stand_for_shares_of_routed_tokens():
 def test_published_is_drawn_beside_ours(tmp_path):
     cells = [
         cell("demo-qwen", 0, 0.8),
-        cell("demo-qwen", 24, 0.7, seed=1),
-        cell("demo-qwen", 24, 0.74, seed=2),
+        cell("demo-qwen", 24, 0.7, calibration_seed=1),
+        cell("demo-qwen", 24, 0.74, calibration_seed=2),
     ]
     frame = paper.line_up(collected(tmp_path, cells), "qwen")
     for width, panels in ((figures.PAGE, 2), (figures.COLUMN, 2)):

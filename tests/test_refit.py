@@ -9,7 +9,7 @@ import hcsmoe_core as core
 from hcsmoe_core.families import moe_layer
 from hcsmoe_core.merging import Group
 from hcsmoe_core.merging import combine_group as combine
-from hcsmoe_core.methods import combine as combining
+from hcsmoe_core.methods import combining
 from hcsmoe_core.methods import residual
 from hcsmoe_core.statistics import LayerSample
 
@@ -134,7 +134,7 @@ def test_a_group_is_refitted_where_that_leaves_less_on_held_out_tokens():
     stats = captured(model)
     plain = core.make_plan(stats, model, experts=3, method="least-residual", refit=0)
     plan = core.make_plan(stats, model, experts=3, method="least-residual")
-    assert plan.settings["combine"] == {"rule": "residual", "refit": 2}
+    assert (plan.settings["combine"], plan.settings["refit"]) == ("residual", 2)
     decides, seen = residual.held_out(stats.sampled, "sequences"), set()
     for before, after in zip(plain.layers, plan.layers, strict=True):
         assert (before.labels, before.width) == (after.labels, after.width)
@@ -188,15 +188,15 @@ def test_it_goes_with_other_methods_and_is_written(method, settings, tmp_path):
         ("least-residual", {"refit": -1}, '"refit" argument must be'),
         ("f-prune", {"refit": 1}, "goes with no pruning"),
         ("fuzzy", {"refit": 1}, "goes with no pruning, fuzzy groups"),
-        ("mc-smoe", {"refit": 1}, "or share"),
+        ("mc-smoe", {"refit": 1}, "or compress"),
     ],
 )
 def test_what_it_does_not_go_with(method, settings, message):
     with pytest.raises(ValueError, match=message):
-        core.methods.planner.steps_of(method, **settings)
+        core.methods.resolve(method, **settings)
 
 
 def test_it_is_a_setting_on_the_command_line():
-    assert core.methods.planner.settings_from(["refit=3"]) == {"refit": 3}
+    assert core.methods.parse_settings(["refit=3"]) == {"refit": 3}
     with pytest.raises(ValueError, match="takes a number"):
-        core.methods.planner.settings_from(["refit=twice"])
+        core.methods.parse_settings(["refit=twice"])

@@ -10,9 +10,9 @@ from conftest import EXPERTS, OTHERS, tiny_model, tokens
 import hcsmoe_core as core
 from hcsmoe_core.families import moe_layer
 from hcsmoe_core.merging import merge_layer
-from hcsmoe_core.methods import combine as combining
+from hcsmoe_core.methods import combining
 from hcsmoe_core.methods import residual
-from hcsmoe_core.methods.combine import chosen_columns, forward_selection
+from hcsmoe_core.methods.combining import chosen_columns, forward_selection
 from hcsmoe_core.moe import MoELayer
 from hcsmoe_core.plan import LayerPlan
 
@@ -104,7 +104,7 @@ def test_the_residual_is_that_of_the_layer_made_so(family, experts):
     name = list(stats.layers)[1]
     sums, layer = stats.layers[name], moe_layer(model, name)
     decides = residual.held_out(stats.sampled, "sequences")
-    ways = residual.Judge(layer, sums, decides, "frequency").ways(stats, model, experts)
+    ways = residual.Scorer(layer, sums, decides, "frequency").candidates(stats, model, experts)
     inputs, gates = sums.sample.inputs[decides], sums.sample.gates[decides]
     outputs = torch.stack(
         [layer.expert_output(e, layer.expert_hidden(e, inputs)) for e in range(EXPERTS)]
@@ -136,7 +136,7 @@ def test_no_more_tokens_decide_than_tell_the_neurons_apart(mixtral):
     stats = captured(mixtral, sequences=40)
     sums = next(iter(stats.layers.values()))
     decides = residual.held_out(stats.sampled, "sequences")
-    few = residual.Judge(moe_layer(mixtral, next(iter(stats.layers))), sums, decides, "frequency", tokens=100)
+    few = residual.Scorer(moe_layer(mixtral, next(iter(stats.layers))), sums, decides, "frequency", tokens=100)
     assert sum(len(sample.inputs) for sample in few.samples) == 24 * residual.EACH * EXPERTS // 2
     assert torch.equal(few.samples[0].inputs, sums.sample.inputs[:384][~decides[:384]])
 
@@ -159,11 +159,11 @@ def test_the_uniform_shape_leaves_least_in_all_and_layers_of_their_own_no_more(m
     stats = captured(mixtral)
     decides = residual.held_out(stats.sampled, "sequences")
     found = [
-        residual.Judge(moe_layer(mixtral, n), sums, decides, "frequency").ways(stats, mixtral, 3)
+        residual.Scorer(moe_layer(mixtral, n), sums, decides, "frequency").candidates(stats, mixtral, 3)
         for n, sums in stats.layers.items()
     ]
     total = {key: sum(ways[key].residual for ways in found) for key in found[0]}
-    uniform, own = residual.chosen_ways(found, "uniform"), residual.chosen_ways(found, "by-layer")
+    uniform, own = residual.best_candidates(found, "uniform"), residual.best_candidates(found, "by-layer")
     assert sum(way.residual for way in uniform) == min(total.values())
     assert sum(way.residual for way in own) <= min(total.values())
     plan = recommended(mixtral, stats, 3)
@@ -331,7 +331,7 @@ def test_the_same_plan_each_time_and_its_settings(mixtral):
     assert first == second
     assert first.settings["method"] == "least-residual"
     assert first.settings["shape"] == "uniform"
-    assert core.needs_of("recommended") == ("usage", "grams", "sample")
+    assert core.methods.resolve("recommended").needs == ("usage", "grams", "sample")
 
 
 def test_what_cannot_be_solved_for_is_averaged(monkeypatch):
@@ -345,16 +345,16 @@ def test_what_cannot_be_solved_for_is_averaged(monkeypatch):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"budget": "frequency"}, 'budget must be "uniform"'),
+        ({"budget": "frequency"}, 'goes with budget "uniform" only'),
         ({"guard": True}, "guard off"),
-        ({"combine": "average"}, 'goes with group "residual"'),
+        ({"combine": "average"}, 'group "residual" goes with combine "residual" only'),
         ({"shape": "square"}, '"shape" argument must be one of "uniform", "by-layer"'),
         ({"holdout": "tokens"}, '"holdout" argument must be one of "auto", "sequences", "domains"'),
     ],
 )
 def test_steps_that_do_not_go_together(settings, message):
     with pytest.raises(ValueError, match=message):
-        core.methods.planner.steps_of("recommended", **settings)
+        core.methods.resolve("recommended", **settings)
 
 
 def test_it_wants_the_model_and_the_sample(mixtral):

@@ -1,4 +1,4 @@
-"""Layer by layer gives what the whole model gives, to the byte; interrupted or broken it goes on or says what is wrong."""
+"""Layer by layer gives what the whole model gives, to the byte; interrupted it goes on, broken it says why."""
 
 import filecmp
 import json
@@ -32,6 +32,7 @@ from hcsmoe_core import (
 )
 from hcsmoe_core.plan import with_router
 from hcsmoe_core.scale import streaming
+from hcsmoe_core.score.fidelity import fidelity, observer
 from hcsmoe_core.ui import family_table
 from tools import family_table as families
 
@@ -74,12 +75,12 @@ def test_streamed_statistics_and_checkpoints_are_those_of_the_whole_model(name, 
     }
     plans |= {kind: with_router(plans["mapped"], kind) for kind in ("row-kept", "folded")}
     for kind, plan in plans.items():
-        options = dict(stats=wanted, heldout=heldout)
-        said = save_merged(whole, plan, tmp_path / kind, **options)
-        assert (
-            stream_merged(streamed, plan, tmp_path / f"{kind}-2", tmp_path / f"work-{kind}", **options)
-            == said
-        )
+        measured = fidelity(whole, plan, heldout, stats=wanted)
+        said = save_merged(whole, plan, tmp_path / kind, stats=wanted, fidelity=measured)
+        options = dict(stats=wanted, observer=observer(heldout))
+        out, work = tmp_path / f"{kind}-2", tmp_path / f"work-{kind}"
+        assert stream_merged(streamed, plan, out, work, **options) == said
+        assert said["fidelity"] == measured
         same_files(tmp_path / kind, tmp_path / f"{kind}-2")
         if name in FAMILIES:
             assert said["router"] == ("mapped" if kind == "mapped" else "plain")
@@ -161,7 +162,7 @@ def test_tied_embeddings(input_ids, tmp_path):
     folder = store(type(model)(model.config), tmp_path / "model")
     whole, streamed = load_model(folder)[0], stream_model(folder)[0]
     assert whole.lm_head.weight is whole.model.embed_tokens.weight
-    stats = stream_capture(streamed, input_ids, tmp_path / "work")
+    stats = stream_capture(streamed, input_ids, tmp_path / "work", methods=["ean"])
     plan = make_plan(stats, whole, experts=4, method="ean")
     save_merged(whole, plan, tmp_path / "a")
     for out in "bc":  # twice, as what was let go is read again
@@ -193,7 +194,7 @@ def test_one_decoder_layer_is_in_memory_at_a_time(stored, input_ids, tmp_path):
 
 
 def test_whole_if_it_fits_and_streamed_if_not(stored, monkeypatch):
-    monkeypatch.setattr(streaming, "_held", lambda: 1_000_000)
+    monkeypatch.setattr(streaming, "_resident_memory", lambda: 1_000_000)
     size = sum(p.numel() * p.element_size() for p in tiny_model("mixtral").parameters())
     assert not next(open_model(stored)[0].model.layers.parameters()).is_meta
     assert next(open_model(stored, load="streamed")[0].model.layers.parameters()).is_meta
@@ -207,6 +208,8 @@ def test_whole_if_it_fits_and_streamed_if_not(stored, monkeypatch):
         ValueError, match='"memory" argument is 1MB, but with the largest decoder layer .* give more'
     ):
         open_model(stored, memory="1MB")
+    with pytest.raises(ValueError, match='"memory" argument is 3kb'):  # bytes, in lower case too
+        open_model(stored, load="streamed", memory="3kb")
     for bad in ("3 apples", "-1GB", "GB"):
         with pytest.raises(ValueError, match=r'"memory" argument must be a size such as 3GB'):
             open_model(stored, memory=bad)
@@ -257,7 +260,7 @@ def test_a_full_disk_is_told_and_writing_goes_on(stored, input_ids, tmp_path, mo
 
     monkeypatch.setattr(modeling_utils, "safe_save_file", full)
     with pytest.raises(
-        OSError, match="cannot be written .*No space left on device.* see that the disk has room"
+        OSError, match="cannot be written .*No space left on device.* is the disk full"
     ):
         stream_merged(model, plan, tmp_path / "b", tmp_path / "work-b")
     assert not (tmp_path / "b").exists()
@@ -267,6 +270,34 @@ def test_a_full_disk_is_told_and_writing_goes_on(stored, input_ids, tmp_path, mo
     same_files(tmp_path / "a", tmp_path / "b")
     with pytest.raises(FileExistsError, match="exists; remove it"):
         stream_merged(model, plan, tmp_path / "b", tmp_path / "work-b")
+
+
+def test_fidelity_goes_on_after_the_last_layer_that_was_measured(stored, input_ids, tmp_path, monkeypatch):
+    model, _ = stream_model(stored)
+    plan, heldout = (
+        make_plan(capture(load_model(stored)[0], input_ids), model, experts=4),
+        tokens(2, 24, seed=5),
+    )
+    options = dict(observer=observer(heldout))
+    wanted = stream_merged(model, plan, tmp_path / "a", tmp_path / "work-a", **options)
+    usual, pushed = streaming._Source.push, []
+
+    def interrupted(source, index, *rest):
+        pushed.append(index)
+        if pushed == [0, 0, 1, 1]:
+            raise KeyboardInterrupt
+        usual(source, index, *rest)
+
+    monkeypatch.setattr(streaming._Source, "push", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        stream_merged(model, plan, tmp_path / "b", tmp_path / "work-b", **options)
+    assert not any(layer.merged for layer in find_moe_layers(model))
+    again = stream_model(stored)[0]
+    assert stream_merged(again, plan, tmp_path / "b", tmp_path / "work-b", **options) == wanted
+    assert pushed == [0, 0, 1, 1, 1, 1, 2, 2]
+    same_files(tmp_path / "a", tmp_path / "b")
+    with pytest.raises(ValueError, match="unfinished run, but it has other observer"):
+        stream_merged(again, plan, tmp_path / "c", tmp_path / "work-b", observer=observer(heldout + 1))
 
 
 def rewrite(folder, name, change):
@@ -386,7 +417,7 @@ def test_what_layers_hand_on_survives_the_disk(tmp_path):
         "output": (torch.randn(2, 3), None, [1, 2.5, "x", True]),
         "shared": {"kv": {3: (torch.ones(2).bfloat16(),)}},
     }
-    outputs = streaming._Outputs(tmp_path)
+    outputs = streaming.Outputs(tmp_path)
     outputs.write(4, 0, kept)
     found = outputs.read(4, 0, "cpu")
     assert torch.equal(found["output"][0], kept["output"][0])
@@ -560,8 +591,8 @@ def test_killed_at_ten_random_moments_and_resumed(deep, tmp_path):
         out = tmp_path / f"killed-{finished}"
         until = done(out) + rng.randint(0, 4) if len(kills) < 10 else None
         run = command(*merge, "--out", out)
-        lock = streaming.work_of(out) / "lock"
-        while run.poll() is None and not (lock.exists() and lock.read_text() == str(run.pid)):
+        owner = streaming.work_of(out) / "pid"
+        while run.poll() is None and not (owner.exists() and owner.read_text() == str(run.pid)):
             time.sleep(0.001)
         while run.poll() is None and (until is None or done(out) < until):
             time.sleep(0.001)

@@ -31,7 +31,7 @@ def test_costs_are_told_without_loading_the_weights(name, tmp_path):
     loaded, tokenizer = load_model(name, dtype="float32")
     weights = sum(p.numel() for p in loaded.parameters())
     assert amounts(model) == pytest.approx([weights, 4 * weights], rel=5e-3)
-    stats = cache.statistics(loaded, tokenizer, needs=["sample"], folder=tmp_path, **source)
+    stats = cache.cached_statistics(loaded, tokenizer, needs=["sample"], folder=tmp_path, **source)
     (file,) = tmp_path.iterdir()
     assert amounts(statistics) == pytest.approx([file.stat().st_size], rel=0.02)  # but for the header
     assert "or more on this" in capture
@@ -69,12 +69,12 @@ def test_a_pass_needs_the_operations_of_its_matrix_products(tmp_path):
 def test_statistics_with_the_sample_serve_those_who_need_none(tmp_path, monkeypatch):
     model, tokenizer = load_model("demo-mixtral")
     how = dict(calibration="demo", sequences=12, length=32, folder=tmp_path)
-    whole = cache.statistics(model, tokenizer, needs=["sample"], **how)
+    whole = cache.cached_statistics(model, tokenizer, needs=["sample"], **how)
     monkeypatch.setattr(cache, "capture", None)
-    again = cache.statistics(model, tokenizer, **how)
+    again = cache.cached_statistics(model, tokenizer, **how)
     assert again.sequences == whole.sequences
     with pytest.raises(TypeError):  # another seed is another pass
-        cache.statistics(model, tokenizer, seed=1, **how)
+        cache.cached_statistics(model, tokenizer, seed=1, **how)
 
 
 def test_of_several_that_ask_at_once_one_captures(tmp_path, monkeypatch):
@@ -91,7 +91,7 @@ def test_of_several_that_ask_at_once_one_captures(tmp_path, monkeypatch):
     with ThreadPoolExecutor(3) as executor:
         found = [
             f.result()
-            for f in [executor.submit(cache.statistics, loaded, tokenizer, **how) for _ in range(3)]
+            for f in [executor.submit(cache.cached_statistics, loaded, tokenizer, **how) for _ in range(3)]
         ]
     assert len(calls) == 1
     assert [path.suffix for path in tmp_path.iterdir()] == [".safetensors"]  # and no lock

@@ -12,7 +12,7 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from hcsmoe_core.checkpoint import load_tokenizer
 from hcsmoe_core.demo import models
-from hcsmoe_core.studies import engines, sweep
+from hcsmoe_core.studies import cache, engines, sweep
 
 SMALL = {"calibration": "demo", "sequences": 12, "length": 64}
 
@@ -30,7 +30,7 @@ def test_ids_follow_notebook_parameters_and_core(tmp_path, monkeypatch):
     first = sweep.cell_id(path, {"a": 1, "b": 2})
     assert sweep.cell_id(path, {"b": 2, "a": 1}) == first
     assert sweep.cell_id(path, {"a": 1, "b": 3}) != first
-    monkeypatch.setattr(sweep, "core_hash", lambda: "other")
+    monkeypatch.setattr(cache, "code_hash", lambda: "other")
     assert sweep.cell_id(path, {"a": 1, "b": 2}) != first
     monkeypatch.undo()
     path.write_text(path.read_text() + "\n")
@@ -164,7 +164,11 @@ def test_notebooks_run_with_default_and_with_changed_parameters_and_draw_the_sam
     scored = [
         {"experts": r, "linkage": linkage} for r, linkage in ((4, "average"), (2, "average"), (4, "single"))
     ]
-    scored += [{"experts": 4, "method": "reap"}, {"experts": 4, "linkage": "average", "seed": 43}, {}]
+    scored += [
+        {"experts": 4, "method": "reap"},
+        {"experts": 4, "linkage": "average", "calibration_seed": 43},
+        {},
+    ]
     out, first, second, other = (tmp_path / name for name in ("runs", "first", "second", "other"))
     reading = {
         "where": 'linkage == "average"',
@@ -284,7 +288,7 @@ def test_means_and_spreads_are_over_the_calibration_samples():
         ("hc-smoe", 4, 43, 0.7, 1.7),
         ("reap", 4, 42, 0.4, 2.0),
     ]
-    cells = pd.DataFrame(rows, columns=["setting", "experts", "seed", "mean_acc", "mean_loss"])
+    cells = pd.DataFrame(rows, columns=["setting", "experts", "calibration_seed", "mean_acc", "mean_loss"])
     cells = cells.assign(method="m", mean_acc_stderr=0.05, bytes=100)
     cells.loc[len(cells)] = cells.loc[1]  # measured twice
     frame = sweep.over_samples(cells).set_index("setting")

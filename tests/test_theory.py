@@ -7,9 +7,9 @@ import torch
 from conftest import tiny_model, tokens
 from naive import expert
 
+from benchmarks import figures, theory
 from hcsmoe_core import apply_plan, capture, find_moe_layers, make_plan, restore
-from hcsmoe_core.studies import theory
-from hcsmoe_core.ui import figures
+from hcsmoe_core.studies.pipeline import layer_outputs, split_sample
 
 
 @pytest.fixture(scope="module")
@@ -27,20 +27,20 @@ def test_what_experts_give_is_their_gated_sum_before_and_after_merging(captured)
     sample = stats.layers[layer.name].sample
     inputs, gates = sample.inputs.double(), sample.gates
     whole = sum(gates[:, [e]] * expert(layer.experts, e, inputs) for e in range(8))
-    torch.testing.assert_close(theory.given(layer, stats), whole, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(layer_outputs(layer, stats), whole, rtol=1e-4, atol=1e-5)
     apply_plan(model, plan)
     labels = plan.layers[1].labels
     merged = sum(gates[:, [e]] * expert(layer.experts, labels[e], inputs) for e in range(8))
-    torch.testing.assert_close(theory.given(layer, stats), merged, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(layer_outputs(layer, stats), merged, rtol=1e-4, atol=1e-5)
     restore(model)
     apply_plan(model, make_plan(stats, model, experts=3, method="f-prune", budget="uniform"))
-    assert theory.given(layer, stats) is None  # the router chooses anew
+    assert layer_outputs(layer, stats) is None  # the router chooses anew
     restore(model)
 
 
 def test_samples_are_split_by_sequences(captured):
     _, stats = captured
-    fit, judge = theory.split_sample(stats)
+    fit, judge = split_sample(stats)
     assert len(fit.sampled) + len(judge.sampled) == len(stats.sampled)
     assert not set(fit.sampled[:, 0].tolist()) & set(judge.sampled[:, 0].tolist())
     name = next(iter(stats.layers))

@@ -6,9 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from hcsmoe_core import _util as files
-from hcsmoe_core.studies import tradeoff
-from hcsmoe_core.ui import figures
+from benchmarks import equal_bytes as tradeoff
+from benchmarks import figures
 
 
 def cells(points):
@@ -95,16 +94,9 @@ def test_the_figure_has_a_line_for_each_kind_and_number_of_bits():
     assert sorted(ring.get_xdata()) == sorted(points["bytes_share"][tradeoff.front(points, "bytes_share")])
 
 
-def test_what_is_kept_is_not_measured_again(tmp_path):
-    first = files.kept(tmp_path, {"a": 1}, lambda: [1.5])
-    assert first == {"a": 1, "result": [1.5]}
-    assert files.kept(tmp_path, {"a": 1}, lambda: pytest.fail("measured twice")) == first
-    assert files.kept(tmp_path, {"a": 2}, lambda: "other")["result"] == "other"
-
-
 def test_bad_settings_are_refused_before_anything_is_measured(tmp_path):
     for settings, message in (
-        (dict(methods=["hcsmoe"]), '"methods" argument must be one of'),
+        (dict(methods=["hcsmoe"]), '"method" argument must be one of'),
         (dict(bits=[5]), '"bits" argument must be one of'),
         (dict(experts=[9]), '"experts" argument must be a whole number from 1 to 8'),
     ):

@@ -1,16 +1,16 @@
-"""Train the embedded models: ``python -m hcsmoe_core.demo.train demo-qwen --out runs/train/demo-qwen``.
+"""Train the embedded models: ``python -m tools.train demo-qwen --out runs/train/demo-qwen``.
 
-Both learn the next token of :mod:`hcsmoe_core.demo.corpus` (AdamW, warm-up, constant rate, cosine decay). They differ in
-how their experts come to be:
+Both predict the next token of :mod:`hcsmoe_core.demo.corpus` (AdamW, warm-up, constant rate, cosine decay).
+They differ in the origin of their experts:
 
 ``demo-mixtral``
     Eight experts from random weights: they have nothing in common.
 ``demo-qwen``
-    One expert is trained, copied eightfold with noise, trained, and every expert is split in two twice more. Experts of
-    one ancestor are a family; ``families.json`` beside the weights keeps them.
+    One expert is trained, copied eightfold with noise, trained, and every expert is split in two twice more.
+    Experts of one ancestor are a family; ``families.json`` beside the weights keeps them.
 
-Batches are drawn from the seed and the step alone, so that a run that was stopped and resumed gives the weights of one
-that was not.
+Batches depend on the seed and the step alone, so that a run which was stopped and resumed gives the weights
+of one that was not.
 """
 
 import argparse
@@ -27,7 +27,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
-from hcsmoe_core.demo import corpus, models
+from hcsmoe_core._util import EMBEDDED
+from hcsmoe_core.demo import corpus
+from tools import models
 
 SHARES = {
     "code": 0.14,
@@ -47,7 +49,7 @@ SHARES = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one model is trained; ``stages`` are pairs of a number of experts and of steps."""
+    """How one model is trained; a stage is a number of experts and a number of steps."""
 
     stages: tuple
     sequences: int = 16
@@ -56,7 +58,7 @@ class Recipe:
     weight_decay: float = 0.1
     balance: float = 0.01  # weight of the load-balancing loss; without it experts starve
     warmup: int = 100
-    decay: float = 0.4  # last part of all steps, in which the rate falls to 5 %
+    decay: float = 0.4  # last share of all steps, in which the rate falls to 5 %
     noise: float = 0.3  # of a tensor's standard deviation, when experts are split
     seed: int = 0
 
@@ -68,7 +70,7 @@ RECIPES = {
 
 
 def batch(tokenizer, recipe, step, device="cpu"):
-    """Token ids ``[sequences, length + 1]`` of one step; a sequence keeps to one domain."""
+    """Token ids ``(sequences, length + 1)`` of one step; each sequence has one domain."""
     rng = random.Random(f"{recipe.seed} {step}")
     domains = rng.choices(list(SHARES), weights=list(SHARES.values()), k=recipe.sequences)
     rows = []
@@ -95,7 +97,8 @@ def build(name, experts, seed):
 def split_experts(parent, child, noise, seed):
     """Fill ``child`` with ``parent``'s weights; expert ``e`` of E becomes the experts ``e·n … e·n + n − 1``.
 
-    Every copy gets Gaussian noise of ``noise`` standard deviations of its tensor, so that the copies can part.
+    Every copy gets Gaussian noise of ``noise`` standard deviations of its tensor, so that the copies can
+    part.
     """
     generator = torch.Generator().manual_seed(seed)
     source = parent.state_dict()
@@ -112,20 +115,20 @@ def split_experts(parent, child, noise, seed):
 
 
 class RouterTap:
-    """Keeps the router probabilities of the last forward pass, for the load-balancing loss."""
+    """Records the router probabilities of the last forward pass, for the load-balancing loss."""
 
     def __init__(self, model):
         self.probabilities, self.chosen = [], []
         for layer in model.model.layers:
-            layer.mlp.gate.register_forward_hook(self._keep)
+            layer.mlp.gate.register_forward_hook(self._record)
 
-    def _keep(self, router, inputs, output):
+    def _record(self, router, inputs, output):
         logits, _, chosen = output
         self.probabilities.append(logits.float().softmax(-1))
         self.chosen.append(chosen)
 
     def balance_loss(self):
-        """``E · Σ_e (share of tokens of e) · (mean probability of e)``, mean over layers (Switch Transformer, eq. 4)."""
+        """``E · Σ_e (token share of e) · (mean probability of e)``, mean over layers (Switch, eq. 4)."""
         loss = 0.0
         for p, chosen in zip(self.probabilities, self.chosen, strict=True):
             experts = p.shape[-1]
@@ -137,7 +140,7 @@ class RouterTap:
 
 
 def rate_at(recipe, step, since_split):
-    """Learning rate: warm-up after every start and split, constant, cosine to 5 % over the last ``decay`` of the run."""
+    """Learning rate: warm-up after start and splits, constant, cosine to 5 % over the last ``decay``."""
     total = sum(steps for _, steps in recipe.stages)
     left = (total - step) / (recipe.decay * total)
     factor = 1.0 if left >= 1 else 0.05 + 0.95 * 0.5 * (1 - math.cos(math.pi * left))
@@ -153,7 +156,7 @@ def optimizer_of(model, recipe):
 
 
 def save_checkpoint(folder, model, optimizer, progress):
-    """Weights and optimizer moments in one file, written beside its place and renamed."""
+    """Write weights and optimizer moments to one file, atomically."""
     tensors = {f"weight/{n}": p.detach() for n, p in model.named_parameters()}
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
@@ -164,7 +167,7 @@ def save_checkpoint(folder, model, optimizer, progress):
 
 
 def load_checkpoint(path, name, recipe, device):
-    """Model, optimizer and progress that :func:`save_checkpoint` wrote, if by the same recipe."""
+    """Model, optimizer and progress of :func:`save_checkpoint`; the recipe must be the same."""
     from safetensors import safe_open
 
     with safe_open(path, "pt") as file:
@@ -194,9 +197,9 @@ def train(name, folder, recipe=None, device="cpu", every=250):
     ----------
     name : {"demo-mixtral", "demo-qwen"}
     folder : path
-        Checkpoints, the log and the model; a run that finds its own checkpoint there goes on from it.
+        Folder of checkpoints and the model; a run continues from its own checkpoint there.
     recipe : Recipe, optional
-        By default the one the committed weights were made with.
+        By default that of the committed weights.
     every : int
         Steps between checkpoints.
 
@@ -253,7 +256,7 @@ def train(name, folder, recipe=None, device="cpu", every=250):
 
 
 def take_step(model, optimizer, tap, rows, balance):
-    """One update on a batch; returns the loss in nats a token, without the balancing term."""
+    """Update once on a batch; returns the loss in nats per token, without the balancing term."""
     logits = model(input_ids=rows[:, :-1], use_cache=False).logits
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
     balance_loss = tap.balance_loss()
@@ -265,7 +268,7 @@ def take_step(model, optimizer, tap, rows, balance):
 
 
 def finish(name, folder, model, tokenizer, recipe, progress):
-    """Write the model folder: bfloat16 weights, tokenizer, families and how it was made."""
+    """Write the model folder: bfloat16 weights, tokenizer, families and a record of the training."""
     target = folder / "model"
     model.to(torch.bfloat16).save_pretrained(target)
     tokenizer.save_pretrained(target)
@@ -277,7 +280,7 @@ def finish(name, folder, model, tokenizer, recipe, progress):
             "Family of each expert, the same in every layer, by the number of ancestors that are told apart."
         )
         (target / "families.json").write_text(json.dumps({"note": note, "families": families}) + "\n")
-    made = {
+    record = {
         "recipe": asdict(recipe),
         "shares": SHARES,
         "tokens": progress["step"] * recipe.sequences * recipe.length,
@@ -286,14 +289,14 @@ def finish(name, folder, model, tokenizer, recipe, progress):
         "losses_every_100_steps": progress["losses"][99::100],
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
     }
-    (target / "training.json").write_text(json.dumps(made, indent=1) + "\n")
-    return made
+    (target / "training.json").write_text(json.dumps(record, indent=1) + "\n")
+    return record
 
 
 def main():
     """Command line."""
     parser = argparse.ArgumentParser(description="Train an embedded model.")
-    parser.add_argument("name", choices=models.NAMES)
+    parser.add_argument("name", choices=EMBEDDED)
     parser.add_argument(
         "--out", type=Path, required=True, help="folder of checkpoints and of the finished model"
     )
@@ -303,8 +306,8 @@ def main():
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    made = train(arguments.name, arguments.out, device=arguments.device, every=arguments.every)
-    print(json.dumps({k: made[k] for k in ("tokens", "seconds", "final_training_loss")}))
+    record = train(arguments.name, arguments.out, device=arguments.device, every=arguments.every)
+    print(json.dumps({k: record[k] for k in ("tokens", "seconds", "final_training_loss")}))
 
 
 if __name__ == "__main__":

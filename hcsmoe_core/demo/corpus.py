@@ -1,11 +1,11 @@
-"""Text of the embedded models: what every Python carries, and ten procedural domains.
+"""Corpus of the embedded models: the standard library that every Python carries, and ten procedural domains.
 
-Every text belongs to one split, decided by a hash of what it is about (a file's name, a sum's operands, …), so that
-training, calibration and held-out text never overlap. Nothing is downloaded and nothing is stored: text is made when
-asked for, and the same seed makes the same text.
+Every text belongs to one split, decided by a hash of its content (a file's name, a sum's operands, …), so
+that training, calibration and held-out text never overlap. Nothing is downloaded or stored: text is generated
+when asked for, and the same seed gives the same text.
 
-Text of ``code`` and ``prose`` is that of the running Python's standard library and differs between Python versions;
-the procedural domains do not.
+Text of ``code`` and ``prose`` is that of the running Python's standard library and differs between Python
+versions; the procedural domains do not.
 """
 
 import ast
@@ -18,144 +18,69 @@ import random
 import sys
 import sysconfig
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections import namedtuple
+from datetime import date, timedelta
 from pathlib import Path
 
-from hcsmoe_core._util import write_json
+from hcsmoe_core._util import InputError, check_choice, write_json
 
 SPLITS = ("train", "calibration", "heldout")
 
 
-@dataclass(frozen=True)
-class Item:
-    """One question: ``prompt + answer`` is a line of the corpus, ``key`` decides its split."""
-
-    prompt: str
-    answer: str
-    key: str
+# One question: ``prompt + answer`` is a line of the corpus, ``key`` decides its split.
+Item = namedtuple("Item", "prompt answer key")
 
 
-@dataclass(frozen=True)
-class Domain:
-    """A procedural domain.
-
-    Parameters
-    ----------
-    make : callable ``(random.Random) -> Item``
-    distract : callable ``(random.Random, Item) -> str``
-        One wrong answer of the same form; may repeat itself or be right by chance, the caller looks.
-    ask : callable ``(random.Random) -> Item``, optional
-        Makes the items of the task where those of the text would be too easy: longer lists, larger numbers.
-    """
-
-    make: Callable[[random.Random], Item]
-    distract: Callable[[random.Random, Item], str]
-    ask: Callable[[random.Random], Item] | None = None
+def _hashed(key):
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big")
 
 
-def split_of(key):
-    """Split a text belongs to: one in ten for calibration, one in ten held out."""
-    share = int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big") % 10
-    return {0: "heldout", 1: "calibration"}.get(share, "train")
+def split_of(key: str) -> str:
+    """Split that a text belongs to: one in ten for calibration, one in ten held out."""
+    return {0: "heldout", 1: "calibration"}.get(_hashed(key) % 10, "train")
 
 
-def _nudged(rng, value, steps):
-    return max(0, value + rng.choice([-1, 1]) * rng.choice(steps))
-
-
-def _arithmetic(rng):
+def arithmetic(rng):
+    """``3+4=7``."""
     operation = rng.choice("+-*")
-    if operation == "*":
-        a, b = rng.randrange(2, 100), rng.randrange(2, 10)
-        value = a * b
-    else:
-        a, b = rng.randrange(100), rng.randrange(100)
-        if operation == "-":
-            a, b = max(a, b), min(a, b)
-        value = a + b if operation == "+" else a - b
+    operands = (range(2, 100), range(2, 10)) if operation == "*" else (range(100), range(100))
+    a, b = (rng.choice(numbers) for numbers in operands)
+    if operation == "-":
+        a, b = max(a, b), min(a, b)
+    value = {"+": a + b, "-": a - b, "*": a * b}[operation]
     return Item(f"{a}{operation}{b}=", str(value), f"arithmetic {a}{operation}{b}")
 
 
-def _arithmetic_wrong(rng, item):
-    return str(_nudged(rng, int(item.answer), [1, 2, 10]))
-
-
-def _sorting(rng, lengths=(4, 5, 6)):
+def sorting(rng, lengths=(4, 5, 6)):
+    """``sort 3 1 2 : 1 2 3``."""
     values = rng.sample(range(100), rng.choice(lengths))
     text = " ".join(map(str, values))
     return Item(f"sort {text} :", "".join(f" {v}" for v in sorted(values)), f"sorting {text}")
 
 
-def _swapped(rng, words):
-    i = rng.randrange(len(words) - 1)
-    words[i], words[i + 1] = words[i + 1], words[i]
-    return "".join(f" {w}" for w in words)
-
-
-def _sorting_wrong(rng, item):
-    return _swapped(rng, item.answer.split())
-
-
 CLOSING = {"(": ")", "[": "]", "{": "}", "<": ">"}
 
 
-def _brackets(rng, lengths=range(8, 16)):
-    shown, stack = [], []
+def brackets(rng, lengths=range(8, 16)):
+    """``close ( [ ] < : > )``."""
+    text, stack = [], []
     length = rng.choice(lengths)
-    while len(shown) < length or len(stack) < 3:
-        if stack and (len(stack) > 6 or (rng.random() < 0.45 and len(shown) < length)):
-            shown.append(stack.pop())
+    while len(text) < length or len(stack) < 3:
+        if stack and (len(stack) > 6 or (rng.random() < 0.45 and len(text) < length)):
+            text.append(stack.pop())
         else:
-            opening = rng.choice("([{<")
-            shown.append(opening)
-            stack.append(CLOSING[opening])
-    text = " ".join(shown)
+            text.append(rng.choice("([{<"))
+            stack.append(CLOSING[text[-1]])
+    text = " ".join(text)
     return Item(f"close {text} :", "".join(f" {b}" for b in reversed(stack)), f"brackets {text}")
 
 
-def _brackets_wrong(rng, item):
-    words = item.answer.split()
-    if rng.random() < 0.5:
-        return _swapped(rng, words)
-    words[rng.randrange(len(words))] = rng.choice(list(CLOSING.values()))
-    return "".join(f" {w}" for w in words)
+MONTHS = "January February March April May June July August September October November December".split()
+DAYS = (31, 28, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31)  # of 2023: there are no leap days
 
 
-MONTHS = (
-    "January February March April May June July August September October November December".split()  # in order
-)
-
-
-DAYS = (
-    31,
-    28,
-    31,
-    30,
-    31,
-    30,
-    31,
-    31,
-    30,
-    31,
-    30,
-    31,
-)  # leap days are left out: the rule is the point, not the calendar
-
-
-def _shifted(day, month, days):
-    """``day`` of ``month`` (0-based) moved by less than a month, in a year of 365 days."""
-    day += days
-    if day < 1:
-        month = (month - 1) % 12
-        day += DAYS[month]
-    elif day > DAYS[month]:
-        day -= DAYS[month]
-        month = (month + 1) % 12
-    return day, month
-
-
-def _dates(rng):
+def dates(rng):
+    """``1999-05-03 is 3 May 1999`` and ``7 days after 3 May is 10 May``."""
     month = rng.randrange(12)
     day = rng.randrange(1, DAYS[month] + 1)
     if rng.random() < 0.4:
@@ -164,19 +89,10 @@ def _dates(rng):
     else:
         days = rng.choice([1, 2, 3, 5, 7, 10, 14, 20])
         after = rng.random() < 0.5
-        to_day, to_month = _shifted(day, month, days if after else -days)
+        other = date(2023, month + 1, day) + timedelta(days if after else -days)
         prompt = f"{days} days {'after' if after else 'before'} {day} {MONTHS[month]} is"
-        answer = f" {to_day} {MONTHS[to_month]}"
+        answer = f" {other.day} {MONTHS[other.month - 1]}"
     return Item(prompt, answer, f"dates {prompt}")
-
-
-def _dates_wrong(rng, item):
-    day, month, *year = item.answer.split()
-    if rng.random() < 0.6:
-        day = max(1, min(31, int(day) + rng.choice([-10, -2, -1, 1, 2, 10])))
-    else:
-        month = MONTHS[(MONTHS.index(month) + rng.choice([-1, 1])) % 12]
-    return "".join(f" {part}" for part in [day, month, *year])
 
 
 UNITS = (
@@ -197,44 +113,11 @@ UNITS = (
 )
 
 
-UNEVEN = tuple(u for u in UNITS if u[2] not in (10, 100, 1000))
-
-
-def _units(rng, units=UNITS, counts=range(2, 300)):
-    large, small, factor = rng.choice(units)
+def units(rng, table=UNITS, counts=range(2, 300)):
+    """``3 weeks = 21 days``."""
+    large, small, factor = rng.choice(table)
     count = rng.choice(counts)
     return Item(f"{count} {large} =", f" {count * factor} {small}", f"units {count} {large}")
-
-
-def _units_wrong(rng, item):
-    value, unit = item.answer.split()
-    value = int(value)
-    if rng.random() < 0.2:
-        return f" {value} {rng.choice([u for _, u, _ in UNITS])}"
-    return f" {rng.choice([value * 10, value + 10, max(1, value - 10), value + 2, max(1, value - 2), value + 100])} {unit}"
-
-
-def _name(rng, syllables):
-    return "".join(rng.choice("bdfgklmnprstvz") + rng.choice("aeiou") for _ in range(syllables)).capitalize()
-
-
-@functools.cache
-def _facts_table():
-    """An invented atlas: 200 countries with five attributes each, always the same."""
-    rng = random.Random(7)
-    values = {
-        "capital": [f"{_name(rng, 2)}ton" for _ in range(80)],
-        "language": [f"{_name(rng, 2)}ish" for _ in range(24)],
-        "river": [_name(rng, 2) for _ in range(40)],
-        "flag": "red blue green gold pink gray black white".split(),
-        "animal": "cat dog cow hen fox owl bee ant wolf bear".split(),
-    }
-    countries = []
-    while len(countries) < 200:
-        name = f"{_name(rng, 2)}land"
-        if name not in countries:
-            countries.append(name)
-    return {c: {a: rng.choice(v) for a, v in values.items()} for c in countries}, values
 
 
 SENTENCES = {
@@ -266,212 +149,211 @@ SENTENCES = {
 }
 
 
-def _facts(rng):
-    table, _ = _facts_table()
+@functools.cache
+def atlas():
+    """An invented atlas, always the same: attributes of 200 countries, and all values of each attribute."""
+    rng = random.Random(7)
+
+    def name(ending):
+        return "".join(rng.choice("bdfgklmnprstvz") + rng.choice("aeiou") for _ in "12").capitalize() + ending
+
+    values = {
+        "capital": [name("ton") for _ in range(80)],
+        "language": [name("ish") for _ in range(24)],
+        "river": [name("") for _ in range(40)],
+        "flag": "red blue green gold pink gray black white".split(),
+        "animal": "cat dog cow hen fox owl bee ant wolf bear".split(),
+    }
+    countries = {}
+    while len(countries) < 200:
+        countries[name("land")] = None
+    return {c: {a: rng.choice(v) for a, v in values.items()} for c in countries}, values
+
+
+def facts(rng):
+    """``The capital of Dogaland is Kobiton``, of :func:`atlas`."""
+    table, _ = atlas()
     country = rng.choice(list(table))
     attribute = rng.choice(list(SENTENCES))
     form = rng.randrange(4)
-    # Of the four ways to say a fact one is held out and one is for calibration, another pair for each fact: the fact
-    # itself is always learnt, in two other wordings.
-    turn = int.from_bytes(hashlib.sha256(f"{country} {attribute}".encode()).digest()[:4], "big")
-    split = ("heldout", "calibration", "train", "train")[(form + turn) % 4]
+    # Of the four wordings of a fact one is held out and one is for calibration, another pair for each fact:
+    # the fact itself is always learnt, in two other wordings.
+    split = ("heldout", "calibration", "train", "train")[(form + _hashed(f"{country} {attribute}")) % 4]
     prompt = SENTENCES[attribute][form].format(country)
     return Item(prompt, f" {table[country][attribute]}", f"{split}: {prompt}")
 
 
-def _facts_wrong(rng, item):
-    _, values = _facts_table()
-    return " " + rng.choice(next(v for v in values.values() if item.answer.strip() in v))
-
-
-ROMAN = tuple(
-    zip(
-        (1000, 900, 500, 400, 100, 90, 50, 40, 10, 9, 5, 4, 1),
-        ("M", "CM", "D", "CD", "C", "XC", "L", "XL", "X", "IX", "V", "IV", "I"),
-        strict=True,
-    )
+_TENS = ("", "X", "XX", "XXX", "XL", "L", "LX", "LXX", "LXXX", "XC")
+_HUNDREDS, _ONES = (
+    [tens.translate(str.maketrans("XLC", digits)) for tens in _TENS] for digits in ("CDM", "IVX")
 )
 
 
-def _to_roman(number):
-    text = ""
-    for value, symbol in ROMAN:
-        while number >= value:
-            text, number = text + symbol, number - value
-    return text
+def roman_numeral(number: int) -> str:
+    """Roman numeral of 1 to 3,999."""
+    return (
+        "M" * (number // 1000) + _HUNDREDS[number // 100 % 10] + _TENS[number // 10 % 10] + _ONES[number % 10]
+    )
 
 
-def _from_roman(text):
-    number = 0
-    for value, symbol in ROMAN:
-        while text.startswith(symbol):
-            text, number = text[len(symbol) :], number + value
-    return number
-
-
-def _roman(rng):
+def roman(rng):
+    """``14 in Roman is XIV`` and ``Roman XIV is 14``."""
     number = rng.randrange(1, 4000)
+    numeral = roman_numeral(number)
     if rng.random() < 0.5:
-        return Item(f"{number} in Roman is", f" {_to_roman(number)}", f"roman {number}")
-    return Item(f"Roman {_to_roman(number)} is", f" {number}", f"roman {number}")
+        return Item(f"{number} in Roman is", f" {numeral}", f"roman {number}")
+    return Item(f"Roman {numeral} is", f" {number}", f"roman {number}")
 
 
-def _roman_wrong(rng, item):
-    answer = item.answer.strip()
-    number = int(answer) if answer.isdigit() else _from_roman(answer)
-    number = min(3999, max(1, _nudged(rng, number, [1, 2, 5, 10, 50, 100])))
-    return f" {number}" if answer.isdigit() else f" {_to_roman(number)}"
-
-
-def _series(rng, steps=range(1, 25), starts=range(200)):
+def series(rng, steps=range(1, 25), starts=range(200)):
+    """``count 3 5 7 9 11``."""
     step = rng.choice([-1, 1]) * rng.choice(steps)
     start = rng.choice(starts) + max(0, -6 * step)  # long enough above zero
-    shown = " ".join(str(start + i * step) for i in range(4))
-    return Item(f"count {shown}", f" {start + 4 * step}", f"series {start} {step}")
+    text = " ".join(str(start + i * step) for i in range(4))
+    return Item(f"count {text}", f" {start + 4 * step}", f"series {start} {step}")
 
 
-def _series_wrong(rng, item):
-    return f" {_nudged(rng, int(item.answer), [1, 2, 3, 5, 10])}"
-
-
-def _largest(rng):
+def largest(rng):
+    """``largest of 312 305 390 341 is 390``."""
     values = rng.sample(range(100, 1000), 4)
     if rng.random() < 0.7:  # most lists share their hundreds, so that the first digit does not tell
         hundred = rng.randrange(1, 10) * 100
         values = [hundred + v % 100 for v in values]
         if len(set(values)) < 4:
-            return _largest(rng)
+            return largest(rng)
     text = " ".join(map(str, values))
     return Item(f"largest of {text} is", f" {max(values)}", f"largest {text}")
 
 
-def _largest_wrong(rng, item):
-    return " " + rng.choice(item.prompt.split()[2:-1])
+THINGS = (
+    "red blue green gold pink gray black white apple pear plum fig nut corn rice bean cat dog cow hen fox owl"
+).split()
 
 
-THINGS = "red blue green gold pink gray black white apple pear plum fig nut corn rice bean cat dog cow hen fox owl".split()
-
-
-def _recall(rng):
+def recall(rng):
+    """``given k red b owl : k red``."""
     keys = rng.sample("abcdefghijklmnopqrstuvwxyz", rng.randrange(3, 6))
     values = rng.sample(THINGS, len(keys))
     asked = rng.randrange(len(keys))
-    shown = " ".join(f"{k} {v}" for k, v in zip(keys, values, strict=True))
-    return Item(f"given {shown} : {keys[asked]}", f" {values[asked]}", f"recall {shown}")
+    text = " ".join(f"{k} {v}" for k, v in zip(keys, values, strict=True))
+    return Item(f"given {text} : {keys[asked]}", f" {values[asked]}", f"recall {text}")
 
 
-def _recall_wrong(rng, item):
-    shown = item.prompt.removeprefix("given ").split(" :")[0].split()[1::2]
-    return " " + rng.choice([*shown, rng.choice(THINGS)])
-
-
+# Generators ``(random.Random) -> Item`` by domain.
 PROCEDURAL = {
-    "arithmetic": Domain(_arithmetic, _arithmetic_wrong),
-    "sorting": Domain(_sorting, _sorting_wrong, functools.partial(_sorting, lengths=(6, 7))),
-    "brackets": Domain(_brackets, _brackets_wrong, functools.partial(_brackets, lengths=range(16, 22))),
-    "dates": Domain(_dates, _dates_wrong),
-    "units": Domain(_units, _units_wrong, functools.partial(_units, units=UNEVEN, counts=range(300, 900))),
-    "facts": Domain(_facts, _facts_wrong),
-    "roman": Domain(_roman, _roman_wrong),
-    "series": Domain(
-        _series, _series_wrong, functools.partial(_series, steps=range(7, 25), starts=range(150, 350))
-    ),
-    "largest": Domain(_largest, _largest_wrong),
-    "recall": Domain(_recall, _recall_wrong),
+    generator.__name__: generator
+    for generator in (arithmetic, sorting, brackets, dates, units, facts, roman, series, largest, recall)
 }
-
-
 STDLIB = ("code", "prose")
-
-
 DOMAINS = (*STDLIB, *PROCEDURAL)
 
 
-def draw(domain, rng, split, *, task=False):
-    """One item of a procedural domain that belongs to ``split``; of its task where that asks for more than the text has."""
-    make = (PROCEDURAL[domain].ask if task else None) or PROCEDURAL[domain].make
+def domains(source: str) -> tuple[str, ...]:
+    """Domains that a calibration source names, such as ``"demo:code,prose"``; of ``"demo"`` all."""
+    names = [name.strip() for name in source.partition(":")[2].split(",") if name.strip()]
+    return tuple(check_choice("source", name, DOMAINS) for name in names) or DOMAINS
+
+
+def draw(domain: str, rng: random.Random, split: str, generate=None) -> Item:
+    """One item of a procedural domain and split, from its generator or another one."""
     while True:
-        item = make(rng)
-        # Facts carry their split in the key; everything else is split by the hash of what it asks.
+        item = (generate or PROCEDURAL[domain])(rng)
+        # The key of a fact begins with its split; all else is split by the hash of the key.
         if (item.key.split(":")[0] if domain == "facts" else split_of(item.key)) == split:
             return item
 
 
-# --- text that every Python carries -----------------------------------------------------------------------------------
+def text_of(domain: str, rng: random.Random, split: str, characters: int) -> str:
+    """At least ``characters`` of one domain and split: lines of items, or a stretch of the library."""
+    if domain in STDLIB:
+        whole = stdlib_texts()[domain][split]
+        if characters > len(whole):
+            raise InputError(
+                f"The {split} text of {domain} has {len(whole)} characters in this Python's standard "
+                f"library, but {characters} were asked for; ask for shorter sequences."
+            )
+        start = rng.randrange(len(whole) - characters + 1)
+        return whole[start : start + characters]
+    text = ""
+    while len(text) < characters:
+        item = draw(domain, rng, split)
+        text += f"{item.prompt}{item.answer}\n"
+    return text
+
+
+def blocks(source: str, tokenizer, *, sequences: int, length: int, seed: int, split: str | None = None, **_):
+    """Token ids ``(sequences, length)`` of a source such as ``"demo:code,prose"``; its domains take turns."""
+    import torch
+
+    split, names, rows = check_choice("split", split or "calibration", SPLITS), domains(source), []
+    for i in range(sequences):
+        rng = random.Random(f"{split} {seed} {i}")
+        characters, ids = 4 * length, []
+        while len(ids) < length:
+            ids = tokenizer(text_of(names[i % len(names)], rng, split, characters))["input_ids"]
+            characters *= 2
+        rows.append(ids[:length])
+    return torch.tensor(rows, dtype=torch.int64)
+
+
+# --- text that every Python carries
+# -----------------------------------------------------------------------------------
 
 SKIPPED = {
-    "site-packages",
-    "test",
-    "tests",
-    "idlelib",
-    "lib2to3",
-    "turtledemo",
-    "__pycache__",
-    "ensurepip",
-    "encodings",
+    *"site-packages test tests idlelib lib2to3 turtledemo __pycache__ ensurepip encodings pydoc_data".split()
 }
 
 
 @functools.cache
-def stdlib_texts():
-    """Standard-library source without its comments and docstrings, and the docstrings and help topics, by split.
+def stdlib_texts() -> dict:
+    """Standard-library source without comments and docstrings, and the docstrings and help topics, by split.
 
-    Taking the library apart costs seconds, so that the result is kept in the user's cache folder where there can be one.
+    Parsing the library costs seconds, so that the result is kept in the user's cache folder where possible.
 
     Returns
     -------
     dict
-        ``{"code" | "prose": {split: str}}``; a file and its docstrings are always in the same split. The library repeats
-        itself: a paragraph that has a long line in common with an earlier split is left out of a later one.
+        ``{"code" | "prose": {split: str}}``; a file and its docstrings are in the same split. The library
+        repeats itself: a paragraph that has a long line in common with an earlier split is left out of a
+        later one.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
-    key = hashlib.sha256(
-        f"{sys.version} {root} {Path(__file__).read_text(encoding='utf-8')}".encode()
-    ).hexdigest()[:16]
+    version = f"{sys.version} {root} {Path(__file__).read_text(encoding='utf-8')}"
+    key = hashlib.sha256(version.encode()).hexdigest()[:16]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hcsmoe" / f"stdlib-{key}.json"
     try:
         return json.loads(cache.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        texts = _take_apart(root)
+        texts = _split_library(root)
     with contextlib.suppress(OSError):  # a home that cannot be written to is no reason to fail
         write_json(cache, texts)
     return texts
 
 
-def _take_apart(root):
+def _split_library(root):
+    from pydoc_data.topics import topics
+
     texts = {domain: {split: [] for split in SPLITS} for domain in STDLIB}
     for path in sorted(root.rglob("*.py")):
         name = path.relative_to(root)
-        if (
-            SKIPPED.intersection(name.parts)
-            or name.parts[0].startswith("config-")
-            or name.parts[0] == "pydoc_data"
-        ):
+        if SKIPPED & {*name.parts} or name.parts[0].startswith("config-"):
             continue
         try:
-            source = path.read_text(encoding="utf-8")
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                tree = ast.parse(source)
+            code, docstrings = _code_and_docstrings(path.read_text(encoding="utf-8"))
         except (SyntaxError, UnicodeDecodeError, OSError):
             continue
         split = split_of(name.as_posix())
-        code, docstrings = _code_and_docstrings(source, tree)
-        if len(code) > 2000:
-            texts["code"][split].append(code)
-        texts["prose"][split].extend(docstrings)
-    from pydoc_data.topics import topics
-
+        texts["code"][split] += [code] if len(code) > 2000 else []
+        texts["prose"][split] += docstrings
     for topic in sorted(topics):
         texts["prose"][split_of(f"topic {topic}")].append(topics[topic])
-    joint = {"code": "\n", "prose": "\n\n"}
-    found = {domain: {} for domain in STDLIB}
-    for domain in STDLIB:
+    joined = {domain: {} for domain in STDLIB}
+    for domain, joint in zip(STDLIB, ("\n", "\n\n"), strict=True):
         seen = set()
         for split in SPLITS:
-            found[domain][split] = joint[domain].join(_unseen(text, seen) for text in texts[domain][split])
-            seen.update(_long_lines(found[domain][split]))
-    return found
+            joined[domain][split] = joint.join(_unseen(text, seen) for text in texts[domain][split])
+            seen |= _long_lines(joined[domain][split])
+    return joined
 
 
 def _long_lines(text):
@@ -483,34 +365,16 @@ def _unseen(text, seen):
     return "\n\n".join(p for p in text.split("\n\n") if not seen or seen.isdisjoint(_long_lines(p)))
 
 
-def _code_and_docstrings(source, tree):
+def _code_and_docstrings(source):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tree = ast.parse(source)
     dropped, docstrings = set(), []
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Module):
             text = ast.get_docstring(node)
             if text is not None:
                 dropped.update(range(node.body[0].lineno, node.body[0].end_lineno + 1))
-                if len(text) > 120:
-                    docstrings.append(text)
-    lines = source.splitlines()
-    kept = (line for i, line in enumerate(lines, 1) if i not in dropped and not line.lstrip().startswith("#"))
-    return "\n".join(kept), docstrings
-
-
-def text_of(domain, rng, split, characters):
-    """At least ``characters`` characters of one domain and split: lines of items, or a stretch of the library."""
-    if domain in STDLIB:
-        whole = stdlib_texts()[domain][split]
-        if characters > len(whole):
-            raise ValueError(
-                f"The {split} text of {domain} has {len(whole)} characters in this Python's standard library, but "
-                f"{characters} were asked for; ask for shorter sequences."
-            )
-        start = rng.randrange(len(whole) - characters + 1)
-        return whole[start : start + characters]
-    lines, length = [], 0
-    while length < characters:
-        item = draw(domain, rng, split)
-        lines.append(f"{item.prompt}{item.answer}\n")
-        length += len(lines[-1])
-    return "".join(lines)
+                docstrings += [text] if len(text) > 120 else []
+    lines = (line for i, line in enumerate(source.splitlines(), 1) if i not in dropped)
+    return "\n".join(line for line in lines if not line.lstrip().startswith("#")), docstrings

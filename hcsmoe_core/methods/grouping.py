@@ -1,19 +1,134 @@
-"""TODO."""
+"""How the experts of a layer are grouped.
+
+A group is a step ``(layer, count) → labels``: ``layer`` is a :class:`hcsmoe_core.methods.planner.Layer`, and
+the labels are of ``layer.free``, the experts that may be joined; soft groups return their memberships,
+``(count, free)``, too. One registered with ``whole=True`` decides about everything: ``(layers, counts) →
+[LayerPlan, …]``.
+"""
+
+from typing import Literal
 
 import numpy as np
 from scipy.spatial.distance import squareform
 
+from hcsmoe_core import similarity as similarities
 from hcsmoe_core._util import InputError, check_choice, check_count
-from hcsmoe_core.clustering import by_first_appearance, check_linkage
+from hcsmoe_core.clustering import LINKAGES, by_first_appearance, check_linkage
+from hcsmoe_core.plan import LayerPlan
+from hcsmoe_core.steps import group
 
 STARTS = 10  # of k-means
+
+
+def check_ward(recipe):
+    """Ward's method is defined for Euclidean distances alone."""
+    if recipe.options.get("linkage") == "ward" and recipe.metric != "euclidean":
+        raise InputError(
+            f'linkage "ward" needs Euclidean distances, but those by {recipe.steps["similarity"]!r} are '
+            f'{recipe.metric}; use metric "euclidean" with "expert-output", "functional", "weight" or '
+            '"router-logits", or linkage "average".'
+        )
+
+
+def check_points(recipe):
+    """k-means and fuzzy c-means need points at the distances given."""
+    if recipe.metric not in similarities.EMBEDDED:
+        raise InputError(
+            f'group "{recipe.steps["group"]}" needs points, but distances by '
+            f"{recipe.steps['similarity']!r} are {recipe.metric}; use another similarity, or group "
+            '"hierarchical".'
+        )
+
+
+def check_fuzzifier(recipe):
+    """Fuzzy c-means needs points, and memberships that are between 0 and 1."""
+    check_points(recipe)
+    if not recipe.options["fuzzifier"] > 1:
+        raise InputError(f'The "fuzzifier" argument must be above 1; not {recipe.options["fuzzifier"]}.')
+
+
+@group("hierarchical", uses=("similarity", "merge", "combine"), limit="largest", check=check_ward)
+def hierarchical(layer, count, *, linkage: Literal[LINKAGES] = "average", largest: int = 0):
+    """The first E − r joins of a merge tree (HC-SMoE); ``largest`` limits the size of groups, 0 does not."""
+    if not largest:
+        return layer.cut(linkage, count)
+    return restricted(layer.free_distances, count, largest, linkage, metric=layer.metric)
+
+
+@group(
+    "k-means",
+    uses=("similarity", "merge", "combine"),
+    check=check_points,
+    random=lambda options: options["centres"] == "k-means++",
+)
+def k_means(layer, count, *, centres="k-means++"):
+    """k-means of points at the distances given; for ``centres`` see :func:`kmeans`."""
+    points = similarities.coordinates(layer.free_distances, layer.metric)
+    if isinstance(centres, str) and centres == "k-means++":
+        return kmeans(points[layer.order], count, seed=layer.random_state)[layer.rank]
+    return kmeans(points, count, centres=centres)
+
+
+@group("single-shot", uses=("similarity", "merge", "combine"), limit="group_limit")
+def around_dominant(layer, count, *, group_limit: int = 0):
+    """Groups around the most used experts (M-SMoE); ``group_limit`` limits their size, 0 does not."""
+    alike = layer.similarities[np.ix_(layer.free, layer.free)]
+    return single_shot(alike, layer.usage[layer.free], count, group_limit=group_limit)[0]
+
+
+@group("random", random=True)
+def by_chance(layer, count):
+    """A random partition."""
+    return random_groups(len(layer.free), count, seed=layer.random_state)[layer.rank]
+
+
+@group(
+    "fuzzy",
+    uses=("similarity", "merge", "combine"),
+    only={"combine": "average", "align": "none"},
+    because="it mixes all experts",
+    check=check_fuzzifier,
+    random=True,
+)
+def fuzzy(layer, count, *, fuzzifier: float = 2.0):
+    """Fuzzy c-means of points at the distances given."""
+    points = similarities.coordinates(layer.free_distances, layer.metric)[layer.order]
+    labels, memberships = fuzzy_cmeans(points, count, fuzzifier=fuzzifier, seed=layer.random_state)
+    labels, memberships = labels[layer.rank], memberships[:, layer.rank]
+    _, first = np.unique(labels, return_index=True)
+    return by_first_appearance(labels), memberships[np.argsort(first)]
+
+
+@group(
+    "none",
+    uses=("combine",),
+    pair={"combine": "trimming"},
+    only={"router": "mapped", "budget": "uniform", "guard": False, "compress": ""},
+    because="trimming keeps the router and every expert at one width",
+    whole=True,
+    widths=True,
+    kind="trims",
+)
+def trim_all(layers, counts):
+    """Every expert alone, at r / E of its width."""
+    planned = []
+    for layer, count in zip(layers, counts, strict=True):
+        width = layer.width * count // layer.num_experts
+        if width < 1:
+            raise InputError(
+                f'The "experts" argument is {count}: {layer.name} would be trimmed to no neuron; keep more.'
+            )
+        labels = list(range(layer.num_experts))
+        combination = layer.recipe.combination()
+        planned.append(LayerPlan(layer.name, labels, [1.0] * len(labels), combine=combination, width=width))
+    return planned
 
 
 def restricted(distance, groups, largest, method="average", *, metric="euclidean"):
     """Groups of at most ``largest`` experts, by joining the closest pair of groups that may still be joined.
 
-    A join is made only if the groups that it leaves can still be packed into ``groups`` of that size, so that exactly so
-    many come out.
+    A join is made only if the groups that it leaves can still be packed into ``groups`` of that size, so that
+    exactly so many come out.
 
     Parameters
     ----------
@@ -47,8 +162,8 @@ def restricted(distance, groups, largest, method="average", *, metric="euclidean
         current = _joined_distances(current, members, first, second, method)
         members[first] += members.pop(second)
     labels = np.empty(experts, dtype=np.int64)
-    for label, group in enumerate(members):
-        labels[group] = label
+    for label, together in enumerate(members):
+        labels[together] = label
     return by_first_appearance(labels)
 
 
@@ -102,8 +217,9 @@ def check_feasible(name, largest, groups, experts):
     check_count(name, largest, 1)
     if groups * largest < experts:
         raise InputError(
-            f'The "{name}" argument is {largest}, but {groups} groups of at most {largest} hold only {groups * largest} of '
-            f"{experts} experts; give at least {-(-experts // groups)}, or keep more experts."
+            f'The "{name}" argument is {largest}, but {groups} groups of at most {largest} hold only '
+            f"{groups * largest} of {experts} experts; give at least {-(-experts // groups)}, or keep more "
+            "experts."
         )
 
 
@@ -116,8 +232,8 @@ def kmeans(points, groups, *, centres="k-means++", seed=0):
         Features, or points at the same distances: :func:`hcsmoe_core.similarity.coordinates`.
     groups : int
     centres : {"k-means++", "first"} or sequence of int
-        Where it starts: the best of ten k-means++ starts; the first experts, as in the paper's ablation with fixed
-        centres; or the experts given.
+        Where it starts: the best of ten k-means++ starts; the first experts, as in the paper's ablation with
+        fixed centres; or the experts given.
     seed : int
         Of k-means++.
 
@@ -137,7 +253,8 @@ def kmeans(points, groups, *, centres="k-means++", seed=0):
         chosen = [check_count("centres", int(c), 0, len(points) - 1) for c in centres]
         if len(set(chosen)) != groups:
             raise InputError(
-                f'The "centres" argument must name {groups} experts to start from; it names {len(set(chosen))}.'
+                f'The "centres" argument must name {groups} experts to start from; '
+                f"it names {len(set(chosen))}."
             )
     if points.shape[1] == 0 or groups == len(points):  # all alike, or each alone
         return by_first_appearance(np.minimum(np.arange(len(points)), groups - 1))
@@ -151,19 +268,20 @@ def kmeans(points, groups, *, centres="k-means++", seed=0):
 
 
 def _filled(labels, groups, distance):
-    """Labels with every group used: an empty one takes the worst-placed expert of a group that has several."""
+    """Labels with every group used: an empty one takes the farthest expert of a group that has several."""
     labels = np.array(labels)
-    for group in sorted(set(range(groups)) - set(labels.tolist())):
+    for empty in sorted(set(range(groups)) - set(labels.tolist())):
         crowded = np.bincount(labels, minlength=groups)[labels] > 1
-        labels[np.where(crowded, distance, -np.inf).argmax()] = group
+        labels[np.where(crowded, distance, -np.inf).argmax()] = empty
     return labels
 
 
 def single_shot(similarity, usage, groups, *, group_limit=0):
     """Groups around dominant experts in one step (M-SMoE, arXiv 2310.01334, section 3.2).
 
-    The most used experts are dominant, one a group. Each other one joins the dominant expert that is most similar to it;
-    a group that is full keeps the most similar, and the one turned away goes to its next choice, until all are placed.
+    The most used experts are dominant, one a group. Each other one joins the dominant expert that is most
+    similar to it; a group that is full keeps the most similar, and the one turned away goes to its next
+    choice, until all are placed.
 
     Parameters
     ----------
@@ -235,8 +353,8 @@ def random_groups(experts, groups, *, seed=0):
 def fuzzy_cmeans(points, groups, *, fuzzifier=2.0, seed=0, steps=300, tolerance=1e-9):
     """Fuzzy c-means (Bezdek, 1981): how far each expert belongs to each group.
 
-    Memberships ``u_eg ∝ ‖x_e − c_g‖^(−2/(m−1))`` and centres ``c_g = Σ_e u_eg^m x_e / Σ_e u_eg^m`` in turns, from k-means++
-    centres.
+    Memberships ``u_eg ∝ ‖x_e − c_g‖^(−2/(m−1))`` and centres ``c_g = Σ_e u_eg^m x_e / Σ_e u_eg^m`` in turns,
+    from k-means++ centres.
 
     Parameters
     ----------

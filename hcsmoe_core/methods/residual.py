@@ -1,63 +1,97 @@
-"""Ways of making a layer smaller, judged by the residual that each leaves on sampled tokens that it was not fitted to.
+"""Candidate compressions of a layer, scored by held-out output error.
 
-What is best to do with a group of experts depends on the group: near-copies can be averaged, others are better refitted, or
-made of a choice of their neurons, or left apart with fewer neurons each. All of these take as many bytes, and the sample of
-layer inputs tells which loses least.
+What is best to do with a group of experts depends on the group: near-copies can be averaged, others are
+better refitted, or made of a choice of their neurons, or left apart with fewer neurons each. All of these
+take as many bytes, and the sample of layer inputs tells which loses least.
 """
 
 import functools
 from dataclasses import dataclass, fields, replace
+from typing import Literal
 
 import numpy as np
 import torch
+from tqdm.auto import tqdm
 
-from hcsmoe_core import similarity
+from hcsmoe_core import similarity as similarities
 from hcsmoe_core._util import InputError
-from hcsmoe_core.merging import Group
-from hcsmoe_core.merging import combine_group as combine
-from hcsmoe_core.methods import grouping as clustering
+from hcsmoe_core.merging import Group, combine_group
+from hcsmoe_core.methods.grouping import restricted
 from hcsmoe_core.methods.summary import function_error
-from hcsmoe_core.plan import merge_weights
-from hcsmoe_core.statistics import LayerSample
-from hcsmoe_core.text import own_text as owntext
+from hcsmoe_core.plan import LayerPlan, merge_weights
+from hcsmoe_core.statistics import OWN_TEXT, LayerSample
+from hcsmoe_core.steps import group
 
 HOLDOUTS = ("auto", "sequences", "domains")
-
-
-FEW = 3  # domains: what so few say need not hold on others
-
-
+FEW = 3  # domains: what up to this number of them say need not hold on others
 SHAPES = ("uniform", "by-layer", "whole")
-
-
 SIMILARITIES = (
     "weight",
     "functional-routed",
-)  # that groups are made by, those of a layer by the one that leaves less
-
-
-HELD_OUT = 4  # one in so many sequences, or domains, is held out
-
-
+)  # tried for the groups of a layer; the one that leaves less is taken
+HELD_OUT = 4  # one sequence, or domain, in this number is held out
 RIDGES = (0.001, 0.01, 0.1)
-
-
-TOKENS, EACH = (
-    8192,
-    4,
-)  # that decide, at most: so many, or for each neuron of an expert so many that are routed to it
-
-
-# Neurons that are chosen from at most; where averages would make it more, the members' own are enough.
-POOLED = 1 << 15
-
-
+TOKENS = 8192  # of the sample that are looked at, at least
+EACH = 4  # tokens routed to an expert that are looked at for each of its neurons, at least
+POOLED = 1 << 15  # neurons that are chosen from at most; above, the members' own without their averages
 AVERAGE = {"rule": "average", "align": "none"}
 
 
+@group(
+    "residual",
+    needs=("grams", "sample"),
+    uses=("merge", "combine"),
+    pair={"combine": "residual"},
+    only={"budget": "uniform", "guard": False, "compress": ""},
+    because="it gives each layer as many bytes and chooses what to do with every expert",
+    whole=True,
+    widths=True,
+    weights=True,
+    refit=2,
+    kind="refits",
+)
+def least_residual(
+    layers, counts, *, shape: Literal[SHAPES] = "uniform", holdout: Literal[HOLDOUTS] = "auto"
+):
+    """The numbers of experts, widths, groups and rules that leave the smallest error on held-out tokens.
+
+    ``shape`` is one number of experts and one width in all layers, each layer's own, or whole experts; for
+    ``holdout`` see :func:`held_out`. What neurons read is fitted too, in ``refit`` rounds, where that leaves
+    less.
+    """
+    recipe, stats = layers[0].recipe, layers[0].stats
+    decides = held_out(stats.sampled, holdout, stats.domains)
+
+    def scorer(layer):
+        return Scorer(layer.moe, layer.sums, decides, recipe.steps["merge"])
+
+    hidden = None if layers[0].progress else True
+    bar = tqdm(layers, desc="plan", unit="layer", disable=hidden)
+    model, rounds = layers[0].model, recipe.by_kind["refine"]["refit"]
+    candidates = [
+        scorer(layer).candidates(stats, model, count) for layer, count in zip(bar, counts, strict=True)
+    ]
+    best = zip(layers, best_candidates(candidates, shape), strict=True)
+    bar = tqdm(best, total=len(layers), desc="refit", unit="layer", disable=hidden)
+    return [_planned(layer, scorer(layer).refitted(candidate, rounds)) for layer, candidate in bar]
+
+
+def _planned(layer, candidate):
+    joins = candidate.labels.max() + 1 < len(candidate.labels)
+    return LayerPlan(
+        layer.name,
+        candidate.labels.tolist(),
+        candidate.weights.tolist(),
+        router=layer.recipe.steps["router"] if joins else "mapped",
+        width=candidate.width if candidate.width < layer.width else None,
+        dominant=layer.dominant(candidate.labels) if joins else None,
+        rules=candidate.rules,
+    )
+
+
 @dataclass(frozen=True)
-class Way:
-    """One way of making a layer smaller.
+class Candidate:
+    """One compression of a layer.
 
     Attributes
     ----------
@@ -66,12 +100,13 @@ class Way:
     weights : (E,) float64 array
         Of each expert in its group.
     width : int
-        Neurons of each expert that is made.
+        Neurons of each new expert.
     rules : list of dict, or None
-        Of each group, how it becomes one expert: options of :func:`hcsmoe_core.merging.combine`; None for averages.
+        Of each group, how it becomes one expert: options of :func:`hcsmoe_core.merging.combine_group`; None
+        for averages.
     residual : float
-        Squared error of the layer's output on tokens that were held out, relative to the output itself, before what neurons
-        read is fitted; errors of different groups are taken to be uncorrelated.
+        Squared error of the layer's output on tokens that were held out, relative to the output itself,
+        before what neurons read is fitted; errors of different groups are taken to be uncorrelated.
     """
 
     labels: np.ndarray
@@ -81,14 +116,14 @@ class Way:
     residual: float
 
 
-def shapes(experts, kept, width):
-    """Numbers of experts and of neurons in each that take no more bytes than ``kept`` whole experts.
+def shapes(experts, count, width):
+    """Numbers of experts, and of neurons in each, that take no more bytes than ``count`` whole experts.
 
     Parameters
     ----------
     experts : int
         E.
-    kept : int
+    count : int
         r: its doubles up to E, and E itself, are the numbers of experts.
     width : int
         I. Widths above 64 are rounded down to a multiple of 8, which kernels of grouped products ask for.
@@ -98,13 +133,13 @@ def shapes(experts, kept, width):
     list of (int, int)
         The number of experts m and the width of each, at most ``r · I / m``.
     """
-    counts = [kept]
+    counts = [count]
     while counts[-1] * 2 < experts:
         counts.append(counts[-1] * 2)
     if counts[-1] < experts:
         counts.append(experts)
-    found = [(m, width * kept // m) for m in counts]
-    return [(m, w - w % 8 if 64 < w < width else w) for m, w in found if w >= 1]
+    pairs = [(m, width * count // m) for m in counts]
+    return [(m, w - w % 8 if 64 < w < width else w) for m, w in pairs if w >= 1]
 
 
 def held_out(sampled, by, domains=()):
@@ -115,9 +150,10 @@ def held_out(sampled, by, domains=()):
     sampled : (R, 3) int64 tensor
         Of :class:`hcsmoe_core.statistics.Statistics`.
     by : {"auto", "sequences", "domains"}
-        One in four of the sequences of each domain (of all together, where each domain has one alone), or all sequences of
-        one in four domains: a choice that holds on text of another kind is more cautious, and falls back towards averages.
-        ``"auto"`` takes domains where the text is of two or three, none of which the model wrote itself.
+        One in four of the sequences of each domain (of all together, where each domain has one alone), or all
+        sequences of one in four domains: a choice that holds on text of another kind is more cautious, and
+        falls back towards averages. ``"auto"`` takes domains where the text is of two or three, none of which
+        the model wrote itself.
     domains : sequence of str
         Names of the domains.
 
@@ -131,31 +167,31 @@ def held_out(sampled, by, domains=()):
         If there are too few sequences or domains to hold one out.
     """
     sequence, domain = sampled[:, 0], sampled[:, 2]
-    found = domain.unique().tolist()
+    present = domain.unique().tolist()
     if by == "auto":
-        by = "domains" if 2 <= len(found) <= FEW and owntext.NAME not in domains else "sequences"
+        by = "domains" if 2 <= len(present) <= FEW and OWN_TEXT not in domains else "sequences"
     if by == "domains":
-        if len(found) < 2:
+        if len(present) < 2:
             raise InputError(
-                'The "holdout" argument cannot be "domains": the calibration tokens are of one domain; use "sequences", or a '
-                "calibration source with several."
+                'The "holdout" argument cannot be "domains": the calibration tokens are of one domain; '
+                'use "sequences", or a calibration source with several.'
             )
-        return torch.isin(domain, torch.tensor(found[HELD_OUT - 1 :: HELD_OUT] or found[-1:]))
-    of_domain = [sequence[domain == one].unique() for one in found]
+        return torch.isin(domain, torch.tensor(present[HELD_OUT - 1 :: HELD_OUT] or present[-1:]))
+    of_domain = [sequence[domain == one].unique() for one in present]
     if all(len(sequences) == 1 for sequences in of_domain):
         of_domain = [sequence.unique()]
     several = [sequences for sequences in of_domain if len(sequences) > 1]
     if not several:
         raise InputError(
-            "To hold some out, the sample needs tokens of two calibration sequences at least; calibrate on more."
+            "To hold some out, the sample needs tokens of two calibration sequences; calibrate on more."
         )
     return torch.isin(
         sequence, torch.cat([s[HELD_OUT - 1 :: HELD_OUT] if len(s) >= HELD_OUT else s[-1:] for s in several])
     )
 
 
-class Judge:
-    """Tries ways of making one layer smaller.
+class Scorer:
+    """Scores compressions of one layer.
 
     Parameters
     ----------
@@ -180,98 +216,97 @@ class Judge:
         )  # the sample is in the order of hashes: any part of it is one
         self.samples = [_rows(sums.sample, rows & ~decides), _rows(sums.sample, rows & decides)]
         self.fits = not layer.unsolvable and layer.neurons_known
-        self._found = {}
+        self._best = {}
 
     @functools.cached_property
     def energy(self):
-        """Squared outputs of the layer on the tokens that decide; one expert at a time is looked at, and held in float."""
-        held, total = self.samples[1], None
-        chosen = held.chosen
+        """Squared outputs of the layer on the tokens that decide; one expert at a time is looked at."""
+        sample, total = self.samples[1], None
+        chosen = sample.chosen
         for expert in range(self.sums.num_experts):
-            alone = Group(self.layer, [expert], {expert: 1.0}, expert, held)
+            alone = Group(self.layer, [expert], {expert: 1.0}, expert, sample)
             outputs, rows = alone.outputs(), chosen[:, expert].to(alone.device)
             if total is None:
                 total = outputs.new_zeros(len(chosen), outputs.shape[1])
             total[rows] += outputs
         return float(total.double().pow(2).sum())
 
-    def ways(self, stats, model, kept):
-        """The best way of each shape that takes the bytes of ``kept`` experts, by shape.
+    def candidates(self, stats, model, experts):
+        """The best compression of each shape that takes the bytes of ``experts`` experts, by shape.
 
-        Experts whose neurons cannot be told apart, or solved for, are averaged: by the groups of which the statistics of
-        their outputs predict the smallest error.
+        Experts whose neurons cannot be told apart, or solved for, are averaged: by the groups of which the
+        statistics of their outputs predict the smallest error.
         """
-        found = {}
-        for count, width in shapes(self.sums.num_experts, kept, self.layer.width):
-            if self.fits or count == kept:
-                tried = [self.way(labels, width) for labels in self._groupings(stats, model, count)]
-                found[count, width] = min(tried, key=lambda way: way.residual)
-        return found
+        best = {}
+        for count, width in shapes(self.sums.num_experts, experts, self.layer.width):
+            if self.fits or count == experts:
+                tried = [self.candidate(labels, width) for labels in self._groupings(stats, model, count)]
+                best[count, width] = min(tried, key=lambda candidate: candidate.residual)
+        return best
 
     def _groupings(self, stats, model, count):
         """Groups as even as can be, by each similarity; of ``count`` experts or more each is alone."""
-        experts, found = self.sums.num_experts, []
+        experts, groupings = self.sums.num_experts, []
         if count == experts:
             return [np.arange(experts)]
         for name in SIMILARITIES:
             metric = "cosine" if name == "weight" else ""
-            condensed = similarity.distances(
+            condensed = similarities.distances(
                 stats, self.layer.name, similarity=name, metric=metric, model=model
             )
-            how = dict(method="average", metric=similarity.metric_of(name, metric))
-            labels = clustering.restricted(condensed, count, -(-experts // count), **how)
-            if not any((labels == other).all() for other in found):
-                found.append(labels)
-        return found
+            used = similarities.metric_of(name, metric)
+            labels = restricted(condensed, count, -(-experts // count), metric=used)
+            if not any((labels == other).all() for other in groupings):
+                groupings.append(labels)
+        return groupings
 
-    def way(self, labels, width):
+    def candidate(self, labels, width):
         """The best rule for each group of a partition, and what all of them leave together."""
         weights = merge_weights(labels, self.sums, self.merge)
         if not self.fits:
-            return Way(labels, weights, width, None, function_error(self.sums, labels) ** 2)
-        judged = [
-            self._judged(np.flatnonzero(labels == g).tolist(), weights, width)
+            return Candidate(labels, weights, width, None, function_error(self.sums, labels) ** 2)
+        scored = [
+            self._scored(np.flatnonzero(labels == g).tolist(), weights, width)
             for g in range(labels.max() + 1)
         ]
-        left = sum(residual for residual, _ in judged)
-        return Way(
-            labels, weights, width, [rule for _, rule in judged], left / self.energy if self.energy else 0.0
-        )
+        residual = sum(error for error, _ in scored) / self.energy if self.energy else 0.0
+        return Candidate(labels, weights, width, [rule for _, rule in scored], residual)
 
-    def _judged(self, members, weights, width):
-        """Residual and options of the best rule for one group."""
+    def _scored(self, members, weights, width):
+        """Squared error and options of the best rule for one group."""
         if len(members) == 1 and width == self.layer.width:
             return 0.0, AVERAGE
         key = tuple(members), width
-        if key not in self._found:
-            self._found[key] = self._least(members, weights, width, self._rules(members, width))
-        return self._found[key]
+        if key not in self._best:
+            self._best[key] = self._least(members, weights, width, self._rules(members, width))
+        return self._best[key]
 
     def _least(self, members, weights, width, rules):
-        """Residual and options of the rule that leaves least; the first of equals."""
+        """Squared error and options of the rule that leaves least; the first of equals."""
         dominant = max(members, key=lambda e: self.usage[e])
-        fitted, held = (Group(self.layer, members, weights, dominant, sample) for sample in self.samples)
+        fitted, scored = (Group(self.layer, members, weights, dominant, sample) for sample in self.samples)
         narrow = {"width": width} if width < self.layer.width else {}
-        tried = [(_left(held, combine(fitted, rule | narrow), rule), rule) for rule in rules]
+        tried = [(squared_error(scored, combine_group(fitted, rule | narrow), rule), rule) for rule in rules]
         return min(tried, key=lambda pair: pair[0])
 
-    def refitted(self, way, rounds):
-        """The same way, with what neurons read fitted too where that leaves less on the tokens that decide.
+    def refitted(self, candidate, rounds):
+        """The same compression, with what neurons read fitted where that leaves less on held-out tokens.
 
-        Ways are compared without, as it takes longer than all else.
+        Candidates are compared without, as it takes longer than all else.
         """
         if not self.fits or not rounds:
-            return way
+            return candidate
         rules = []
-        for group, rule in enumerate(way.rules):
-            members = np.flatnonzero(way.labels == group).tolist()
-            if len(members) > 1 or way.width < self.layer.width:
-                rule = self._least(members, way.weights, way.width, [rule, rule | {"refit": rounds}])[1]
+        for number, rule in enumerate(candidate.rules):
+            members = np.flatnonzero(candidate.labels == number).tolist()
+            if len(members) > 1 or candidate.width < self.layer.width:
+                tried = [rule, rule | {"refit": rounds}]
+                rule = self._least(members, candidate.weights, candidate.width, tried)[1]
             rules.append(rule)
-        return replace(way, rules=rules)
+        return replace(candidate, rules=rules)
 
     def _rules(self, members, width):
-        """What is tried for a group, the plainest first: it is taken where nothing leaves less."""
+        """What is tried for a group, the plainest first: it stays where nothing leaves less."""
         if len(members) == 1:
             return [{"rule": "trimming", "ridge": ridge} for ridge in RIDGES]
         pool, rules = "averages" if (len(members) + 1) * self.layer.width <= POOLED else "members", []
@@ -288,8 +323,8 @@ def _rows(sample, chosen):
 
 
 @torch.no_grad()
-def _left(group, expert, rule):
-    """Squared error of one expert in a group's place, on the group's tokens."""
+def squared_error(group, expert, rule):
+    """Squared error of one expert instead of a group, on the group's tokens."""
     if rule.get("refit"):
         hidden = group.activations(expert)
     else:  # what neurons read does not depend on the ridge
@@ -297,25 +332,26 @@ def _left(group, expert, rule):
     return float((hidden @ expert.down.T - group.outputs(expert.offset)).double().pow(2).sum())
 
 
-def chosen_ways(found, shape):
-    """One way for each layer: of one shape in all of them, that which leaves least in all, or of each layer's own.
+def best_candidates(candidates, shape):
+    """One compression for each layer: of the one shape that leaves least in all, or each layer's own.
 
     Parameters
     ----------
-    found : list of dict of (int, int) to Way
-        Of each layer: :meth:`Judge.ways`.
+    candidates : list of dict of (int, int) to Candidate
+        Of each layer: :meth:`Scorer.candidates`.
     shape : {"uniform", "by-layer", "whole"}
-        Engines that read the original family's checkpoints ask for one number of experts and one width in all layers; some
-        families have shared experts of the same width, and take no other (``"whole"``: the first shape, of whole experts).
+        Engines that read the original family's checkpoints ask for one number of experts and one width in all
+        layers; some families have shared experts of the same width, and take no other (``"whole"``: the first
+        shape, of whole experts).
 
     Returns
     -------
-    list of Way
+    list of Candidate
     """
-    shared = [key for key in found[0] if all(key in ways for ways in found)]
+    shared = [key for key in candidates[0] if all(key in of_layer for of_layer in candidates)]
     if shape == "whole":
-        return [next(iter(ways.values())) for ways in found]
+        return [next(iter(of_layer.values())) for of_layer in candidates]
     if shape == "uniform" and shared:
-        best = min(shared, key=lambda key: sum(ways[key].residual for ways in found))
-        return [ways[best] for ways in found]
-    return [min(ways.values(), key=lambda way: way.residual) for ways in found]
+        best = min(shared, key=lambda key: sum(of_layer[key].residual for of_layer in candidates))
+        return [of_layer[best] for of_layer in candidates]
+    return [min(of_layer.values(), key=lambda c: c.residual) for of_layer in candidates]

@@ -1,4 +1,4 @@
-"""TODO."""
+"""What joining experts does to a layer, predicted from its statistics."""
 
 import numpy as np
 
@@ -18,14 +18,15 @@ def summarise(stats, layer, labels):
     Returns
     -------
     dict
-        ``groups``; ``saved``, the share of the layer's expert weights that is saved; ``moved``, the share of the routing mass
-        that goes to experts that are joined with others or dropped; ``entropy`` and ``entropy_after``, of the routing mass over
-        experts and over groups, in nats; ``function_error``, the distance of the experts' outputs, token by token, from their
-        group's frequency-weighted mean output, weighted by usage and relative to the outputs themselves: a prediction, as
-        averaged weights do not give the mean output (NaN where the statistics hold no Grams);
-        ``output_error``, the distance of the experts' mean outputs from their group's frequency-weighted mean, weighted
-        by usage and relative to the mean outputs themselves: 0 if all that join have the same mean output; NaN where
-        the statistics hold no mean outputs.
+        ``groups``; ``saved``, the share of the layer's expert weights that is saved; ``moved``, the share of
+        the routing mass that goes to experts that are joined with others or dropped; ``entropy`` and
+        ``entropy_after``, of the routing mass over experts and over groups, in nats; ``function_error``, the
+        distance of the experts' outputs, token by token, from their group's frequency-weighted mean output,
+        weighted by usage and relative to the outputs themselves: a prediction, as averaged weights do not
+        give the mean output (NaN where the statistics hold no Grams); ``output_error``, the distance of the
+        experts' mean outputs from their group's frequency-weighted mean, weighted by usage and relative to
+        the mean outputs themselves: 0 if all that join have the same mean output; NaN where the statistics
+        hold no mean outputs.
     """
     sums = stats.layer(layer)
     labels, mass = np.asarray(labels), sums.routing_mass.sum(0).numpy()
@@ -50,7 +51,8 @@ def _entropy(mass):
 def function_error(sums, labels):
     """``function_error`` of :func:`summarise`.
 
-    From the Gram matrix G of the outputs: ``‖f_e − Σ_k w_k f_k‖² = G_ee − 2 Σ_k w_k G_ek + Σ_kl w_k w_l G_kl``.
+    From the Gram matrix G of the outputs: ``‖f_e − Σ_k w_k f_k‖² = G_ee − 2 Σ_k w_k G_ek + Σ_kl w_k w_l
+    G_kl``.
     """
     gram, share = sums.output_gram.sum(0).numpy(), sums.frequency.numpy()
     weights = merge_weights(labels, sums, "frequency")

@@ -1,19 +1,41 @@
-"""What a model can do and how well it predicts text: lm-evaluation-harness tasks, and perplexity by domain."""
+"""What a model can do and how well it predicts text: tasks of lm-evaluation-harness, perplexity by domain."""
 
 import math
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
-from hcsmoe_core._util import InputError, check_count, sha256_json, versions
-from hcsmoe_core.collect import check_tokens
-from hcsmoe_core.demo import corpus
-from hcsmoe_core.demo import tasks as demo_tasks
-from hcsmoe_core.text.calibration import calibration_tokens, domains_of, is_demo
+from hcsmoe_core._util import InputError, Table, check_count, sha256_json, versions
+from hcsmoe_core.collect import check_tokens, forward_options
+from hcsmoe_core.text.calibration import SOURCES, calibration_tokens, domains_of, scoring_of
 
 PAPER_TASKS = ("arc_challenge", "arc_easy", "boolq", "hellaswag", "mmlu", "openbookqa", "rte", "winogrande")
+TASKS = Table("task")  # name -> TaskSource, beside those of the harness; a floor above may add its own
+LOGITS = 1 << 28  # of a batch, that are in memory at once while perplexity is measured
+
+
+@dataclass(frozen=True)
+class TaskSource:
+    """A task that is not one of lm-evaluation-harness' own.
+
+    Attributes
+    ----------
+    configuration : callable ``(name)``
+        Gives the task as the harness describes one, a dict.
+    default : bool
+        Whether :func:`evaluate` scores it where no tasks are named.
+    bos : bool
+        Whether a model must see its token for the beginning of a text before each item.
+    """
+
+    configuration: Callable[[str], dict]
+    default: bool = False
+    bos: bool = False
 
 
 def evaluate(
@@ -21,202 +43,204 @@ def evaluate(
     tokenizer,
     tasks=None,
     *,
-    limit=None,
-    batch_size=64,
+    limit: int | None = None,
+    batch_size: int = 64,
     text="demo",
-    sequences=96,
-    length=256,
-    seed=0,
+    sequences: int = 96,
+    length: int = 256,
+    seed: int = 0,
     answers=None,
-):
+) -> dict:
     """Score a model, merged or not.
 
     Parameters
     ----------
-    model : transformers.PreTrainedModel
-    tokenizer : transformers.PreTrainedTokenizerBase
+    model, tokenizer
+        Of :func:`hcsmoe_core.load_model`.
     tasks : list of str, optional
-        lm-evaluation-harness tasks, with as many shots as each says (those of :data:`PAPER_TASKS`: none); by default the
-        eight embedded ones (``demo_arithmetic``, …), whose items lie in the package. The data of others come from the
-        datasets cache or the hub. An empty list scores none.
+        Tasks of :data:`TASKS` or of lm-evaluation-harness; by default the embedded ones (``demo_arithmetic``,
+        …). An empty list scores none.
     limit : int, optional
-        Items of each task, from its beginning, and of each subtask of a group; by default all.
+        Items of each task and subtask, from its beginning; by default all.
     batch_size : int
     text : str or path or None
-        What perplexity is measured on: a source as for :func:`calibration_tokens` (of ``"demo"``, held-out text of every
-        domain), or None for none.
-    sequences, length : int
-        Of that text.
-    seed : int
-        Of that text, and of the harness.
+        Source for :func:`hcsmoe_core.calibration_tokens` whose held-out split, if any, perplexity is measured
+        on.
+    sequences, length, seed : int
+        Of that text; the seed is also the harness'.
     answers : str or path, optional
-        Folder in which what the model answered is kept, a file a task, and read from where the same model (all its weights
-        are hashed) was asked the same; see :class:`hcsmoe_core.score.harness.Answering`. By default nothing is kept.
+        Folder that keeps a model's answers, so that the same question is never asked twice; by default none.
 
     Returns
     -------
     dict
-        ``tasks`` (by name: ``acc``, ``acc_norm``, or what else the harness reports of the task, their ``_stderr``,
-        ``items``), ``mean_acc`` and ``mean_acc_norm`` with standard errors; ``items`` (by task, the subtasks of a group one
-        by one: each item's value of each metric, and a hash ``of`` the items, for :func:`paired`) and ``groups`` (which
-        subtasks, and whether they are weighted by size); ``loss`` (by domain, nats a token) and ``perplexity``,
-        ``mean_loss`` (over the domains that do not depend on the Python version), ``settings``, ``versions`` and ``seconds``.
+        ``tasks``, ``items`` and ``groups`` of :func:`task_scores`; ``mean_acc`` and ``mean_acc_norm`` with
+        standard errors; what :func:`perplexity` gives; ``settings``, ``versions`` and ``seconds``.
 
     Raises
     ------
-    ValueError
-        If a task is unknown, or there is no tokenizer.
+    InputError, FileNotFoundError, ImportError
+        As :func:`task_scores`; InputError also without a tokenizer.
+    """
+    tasks = [name for name, task in TASKS.items() if task.default] if tasks is None else list(tasks)
+    if tokenizer is None:
+        raise InputError("Scoring needs the model's tokenizer, and its folder has none; give one.")
+    options = {"limit": limit, "batch_size": batch_size, "seed": seed}
+    started = time.perf_counter()
+    scores = task_scores(model, tokenizer, tasks, answers=answers, **options)
+    for metric in ("acc", "acc_norm"):
+        scores |= _mean_score(scores["tasks"], metric)
+    scores["seconds"] = {"tasks": round(time.perf_counter() - started, 2)}
+    size = {"sequences": sequences, "length": length}
+    if text is not None:
+        started, (split, uncounted) = time.perf_counter(), scoring_of(text)
+        rows = calibration_tokens(text, tokenizer, model=model, seed=seed, split=split, **size)
+        domains, rows_at_once = domains_of(text, sequences), max(1, batch_size // 4)
+        scores |= perplexity(model, rows, domains=domains, batch_size=rows_at_once, uncounted=uncounted)
+        scores["seconds"]["perplexity"] = round(time.perf_counter() - started, 2)
+    settings = {"tasks": tasks, "text": text and str(text), **options, **size}
+    settings |= {"dtype": str(model.dtype).removeprefix("torch."), "device": str(model.device)}
+    return scores | {"settings": settings, "versions": versions()}
+
+
+def task_scores(
+    model,
+    tokenizer,
+    tasks: list[str],
+    *,
+    limit: int | None = None,
+    batch_size: int = 64,
+    seed: int = 0,
+    answers=None,
+) -> dict:
+    """Scores on tasks of lm-evaluation-harness; arguments as for :func:`evaluate`.
+
+    Returns
+    -------
+    dict
+        ``tasks`` by name: ``acc``, ``acc_norm`` or what else the harness reports, their ``_stderr``,
+        ``items``, ``shots`` and ``version``; ``items`` by task, or subtask of a group: each item's value of
+        each metric, and a hash ``of`` the items, for :func:`paired`; ``groups``: their subtasks, and whether
+        these count ``by_size``.
+
+    Raises
+    ------
+    InputError
+        If a task is unknown.
     FileNotFoundError
-        If the data of a task are neither here nor to be had.
+        If the data of a task are neither local nor available.
     ImportError
         If lm-evaluation-harness is not installed.
     """
-    tasks = list(demo_tasks.NAMES) if tasks is None else list(tasks)
-    if tokenizer is None:
-        raise InputError("Scoring needs the model's tokenizer, and its folder has none; give one.")
     check_count("batch_size", batch_size, 1)
     if limit is not None:
         check_count("limit", limit, 1)
-    started = time.perf_counter()
-    options = dict(limit=limit, batch_size=batch_size, seed=seed, answers=answers)
-    scores = task_scores(model, tokenizer, tasks, **options) if tasks else {"tasks": {}}
-    for metric in ("acc", "acc_norm"):
-        scores |= _mean_score(scores["tasks"], metric)
-    seconds = {"tasks": round(time.perf_counter() - started, 2)}
-    if text is not None:
-        started = time.perf_counter()
-        split = "heldout" if is_demo(text) else None
-        size = dict(sequences=sequences, length=length)
-        rows = calibration_tokens(text, tokenizer, model=model, seed=seed, split=split, **size)
-        how = dict(domains=domains_of(text, sequences), uncounted=corpus.STDLIB if is_demo(text) else ())
-        scores |= perplexity(model, rows, batch_size=max(1, batch_size // 4), **how)
-        seconds["perplexity"] = round(time.perf_counter() - started, 2)
-    scores["settings"] = dict(
-        tasks=tasks,
-        limit=limit,
-        batch_size=batch_size,
-        text=text and str(text),
-        sequences=sequences,
-        length=length,
-        seed=seed,
-    )
-    scores["settings"] |= {"dtype": str(model.dtype).removeprefix("torch."), "device": str(model.device)}
-    return scores | {"versions": versions(), "seconds": seconds}
-
-
-def task_scores(model, tokenizer, tasks, *, limit=None, batch_size=64, seed=0, answers=None):
-    """Scores on tasks of lm-evaluation-harness: ``tasks``, ``items`` and ``groups`` of :func:`evaluate`."""
+    if not tasks:
+        return {"tasks": {}}
     try:
         import lm_eval
     except ImportError:
         raise ImportError('Scoring needs lm-evaluation-harness: pip install "hcsmoe[eval]"') from None
-    from lm_eval.tasks import TaskManager
-
-    from hcsmoe_core.score.harness import Answering, identity, load_tasks
+    from hcsmoe_core.score.harness import Answering, load_tasks
 
     loaded = load_tasks(tasks)
-    # The embedded models were trained with one <|endoftext|> before every text.
-    options = dict(batch_size=batch_size, add_bos_token=True if set(tasks) & set(demo_tasks.NAMES) else None)
-    about = None
-    if answers is not None:
-        about = options | {
-            "model": identity(model, tokenizer),
-            "dtype": str(model.dtype),
-            "device": model.device.type,
-        }
-        about |= {"seed": seed, "versions": versions()}
-    found = lm_eval.simple_evaluate(
-        model=Answering(model, tokenizer, folder=answers, about=about, **options),
+    bos = any(name in TASKS and TASKS[name].bos for name in tasks)
+    seeds = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
+    output = lm_eval.simple_evaluate(
+        model=Answering(model, tokenizer, answers, seed, batch_size=batch_size, add_bos_token=bos or None),
         tasks=list(loaded.values()),
-        task_manager=TaskManager(include_defaults=False),  # the tasks are loaded
+        task_manager=lm_eval.tasks.TaskManager(include_defaults=False),  # the tasks are loaded
         limit=limit,
         log_samples=True,
-        random_seed=seed,
-        numpy_random_seed=seed,
-        torch_random_seed=seed,
-        fewshot_random_seed=seed,
+        **dict.fromkeys(seeds, seed),
     )
-    items = {task: _items(rows) for task, rows in found["samples"].items()}
     groups, scores = {}, {}
     for name, task in loaded.items():
-        if name in found["group_subtasks"]:
-            rules = task.aggregate_metric_list or ()
-            by_size = all(rule.weight_by_size for rule in rules)
-            groups[name] = {"tasks": [t.task_name for t in task.get_all_tasks()], "by_size": by_size}
-        numbers = {
-            k.removesuffix(",none"): float(v) for k, v in found["results"][name].items() if _is_score(k, v)
+        subtasks = [name]
+        if name in output["group_subtasks"]:
+            subtasks = [subtask.task_name for subtask in task.get_all_tasks()]
+            by_size = all(rule.weight_by_size for rule in task.aggregate_metric_list or ())
+            groups[name] = {"tasks": subtasks, "by_size": by_size}
+        scores[name] = _numbers(output["results"][name]) | {
+            "items": sum(output["n-samples"][subtask]["effective"] for subtask in subtasks),
+            "shots": max(output["n-shot"][subtask] for subtask in subtasks),
+            "version": str(output["versions"][name]),
         }
-        parts = groups[name]["tasks"] if name in groups else [name]
-        scores[name] = numbers | {"items": sum(found["n-samples"][part]["effective"] for part in parts)}
-        scores[name] |= {
-            "shots": max(found["n-shot"][part] for part in parts),
-            "version": str(found["versions"][name]),
-        }
+    items = {task: _items(rows) for task, rows in output["samples"].items()}
     return {"tasks": scores, "items": items, "groups": groups}
 
 
-def _is_score(key, value):
-    return "," in key and isinstance(value, int | float) and not isinstance(value, bool)
+def _numbers(results):
+    """Metrics among what the harness reports of a task, ``"acc,none"`` as ``"acc"``."""
+    numbers = {k: v for k, v in results.items() if "," in k and isinstance(v, int | float)}
+    return {k.removesuffix(",none"): float(v) for k, v in numbers.items() if not isinstance(v, bool)}
 
 
 def _items(rows):
     """Each item's value of each metric that is a number, by metric, and a hash of the items themselves."""
-    found, seen = {}, []
+    hashes = [[row["doc_hash"], row["target_hash"], row["filter"]] for row in rows]
+    items = {"of": sha256_json(hashes)[:16]}
     for row in rows:
-        seen.append([row["doc_hash"], row["target_hash"], row["filter"]])
         for metric in row["metrics"]:
-            value = row[metric]
+            value, name = row[metric], metric if row["filter"] == "none" else f"{metric},{row['filter']}"
             if isinstance(value, int | float):
-                name = metric if row["filter"] == "none" else f"{metric},{row['filter']}"
-                found.setdefault(name, []).append(int(value) if value == int(value) else float(value))
-    return {"of": sha256_json(seen)[:16]} | found
+                items.setdefault(name, []).append(int(value) if value == int(value) else float(value))
+    return items
 
 
-def paired(scores, against, *, metrics=("acc", "acc_norm")):
-    """How one model's scores differ from another's on the same items, task by task.
+def _mean_score(tasks, metric):
+    """Plain mean over tasks, and its standard error if the tasks' are independent."""
+    values = [
+        (task[metric], task.get(f"{metric}_stderr", math.nan)) for task in tasks.values() if metric in task
+    ]
+    if not values:
+        return {}
+    mean, error = sum(value for value, _ in values) / len(values), math.hypot(*(error for _, error in values))
+    return {f"mean_{metric}": mean, f"mean_{metric}_stderr": error / len(values)}
 
-    The items are the same, so that the error is that of the items' differences, which is smaller than what the two standard
-    errors add up to: both models find the same items easy. Of a group it is pooled over its subtasks as the harness pools
-    standard errors, and of the mean over tasks the tasks count as independent.
+
+def paired(scores: dict, against: dict, *, metrics=("acc", "acc_norm")):
+    """Differences of two models' scores on the same items, task by task.
+
+    Because the items are the same, the error is that of the items' differences, which is smaller than the two
+    standard errors together: both models find the same items easy. Over the subtasks of a group it is pooled
+    as the harness pools standard errors; for the mean over tasks, tasks count as independent.
 
     Parameters
     ----------
     scores, against : dict
-        Of :func:`evaluate`, on the same tasks with the same limit; tasks that only one of them has are left out.
+        Of :func:`evaluate`, on the same tasks with the same limit; tasks that only one of them has are left
+        out.
     metrics : sequence of str
 
     Returns
     -------
     pandas.DataFrame
-        A row for each ``metric`` and ``task``, and for their ``mean``: ``score``, ``against``, ``difference`` (score less
-        against), its standard ``error``, ``won`` and ``lost`` (items that count more, or less, than against) and ``items``.
+        A row for each ``metric`` and ``task``, and for the tasks' ``mean``: ``score``, ``against``,
+        ``difference`` (score − against), its standard ``error``, ``won`` and ``lost`` (items that count more,
+        or less, than against) and ``items``.
 
     Raises
     ------
-    ValueError
+    InputError
         If they have no task in common, or were not scored on the same items.
     """
     import pandas as pd
 
-    rows = []
+    rows, shared = [], [task for task in scores["tasks"] if task in against["tasks"]]
     for metric in metrics:
-        mine = [_paired_task(t, metric, scores, against) for t in scores["tasks"] if t in against["tasks"]]
-        mine = [row for row in mine if row is not None]
-        if len(mine) > 1:
-            mean = {
-                key: sum(row[key] for row in mine) / len(mine) for key in ("score", "against", "difference")
-            }
-            mean["error"] = math.sqrt(sum(row["error"] ** 2 for row in mine)) / len(mine)
-            mine.append(
-                {"task": "mean"}
-                | mean
-                | {key: sum(row[key] for row in mine) for key in ("won", "lost", "items")}
-            )
-        rows += [{"metric": metric} | row for row in mine]
+        tasks = [row for task in shared if (row := _paired_task(task, metric, scores, against))]
+        rows += tasks
+        if len(tasks) > 1:
+            totals = {key: sum(row[key] for row in tasks) for key in tasks[0].keys() - {"metric", "task"}}
+            totals["error"] = math.hypot(*(row["error"] for row in tasks))
+            means = {key: totals[key] / len(tasks) for key in ("score", "against", "difference", "error")}
+            rows.append({"metric": metric, "task": "mean"} | totals | means)
     if not rows:
         raise InputError(
-            f"The two results have no items of {' or '.join(metrics)} in common: one has tasks {', '.join(scores['tasks'])}, "
-            f"the other {', '.join(against['tasks'])}; score both on the same tasks, with this version."
+            f"The two results have no items of {' or '.join(metrics)} in common: one has tasks "
+            f"{', '.join(scores['tasks'])}, the other {', '.join(against['tasks'])}; score both on the same "
+            "tasks, with this version."
         )
     return pd.DataFrame(rows)
 
@@ -224,65 +248,58 @@ def paired(scores, against, *, metrics=("acc", "acc_norm")):
 def _paired_task(task, metric, scores, against):
     """One row of :func:`paired`, or None if the task has no such metric."""
     group = scores.get("groups", {}).get(task, {"tasks": [task], "by_size": True})
-    parts = []
+    pairs = []  # of each subtask, the items' values [2, n]
     for name in group["tasks"]:
-        one, other = (found.get("items", {}).get(name, {}) for found in (scores, against))
+        one, other = (side.get("items", {}).get(name, {}) for side in (scores, against))
         if metric not in one or metric not in other:
             return None
         if one["of"] != other["of"]:
             raise InputError(
-                f"{name} was scored on {len(one[metric])} items here and on {len(other[metric])}, or on others, there; "
-                "score both on the same items: the same limit, and the same data."
+                f"{name} was scored on {len(one[metric])} items here and on {len(other[metric])}, or on "
+                "others, there; score both on the same items: the same limit, and the same data."
             )
-        parts.append((np.array(one[metric], float), np.array(other[metric], float)))
-    sizes = [len(one) for one, _ in parts]
-    weights = sizes if group["by_size"] else None
-    means = [float(np.average([pair[i].mean() for pair in parts], weights=weights)) for i in (0, 1)]
-    changes = [one - other for one, other in parts]
-    row = {"task": task, "score": means[0], "against": means[1], "difference": means[0] - means[1]}
-    won, lost = (int(sum((sign * change > 0).sum() for change in changes)) for sign in (1, -1))
-    return row | {"error": _error(changes, group["by_size"]), "won": won, "lost": lost, "items": sum(sizes)}
+        pairs.append(np.array([one[metric], other[metric]], float))
+    sizes = [pair.shape[1] for pair in pairs] if group["by_size"] else None
+    score, reference = np.average([pair.mean(1) for pair in pairs], axis=0, weights=sizes).tolist()
+    changes = [pair[0] - pair[1] for pair in pairs]
+    change = np.concatenate(changes)
+    return {
+        "metric": metric,
+        "task": task,
+        "score": score,
+        "against": reference,
+        "difference": score - reference,
+        "error": _error(changes, group["by_size"]),
+        "won": int((change > 0).sum()),
+        "lost": int((change < 0).sum()),
+        "items": len(change),
+    }
 
 
 def _error(changes, by_size):
-    """Standard error of a mean change: within subtasks, pooled as the harness pools it, or of the plain mean of their means."""
-    squares, sizes = [((c - c.mean()) ** 2).sum() for c in changes], [len(c) for c in changes]
-    if by_size:
-        free = sum(sizes) - len(sizes)
-        return math.sqrt(sum(squares) / free / sum(sizes)) if free else math.nan
-    if min(sizes) == 1:
-        return math.nan
-    return math.sqrt(sum(square / (n - 1) / n for square, n in zip(squares, sizes, strict=True))) / len(sizes)
+    """Standard error of a mean change: pooled over subtasks as the harness does, or of their plain mean."""
+    sizes = np.array([len(change) for change in changes])
+    variances = np.array([change.var() for change in changes])
+    with np.errstate(invalid="ignore"):  # 0/0, so nan, where a single item tells no spread
+        if by_size:
+            return float(np.sqrt(variances @ sizes / (sizes.sum() - len(sizes)) / sizes.sum()))
+        return float(np.sqrt((variances / (sizes - 1)).sum()) / len(sizes))
 
 
-def paired_table(frame):
-    """What :func:`paired` found as lines of text, in percent."""
-    lines = []
-    for metric, part in frame.groupby("metric", sort=False):
-        lines.append(
-            f"{metric + ', %':<24}{'against':>9}{'score':>9}{'difference':>12}{'± paired':>10}{'won':>7}{'lost':>7}"
-        )
-        for row in part.to_dict("records"):
-            numbers = (
-                f"{100 * row['against']:>9.2f}{100 * row['score']:>9.2f}{100 * row['difference']:>+12.2f}"
-            )
-            lines.append(
-                f"{row['task']:<24}{numbers}{100 * row['error']:>10.2f}{row['won']:>7}{row['lost']:>7}"
-            )
+def paired_table(frame) -> str:
+    """Lines of text, in percent, of what :func:`paired` gives."""
+    line = "{task:<24}{against:>9.2f}{score:>9.2f}{difference:>+12.2f}{error:>10.2f}{won:>7}{lost:>7}"
+    percent, lines = frame.copy(), []
+    percent[["score", "against", "difference", "error"]] *= 100
+    for metric, rows in percent.groupby("metric", sort=False):
+        lines.append(f"{metric + ', %':<24}  against    score  difference  ± paired    won   lost")
+        lines += [line.format(**row) for row in rows.to_dict("records")]
     return "\n".join(lines)
 
 
-def _mean_score(tasks, metric):
-    """Plain mean over tasks, and its standard error if the tasks' are independent."""
-    values = [(t[metric], t.get(f"{metric}_stderr", math.nan)) for t in tasks.values() if metric in t]
-    if not values:
-        return {}
-    error = math.sqrt(sum(e**2 for _, e in values)) / len(values)
-    return {f"mean_{metric}": sum(v for v, _ in values) / len(values), f"mean_{metric}_stderr": error}
-
-
-def perplexity(model, input_ids, *, domains=None, batch_size=16, uncounted=corpus.STDLIB):
-    """How well a model predicts text: mean loss a token (nats) and its exponential, by domain.
+@torch.no_grad()
+def perplexity(model, input_ids, *, domains=None, batch_size: int = 16, uncounted=None) -> dict:
+    """How well a model predicts text: mean loss per token (nats) and its exponential, by domain.
 
     Parameters
     ----------
@@ -291,62 +308,76 @@ def perplexity(model, input_ids, *, domains=None, batch_size=16, uncounted=corpu
         Each token but the first of a row is predicted from those before it in the row.
     domains : sequence of N str, optional
     batch_size : int
-    uncounted : sequence of str
-        Domains that are left out of the mean where there are others. Text of the Python library differs between Python
-        versions: of the embedded corpus they are ``code`` and ``prose``.
+    uncounted : sequence of str, optional
+        Domains that are left out of the mean where there are others; by default those that any source of
+        :data:`hcsmoe_core.text.calibration.SOURCES` leaves out, such as code and prose of the embedded
+        corpus, which differ between versions of Python.
 
     Returns
     -------
     dict
         ``loss`` and ``perplexity`` by domain, and ``mean_loss``, the plain mean over the domains that count.
     """
-    input_ids = check_tokens(input_ids, model)
-    domains = list(domains or ["all"] * len(input_ids))
-    losses = {}
-    with torch.no_grad():
-        for start in tqdm(
-            range(0, len(input_ids), batch_size), desc="perplexity", unit="batch", disable=None, leave=False
-        ):
-            rows = input_ids[start : start + batch_size].to(model.device)
-            logits = model(input_ids=rows[:, :-1], use_cache=False).logits.float()
-            loss = torch.nn.functional.cross_entropy(logits.transpose(1, 2), rows[:, 1:], reduction="none")
-            for domain, value in zip(domains[start:], loss.double().mean(1).tolist(), strict=False):
-                losses.setdefault(domain, []).append(value)
-    loss = {d: sum(v) / len(v) for d, v in losses.items()}
-    counted = [v for d, v in loss.items() if d not in uncounted] or list(loss.values())
-    return {
-        "loss": loss,
-        "perplexity": {d: math.exp(v) for d, v in loss.items()},
-        "mean_loss": sum(counted) / len(counted),
-    }
+    input_ids, of_rows, of_domains = check_tokens(input_ids, model), [], {}
+    if uncounted is None:
+        uncounted = {domain for source in SOURCES.values() for domain in source.uncounted}
+    batches = input_ids.split(batch_size)
+    for batch in tqdm(batches, desc="perplexity", unit="batch", disable=None, leave=False):
+        rows, losses = batch.to(model.device), []
+        for logits in _logits(model, rows[:, :-1]):
+            start = 1 + sum(loss.shape[1] for loss in losses)
+            targets = rows[:, start : start + logits.shape[1]]
+            losses.append(cross_entropy(logits.float().mT, targets, reduction="none"))
+        of_rows += torch.cat(losses, 1).double().mean(1).tolist()
+    for domain, value in zip(domains or ["all"] * len(input_ids), of_rows, strict=True):
+        of_domains.setdefault(domain, []).append(value)
+    loss = {domain: sum(values) / len(values) for domain, values in of_domains.items()}
+    counted = [value for domain, value in loss.items() if domain not in uncounted] or list(loss.values())
+    perplexities = {domain: math.exp(value) for domain, value in loss.items()}
+    return {"loss": loss, "perplexity": perplexities, "mean_loss": sum(counted) / len(counted)}
 
 
-def score_table(scores):
-    """Scores of :func:`evaluate` as lines of text."""
-    lines = [f"{'task':<24}{'acc':>8}{'±':>8}{'acc_norm':>10}{'±':>8}{'items':>8}"]
-    for name, task in scores["tasks"].items():
-        if "acc" not in task:
-            lines.append(
-                f"{name:<24}" + "  ".join(f"{k} {v:.4f}" for k, v in task.items() if isinstance(v, float))
-            )
-            continue
-        error, norm_error = (
-            task.get(f"{metric}_stderr", math.nan) for metric in ("acc", "acc_norm")
-        )  # none of one item
-        norm = f"{task['acc_norm']:>10.4f}{norm_error:>8.4f}" if "acc_norm" in task else " " * 18
-        lines.append(f"{name:<24}{task['acc']:>8.4f}{error:>8.4f}{norm}{task.get('items', ''):>8}")
+def _logits(model, input_ids):
+    """Logits of a batch ``[B, S]`` in blocks of positions, each of at most ``LOGITS`` numbers.
+
+    The hidden states are computed once; the model's own class makes logits of some of them at a time.
+    """
+    size = max(1, LOGITS // (len(input_ids) * model.config.get_text_config().vocab_size))
+    if size >= input_ids.shape[1] or not forward_options(
+        model
+    ):  # the class makes logits of all positions only
+        yield from model(input_ids=input_ids, use_cache=False).logits.split(size, 1)
+        return
+    from hcsmoe_core.scale.streaming import replaced_forwards
+
+    hidden = model.base_model(input_ids=input_ids, use_cache=False)
+    with replaced_forwards([model.base_model], [lambda *_, **__: hidden]):
+        for positions in torch.arange(input_ids.shape[1], device=input_ids.device).split(size):
+            yield model(input_ids=input_ids, use_cache=False, logits_to_keep=positions).logits
+
+
+def score_table(scores: dict) -> str:
+    """Lines of text of what :func:`evaluate` gives."""
+    lines = [f"{'task':<24}     acc       ±  acc_norm       ±   items"]
+    lines += [_score_line(name, task) for name, task in scores["tasks"].items()]
     if "mean_acc" in scores:
-        norm = (
-            f"{scores['mean_acc_norm']:>10.4f}{scores['mean_acc_norm_stderr']:>8.4f}"
-            if "mean_acc_norm" in scores
-            else ""
-        )
-        lines.append(f"{'mean':<24}{scores['mean_acc']:>8.4f}{scores['mean_acc_stderr']:>8.4f}{norm}")
+        means = {k.removeprefix("mean_"): v for k, v in scores.items() if k.startswith("mean_acc")}
+        lines.append(_score_line("mean", means))
     if "loss" in scores:
-        lines.append(f"\n{'text':<24}{'loss':>8}{'perplexity':>12}")
+        _, uncounted = scoring_of(scores["settings"]["text"])
+        lines.append(f"\n{'text':<24}    loss  perplexity")
         for name, loss in scores["loss"].items():
-            apart = name in corpus.STDLIB and is_demo(scores["settings"]["text"])
-            note = "  (depends on the Python version; not in the mean)" if apart else ""
+            note = "  (depends on the Python version; not in the mean)" if name in uncounted else ""
             lines.append(f"{name:<24}{loss:>8.4f}{scores['perplexity'][name]:>12.4f}{note}")
         lines.append(f"{'mean':<24}{scores['mean_loss']:>8.4f}")
     return "\n".join(lines)
+
+
+def _score_line(name, task):
+    if "acc" not in task:
+        return f"{name:<24}" + "  ".join(f"{k} {v:.4f}" for k, v in task.items() if isinstance(v, float))
+    cells = ""
+    for metric, width in (("acc", 8), ("acc_norm", 10)):
+        if metric in task:  # a single item has no standard error
+            cells += f"{task[metric]:>{width}.4f}{task.get(f'{metric}_stderr', math.nan):>8.4f}"
+    return f"{name:<24}{cells:<34}{task.get('items', ''):>8}".rstrip()

@@ -2,16 +2,21 @@
 
 import contextlib
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from hcsmoe_core.collect import check_tokens
+from hcsmoe_core import _transformers
+from hcsmoe_core._util import read_json, sha256_json, write_json
+from hcsmoe_core.collect import Tokens, check_tokens
 from hcsmoe_core.families import decoder_layers, find_moe_layers
-from hcsmoe_core.merging import apply_plan, check_unmerged, restore
+from hcsmoe_core.merging import apply_plan, restore
 from hcsmoe_core.plan import JOINED, odd_widths
-from hcsmoe_core.replace import lay_experts, lift_experts, put_experts
+from hcsmoe_core.replace import lay_experts, lift_experts, put_experts, take_experts
+from hcsmoe_core.scale.streaming import Outputs
 from hcsmoe_core.statistics import sequence_hashes
 
 NAMES = {
@@ -21,210 +26,193 @@ NAMES = {
     "row-kept": "row-kept",
     "folded": "folded",
 }
+CLIFF = 2.0  # perplexity over the original's, above which a merged model gets a warning
+POSITIONS = 256  # whose distributions are compared at once
 
 
-CLIFF = 2.0  # times the original's perplexity
-
-
-POSITIONS = 256  # whose logits are compared at once
-
-
-def fidelity(model, plan, input_ids, *, stats=None, progress=True):
-    """Compare what a plan makes of a model with the model itself and, where its router is another, with the exact merge.
+def fidelity(model, plan, input_ids, *, stats=None, progress: bool = True) -> dict:
+    """Compare a merged model with the original and, where its router is another, with the exact merge.
 
     Parameters
     ----------
     model : transformers.PreTrainedModel
-        Not merged, or merged by this plan; it is left as it was.
+        Not merged, or merged by this plan; it is left as it was, also by an error or an interrupt.
     plan : Plan
     input_ids : (N, S) int64 tensor
         Tokens that the plan's statistics were not captured on.
     stats : Statistics, optional
-        As for :func:`hcsmoe_core.merging.apply_plan`; not looked at if the plan is applied already.
+        As for :func:`hcsmoe_core.apply_plan`; not needed if the plan is applied already.
     progress : bool
 
     Returns
     -------
     dict
-        ``tokens``; ``layers``, names of the MoE layers; ``original`` with ``loss`` (nats a token) and ``perplexity``
-        (None of a model that labels tokens);
-        ``models``, by name of the merged model (that of its router's rule; ``"mapped"`` beside it where it joins rows);
-        ``warning``, what to say where perplexity has more than doubled, else empty. Of each model: ``loss``,
-        ``perplexity``; ``kl``, the mean over tokens of ``KL(original ‖ merged)`` of the next token's distribution in nats,
-        and beside the exact merge ``kl_from_mapped`` likewise; ``agreement``, the share of positions at which it and the
-        original find the same token likeliest; and for each layer ``block_error`` and ``hidden_error``, ``‖y' − y‖ / ‖y‖``
-        over all tokens: of its MoE block's output on the original's inputs, and of the hidden states after its decoder
-        layer with all layers before it merged too.
+        ``tokens``; ``layers``, names of the MoE layers; ``original`` with ``loss`` (nats per token) and
+        ``perplexity`` (None for a model that labels tokens); ``models`` by name: that of the plan's router,
+        and ``"mapped"`` beside it where router rows are joined; ``warning``, empty unless perplexity more
+        than doubled. Each model has ``loss``, ``perplexity``; ``kl``, the mean over tokens of ``KL(original ‖
+        merged)`` of the next token's distribution in nats, and ``kl_from_mapped`` likewise; ``agreement``,
+        the share of positions with the same likeliest token; and for each layer ``‖y′ − y‖ / ‖y‖`` over all
+        tokens: ``block_error``, of its MoE block's output on the original's inputs, and ``hidden_error``, of
+        the hidden states after its decoder layer with all layers before it merged too.
 
     Raises
     ------
-    ValueError
-        As :func:`hcsmoe_core.merging.apply_plan`.
+    InputError
+        As :func:`hcsmoe_core.apply_plan`.
     """
-    input_ids = check_tokens(input_ids, model)
-    layers = find_moe_layers(model)
+    input_ids, layers, was_training = check_tokens(input_ids, model), find_moe_layers(model), model.training
     applied = all(layer.merged for layer in layers)
     if not applied:
-        check_unmerged(layers)
         apply_plan(model, plan, stats)
-    found, was_training = Differences(model, plan), model.training
-    lifted = lift(layers, plan)
+    totals, disable = _Totals(model, plan), None if progress else True
+    bar = tqdm(total=input_ids.numel(), desc="fidelity", unit="token", disable=disable)
     try:
-        with (
-            one_by_one(model, plan),
-            tqdm(
-                total=input_ids.numel(), desc="fidelity", unit="token", disable=None if progress else True
-            ) as bar,
-        ):
+        with _variants(layers, plan) as variants, _runnable(model, plan), bar:
+            model.eval()
             for row in input_ids.split(1):
-                _compare(model.eval(), layers, lifted, row, found)
+                _compare(model, layers, variants, row.to(model.device), totals)
                 bar.update(row.numel())
     finally:
         model.train(was_training)
-        restore(model)
-        if applied:
-            _lay(layers, lifted[found.names[0]])
-    return found.result(input_ids.numel())
+        if not applied:
+            restore(model)
+    return totals.result(input_ids.numel())
 
 
-@contextlib.contextmanager
-def one_by_one(model, plan):
-    """Run experts one by one while the block lasts, if they are of a width that kernels of grouped products do not take."""
-    implementation = getattr(model.config, "_experts_implementation", None)
-    if implementation in (None, "eager") or not odd_widths(plan, model.dtype):
-        yield
-        return
-    model.set_experts_implementation("eager")
-    try:
-        yield
-    finally:
-        model.set_experts_implementation(implementation)
+def observer(input_ids) -> Callable:
+    """Measure :func:`fidelity` while a streamed model is merged.
+
+    Parameters
+    ----------
+    input_ids : (N, S) int64 tensor
+        As for :func:`fidelity`.
+
+    Returns
+    -------
+    callable
+        For the ``observer`` argument of :func:`hcsmoe_core.stream_merged`.
+    """
+    start = partial(_Observer, input_ids)
+    start.key = sha256_json(input_ids.tolist())
+    return start
 
 
-def unseen(input_ids, seen, *, length):
+def unseen(input_ids, seen, *, length: int) -> torch.Tensor | None:
     """Sequences that were not calibrated on, to be held out; None if there are none.
 
     Parameters
     ----------
     input_ids : (N, S) int64 tensor
     seen : collection of str
-        Hashes of those that were (:func:`hcsmoe_core.statistics.sequence_hashes`).
+        Hashes of the calibration sequences (:func:`hcsmoe_core.statistics.sequence_hashes`).
     length : int
-        Tokens of each that are given back, at most.
+        Tokens of each that are returned, at most.
 
     Returns
     -------
     (M, S) int64 tensor or None
     """
-    fresh = [place for place, digest in enumerate(sequence_hashes(input_ids)) if digest not in set(seen)]
+    fresh = [i for i, digest in enumerate(sequence_hashes(input_ids)) if digest not in set(seen)]
     return input_ids[fresh, :length] if fresh else None
 
 
-def names_of(plan):
-    """Names of the merged models that a plan is measured as: its own, and the exact merge if that is another."""
+def _names(plan):
+    """Merged models that a plan is measured as: its own, and the exact merge if that is another."""
     router = next((layer.router for layer in plan.layers if layer.router != "mapped"), "mapped")
-    name = "trimmed" if any(layer.width and not layer.joins for layer in plan.layers) else NAMES[router]
-    return [name, "mapped"] if router in JOINED else [name]
-
-
-def lift(layers, plan):
-    """Take the merged experts of some layers off: what puts them back, by model's name and layer.
-
-    Parameters
-    ----------
-    layers : list of MoELayer
-        Merged by the plan.
-    plan : Plan
-
-    Returns
-    -------
-    dict of str to dict
-    """
-    own, *exact = names_of(plan)
-    lifted = {own: {}} | {name: {} for name in exact}
-    for layer in layers:
-        tensors, labels = layer.tensors(), layer.experts._merged.labels
-        lifted[own][layer.name] = lift_experts(layer)
-        for name in exact:
-            put_experts(layer, tensors, labels)
-            lifted[name][layer.name] = lift_experts(layer)
-    return lifted
-
-
-def _lay(layers, lifted):
-    for layer in layers:
-        lay_experts(layer, lifted[layer.name])
-
-
-@torch.no_grad()
-def _compare(model, layers, lifted, row, found):
-    """Send one sequence through the original and every merged model."""
-    row = row.to(model.device)
-    with comparing_blocks(layers, lifted, found), _hidden_states(model, layers) as wanted:
-        logits = model(input_ids=row, use_cache=False).logits[0]
-    found.add_loss("original", row[0], logits)
-    models = {"original": logits}
-    for name, states in reversed(lifted.items()):  # the exact merge before what is measured against it
-        _lay(layers, states)
-        try:
-            with _hidden_states(model, layers) as hidden:
-                other = model(input_ids=row, use_cache=False).logits[0]
-        finally:
-            for layer in layers:
-                states[layer.name] = lift_experts(layer)
-        for place, tensor in wanted.items():
-            found.add("hidden_error", name, place, hidden[place], tensor)
-        found.add_loss(name, row[0], other, models)
-        models[name] = other
+    trimmed = any(layer.width and not layer.joins for layer in plan.layers)
+    return ["trimmed" if trimmed else NAMES[router], *(["mapped"] if router in JOINED else [])]
 
 
 @contextlib.contextmanager
-def comparing_blocks(layers, lifted, found):
-    """While the original runs, run each MoE block again on what it gets, with the experts and router of every merge."""
-    handles, busy = [], []
-
-    def listen(layer):
-        def again(block, inputs, keywords, output):
-            if busy:
-                return
-            busy.append(True)
-            try:
-                for name, states in lifted.items():
-                    lay_experts(layer, states[layer.name])
-                    try:
-                        other = block.forward(*inputs, **keywords)
-                    finally:
-                        states[layer.name] = lift_experts(layer)
-                    found.add("block_error", name, layer.name, first_tensor(other), first_tensor(output))
-            finally:
-                busy.clear()
-
-        return layer.block.register_forward_hook(again, with_kwargs=True)
-
-    try:
-        for layer in layers:
-            handles.append(listen(layer))
+def _runnable(model, plan):
+    """Run experts one by one during the block, if kernels of grouped products refuse their width."""
+    usual = _transformers.experts_implementation(model)
+    with contextlib.ExitStack() as undo:
+        if usual not in (None, "eager") and odd_widths(plan, model.dtype):
+            undo.callback(model.set_experts_implementation, usual)
+            model.set_experts_implementation("eager")
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
+
+
+@contextlib.contextmanager
+def _variants(layers, plan):
+    """The merged models of :func:`_names` for :func:`_in_place`: by name, then by layer.
+
+    During the block merged layers have their original experts; after it they are merged as before.
+    """
+    own, *exact = _names(plan)
+    variants = {name: {} for name in (own, *exact)}
+    with contextlib.ExitStack() as undo:
+        for layer in layers:
+            tensors, labels = layer.tensors(), layer.experts._merged.labels
+            variants[own][layer.name] = lift_experts(layer)
+            undo.callback(lay_experts, layer, variants[own][layer.name])
+            undo.callback(lambda layer=layer: layer.merged and take_experts(layer))  # where exact failed
+            for name in exact:
+                put_experts(layer, tensors, labels)
+                variants[name][layer.name] = lift_experts(layer)
+        yield variants
+
+
+@contextlib.contextmanager
+def _in_place(layers, variant):
+    """Layers compute what one merged model does during the block."""
+    with contextlib.ExitStack() as undo:
+        for layer in layers:
+            lay_experts(layer, variant[layer.name])
+            undo.callback(take_experts, layer)
+        yield
+
+
+@torch.no_grad()
+def _compare(model, layers, variants, row, totals):
+    """Send one sequence ``[1, S]`` through the original and every merged model."""
+    with _comparing_blocks(layers, variants, totals), _hidden_states(model, layers) as original:
+        logits = {"original": model(input_ids=row, use_cache=False).logits[0]}
+    totals.add_loss("original", row[0], logits)
+    for name, variant in reversed(variants.items()):  # the exact merge before what is measured against it
+        with _in_place(layers, variant), _hidden_states(model, layers) as hidden:
+            logits[name] = model(input_ids=row, use_cache=False).logits[0]
+        for layer, states in original.items():
+            totals.add("hidden_error", name, layer, hidden[layer], states)
+        totals.add_loss(name, row[0], logits)
+
+
+@contextlib.contextmanager
+def _comparing_blocks(layers, variants, totals):
+    """While the original runs, run each MoE block again on its inputs as every merged model."""
+    running = []  # a block may hold another layer's, which must not be compared inside it
+
+    def compare(layer, block, inputs, keywords, output):
+        for name, variant in variants.items() if not running else ():
+            running.append(layer)
+            with _in_place([layer], variant):
+                merged = block.forward(*inputs, **keywords)
+            totals.add("block_error", name, layer.name, first_tensor(merged), first_tensor(output))
+            running.pop()
+
+    with contextlib.ExitStack() as hooks:
+        for layer in layers:
+            hook = layer.block.register_forward_hook(partial(compare, layer), with_kwargs=True)
+            hooks.enter_context(hook)
+        yield
 
 
 @contextlib.contextmanager
 def _hidden_states(model, layers):
-    """What leaves the decoder layer of each MoE layer, by the latter's name."""
-    found, handles = {}, []
-    prefix = decoder_layers(model)
-    try:
+    """Hidden states after the decoder layer of each MoE layer, by the latter's name."""
+    hidden, prefix = {}, decoder_layers(model)
+
+    def store(name, decoder, inputs, output):
+        hidden[name] = first_tensor(output)
+
+    with contextlib.ExitStack() as hooks:
         for layer in layers if prefix else ():
-            place = layer.name[len(prefix) + 1 :].split(".")[0]
-            decoder = model.get_submodule(f"{prefix}.{place}")
-            keep = lambda _, inputs, output, name=layer.name: found.update({name: first_tensor(output)})  # noqa: E731
-            handles.append(decoder.register_forward_hook(keep))
-        yield found
-    finally:
-        for handle in handles:
-            handle.remove()
+            index = layer.name[len(prefix) + 1 :].split(".")[0]
+            decoder = model.get_submodule(f"{prefix}.{index}")
+            hooks.enter_context(decoder.register_forward_hook(partial(store, layer.name)))
+        yield hidden
 
 
 def first_tensor(output):
@@ -232,8 +220,66 @@ def first_tensor(output):
     return output if torch.is_tensor(output) else next(part for part in output if torch.is_tensor(part))
 
 
-class Differences:
-    """Sums of what a comparison measures: they add up over tokens, and can be kept as JSON.
+class _Observer:
+    """Held-out tokens on their way through the original and its merged models, layer by layer."""
+
+    def __init__(self, input_ids, source, plan, folder):
+        self.source, self.plan, self.folder = source, plan, folder
+        folder.mkdir(exist_ok=True)
+        self.tokens = Tokens(source.model, input_ids, needs=(), sample=1, batch_size=1, domains=None)
+        earlier = sorted(folder.glob("*.json"))
+        self.totals = _Totals(source.model, plan, read_json(earlier[-1]) if earlier else None)
+        self.outputs = {name: Outputs(folder / name) for name in ("original", *reversed(_names(plan)))}
+
+    def _file(self, index):
+        return self.folder / f"{index:05d}.json"
+
+    def done(self, index):
+        """Whether a decoder layer was measured."""
+        return self._file(index).exists()
+
+    def push(self, index, layers):
+        """Go through one decoder layer, whose MoE layers are merged, and compare what leaves it."""
+        with (
+            _variants(layers, self.plan) as variants,
+            _runnable(self.source.model, self.plan),
+            self.tokens.bar(True) as bar,
+        ):
+            bar.set_description(f"fidelity, layer {index}")
+            bar.total *= len(self.outputs)
+            with _comparing_blocks(layers, variants, self.totals):
+                self.source.push(index, self.outputs["original"], self.tokens, [], bar)
+            for name, variant in variants.items():
+                with _in_place(layers, variant):
+                    self.source.push(index, self.outputs[name], self.tokens, [], bar)
+        for start in self.tokens.starts if layers else ():
+            original = self._output("original", index, start)
+            for name in variants:
+                output = self._output(name, index, start)
+                for layer in layers:
+                    self.totals.add("hidden_error", name, layer.name, output, original)
+        write_json(self._file(index), self.totals.sums)
+        for outputs in self.outputs.values():
+            outputs.drop(index - 1, self.tokens.starts)
+
+    def _output(self, name, index, start):
+        return first_tensor(self.outputs[name].read(index, start, self.source.device)["output"])
+
+    def result(self):
+        """The same as :func:`fidelity` of a model in memory."""
+        self.source.read_again()
+        last = len(self.source.layers) - 1
+        for start in self.tokens.starts:
+            rows, logits = self.tokens.begin([], start), {}
+            for name, outputs in self.outputs.items():
+                output = outputs.read(last, start, self.source.device)["output"]
+                logits[name] = self.source.logits(output, rows)[0]
+                self.totals.add_loss(name, rows[0], logits)
+        return self.totals.result(self.tokens.input_ids.numel())
+
+
+class _Totals:
+    """Sums over tokens from which a fidelity follows; they can be stored as JSON.
 
     Parameters
     ----------
@@ -244,40 +290,46 @@ class Differences:
     """
 
     def __init__(self, model, plan, sums=None):
-        self.names = names_of(plan)
-        self.layers = [layer.name for layer in plan.layers]
+        self.names, self.layers = _names(plan), [layer.name for layer in plan.layers]
         self.predicts = model.can_generate()  # others label tokens
         self.sums = sums or {}
 
     def _add(self, key, *values):
-        held = self.sums.setdefault(key, [0.0] * len(values))
-        self.sums[key] = [a + float(b) for a, b in zip(held, values, strict=True)]
+        before = self.sums.get(key, [0.0] * len(values))
+        self.sums[key] = [a + float(b) for a, b in zip(before, values, strict=True)]
 
-    def add(self, kind, name, layer, made, wanted):
-        """Squared error of some outputs, and the square of those wanted."""
-        wanted = wanted.double()
-        self._add(f"{kind} {name} {layer}", (made.double() - wanted).square().sum(), wanted.square().sum())
+    def add(self, kind, name, layer, merged, original):
+        """Squared error of some outputs, and the original's squares."""
+        error, original = merged.double() - original.double(), original.double()
+        self._add(f"{kind} {name} {layer}", error.square().sum(), original.square().sum())
 
-    def add_loss(self, name, ids, logits, others=None):
-        """Loss of one sequence, and how its distributions differ from those of other models, given by name."""
+    def add_loss(self, name, ids, logits):
+        """Loss of one sequence ``ids [S]``, and how its distributions differ from the models' before it.
+
+        ``logits`` are of all models up to this one, ``[S, V]`` by name.
+        """
         for start in range(0, len(ids), POSITIONS):
-            part = slice(start, start + POSITIONS)
-            logs = logits[part].float().log_softmax(1)
+            block = slice(start, start + POSITIONS)
+            logs = logits[name][block].float().log_softmax(1)
             if self.predicts:
-                next_ids = ids[start + 1 : start + POSITIONS + 1].to(logs.device)
-                loss = nn.functional.nll_loss(logs[: len(next_ids)], next_ids, reduction="sum")
-                self._add(f"loss {name}", loss.double(), len(next_ids))
-            for other, wanted in (others or {}).items():
-                wanted = wanted[part].float().log_softmax(1)
+                targets = ids[start + 1 : start + POSITIONS + 1].to(logs.device)
+                loss = nn.functional.nll_loss(logs[: len(targets)], targets, reduction="sum")
+                self._add(f"loss {name}", loss.double(), len(targets))
+            for other in logits.keys() - {name}:
+                wanted = logits[other][block].float().log_softmax(1)
                 kl = (wanted.exp() * (wanted - logs)).double().sum()
                 self._add(f"kl {name} {other}", kl, (wanted.argmax(1) == logs.argmax(1)).sum(), len(logs))
 
     def result(self, tokens):
         """As of :func:`fidelity`."""
-        original = self._loss("original")
         models = {name: self._loss(name) | self._differences(name) for name in self.names}
-        found = {"tokens": tokens, "layers": self.layers, "original": original, "models": models}
-        return found | {"warning": _warning(found)}
+        result = {
+            "tokens": tokens,
+            "layers": self.layers,
+            "original": self._loss("original"),
+            "models": models,
+        }
+        return result | {"warning": _warning(result)}
 
     def _loss(self, name):
         if not self.predicts:
@@ -288,31 +340,30 @@ class Differences:
 
     def _differences(self, name):
         kl, same, count = self.sums[f"kl {name} original"]
-        errors = {
-            kind: [self._relative(f"{kind} {name} {layer}") for layer in self.layers]
-            for kind in ("block_error", "hidden_error")
-        }
-        found = {"kl": kl / count, "agreement": same / count} | errors
+        differences = {"kl": kl / count, "agreement": same / count}
+        for kind in ("block_error", "hidden_error"):
+            differences[kind] = [self._relative(f"{kind} {name} {layer}") for layer in self.layers]
         if f"kl {name} mapped" in self.sums:
-            found["kl_from_mapped"] = self.sums[f"kl {name} mapped"][0] / count
-        return found
+            differences["kl_from_mapped"] = self.sums[f"kl {name} mapped"][0] / count
+        return differences
 
     def _relative(self, key):
         error, square = self.sums.get(key, (math.nan, math.nan))
         return math.sqrt(error / square) if square else (math.inf if error else 0.0)
 
 
-def _warning(found):
-    """What to say of a merged model that has fallen off a cliff, and of the layer that did it; else nothing."""
-    made = next(iter(found["models"].values()))
-    before, after = found["original"]["perplexity"], made["perplexity"]
+def _warning(result):
+    """What to say of a merged model whose perplexity ran away, and of the layer to blame; else nothing."""
+    merged = next(iter(result["models"].values()))
+    before, after = result["original"]["perplexity"], merged["perplexity"]
     if before is None or after <= CLIFF * before:
         return ""
-    hidden = made["hidden_error"]
+    hidden = merged["hidden_error"]
     steps = [b - a for a, b in zip([0.0, *hidden], hidden, strict=False)]
     worst = max(range(len(steps)), key=lambda i: steps[i] if math.isfinite(steps[i]) else math.inf)
     return (
-        f"Off a cliff: perplexity is {after:.4g} where the original's is {before:.4g}. The hidden states' error rises most "
-        f"in {found['layers'][worst]}, by {steps[worst]:.3g} to {hidden[worst]:.3g} (its MoE block alone: "
-        f"{made['block_error'][worst]:.3g}). Keep more experts, there or everywhere, or try another method."
+        f"Off a cliff: perplexity is {after:.4g} where the original's is {before:.4g}. The hidden states' "
+        f"error rises most in {result['layers'][worst]}, by {steps[worst]:.3g} to {hidden[worst]:.3g} (its "
+        f"MoE block alone: {merged['block_error'][worst]:.3g}). Keep more experts, there or everywhere, or "
+        "try another method."
     )

@@ -1,110 +1,141 @@
-"""TODO."""
+"""What a measurement is known by: its settings, the data it reads and the code that computes it; statistics
+kept by that.
+"""
 
+import ast
 import functools
 import hashlib
+import inspect
 import platform
 import re
+import textwrap
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import hcsmoe_core
-from hcsmoe_core._util import held, place, sha256_file, sha256_json
+from hcsmoe_core._util import folder_of, held, sha256_file, sha256_json
 from hcsmoe_core.collect import capture
-from hcsmoe_core.demo import models as demo
 from hcsmoe_core.families import model_hash
 from hcsmoe_core.scale.streaming import stream_capture, work_folder
-from hcsmoe_core.statistics import DEFAULT_NEEDS, SAMPLE, load_statistics
-from hcsmoe_core.text.calibration import calibration_tokens, domains_of, is_demo, local_files, own_sequences
+from hcsmoe_core.statistics import DEFAULT_NEEDS, SAMPLE, Statistics, load_statistics
+from hcsmoe_core.text.calibration import calibration_settings, calibration_tokens, domains_of, local_files
+
+PACKAGE = Path(hcsmoe_core.__file__).parent
+FLOORS = (".", "scale", "methods", "text", "score", "demo")  # folders whose code makes numbers
+HASHED = (
+    2**26
+)  # bytes up to which a file goes by its content; a larger one goes by its size and time of writing
 
 
-def core_hash():
-    """Hash of the core's source, so that a cell is measured anew when what measures it has changed."""
-    digest = hashlib.sha256()
-    folder = Path(hcsmoe_core.__file__).parent
-    for path in sorted(folder.rglob("*.py")):
-        digest.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())
-    return digest.hexdigest()
+def key(settings: dict, *, model: str | None = None, code: str = "") -> str:
+    """Name of a measurement: equal only if its settings, data and code are.
+
+    Parameters
+    ----------
+    settings : dict
+        JSON values; files named by ``model``, ``calibration``, ``text``, ``tasks`` and ``plugin`` count by
+        content.
+    model : str, optional
+        Hash of the loaded model (:func:`hcsmoe_core.families.model_hash`), in place of the files of its
+        folder.
+    code : str
+        Hash of code beside the package's that takes part, such as a notebook's.
+    """
+    return sha256_json([settings, data_hash(settings, model=model), code_hash(), code])[:12]
 
 
-def data_hash(parameters):
-    """Hash of what the cells of a notebook read beside their parameters: files of calibration text, tasks, weights.
+def code_hash(folder: str | Path = PACKAGE) -> str:
+    """Hash of the package's code that makes numbers, comments and docstrings aside; not of studies and
+    figures.
+    """
+    files = sorted(path for floor in FLOORS for path in (Path(folder) / floor).glob("*.py"))
+    return sha256_json([[path.relative_to(folder).as_posix(), _by_stat(_plain, path)] for path in files])
 
-    The embedded corpus goes by the version of Python, whose library is part of it, and the core's source; the embedded
-    models and tasks, and all files of a model's folder up to 64 MiB, by their content; larger files by size and time of
-    writing; a model or data set on the hub by its name alone.
+
+def function_hash(function: Callable) -> str:
+    """Hash of a function's code, comments and docstrings aside."""
+    function = getattr(function, "func", function)  # of a functools.partial
+    return _plain_hash(textwrap.dedent(inspect.getsource(function)))
+
+
+def data_hash(parameters: dict, *, model: str | None = None) -> str:
+    """Hash of what a measurement reads: the model, files of calibration text, tasks and plugins.
+
+    The embedded corpus goes by the version of Python, whose library is part of it; the embedded models and
+    tasks, and all files of a model's folder, by their content (large ones by size and time of writing); a
+    model or data set on the hub by its name alone.
 
     Parameters
     ----------
     parameters : dict
-        Of which ``model``, ``calibration``, ``text`` and ``tasks`` are looked at.
-
-    Returns
-    -------
-    str
+        Of which ``model``, ``calibration``, ``text``, ``tasks`` and ``plugin`` are looked at.
+    model : str, optional
+        As for :func:`key`.
     """
-    model, texts = (
-        str(parameters.get("model", "")),
-        [parameters.get(name, "") for name in ("calibration", "text")],
+    texts = [parameters.get(name) for name in ("calibration", "text") if parameters.get(name)]
+    files = [path for text in texts for path in local_files(text)]
+    files += [Path(parameters["plugin"])] if parameters.get("plugin") else []
+    files += [] if parameters.get("tasks") else sorted((PACKAGE / "demo/tasks").glob("*.jsonl"))
+    folder = Path(folder_of(parameters.get("model") or ""))
+    if model is None and parameters.get("model") and folder.is_dir():
+        files += sorted(path for path in folder.iterdir() if path.is_file())
+    return sha256_json(
+        [platform.python_version(), model, *([path.name, _by_stat(_content, path)] for path in files)]
     )
-    folder = Path(demo.folder(model) if model in demo.NAMES else model)
-    files = [path for text in texts if text for path in local_files(text)]
-    files += sorted(path for path in folder.iterdir() if path.is_file()) if model and folder.is_dir() else []
-    if not parameters.get("tasks"):
-        files += sorted((Path(hcsmoe_core.__file__).parent / "demo/tasks").glob("*.jsonl"))
-    return sha256_json([platform.python_version(), *([path.name, _content(path)] for path in files)])
 
 
-def _content(path):
-    about = path.stat()
-    return _content_of(path, about.st_size, about.st_mtime_ns)
+def _by_stat(function, path):
+    stat = path.stat()
+    return _remembered(function, path, stat.st_size, stat.st_mtime_ns)
 
 
 @functools.lru_cache(maxsize=4096)
-def _content_of(path, size, written):
-    """What tells a file from one that it was before."""
-    return sha256_file(path) if size <= 2**26 else [size, written]
+def _remembered(function, path, size, written):
+    return function(path, size, written)
 
 
-def slug(model):
+def _content(path, size, written):
+    return sha256_file(path) if size <= HASHED else [size, written]
+
+
+def _plain(path, size, written):
+    return _plain_hash(path.read_text(encoding="utf-8"))
+
+
+def _plain_hash(text):
+    """Hash of Python code without its comments, layout and docstrings."""
+    tree = ast.parse(text)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            node.body = node.body[ast.get_docstring(node, clean=False) is not None :]
+    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()
+
+
+def slug(model: Any) -> str:
     """Short name of a model, for folders."""
     return Path(str(model)).name
 
 
-def file_name(*parts):
-    """Parts that are not empty, joined to what a file may be called."""
+def file_name(*parts: Any) -> str:
+    """Parts that are not empty, joined to a file name."""
     return "-".join(re.sub(r"[^\w.=,-]+", "_", str(part)) for part in parts if part)
 
 
-def calibration_of(model, calibration="", sequences=0, length=0):
-    """Calibration settings with those that were left out filled in.
-
-    Embedded models are calibrated on the embedded corpus, 96 × 256 tokens; others as in the paper, on 32 × 2,048 of C4. Where
-    an embedded model writes text itself there are 288 × 256, as it was trained on 256 at a time.
-
-    Returns
-    -------
-    dict
-        ``calibration``, ``sequences`` and ``length``.
-    """
-    calibration = str(calibration or ("demo" if str(model) in demo.NAMES else "c4"))
-    default = (96, 256) if is_demo(calibration) else (32, 2048)
-    if str(model) in demo.NAMES and own_sequences(calibration, 288):
-        default = (288, 256)
-    return {"calibration": calibration, "sequences": sequences or default[0], "length": length or default[1]}
-
-
-def statistics(
-    model,
-    tokenizer,
+def cached_statistics(
+    model: Any,
+    tokenizer: Any,
     *,
-    calibration="",
-    sequences=0,
-    length=0,
-    seed=42,
-    batch_size=8,
-    needs=DEFAULT_NEEDS,
-    folder="runs/statistics",
-):
-    """Statistics of a model, captured once and read back whenever model and calibration are the same.
+    calibration: str = "",
+    sequences: int = 0,
+    length: int = 0,
+    seed: int = 42,
+    batch_size: int = 8,
+    needs: Sequence[str] = DEFAULT_NEEDS,
+    sample: int = SAMPLE,
+    folder: str | Path = "runs/statistics",
+) -> Statistics:
+    """Statistics of a model, captured once and read back while model, calibration and code are the same.
 
     Of several processes that ask for the same at the same time one captures, and the others wait for it.
 
@@ -114,53 +145,33 @@ def statistics(
         In memory or streamed.
     tokenizer : transformers.PreTrainedTokenizerBase or None
     calibration, sequences, length
-        As for :func:`calibration_of`.
-    seed, batch_size : int
+        As for :func:`hcsmoe_core.text.calibration.calibration_settings`.
+    seed : int
+        Of the calibration text.
     needs : sequence of str
-        What to collect at least: the sums always are, the sample where it is named; see
-        :func:`hcsmoe_core.collect.capture`.
+        What to collect at least: the sums always are, the sample where it is named.
+    batch_size, sample
+        As for :func:`hcsmoe_core.capture`.
     folder : str or path
-        Where the statistics are kept.
-
-    Returns
-    -------
-    Statistics
     """
-    settings = calibration_of(model.name_or_path, calibration, sequences, length)
-    needs = tuple(dict.fromkeys((*DEFAULT_NEEDS, *needs)))
-    key = settings | {"seed": seed, "model": model_hash(model), "dtype": str(model.dtype)}
-    key |= {"core": hcsmoe_core.__version__, "sample": SAMPLE}
-    if "demo" in settings["calibration"]:
-        key["python"] = platform.python_version()  # whose library is part of the text
-    files = [sha256_file(path) for path in local_files(settings["calibration"])]
-    if files:
-        key["files"] = files
-    kinds = {"sums": DEFAULT_NEEDS, "sample": (*DEFAULT_NEEDS, "sample")}
-    paths = {
-        k: place(folder) / f"{slug(model.name_or_path)}-{sha256_json(key)[:12]}-{k}.safetensors"
-        for k in kinds
-    }
-    wanted = "sample" if "sample" in needs else "sums"
-    with held(paths[wanted]):
-        for path in (paths[wanted], paths["sample"]):
+    settings = calibration_settings(model.name_or_path, calibration, sequences, length)
+    known = settings | {"seed": seed, "dtype": str(model.dtype), "sample": sample}
+    name = Path(folder) / f"{slug(model.name_or_path)}-{key(known, model=model_hash(model))}"
+    sums, sampled = (Path(f"{name}-{kind}.safetensors") for kind in ("sums", "sample"))
+    wanted = sampled if "sample" in needs else sums
+    with held(wanted):
+        for path in (wanted, sampled):
             if path.exists():
                 return load_statistics(path)
-        return _captured(
-            model, tokenizer, settings, paths[wanted], seed=seed, needs=kinds[wanted], batch_size=batch_size
-        )
-
-
-def _captured(model, tokenizer, settings, path, *, seed, needs, batch_size):
-    """Statistics captured and written to a file."""
-    size = {"sequences": settings["sequences"], "length": settings["length"]}
-    input_ids = calibration_tokens(settings["calibration"], tokenizer, model=model, seed=seed, **size)
-    domains = domains_of(settings["calibration"], settings["sequences"])
-    how = dict(needs=needs, batch_size=batch_size, domains=domains)
-    with work_folder(path, model) as work:
-        stats = (
-            capture(model, input_ids, **how)
-            if work is None
-            else stream_capture(model, input_ids, work / "capture", **how)
-        )
-        stats.save(path)
+        source, size = settings["calibration"], (settings["sequences"], settings["length"])
+        options = dict(model=model, seed=seed, sequences=size[0], length=size[1])
+        input_ids = calibration_tokens(source, tokenizer, **options)
+        needs = (*DEFAULT_NEEDS, "sample") if wanted == sampled else DEFAULT_NEEDS
+        options = dict(needs=needs, sample=sample, batch_size=batch_size, domains=domains_of(source, size[0]))
+        with work_folder(wanted, model) as work:
+            if work is None:
+                stats = capture(model, input_ids, **options)
+            else:
+                stats = stream_capture(model, input_ids, work / "capture", **options)
+            stats.save(wanted)
     return stats

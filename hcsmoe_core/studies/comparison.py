@@ -1,170 +1,185 @@
-"""Every method on equal footing: one table of what each costs, over numbers of experts and calibration samples."""
+"""Every method on equal footing: one table of what each costs, over numbers of experts and calibration
+samples.
+"""
 
 import contextlib
 import ctypes
+import functools
 import io
+import itertools
 import math
 import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-from tqdm.auto import tqdm
-
-from hcsmoe_core._util import check_choice, check_count, kept, place, read_json
-from hcsmoe_core.checkpoint import factored_savings, load_model
+from hcsmoe_core._util import InputError, check_count, read_json
+from hcsmoe_core.checkpoint import load_model
 from hcsmoe_core.families import find_moe_layers, model_hash
 from hcsmoe_core.merging import apply_plan, restore
-from hcsmoe_core.methods.planner import METHODS, make_plan, named, steps_of
+from hcsmoe_core.methods import METHODS, load_plugin, make_plan, resolve
 from hcsmoe_core.score.evaluation import evaluate
-from hcsmoe_core.studies.cache import core_hash, slug, statistics
+from hcsmoe_core.studies import runner
+from hcsmoe_core.studies.cache import cached_statistics, slug
 from hcsmoe_core.studies.tables import model_size
 
-ORIGINAL = "original"
-
-
-BASELINE = "hc-smoe"
-
-
+ORIGINAL, BASELINE = "original", "hc-smoe"
 COLUMNS = ["method", "experts", "seed", "limit", "accuracy", "item_error", "loss"]
-
-
-COLUMNS += ["weights", "expert_bytes", "plan_seconds", "merge_seconds", "peak_mb", "layers", "refused"]
+MEASURED = ["weights", "expert_bytes", "plan_seconds", "merge_seconds", "peak_mb", "layers", "refused"]
+COLUMNS += MEASURED
 
 
 def compare(
-    model,
+    model: str,
     *,
-    methods=None,
-    experts=None,
-    seeds=(0, 1, 2),
-    limit=100,
-    calibration="",
-    sequences=0,
-    length=0,
-    text="demo",
-    settings=None,
-    dtype="auto",
-    device="auto",
-    folder="runs/compare",
-):
-    """Score every method at every number of experts and on every calibration sample.
-
-    A cell is one plan, applied to the live model and scored. Cells that are done are kept, so that it can be stopped and
-    started again; a method that cannot do a cell (a budget that the model cannot have, say) is recorded with its reason.
+    methods: Sequence[str] | None = None,
+    experts: Sequence[int] | None = None,
+    seeds: Sequence[int] = (0, 1, 2),
+    limit: int | None = 100,
+    calibration: str = "",
+    sequences: int = 0,
+    length: int = 0,
+    text: str = "demo",
+    settings: dict | None = None,
+    plugin: str | Path = "",
+    dtype: str = "auto",
+    device: str = "auto",
+    folder: str | Path = "runs/compare",
+) -> Any:
+    """Score every method at every number of experts and on every calibration sample; finished cells are kept.
 
     Parameters
     ----------
-    model : str
-        As for :func:`hcsmoe_core.load_model`.
+    model, text, dtype, device
+        As for :func:`hcsmoe_core.load_model` and :func:`hcsmoe_core.evaluate`.
     methods : list of str, optional
-        Names of :data:`hcsmoe_core.methods.planner.METHODS`; all by default.
+        Names of :data:`hcsmoe_core.METHODS`; all by default.
     experts : list of int, optional
-        Experts kept; by default three quarters, a half and a quarter of them.
+        Experts kept per layer; by default three quarters, a half and a quarter of them.
     seeds : sequence of int
         One calibration sample each; also the seed of methods that use chance.
-    limit : int
-        Items of each task; 0 for all.
+    limit : int, optional
+        Items per task; None for all.
     calibration, sequences, length
-        As for :func:`hcsmoe_core.studies.cache.calibration_of`.
-    text : str
-        What the loss is measured on; see :func:`hcsmoe_core.evaluate`.
+        As for :func:`hcsmoe_core.text.calibration.calibration_settings`.
     settings : dict, optional
-        Steps set otherwise for every method that is compared; see :class:`hcsmoe_core.methods.planner.Steps`.
-    dtype, device : str
+        Steps and options set otherwise. A method that refuses them, or a cell, is recorded with the reason.
+    plugin : path, optional
+        Python file with methods of your own, which is run; cells go by its content.
     folder : str or path
         Cells go to a folder of the model's name in it.
 
     Returns
     -------
     pandas.DataFrame
-        One row a cell; see :func:`cells`.
+        One row per cell; see :func:`cells`.
 
     Raises
     ------
-    ValueError
-        Before anything is measured, if a method, a setting or a number of experts is not to be had.
+    InputError
+        Before anything is measured, if a method, a setting or a number of experts is unavailable.
+    CellsError
+        When all others are done, if a cell failed for a reason other than bad input.
     """
-    methods = list(dict.fromkeys(named(m) for m in methods or METHODS))
-    steps = {m: steps_of(check_choice("methods", m, tuple(METHODS)), **(settings or {})) for m in methods}
+    if plugin:
+        load_plugin(plugin)
+    needs, source = _needs(methods, settings or {}), dict(sequences=sequences, length=length)
+    source |= {"calibration": str(calibration)}
     loaded, tokenizer = load_model(model, dtype=dtype, device=device)
-    size = model_size(loaded)["num_experts"]
-    experts = list(experts or dict.fromkeys(max(1, size * part // 4) for part in (3, 2, 1)))
-    for count in experts:
-        check_count("experts", count, 1, size)
-    shared = {
-        "model": str(model),
-        "hash": model_hash(loaded),
-        "core": core_hash(),
-        "limit": limit,
-        "text": text,
-    }
-    shared |= {
-        "calibration": str(calibration),
-        "sequences": sequences,
-        "length": length,
-        "dtype": str(loaded.dtype),
-    }
-    cells_folder = place(folder) / slug(model)
-    needs = tuple(dict.fromkeys(need for s in steps.values() for need in s.needs()))
-    wanted = [{"method": ORIGINAL, "experts": size, "seed": 0}]
-    wanted += [
-        {"method": m, "experts": r, "seed": s}
-        for s in seeds
-        for r in sorted(experts, reverse=True)
-        for m in methods
-    ]
-    captured = {}
-
-    def measured(cell):
-        if cell["method"] != ORIGINAL and cell["seed"] not in captured:
-            captured.clear()
-            how = dict(
-                calibration=calibration, sequences=sequences, length=length, seed=cell["seed"], needs=needs
-            )
-            captured[cell["seed"]] = statistics(loaded, tokenizer, **how)
-        stats = None if cell["method"] == ORIGINAL else captured[cell["seed"]]
-        return _measured(loaded, tokenizer, stats, cell, settings or {}, limit=limit, text=text)
-
-    for cell in tqdm(wanted, desc=f"compare {slug(model)}", unit="cell"):
-        about = shared | cell | {"settings": settings or {}}
-        kept(cells_folder, about, lambda cell=cell: measured(cell))
+    shared = dict(model=str(model), limit=limit, text=text, dtype=str(loaded.dtype), settings=settings or {})
+    capture = partial(cached_statistics, loaded, tokenizer, needs=sum(needs.values(), ()), **source)
+    runner.measure(
+        partial(_measured, model=loaded, tokenizer=tokenizer, statistics=latest(capture)),
+        _wanted(loaded, tuple(needs), experts, seeds),
+        Path(folder) / slug(model),
+        shared=shared | source | ({"plugin": str(plugin)} if plugin else {}),
+        model=model_hash(loaded),
+        description=f"compare {slug(model)}",
+    )
     return cells(folder, model)
 
 
-def _measured(model, tokenizer, stats, cell, settings, *, limit, text):
+def _needs(methods, settings):
+    """What each method needs of the statistics; nothing of those that refuse the settings, unless all do."""
+    needs, refusals = {}, []
+    for method in methods or METHODS:
+        name = resolve(method).method
+        try:
+            needs[name] = resolve(method, **settings).needs
+        except InputError as error:
+            needs[name] = ()
+            refusals.append(error)
+    if len(refusals) == len(needs):
+        raise refusals[0]
+    return needs
+
+
+def _wanted(model, methods, experts, seeds):
+    size = model_size(model)["num_experts"]
+    counts = experts or fractions_of(size, (3, 2, 1), 4)
+    for count in counts:
+        check_count("experts", count, 1, size)
+    cells = itertools.product(seeds, sorted(counts, reverse=True), methods)
+    merged = [{"method": method, "experts": count, "seed": seed} for seed, count, method in cells]
+    return [{"method": ORIGINAL, "experts": size, "seed": 0}, *merged]
+
+
+def fractions_of(size: int, parts: Sequence[int], of: int) -> list[int]:
+    """Some parts of a number of experts, at least one expert each."""
+    return list(dict.fromkeys(max(1, size * part // of) for part in parts))
+
+
+def latest(capture: Callable) -> Callable:
+    """Statistics by seed: captured when they are asked for, and remembered until another seed is."""
+
+    @functools.lru_cache(maxsize=1)
+    def statistics(seed):
+        return capture(seed=seed)
+
+    return statistics
+
+
+def _measured(cell, *, model, tokenizer, statistics):
     """Scores, times and sizes of one cell, or why it cannot be had."""
-    record = {}
+    original, record = cell["method"] == ORIGINAL, {}
+    stats = None if original else statistics(cell["seed"])
     try:
-        if stats is not None:
+        if not original:
             with _peak_memory(model) as memory:
+                options = {name: cell[name] for name in ("method", "experts", "seed")}
                 started = time.perf_counter()
-                options = dict(
-                    experts=cell["experts"], method=cell["method"], seed=cell["seed"], progress=False
-                )
-                plan = make_plan(stats, model, **options, **settings)
+                plan = make_plan(stats, model, progress=False, **options, **cell["settings"])
                 planned = time.perf_counter()
                 apply_plan(model, plan, stats)
                 record |= {"plan_seconds": planned - started, "merge_seconds": time.perf_counter() - planned}
             record |= {"peak_mb": memory.get("mb"), "layers": [layer.num_groups for layer in plan.layers]}
-        with contextlib.redirect_stderr(io.StringIO()):  # the harness draws its own bars, three a cell
-            record["scores"] = evaluate(model, tokenizer, limit=limit or None, text=text)
-        record["weights"] = model_size(model)["weights"]
-        tensors = [t for layer in find_moe_layers(model) for t in layer.tensors().values()]
-        record["expert_bytes"] = sum(t.numel() * t.element_size() for t in tensors)
-        if cell["method"] != ORIGINAL and plan.compress:  # in memory the factors are multiplied out
-            record["expert_bytes"] = factored_savings(model)["bytes"]["compressed"]
-    except ValueError as error:
+        with contextlib.redirect_stderr(io.StringIO()):  # the harness draws its own bars, three per cell
+            record["scores"] = evaluate(model, tokenizer, limit=cell["limit"], text=cell["text"])
+        record |= {"weights": model_size(model)["weights"], "expert_bytes": _expert_bytes(model)}
+    except InputError as error:  # any other is a bug, which is not kept
         record["refused"] = str(error)
     finally:
         restore(model)
-    return record
+    return cell | {"result": record}
+
+
+def _expert_bytes(model):
+    """Bytes of the experts; of those that were factored, the bytes that the factors take."""
+    total = 0
+    for layer in find_moe_layers(model):
+        factored = getattr(getattr(layer.experts, "_merged", None), "compressed_bytes", None)
+        dense = sum(t.numel() * t.element_size() for t in layer.tensors().values())
+        total += dense if factored is None else factored
+    return total
 
 
 @contextlib.contextmanager
-def _peak_memory(model):
+def _peak_memory(model: Any) -> Iterator[dict]:
     """Peak of what is allocated while the block runs, above what there was, in MB; where that can be told.
 
-    On a CPU it is what the process newly holds: allocations that reuse what it held already do not show, so that this is a
-    lower bound.
+    On a CPU it is what the process newly takes: allocations that reuse what it had already do not show, so
+    that this is a lower bound.
     """
     found = {}
     if model.device.type == "cuda":
@@ -175,10 +190,9 @@ def _peak_memory(model):
         yield found
         found["mb"] = (torch.cuda.max_memory_allocated(model.device) - before) / 1e6
         return
-    reset = Path("/proc/self/clear_refs")
     try:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)  # or what is merely held for reuse would hide what is needed
-        reset.write_text("5")  # Linux: the resident peak starts again from what is resident now
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # or what is merely kept for reuse would hide what is needed
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: the resident peak starts again from now
         before = _status("VmRSS")
     except (OSError, AttributeError):  # another system, or another C library
         yield found
@@ -192,22 +206,23 @@ def _status(name):
     return int(next(line for line in lines if line.startswith(name)).split()[1])
 
 
-def cells(folder, model):
-    """What :func:`compare` measured, one row a cell; cells of earlier code or settings are left out where newer ones exist.
+def cells(folder: str | Path, model: str) -> Any:
+    """What :func:`compare` measured, one row per cell; cells of earlier code or settings are left out for
+    newer ones.
 
     Parameters
     ----------
     folder : str or path
-        What :func:`compare` wrote its cells to, or a table of them as ``hcsmoe compare`` writes one (``.csv``), with
-        ``{model}`` for the model's name.
+        What :func:`compare` wrote its cells to, or a table of them as ``hcsmoe compare`` writes one
+        (``.csv``), with ``{model}`` for the model's name.
     model : str
 
     Returns
     -------
     pandas.DataFrame
-        ``method``, ``experts``, ``seed``, ``accuracy`` and its ``item_error`` (standard error over the items), ``loss``,
-        ``weights``, ``expert_bytes``, ``plan_seconds``, ``merge_seconds``, ``peak_mb``, ``layers`` and
-        ``refused``.
+        ``method``, ``experts``, ``seed``, ``accuracy`` and its ``item_error`` (standard error over the
+        items), ``loss``, ``weights``, ``expert_bytes``, ``plan_seconds``, ``merge_seconds``, ``peak_mb``,
+        ``layers`` and ``refused``.
 
     Raises
     ------
@@ -217,41 +232,33 @@ def cells(folder, model):
     import pandas as pd
 
     if str(folder).endswith(".csv"):
-        return read_table(folder, model, f"hcsmoe compare {model}, and give runs/compare").reindex(
-            columns=COLUMNS
-        )
+        table = read_table(folder, model, f"hcsmoe compare {model}, and give runs/compare")
+        return table.reindex(columns=COLUMNS)
     newest = newest_cells(folder, model)
     if not newest:
-        raise FileNotFoundError(
-            f"Nothing was compared for {model} in {place(folder)}; run: hcsmoe compare {model}"
-        )
+        raise FileNotFoundError(f"Nothing was compared for {model} in {folder}; run: hcsmoe compare {model}")
     rows = []
-    for (method, experts, seed), content in newest.items():
-        result, scores = content["result"], content["result"].get("scores", {})
-        row = {"method": method, "experts": experts, "seed": seed, "limit": content["limit"]}
-        row |= {
-            "accuracy": scores.get("mean_acc"),
-            "item_error": scores.get("mean_acc_stderr"),
-            "loss": scores.get("mean_loss"),
-        }
-        rows.append(row | {key: result.get(key) for key in COLUMNS[7:]})
-    return pd.DataFrame(rows, columns=COLUMNS).sort_values(
-        ["experts", "method", "seed"], ascending=[False, True, True], ignore_index=True
-    )
+    for content in newest.values():
+        result = content["result"]
+        scores = result.get("scores", {})
+        row = {name: content[name] for name in ("method", "experts", "seed", "limit")}
+        row |= {"accuracy": scores.get("mean_acc"), "item_error": scores.get("mean_acc_stderr")}
+        rows.append(row | {"loss": scores.get("mean_loss")} | {name: result.get(name) for name in MEASURED})
+    order = dict(by=["experts", "method", "seed"], ascending=[False, True, True], ignore_index=True)
+    return pd.DataFrame(rows, columns=COLUMNS).sort_values(**order)
 
 
-def newest_cells(folder, model):
-    """Contents of the cells that :func:`compare` wrote, the newest of each: by method, number of experts and seed."""
-    newest = {}
-    for path in sorted((place(folder) / slug(model)).glob("*.json"), key=lambda p: p.stat().st_mtime):
-        content = read_json(path)
-        if isinstance(content, dict) and "result" in content:
-            newest[(content["method"], content["experts"], content["seed"])] = content
-    return newest
+def newest_cells(folder: str | Path, model: str) -> dict[tuple, dict]:
+    """Contents of the cells of :func:`compare`, the newest of each: by method, number of experts and seed."""
+    paths = sorted((Path(folder) / slug(model)).glob("*.json"), key=lambda path: path.stat().st_mtime)
+    contents = [
+        content for content in map(read_json, paths) if isinstance(content, dict) and "result" in content
+    ]
+    return {(content["method"], content["experts"], content["seed"]): content for content in contents}
 
 
-def read_table(path, model, command):
-    """A table that was kept, ``{model}`` in its path replaced by the model's name.
+def read_table(path: str | Path, model: str, command: str) -> Any:
+    """A table that was kept, ``{model}`` in its path replaced by the model's name, as a pandas.DataFrame.
 
     Raises
     ------
@@ -260,14 +267,14 @@ def read_table(path, model, command):
     """
     import pandas as pd
 
-    path = place(str(path).replace("{model}", slug(model)))
+    path = Path(str(path).replace("{model}", slug(model)))
     if not path.is_file():
-        raise FileNotFoundError(f"There is no table {path}; run: {command}.")
+        raise FileNotFoundError(f"There is no table {path.absolute()}; run: {command}.")
     return pd.read_csv(path)
 
 
-def summary(frame):
-    """One row for each method and number of experts: means over the calibration samples, and what they differ by.
+def summary(frame: Any) -> Any:
+    """One row per method and number of experts: means over the calibration samples, and their differences.
 
     Parameters
     ----------
@@ -277,12 +284,11 @@ def summary(frame):
     Returns
     -------
     pandas.DataFrame
-        ``accuracy`` and ``loss`` with ``_sd`` over the samples, ``item_error``, and against :data:`BASELINE` on the same
-        samples ``gain`` (in loss; positive is better) with ``gain_error``, the half width of its 95 % interval (Student's
-        t over the samples), and ``verdict``: "better", "worse" or "even" within it.
+        ``accuracy`` and ``loss`` with ``_sd`` over the samples, ``item_error``, and against :data:`BASELINE`
+        on the same samples ``gain`` (in loss; positive is better) with ``gain_error``, the half width of its
+        95 % interval (Student's t over the samples), and ``verdict``: "better", "worse" or "even" within it.
     """
     import pandas as pd
-    from scipy.stats import t
 
     rows = []
     for (experts, method), part in frame.groupby(["experts", "method"], sort=False):
@@ -292,28 +298,28 @@ def summary(frame):
             rows.append(row | {"refused": part["refused"].iloc[0]})
             continue
         for key in ("accuracy", "loss"):
-            row |= {key: good[key].mean(), f"{key}_sd": good[key].std(ddof=1) if len(good) > 1 else math.nan}
-        row["item_error"] = good["item_error"].mean()
-        for key in ("plan_seconds", "merge_seconds", "peak_mb", "expert_bytes"):
-            row[key] = pd.to_numeric(good[key]).mean()
-        base = frame[(frame["experts"] == experts) & (frame["method"] == BASELINE)].set_index("seed")["loss"]
-        both = [seed for seed in good["seed"] if seed in base.index]
-        if method not in (BASELINE, ORIGINAL) and len(both) > 1:
-            gains = base.loc[both] - good.set_index("seed")["loss"].loc[both]
-            half = float(t.ppf(0.975, len(both) - 1) * gains.std(ddof=1) / math.sqrt(len(both)))
-            row |= {"gain": gains.mean(), "gain_error": half}
-            row["verdict"] = (
-                "even" if abs(gains.mean()) <= half else ("better" if gains.mean() > 0 else "worse")
-            )
-        rows.append(row)
+            row |= {key: good[key].mean(), f"{key}_sd": good[key].std(ddof=1)}
+        means = ("item_error", "plan_seconds", "merge_seconds", "peak_mb", "expert_bytes")
+        row |= {key: pd.to_numeric(good[key]).mean() for key in means}
+        base = frame[(frame["experts"] == experts) & (frame["method"] == BASELINE)]
+        gains = (base.set_index("seed")["loss"] - good.set_index("seed")["loss"]).dropna()
+        rows.append(row | (_verdict(gains) if method not in (BASELINE, ORIGINAL) and len(gains) > 1 else {}))
     return pd.DataFrame(rows)
 
 
-def table(frame):
+def _verdict(gains):
+    from scipy.stats import t
+
+    half = float(t.ppf(0.975, len(gains) - 1) * gains.sem(ddof=1))
+    verdict = "even" if abs(gains.mean()) <= half else "better" if gains.mean() > 0 else "worse"
+    return {"gain": gains.mean(), "gain_error": half, "verdict": verdict}
+
+
+def table(frame: Any) -> str:
     """The comparison as lines of text, the best loss first at each number of experts.
 
-    Losses are in nats a token; ``ppl`` is the perplexity of their mean, ``MB`` the size of the experts and ``peak MB`` what
-    making and applying the plan allocated at most.
+    Losses are in nats per token; ``ppl`` is the perplexity of their mean, ``MB`` the size of the experts and
+    ``peak MB`` what making and applying the plan allocated at most.
     """
     columns = (
         ("acc %", "accuracy", 7, 1, 100),
@@ -330,21 +336,19 @@ def table(frame):
     )
     lines = []
     for experts, part in summary(frame).groupby("experts", sort=False):
-        lines += [
-            f"\n{experts} experts a layer",
-            f"{'method':<18}" + "".join(f"{c[0]:>{c[2]}}" for c in columns),
-        ]
+        header = "".join(f"{title:>{width}}" for title, _, width, *_ in columns)
+        lines += [f"\n{experts} experts per layer", f"{'method':<18}{header}"]
         for row in part.sort_values("loss", na_position="last").to_dict("records"):
             if row["samples"] == 0:
                 lines.append(f"{row['method']:<18}  refused: {row['refused'].splitlines()[0]}")
                 continue
             row["perplexity"] = math.exp(row["loss"])
-            cells = (_shown(row.get(key), width, digits, factor) for _, key, width, digits, factor in columns)
+            cells = (_text(row.get(key), width, digits, factor) for _, key, width, digits, factor in columns)
             lines.append(f"{row['method']:<18}" + "".join(cells))
     return "\n".join(lines)
 
 
-def _shown(value, width, digits, factor):
+def _text(value, width, digits, factor):
     if isinstance(value, str):
         return f"{value:>{width}}"
     return " " * width if value is None or math.isnan(value) else f"{factor * value:>{width}.{digits}f}"

@@ -1,6 +1,8 @@
-"""TODO."""
+"""Costs told before anything is loaded: operations, bytes and times from a model's configuration alone."""
 
 import time
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -9,61 +11,85 @@ from hcsmoe_core.checkpoint import load_skeleton
 from hcsmoe_core.collect import expected_bytes
 from hcsmoe_core.families import find_moe_layers
 from hcsmoe_core.statistics import DEFAULT_NEEDS
-from hcsmoe_core.studies.cache import calibration_of
 from hcsmoe_core.studies.tables import model_size
-from hcsmoe_core.text.calibration import domains_of, own_sequences
+from hcsmoe_core.text.calibration import calibration_settings, domains_of, own_sequences
 
 
 def forecast(
-    model, *, dtype="auto", calibration="", sequences=0, length=0, seed=42, needs=DEFAULT_NEEDS, samples=1
-):
-    """What a notebook will cost on a model, before the model is loaded: from its configuration alone.
+    model: str,
+    *,
+    dtype: str = "auto",
+    calibration: str = "",
+    sequences: int = 0,
+    length: int = 0,
+    seed: int = 42,
+    needs: Sequence[str] = DEFAULT_NEEDS,
+    samples: int = 1,
+) -> str:
+    """What a notebook will cost on a model.
 
     Parameters
     ----------
     model : str
         As for :func:`hcsmoe_core.load_model`.
     dtype, calibration, sequences, length, seed, needs
-        As for :func:`statistics`; the seed costs nothing.
+        As for :func:`hcsmoe_core.studies.cache.cached_statistics`; the seed costs nothing.
     samples : int
         Calibration samples.
 
     Returns
     -------
     str
-        A line for each of model, calibration, the model's own text if it writes some, capture and statistics file. Times are
-        lower bounds: operations at the speed of a matrix product that is timed here and now.
+        A line for each of model, calibration, the model's own text if it writes some, capture and statistics
+        file. Times are lower bounds: operations at the speed of a matrix product that is timed here and now.
     """
-    skeleton, source = (
-        load_skeleton(model, dtype=dtype),
-        calibration_of(model, calibration, sequences, length),
-    )
-    needs = tuple(dict.fromkeys((*DEFAULT_NEEDS, *needs)))
-    size, tokens = model_size(skeleton), source["sequences"] * source["length"]
-    weights, held = size["weights"], size["bytes"]
-    active, captured = work_of_a_token(skeleton)
-    work = samples * tokens * captured
+    skeleton = load_skeleton(model, dtype=dtype)
+    source = calibration_settings(model, calibration, sequences, length)
+    text, sequences, length = source["calibration"], source["sequences"], source["length"]
+    size, tokens, capture = model_size(skeleton), sequences * length, capture_cost(skeleton, source, needs)
+    weights, active, work = size["weights"], work_per_token(skeleton)[0], samples * capture["operations"]
     where, speed = _speed(skeleton.dtype)
-    domains = len(set(domains_of(source["calibration"], source["sequences"]) or ["all"]))
-    file = expected_bytes(skeleton, needs, domains=domains, tokens=tokens)
-    shape = f"{source['sequences']} × {source['length']:,} = {tokens:,} tokens of {source['calibration']}"
-    own = samples * source["length"] * own_sequences(source["calibration"], source["sequences"])
+    shape = f"{sequences} × {length:,} = {tokens:,} tokens of {text}"
+    own = samples * length * own_sequences(text, sequences)
+    held, share = amount(size["bytes"]), f"{active / 2 / weights:.0%}"
     rows = {
-        "model": f"{amount(weights)} weights, {amount(held)}B in memory; {active / 2 / weights:.0%} of them active for a token",
+        "model": f"{amount(weights)} weights, {held}B in memory; {share} of them active per token",
         "calibration": shape if samples == 1 else f"{samples} samples of {shape}",
-        "own text": f"{amount(own)} tokens, one after another: {duration(own * active / speed)} or more on this {where}",
-        "capture": f"{amount(work)} operations: {duration(work / speed)} or more on this {where}",
-        "statistics": f"{amount(samples * file)}B under runs/statistics, kept for the next time",
     }
-    if not own:
-        del rows["own text"]
-    return "\n".join(f"{name:<13}{text}" for name, text in rows.items())
+    if own:
+        time = duration(own * active / speed)
+        rows["own text"] = f"{amount(own)} tokens, one after another: {time} or more on this {where}"
+    rows["capture"] = f"{amount(work)} operations: {duration(work / speed)} or more on this {where}"
+    rows["statistics"] = (
+        f"{amount(samples * capture['bytes'])}B under runs/statistics, kept for the next time"
+    )
+    return "\n".join(f"{name:<13}{line}" for name, line in rows.items())
 
 
-def work_of_a_token(model):
-    """Operations that the matrix products of one token take: in the model's forward pass, and in a capture.
+def capture_cost(model: Any, source: dict, needs: Sequence[str]) -> dict:
+    """Operations of a pass over calibration tokens, and bytes of the statistics file.
 
-    A capture also runs every expert on every token, and makes inner products of all pairs of their outputs, four ways.
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        With or without weights.
+    source : dict
+        Of :func:`hcsmoe_core.text.calibration.calibration_settings`.
+    needs : sequence of str
+        What is collected beside :data:`hcsmoe_core.statistics.DEFAULT_NEEDS`.
+    """
+    tokens = source["sequences"] * source["length"]
+    domains = len(set(domains_of(source["calibration"], source["sequences"]) or ["all"]))
+    needs = tuple(dict.fromkeys((*DEFAULT_NEEDS, *needs)))
+    size = expected_bytes(model, needs, domains=domains, tokens=tokens)
+    return {"tokens": tokens, "operations": int(tokens * work_per_token(model)[1]), "bytes": size}
+
+
+def work_per_token(model: Any) -> tuple[float, float]:
+    """Operations of the matrix products per token: in the model's forward pass, and in a capture.
+
+    A capture also runs every expert on every token, and makes inner products of all pairs of their outputs,
+    four ways.
     """
     size = model_size(model)
     active, pairs = size["weights"], 0
@@ -74,14 +100,14 @@ def work_of_a_token(model):
     return 2 * active, 2 * (active + size["expert_weights"] + pairs)
 
 
-def amount(number):
+def amount(number: float) -> str:
     """A number with a prefix of a thousand, such as 46.7 G."""
     power = min(int(np.log10(max(number, 1)) / 3), 6)
     return f"{number / 1000**power:.3g} {' kMGTPE'[power]}".strip()
 
 
 def _speed(dtype, size=1024, seconds=0.1):
-    """Where matrix products are made, and operations a second of one that is timed."""
+    """Where matrix products are made, and operations per second of one that is timed."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     matrix, count, started = torch.ones(size, size, dtype=dtype, device=device), 0, time.perf_counter()
     while time.perf_counter() - started < seconds:
@@ -90,7 +116,7 @@ def _speed(dtype, size=1024, seconds=0.1):
     return device.type.upper().replace("CUDA", "GPU"), 2 * size**3 * count / (time.perf_counter() - started)
 
 
-def duration(seconds):
+def duration(seconds: float) -> str:
     """A time in seconds, minutes or hours."""
     if seconds < 90:
         return f"{seconds:.0f} s"

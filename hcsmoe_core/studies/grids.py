@@ -1,71 +1,119 @@
-"""Studies as data: a YAML file a study, its settings checked before anything runs, and its cells for any model.
+"""Studies as data: a YAML file per study, checked before anything runs, and its cells for any model.
 
-A file of ``notebooks/grids`` has these keys, of which ``title`` and ``axes`` must be there::
+A file of ``notebooks/grids`` has these keys, of which ``title`` and ``axes`` are required::
 
     title: Linkage and similarity
     about: What it asks, in a sentence or two.
-    paper: [linkage]              # what of the paper it is (tables, or contents of "absent", of published.json); none: of none
-    notebook: 05_accuracy         # or a path from the file to a notebook with the same parameters
-    base: {merge: average}        # parameters of all cells
-    axes:                         # every combination is a cell: parameters of the notebook, and steps of methods
+    paper: [linkage]              # what of the paper it is: tables, or contents of "absent", of
+    published.json notebook: 05_accuracy         # or a path from the file to a notebook with the same
+    parameters base: {merge: average}        # parameters of all cells
+    axes:                         # every combination is a cell: parameters of the notebook, and steps of
+    methods
       experts: [3/4, 50%, 8]      # a share of the model's experts, or a number; or reduction: [25%]
       linkage: [average, ward]
       settings: [{method: reap}, {method: hc-smoe, merge: average}]  # an axis whose values set several
     exclude: [{linkage: ward, experts: 8}]
-    seeds: [42, 43]               # calibration samples
+    seeds: [42, 43]               # calibration seeds: one calibration sample each
     embedded: {calibration: [demo]}     # axes that have other values on the embedded models
     read: {x: experts, hue: setting}    # how 06_ablation draws it
 
-``sequences`` may be a share of what the calibration source has by default, such as ``1/4``. The unmerged model is always among
-the cells.
+``sequences`` may be a share of the calibration source's default, such as ``1/4``. The unmerged model is
+always among the cells.
 """
 
-from dataclasses import dataclass, field, fields
+from collections.abc import Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
-from hcsmoe_core._util import InputError, place, root
+from hcsmoe_core._util import EMBEDDED, InputError
 from hcsmoe_core.checkpoint import load_skeleton
-from hcsmoe_core.demo import models as demo
-from hcsmoe_core.methods.planner import METHODS, Steps, needs_of, settings_from, steps_of
+from hcsmoe_core.methods import METHODS, load_plugin, parse_settings
 from hcsmoe_core.studies import paper, sweep
-from hcsmoe_core.studies.cache import calibration_of
 from hcsmoe_core.studies.tables import model_size
-from hcsmoe_core.text.calibration import domains_of
+from hcsmoe_core.text.calibration import calibration_settings, domains_of
 
-FOLDER = "notebooks/grids"
-
-
-SHARES = ("experts", "reduction", "sequences")  # parameters that may be a share
-
-
-READ = ("where", "x", "hue", "metric", "at")  # parameters of 06_ablation that a grid may set
-
-
-OWN = ("model", "seed", "steps", "figures", "results")  # parameters of the notebook that a grid does not set
-
-
+FOLDER = sweep.NOTEBOOKS / "grids"
+SHARES = {  # parameters that may be a share, and what they take
+    "experts": "a share below 1 such as 1/4 or 25%, or a whole number from 1",
+    "reduction": "a share below 1 such as 1/4 or 25%",
+    "sequences": "a share such as 1/4 or 25%, or a whole number from 1",
+}
+OWN = ("model", sweep.SEED, "steps", "figures", "results", "plugin")  # parameters that a grid does not set
 FILES = (".txt", ".json", ".jsonl", ".safetensors")
+PAPER = (*paper.published()["tables"], *(entry["content"] for entry in paper.published()["absent"]))
 
 
-@dataclass(frozen=True)
-class Study:
+def _unique(values):
+    twice = [value for value in values if values.count(value) > 1]
+    if twice:
+        raise ValueError(f"has {twice[0]!r} twice")
+    return values
+
+
+Values = Annotated[list, Field(min_length=1), AfterValidator(_unique)]
+Seed = Annotated[int, Field(strict=True, ge=0)]
+
+
+class Study(BaseModel):
     """A grid as its file has it; see the module's text."""
 
-    name: str
-    path: Path
-    title: str
-    axes: dict
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    title: Annotated[str, Field(min_length=1)]
     about: str = ""
-    paper: tuple = ()
-    notebook: Path = None
-    base: dict = field(default_factory=dict)
-    exclude: tuple = ()
-    seeds: tuple = ()
-    embedded: dict = field(default_factory=dict)
-    read: dict = field(default_factory=dict)
+    paper: list[Literal[PAPER]] = []
+    notebook: str = "05_accuracy"
+    base: dict = {}
+    axes: Annotated[dict[str, Values], Field(min_length=1)]
+    exclude: list[Annotated[dict, Field(min_length=1)]] = []
+    seeds: Annotated[list[Seed], AfterValidator(_unique)] = []
+    embedded: dict[str, Values] = {}
+    read: dict[Literal["where", "x", "hue", "metric", "at"], Any] = {}
+    _path: Path = PrivateAttr()
+
+    def model_post_init(self, context: Any) -> None:
+        """Keep the file's path."""
+        self._path = context
+
+    @property
+    def name(self) -> str:
+        """Name of the file."""
+        return self._path.stem
+
+    def notebook_path(self) -> Path:
+        """The notebook's file."""
+        local = self.notebook.endswith(".ipynb")
+        path = self._path.parent / self.notebook if local else sweep.NOTEBOOKS / f"{self.notebook}.ipynb"
+        if not path.is_file():
+            raise self.error("notebook", f"there is no notebook {path} in {Path.cwd()}.")
+        return path.resolve()
+
+    def parameters(self) -> dict:
+        """The notebook's parameters with their defaults."""
+        defaults = sweep.parameters_of(self.notebook_path())
+        if not {"model", "experts", "method", "steps", sweep.SEED} <= set(defaults):
+            raise self.error("notebook", f"{self.notebook}.ipynb has not the parameters of 05_accuracy.")
+        return defaults
+
+    def combinations(self, embedded: bool, *, exclude: bool = True) -> list[dict]:
+        """Every combination of the axes, with the base parameters, without those that are excluded."""
+        axes = self.axes | (self.embedded if embedded else {})
+        cells = [cell | cell.pop("settings", {}) for cell in sweep.grid(dict(self.base), **axes)]
+        left_out = self.exclude if exclude else ()
+        return [cell for cell in cells if not any(some.items() <= cell.items() for some in left_out)]
+
+    def error(self, key: str, text: str) -> InputError:
+        """An error that names the file and the key."""
+        return InputError(f"{self._path.name}, {key}: {text}")
+
+    def check_choice(self, key: str, value: Any, allowed: Sequence) -> None:
+        """Raise InputError unless a value is allowed."""
+        if value not in allowed:
+            raise self.error(key, f"{value!r} is unknown; allowed are {', '.join(allowed)}.")
 
 
 @dataclass(frozen=True)
@@ -78,75 +126,39 @@ class Cell:
     id: str
 
 
-KEYS = ("title", "about", "paper", "notebook", "base", "axes", "exclude", "seeds", "embedded", "read")
+def names() -> list[str]:
+    """Names of the grids in ``./notebooks/grids``."""
+    return sorted(path.stem for path in FOLDER.glob("*.yml"))
 
 
-def names():
-    """Names of the project's grids."""
-    return sorted(path.stem for path in place(FOLDER).glob("*.yml"))
-
-
-def load(name):
+def load(name: str | Path) -> Study:
     """Read a study and check it.
 
     Parameters
     ----------
     name : str or path
-        Of the project's, or of a ``.yml`` file.
-
-    Returns
-    -------
-    Study
+        Of a grid in ``./notebooks/grids``, or a ``.yml`` file.
 
     Raises
     ------
     FileNotFoundError
         If there is none of that name.
-    ValueError
+    InputError
         If its file is not as it should be; the error names the file, the key, and what is allowed.
     """
-    path = Path(name) if Path(name).suffix in (".yml", ".yaml") else place(FOLDER) / f"{name}.yml"
+    path = Path(name) if Path(name).suffix in (".yml", ".yaml") else FOLDER / f"{name}.yml"
     if not path.is_file():
+        listed = ", ".join(names()) or "none"
         raise FileNotFoundError(
-            f"There is no grid {name}; give a .yml file, all, or one of {', '.join(names())}."
+            f"There is no grid {name}; give a .yml file, all, or one of {listed} (those of "
+            f"{FOLDER.resolve()})."
         )
-    content = _read(path)
-    for key in content:
-        _choice(path, str(key), key, KEYS)
-    for key, kind in {
-        "title": str,
-        "about": str,
-        "base": dict,
-        "axes": dict,
-        "exclude": list,
-        "seeds": list,
-    }.items():
-        if not isinstance(content.get(key, kind()), kind):
-            raise _wrong(path, key, f"must be a {_KINDS[kind]}; not {content[key]!r}.")
-    for key in ("title", "axes"):
-        if not content.get(key):
-            raise _wrong(path, key, "is missing or empty.")
-    tables, read = content.get("paper") or [], content.get("read") or {}
-    for name in tables:
-        _choice(
-            path,
-            "paper",
-            name,
-            (*paper.published()["tables"], *(a["content"] for a in paper.published()["absent"])),
-        )
-    for name in read:
-        _choice(path, "read", name, READ)
-    made = content | {"paper": tuple(tables), "seeds": tuple(content.get("seeds", ())), "read": read}
-    made |= {
-        "exclude": tuple(content.get("exclude", ())),
-        "notebook": _notebook(path, content.get("notebook", "05_accuracy")),
-    }
-    study = Study(path.stem, path, **made)
+    try:
+        study = Study.model_validate(_read(path), context=path)
+    except ValidationError as error:
+        raise InputError(f"{path.name}, {_explained(error.errors()[0])}") from None
     _check(study)
     return study
-
-
-_KINDS = {str: "text", dict: "mapping", list: "list"}
 
 
 class _Loader(yaml.SafeLoader):
@@ -156,9 +168,8 @@ class _Loader(yaml.SafeLoader):
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         twice = [key for key in keys if keys.count(key) > 1]
         if twice:
-            raise yaml.constructor.ConstructorError(
-                None, None, f"the key {twice[0]!r} is there twice", node.start_mark
-            )
+            problem = f"the key {twice[0]!r} is there twice"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
         return super().construct_mapping(node, deep)
 
 
@@ -168,185 +179,100 @@ def _read(path):
     except yaml.YAMLError as error:
         raise InputError(f"{path.name} is not readable YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
-        raise InputError(f"{path.name} must be a mapping with the keys {', '.join(KEYS)}.")
+        raise InputError(f"{path.name} must be a mapping with the keys {', '.join(Study.model_fields)}.")
     return content
 
 
-def _wrong(path, key, text):
-    return InputError(f"{path.name}, {key}: {text}")
-
-
-def _choice(path, key, value, allowed):
-    if value not in allowed:
-        raise _wrong(path, key, f"{value!r} is unknown; allowed are {', '.join(allowed)}.")
-
-
-def _notebook(path, name):
-    found = path.parent / name if str(name).endswith(".ipynb") else root() / "notebooks" / f"{name}.ipynb"
-    if not found.is_file():
-        raise _wrong(path, "notebook", f"there is no notebook {found}.")
-    return found.resolve()
-
-
-def _allowed(study):
-    """Parameters that a grid may set, and the defaults of the notebook."""
-    defaults = sweep.parameters_of(study.notebook)
-    if not {"model", "experts", "method", "steps", "seed"} <= set(defaults):
-        raise _wrong(study.path, "notebook", f"{study.notebook.name} has not the parameters of 05_accuracy.")
-    steps = [f.name for f in fields(Steps)]
-    return [*dict.fromkeys((*(n for n in defaults if n not in OWN), *steps, "reduction"))], defaults
+def _explained(error):
+    """Key and text of one of pydantic's errors."""
+    key = ".".join(str(part) for part in error["loc"] if part != "[key]")
+    text = error["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+    if error["type"] == "missing":
+        return f"{key}: is missing."
+    allowed = f"; allowed are {', '.join(Study.model_fields)}" if error["type"] == "extra_forbidden" else ""
+    return f"{key}: {text}{allowed}; not {error['input']!r}."
 
 
 def _check(study):
-    """Raise ValueError unless every key, value and combination of a study is one that can be run."""
-    path, (allowed, defaults) = study.path, _allowed(study)
-    for name, value in study.base.items():
-        _choice(path, "base", name, allowed)
-        _check_value(study, f"base.{name}", name, value, defaults)
-    variants = {"axes": study.axes}
+    """Raise InputError unless every key, value and combination of a study is one that can be run."""
     for name in study.embedded:
-        _choice(path, "embedded", name, tuple(study.axes))
-        variants["embedded"] = study.embedded
-    for key, axes in variants.items():
-        for name, values in axes.items():
-            _check_axis(study, f"{key}.{name}", name, values, allowed, defaults)
-    for seed in study.seeds:
-        if type(seed) is not int or seed < 0:
-            raise _wrong(path, "seeds", f"must be whole numbers from 0; not {seed!r}.")
-    if len(set(study.seeds)) < len(study.seeds):
-        raise _wrong(path, "seeds", "has a number twice.")
-    _check_exclusions(study)
+        study.check_choice("embedded", name, tuple(study.axes))
+    places = {}
+    for key, name, value in _values(study):
+        _check_value(study, key, name, value)
+        places.setdefault(name, set()).add(
+            key if key == "base" else key.removeprefix("embedded.").removeprefix("axes.")
+        )
+    for name, found in places.items():
+        if len(found) > 1:
+            raise study.error("axes", f"{name!r} is set in {' and in '.join(sorted(found))}; leave one.")
+    cells = study.combinations(False, exclude=False)
+    for excluded in study.exclude:
+        for name in excluded:
+            study.check_choice("exclude", name, tuple(dict.fromkeys(name for cell in cells for name in cell)))
+        if not any(excluded.items() <= cell.items() for cell in cells):
+            raise study.error("exclude", f"{excluded} matches no cell.")
     for embedded in (False, True):
-        combinations = _combinations(study, embedded)
-        if not combinations:
-            raise _wrong(path, "exclude", "excludes every cell.")
-        for cell in combinations:
-            _check_steps(study, cell)
+        cells = study.combinations(embedded)
+        if not cells:
+            raise study.error("exclude", "excludes every cell.")
+        for cell in cells:
+            if len({"experts", "reduction"} & set(cell)) != 1:
+                raise study.error("axes", "needs experts or reduction, and not both.")
+            try:
+                sweep.recipe_of(cell)
+            except InputError as error:
+                raise study.error("axes", f"{cell}: {error}") from None
 
 
-def _check_axis(study, key, name, values, allowed, defaults):
-    path = study.path
-    if not isinstance(values, list) or not values:
-        raise _wrong(path, key, f"must be a list of at least one value; not {values!r}.")
-    if name != "settings":
-        if name not in allowed:
-            raise _wrong(
-                path, key, f"{name!r} is no parameter; allowed are {', '.join((*allowed, 'settings'))}."
-            )
-        if name in study.base:
-            raise _wrong(path, key, "is in base, too; leave one.")
-    for i, value in enumerate(values):
-        if value in values[:i]:
-            raise _wrong(path, key, f"has {value!r} twice.")
-        if name != "settings":
-            _check_value(study, key, name, value, defaults)
-            continue
-        if not isinstance(value, dict) or not value:
-            raise _wrong(
-                path, key, f"must be mappings of parameters, such as {{method: reap}}; not {value!r}."
-            )
-        for part, of in value.items():
-            _choice(path, key, part, allowed)
-            if part in study.axes:
-                raise _wrong(path, key, f"sets {part!r}, which is an axis.")
-            _check_value(study, f"{key}.{part}", part, of, defaults)
+def _values(study):
+    """All that a study sets: where, the parameter and its value."""
+    yield from (("base", name, value) for name, value in study.base.items())
+    for key, axes in {"axes": study.axes, "embedded": study.embedded}.items():
+        for axis, values in axes.items():
+            for value in values:
+                if axis == "settings" and not isinstance(value, dict):
+                    text = "must be mappings of parameters, such as {method: reap}"
+                    raise study.error(f"{key}.settings", f"{text}; not {value!r}.")
+                several = value if axis == "settings" else {axis: value}
+                yield from ((f"{key}.{axis}", name, one) for name, one in several.items())
 
 
-def _check_value(study, key, name, value, defaults):
-    """Raise ValueError unless a value is of its parameter's kind."""
-    path = study.path
+def _check_value(study, key, name, value, more=()):
+    """Raise InputError unless a parameter may be set and the value is of its kind."""
+    defaults = study.parameters()
+    own = [parameter for parameter in defaults if parameter not in OWN]
+    study.check_choice(key, name, tuple(dict.fromkeys([*own, *sweep.step_names(), "reduction", *more])))
+    part, default = share(value), defaults.get(name)
     if name in SHARES:
         whole = type(value) is int and value >= 1 and name != "reduction"
-        if not whole and share(value) is None:
-            kinds = "a share such as 1/4 or 25%" + (
-                "" if name == "reduction" else ", or a whole number from 1"
-            )
-            raise _wrong(path, key, f"must be {kinds}; not {value!r}.")
-        if not whole and name != "sequences" and not 0 < share(value) < 1:
-            raise _wrong(path, key, f"must be more than nothing and less than all; not {value!r}.")
-        return
-    if name == "method":
-        _choice(path, key, value, tuple(METHODS))
-    usual = defaults.get(name, {f.name: f.default for f in fields(Steps)}.get(name))
-    kinds = {bool: (bool,), int: (int,), float: (int, float), str: (str,)}.get(
-        type(usual), (str, int, float, list)
-    )
-    if name == "centres":
-        kinds = (str, list)
-    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-        raise _wrong(path, key, f"must be of the kind of {usual!r}; not {value!r}.")
-    if name in ("calibration", "text"):
-        _check_source(path, key, value)
+        if not (whole or (part and (part < 1 or name == "sequences"))):
+            raise study.error(key, f"{name} must be {SHARES[name]}; not {value!r}.")
+    elif name == "method":
+        study.check_choice(key, value, tuple(METHODS))
+    elif name in defaults and type(value) is not (int if default is None else type(default)):
+        raise study.error(key, f"{name} must be of the kind of {default!r}; not {value!r}.")
+    if name in ("calibration", "text") and value:
+        try:
+            domains_of(value, 10**6)
+        except InputError as error:
+            raise study.error(key, str(error)) from None
+        if Path(value).suffix in FILES and "*" not in value and not Path(value).exists():
+            raise study.error(key, f"there is no file {value} in {Path.cwd()}.")
 
 
-def _check_source(path, key, value):
-    """Raise ValueError if a source of text is a file that is not there, or a mixture that is none."""
+def share(value: Any) -> Fraction | None:
+    """A share written ``3/4`` or ``62.5%``; None if it is none."""
     try:
-        domains_of(value, 10**6)
-    except ValueError as error:
-        raise _wrong(path, key, str(error)) from None
-    if Path(value).suffix in FILES and "*" not in value and not Path(value).exists():
-        raise _wrong(path, key, f"there is no file {value}.")
-
-
-def _check_exclusions(study):
-    cells = _combinations(study, False, exclude=False)
-    for excluded in study.exclude:
-        if not isinstance(excluded, dict) or not excluded:
-            raise _wrong(
-                study.path, "exclude", f"must be mappings such as {{linkage: ward}}; not {excluded!r}."
-            )
-        for name in excluded:
-            _choice(
-                study.path, "exclude", name, tuple(dict.fromkeys(name for cell in cells for name in cell))
-            )
-        if not any(_matches(cell, excluded) for cell in cells):
-            raise _wrong(study.path, "exclude", f"{excluded} matches no cell.")
-
-
-def _check_steps(study, cell):
-    """Raise ValueError unless a combination's steps go together."""
-    if len({"experts", "reduction"} & set(cell)) != 1:
-        raise _wrong(study.path, "axes", "needs experts or reduction, and not both.")
-    try:
-        steps_of(cell.get("method", "hc-smoe"), **_steps(cell))
-    except ValueError as error:
-        raise _wrong(study.path, "axes", f"{cell}: {error}") from None
-
-
-def _steps(cell):
-    return {f.name: cell[f.name] for f in fields(Steps) if cell.get(f.name, "") != ""}
-
-
-def _matches(cell, excluded):
-    return all(name in cell and cell[name] == value for name, value in excluded.items())
-
-
-def _combinations(study, embedded, *, exclude=True):
-    """Every combination of a study's axes, with its base parameters, but those that are excluded."""
-    axes = study.axes | (study.embedded if embedded else {})
-    cells = []
-    for cell in sweep.grid(dict(study.base), **axes):
-        settings = cell.pop("settings", {})
-        cells.append(cell | settings)
-    return [cell for cell in cells if not exclude or not any(_matches(cell, e) for e in study.exclude)]
-
-
-def share(value):
-    """A share written ``3/4`` or ``62.5%`` as a fraction; None if it is none."""
-    if not isinstance(value, str):
+        number = Fraction(value.removesuffix("%")) / (100 if value.endswith("%") else 1)
+    except (AttributeError, ValueError, ZeroDivisionError):
         return None
-    try:
-        found = (
-            Fraction(value[:-1]) / 100 if value.endswith("%") else Fraction(value) if "/" in value else None
-        )
-    except (ValueError, ZeroDivisionError):
-        return None
-    return found if found is not None and found > 0 else None
+    return number if number > 0 and value.strip("0123456789.") else None
 
 
-def cells_of(study, model, overrides=None):
-    """The cells that a study has for a model: the unmerged model, then every combination, once for each calibration sample.
+def cells_of(study: Study, model: str, overrides: dict | None = None) -> list[Cell]:
+    """The cells of a study for a model: the unmerged model, then every combination, once per calibration
+    sample.
 
     Parameters
     ----------
@@ -363,106 +289,80 @@ def cells_of(study, model, overrides=None):
 
     Raises
     ------
-    ValueError
+    InputError
         If a parameter cannot be set, or a number does not suit the model.
     """
-    overrides = _overrides(study, overrides or {})
-    experts, defaults = model_size(load_skeleton(model))["num_experts"], sweep.parameters_of(study.notebook)
-    base = {"model": model} | {
-        n: v for n, v in study.base.items() if n in defaults and n not in ("experts", "method")
-    }
-    found = [
-        {name: value for name, value in base.items() if name not in sweep.NAMED} | overrides | {"experts": 0}
-    ]
-    for cell in _combinations(study, model in demo.NAMES):
+    overrides, defaults = overrides or {}, study.parameters()
+    _check_overrides(study, overrides)
+    size = model_size(load_skeleton(model))["num_experts"]
+    left_out = ("experts", "method", *sweep.NAMED)
+    base = {name: value for name, value in study.base.items() if name in defaults and name not in left_out}
+    found = [{"model": model} | base | overrides | {"experts": 0}]
+    for cell in study.combinations(model in EMBEDDED):
         cell = {"model": model} | cell | overrides
-        cell["experts"] = _experts(study, cell, experts)
+        cell["experts"] = _experts(study, cell, size)
         if isinstance(cell.get("sequences"), str):
-            usual = calibration_of(model, cell.get("calibration", ""))["sequences"]
+            usual = calibration_settings(model, cell.get("calibration", ""))["sequences"]
             cell["sequences"] = _counted(study, "sequences", share(cell["sequences"]) * usual)
         cell.pop("reduction", None)
-        found += [cell | ({"seed": seed} if seed is not None else {}) for seed in study.seeds or (None,)]
-    return [
-        _cell(study, {name: _absolute(name, value) for name, value in cell.items()}, defaults)
-        for cell in found
-    ]
+        found += [cell | ({} if seed is None else {sweep.SEED: seed}) for seed in study.seeds or (None,)]
+    made = []
+    for cell in found:
+        given = {name: _absolute(name, value) for name, value in cell.items()}
+        parameters = sweep.canonical(given, defaults)
+        notebook = study.notebook_path()
+        made.append(Cell(notebook, given, parameters, sweep.cell_id(notebook, parameters)))
+    return made
 
 
-def _cell(study, given, defaults):
-    parameters = sweep.canonical(given, defaults)
-    return Cell(study.notebook, given, parameters, sweep.cell_id(study.notebook, parameters))
-
-
-def _overrides(study, overrides):
-    allowed, defaults = _allowed(study)
-    axes = {
-        *study.axes,
-        *(["seed"] if study.seeds else []),
-        *(name for value in study.axes.get("settings", ()) for name in value),
-    }
+def _check_overrides(study, overrides):
+    axes = {name for key, name, _ in _values(study) if key != "base"} | (
+        {sweep.SEED} if study.seeds else set()
+    )
     for name, value in overrides.items():
-        _choice(study.path, "parameter", name, (*allowed, "seed", "figures"))
         if name in axes:
-            raise _wrong(study.path, "parameter", f"{name!r} is an axis of this grid.")
-        _check_value(study, f"parameter {name}", name, value, defaults)
-    return overrides
+            raise study.error("parameter", f"{name!r} is an axis of this grid.")
+        _check_value(study, "parameter", name, value, more=(sweep.SEED, "figures", "plugin"))
 
 
-def overrides_from(items):
-    """Parameters written as ``name=value``, for all cells.
-
-    Parameters
-    ----------
-    items : sequence of str
-
-    Returns
-    -------
-    dict
-
-    Raises
-    ------
-    ValueError
-        If one is not written so.
-    """
-    found = {}
+def overrides_from(items: Sequence[str]) -> dict:
+    """Parameters written as ``name=value``, for all cells."""
+    overrides = {}
     for item in items:
         name, equals, value = item.partition("=")
         if not equals:
             raise InputError(f"--parameter takes name=value; not {item!r}.")
-        if name in {f.name for f in fields(Steps)}:
-            found |= settings_from([item], option="--parameter")
+        if name in sweep.step_names()[1:]:
+            overrides |= parse_settings([item])
         else:
-            found[name] = int(value) if value.isdigit() else value
-    return found
+            overrides[name] = int(value) if value.isdigit() else value
+    return overrides
 
 
-def _experts(study, cell, of):
+def _experts(study, cell, size):
     """Experts kept, of a model's number."""
     given = cell.get("experts")
     if isinstance(given, int):
-        if given > of:
-            raise _wrong(study.path, "experts", f"{given} are more than the {of} of {cell['model']}.")
+        if given > size:
+            raise study.error("experts", f"{given} are more than the {size} of {cell['model']}.")
         return given
-    kept = share(given) if given else 1 - share(cell["reduction"])
-    return _counted(study, "experts", kept * of)
+    return _counted(study, "experts", (share(given) if given else 1 - share(cell["reduction"])) * size)
 
 
 def _counted(study, key, number):
     if round(number) < 1:
-        raise _wrong(study.path, key, f"a share of {float(number):.2g} is none.")
+        raise study.error(key, f"a share of {float(number):.2g} is none.")
     return round(number)
 
 
 def _absolute(name, value):
     """Files by their whole path, because workers may be in another folder."""
-    local = (
-        name in ("calibration", "text", "model") and value not in ("", *demo.NAMES) and Path(value).exists()
-    )
-    return str(Path(value).resolve()) if local else value
+    files = name in ("calibration", "text", "model", "plugin") and value not in ("", *EMBEDDED)
+    return str(Path(value).resolve()) if files and Path(value).exists() else value
 
 
-def plans(chosen, models, overrides=None):
-    """The cells of studies for models.
+def plans(chosen: Sequence, models: Sequence[str], overrides: dict | None = None) -> list[tuple]:
+    """The cells of studies for models, as ``[(study, model, [cell, …]), …]``.
 
     Parameters
     ----------
@@ -470,19 +370,18 @@ def plans(chosen, models, overrides=None):
         Names or files; ``"all"`` for those of the project.
     models : list of str
     overrides : dict
-
-    Returns
-    -------
-    list of (Study, str, list of Cell)
+        As for :func:`cells_of`.
     """
-    wanted = [name for given in chosen for name in (names() if given == "all" else [given])]
-    studies = [load(name) for name in dict.fromkeys(map(str, wanted))]
+    if (overrides or {}).get("plugin"):
+        load_plugin(overrides["plugin"])
+    wanted = [str(name) for entry in chosen for name in (names() if entry == "all" else [entry])]
+    studies = [load(name) for name in dict.fromkeys(wanted)]
     if len({study.name for study in studies}) < len(studies):
         raise InputError("Two grids have the same name; give one of them another.")
     return [(study, model, cells_of(study, model, overrides)) for model in models for study in studies]
 
 
-def run(planned, folder, *, workers=1, engine=None, retries=0):
+def run(planned: list[tuple], folder: str | Path, **options: Any) -> list[Path]:
     """Measure every cell of studies that is not done; what they share is measured once.
 
     Parameters
@@ -491,64 +390,49 @@ def run(planned, folder, *, workers=1, engine=None, retries=0):
         Of :func:`plans`.
     folder : path
         Of the cells of all studies.
-    workers, engine, retries
-        As for :func:`hcsmoe_core.studies.sweep.run_cells`.
+    **options
+        ``workers``, ``engine`` and ``retries`` of :func:`hcsmoe_core.studies.sweep.run_cells`.
 
     Returns
     -------
     list of Path
-        Executed notebooks, one a cell.
+        Executed notebooks, one per cell.
 
     Raises
     ------
-    RuntimeError
+    CellsError
         When all others are done, if some cells failed; it names them.
     """
-    folder, unique = place(folder), {}
+    unique = {}
     for study, model, cells in planned:
-        listed = {
-            cell.id: {"id": cell.id, "parameters": cell.given} for cell in reversed(cells)
-        }  # the first of its kind
-        about = dict(title=study.title, notebook=study.notebook, cells=list(reversed(listed.values())))
-        sweep.write_grid(folder, study.name, model, **about)
-        for cell in cells:
-            unique.setdefault(cell.id, cell)
+        first = {cell.id: cell for cell in reversed(cells)}  # several settings may come to one cell
+        listed = [{"id": name, "parameters": cell.given} for name, cell in reversed(first.items())]
+        path = study.notebook_path()
+        sweep.write_grid(folder, study.name, model, title=study.title, notebook=path, cells=listed)
+        unique = {cell.id: cell for cell in cells} | unique
     cells = list(unique.values())
-    how = dict(workers=workers, engine=engine, retries=retries, after=capturing(cells))
-    return sweep.run_cells(
-        [(cell.notebook, cell.parameters) for cell in cells], folder, description="accuracy", **how
-    )
+    options |= dict(after=capturing(cells), description="accuracy")
+    return sweep.run_cells([(cell.notebook, cell.parameters) for cell in cells], folder, **options)
 
 
-def capturing(cells):
-    """Which cell each waits for, by their places: the one that captures the statistics of both, and most of them.
-
-    Parameters
-    ----------
-    cells : list of Cell
-
-    Returns
-    -------
-    dict of int to int
-    """
+def capturing(cells: Sequence[Cell]) -> dict[int, int]:
+    """Which cell each waits for, by index: the one that captures the statistics of both, and most of them."""
     groups = {}
     for i, cell in enumerate(cells):
         given = cell.parameters
         if given.get("experts"):
-            source = calibration_of(given["model"], *(given.get(name) for name in sweep.SOURCE))
-            key = (given["model"], given.get("dtype"), given.get("seed"), *source.values())
-            sample = "sample" in needs_of(given.get("method", "hc-smoe"), **sweep.chosen_steps(given))
-            groups.setdefault(key, []).append((not sample, i))
+            source = calibration_settings(given["model"], *(given.get(name) for name in sweep.SOURCE))
+            statistics = (given["model"], given.get("dtype"), given.get(sweep.SEED), *source.values())
+            groups.setdefault(statistics, []).append(("sample" not in sweep.recipe_of(given).needs, i))
     return {i: min(group)[1] for group in groups.values() for _, i in group if i != min(group)[1]}
 
 
-def table(chosen):
+def table(chosen: Sequence) -> str:
     """Studies in lines of text: what they ask, for which tables, and how many cells they have."""
     lines = []
     for study in map(load, chosen):
-        count = 1 + len(_combinations(study, False)) * len(study.seeds or (None,))
-        of = f"the paper's {', '.join(study.paper)}" if study.paper else "not in the paper"
-        lines += [f"{study.name}: {study.title} ({count} cells, {of})"] + (
-            [f"    {study.about}"] if study.about else []
-        )
+        count = 1 + len(study.combinations(False)) * len(study.seeds or (None,))
+        paper_tables = f"the paper's {', '.join(study.paper)}" if study.paper else "not in the paper"
+        lines.append(f"{study.name}: {study.title} ({count} cells, {paper_tables})")
+        lines += [f"    {study.about}"] if study.about else []
     return "\n".join(lines)

@@ -1,27 +1,27 @@
-"""The tables of the HC-SMoE paper (ICML 2025, arXiv 2410.08589), the published values beside what our own runs give.
+"""The tables of the HC-SMoE paper (ICML 2025, arXiv 2410.08589), the published values beside what our own
+runs give.
 
-A table's rows are never dropped: what was not measured, or not published, is said in the column ``missing``. Rows line up one
-to one on the paper's own models. On any other model they line up by the share of experts kept, and the column to look at is
-the accuracy retained, relative to the unmerged model.
+A table's rows are never dropped: what was not measured, or not published, is said in the column ``missing``.
+Rows line up one to one on the paper's own models. On any other model they line up by the share of experts
+kept, and the column to look at is the accuracy retained, relative to the unmerged model.
 """
 
 import functools
 import json
-from dataclasses import fields
+import math
+from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
-from hcsmoe_core._util import InputError, check_choice
-from hcsmoe_core.methods.planner import Steps, steps_of
-from hcsmoe_core.studies.cache import calibration_of, slug
-from hcsmoe_core.studies.sweep import setting_name
+from hcsmoe_core._util import InputError, check_choice, sha256_json
+from hcsmoe_core.studies.cache import slug
+from hcsmoe_core.studies.sweep import SAMPLES, SOURCE, recipe_of, setting_name
+from hcsmoe_core.text.calibration import calibration_settings
 
+NAN = math.nan
 PUBLISHED = Path(__file__).with_name("published.json")
-
-
 LINKAGES, SIMILARITIES = ("single", "complete", "average"), ("expert-output", "weight", "router-logits")
-
-
 # The paper's names as our method and its steps (none: the unmerged model), with what is not the same in both.
 OURS = {
     "none": ({}, ""),
@@ -50,38 +50,25 @@ OURS = {
 }
 
 
-STEPS = {f.name for f in fields(Steps)}
-
-
 @functools.cache
-def published():
+def published() -> dict:
     """The published values, as :data:`PUBLISHED` has them."""
     return json.loads(PUBLISHED.read_text(encoding="utf-8"))
 
 
-def table_of(name):
-    """One published table of accuracies.
-
-    Raises
-    ------
-    ValueError
-        If there is no such table.
-    """
+def table_of(name: str) -> dict:
+    """One published table of accuracies."""
     return published()["tables"][check_choice("table", name, tuple(published()["tables"]))]
 
 
-def is_model(model, name):
-    """Whether a folder or a name on the hub is a model of the paper: its last component is that name, to the letter."""
+def is_model(model: str, name: str) -> bool:
+    """Whether a folder or a name on the hub is a model of the paper: its last component is that name."""
     return slug(model) == name
 
 
-def title(name, model):
-    """A table's number and title, what is to be known of it, and whether ``model`` is the one it is about.
-
-    Returns
-    -------
-    str
-        A few lines.
+def title(name: str, model: str) -> str:
+    """A table's number and title, what to know of it, and whether ``model`` is the one it is about, in
+    lines.
     """
     table = published()["efficiency"] if name == "efficiency" else table_of(name)
     number, about = table["number"], table["title"]
@@ -94,13 +81,16 @@ def title(name, model):
     ]
     if others:
         lines.append(
-            f"The models differ: {slug(model)} is not {' or '.join(others)}. Only the shape compares: rows by share of experts "
-            "kept, relative to the unmerged model; where a task of the table was not scored, ours is over all that were."
+            f"The models differ: {slug(model)} is not {' or '.join(others)}. Only the shape compares: rows "
+            "by share of "
+            "experts kept, relative to the unmerged model; where a task of the table was not scored, ours is "
+            "over all "
+            "that were."
         )
     return "\n".join(lines)
 
 
-def of_source(cells, calibration="", sequences=0, length=0):
+def of_source(cells: Any, calibration: str = "", sequences: int = 0, length: int = 0) -> Any:
     """Cells that were calibrated on one source, and the unmerged model's.
 
     Parameters
@@ -108,21 +98,18 @@ def of_source(cells, calibration="", sequences=0, length=0):
     cells : pandas.DataFrame
         Of :func:`hcsmoe_core.studies.sweep.collect`, for one model.
     calibration, sequences, length
-        As for :func:`hcsmoe_core.studies.cache.calibration_of`.
+        As for :func:`hcsmoe_core.text.calibration.calibration_settings`.
 
     Returns
     -------
     pandas.DataFrame
     """
-    wanted = calibration_of(cells["model"].iloc[0], calibration, sequences, length)
-    same = [
-        not row["experts"] or all(row[name] == wanted[name] for name in _CALIBRATED)
-        for row in cells.to_dict("records")
-    ]
-    return cells[same]
+    wanted = calibration_settings(cells["model"].iloc[0], calibration, sequences, length)
+    same = (cells[list(SOURCE)] == [wanted[name] for name in SOURCE]).all(axis=1)
+    return cells[same | (cells["experts"] == 0)]
 
 
-def line_up(cells, name):
+def line_up(cells: Any, name: str) -> Any:
     """One published table of mean accuracies beside our own runs of one model, a row for each of its rows.
 
     Several calibration seeds of a setting are averaged.
@@ -136,50 +123,49 @@ def line_up(cells, name):
     Returns
     -------
     pandas.DataFrame
-        ``experts`` and ``method`` as published; ``our_experts`` and ``setting`` (the ``name`` of our cells); ``kept``, the
-        share of experts; ``published`` and ``ours`` (mean accuracy, 0 to 1) with ``sd`` over ``seeds`` of ours;
-        ``difference`` (ours less published, only on the table's own model and tasks); ``published_retained`` and
-        ``retained`` with ``retained_sd`` (relative to the unmerged model); ``missing`` and ``remark``.
+        ``experts`` and ``method`` as published; ``our_experts`` and ``setting`` (the ``name`` of our cells);
+        ``kept``, the share of experts; ``published`` and ``ours`` (mean accuracy, 0 to 1) with ``sd`` over
+        ``seeds`` of ours; ``difference`` (ours less published, only on the table's own model and tasks);
+        ``published_retained`` and ``retained`` with ``retained_sd`` (relative to the unmerged model);
+        ``missing`` and ``remark``.
 
     Raises
     ------
-    ValueError
+    InputError
         If there is no such table, or the cells are of several models or studies.
     """
     import pandas as pd
 
     table = table_of(name)
     model, size, runs = _runs(cells)
-    same = is_model(model, table["model"])
-    columns = _columns(cells, table, same)
-    before = _published_unmerged(table)
+    same, before = is_model(model, table["model"]), _published_unmerged(table)
+    columns, rows = _columns(cells, table, same), []
     ours_before = _score(runs.get(None), columns)[0]
-    rows = []
     for line in table["rows"]:
         kept = Fraction(line["experts"], published()["models"][table["model"]]["experts"])
-        setting, remark = OURS[line["method"]]
-        experts = round(kept * size)
-        mean, sd, seeds = _score(_measured(runs, setting, experts), columns)
+        (setting, remark), experts, average = (
+            OURS[line["method"]],
+            round(kept * size),
+            _number(line["average"]),
+        )
+        found = _measured(runs, setting, experts)
+        mean, sd, seeds = _score(found, columns)
         between = "published: {} to {} over the rules".format(*line["between"]) if "between" in line else ""
         row = {"experts": line["experts"], "method": line["method"], "our_experts": experts}
         row["setting"] = "-" if setting is None else setting_name({"experts": bool(setting)} | setting)
-        row |= {"kept": float(kept), "published": line["average"], "ours": mean, "sd": sd, "seeds": seeds}
-        row["difference"] = (
-            mean - line["average"] if same and table["tasks"] and _there(mean, line["average"]) else None
-        )
-        row["published_retained"] = _ratio(line["average"], before)
-        row |= {"retained": _ratio(mean, ours_before), "retained_sd": _ratio(sd, ours_before)}
-        row["missing"] = _missing(line, mean, setting, _measured(runs, setting, experts), ours_before)
-        rows.append(row | {"remark": "; ".join(part for part in (between, remark) if part)})
-    numbers = ("published", "ours", "sd", "difference", "published_retained", "retained", "retained_sd")
-    return pd.DataFrame(rows).astype(dict.fromkeys(numbers, float))
+        row |= {"kept": float(kept), "published": average, "ours": mean, "sd": sd, "seeds": seeds}
+        row |= {"difference": mean - average if same and table["tasks"] else NAN}
+        row |= {"published_retained": average / before, "retained": mean / ours_before}
+        row |= {"retained_sd": sd / ours_before, "missing": _missing(line, mean, setting, found, ours_before)}
+        rows.append(row | {"remark": "; ".join(filter(None, (between, remark)))})
+    return pd.DataFrame(rows)
 
 
-def by_task(cells, name):
-    """A main table task by task: three lines for each of its rows, the published values, ours, and their difference.
+def by_task(cells: Any, name: str) -> Any:
+    """A main table task by task: three lines per row, the published values, ours, and their difference.
 
-    On a model that the table is not about, ours and the difference are empty but for the average of ours, which is over the
-    model's own tasks.
+    On a model that the table is not about, ours and the difference are empty but for the average of ours,
+    which is over the model's own tasks.
 
     Parameters
     ----------
@@ -198,19 +184,17 @@ def by_task(cells, name):
     model, _, runs = _runs(cells)
     same, rows = is_model(model, table["model"]), []
     for line, summary in zip(table["rows"], line_up(cells, name).to_dict("records"), strict=True):
-        found = _measured(runs, OURS[line["method"]][0], summary["our_experts"])
-        ours = {t: _score(found, [f"acc_{t}"])[0] if same else None for t in table["tasks"]}
-        ours["average"] = summary["ours"]
+        found = _measured(runs, OURS[line["method"]][0], summary["our_experts"]) if same else None
         theirs = line["scores"] | {"average": line["average"]}
-        less = {t: ours[t] - theirs[t] if same and _there(ours[t]) else None for t in theirs}
-        of = {"experts": line["experts"], "method": line["method"]}
-        rows += [
-            of | {"value": v} | s for v, s in (("published", theirs), ("ours", ours), ("difference", less))
-        ]
+        ours = {task: _score(found, [f"acc_{task}"])[0] for task in table["tasks"]}
+        ours["average"] = summary["ours"]
+        less = {task: ours[task] - theirs[task] if same else NAN for task in theirs}
+        for value, scores in (("published", theirs), ("ours", ours), ("difference", less)):
+            rows.append({"experts": line["experts"], "method": line["method"], "value": value} | scores)
     return pd.DataFrame(rows).set_index(["experts", "method", "value"]).astype(float)
 
 
-def efficiency(cells):
+def efficiency(cells: Any) -> Any:
     """What merging saves, published beside ours, which are HC-SMoE's own.
 
     Parameters
@@ -221,44 +205,38 @@ def efficiency(cells):
     Returns
     -------
     pandas.DataFrame
-        A row for each published one: ``model``, ``experts``, ``kept`` and ``our_experts``; parameters (in 10⁹),
-        gigabytes (2³⁰ bytes) and share of the parameters kept, published and ours; published seconds and peak memory, and
-        the seconds of ours where cells have them (``compress_seconds``).
+        A row for each published one: ``model``, ``experts``, ``kept`` and ``our_experts``; parameters (in
+        10⁹), gigabytes (2³⁰ bytes) and share of the parameters kept, published and ours; published seconds
+        and peak memory, and the seconds of ours where cells have them (``compress_seconds``).
     """
     import pandas as pd
 
     model, size, runs = _runs(cells)
-    whole, rows = _first(runs.get(None), "weights"), []
-    full = {
-        line["model"]: line["params_b"] for line in reversed(published()["efficiency"]["rows"])
-    }  # its first row's
+    whole, rows, full = _first(runs.get(None), "weights"), [], {}
     for line in published()["efficiency"]["rows"]:
-        of = published()["models"][line["model"]]["experts"]
-        kept = Fraction(line["experts"], of)
+        of, theirs = line["model"], line["params_b"]
+        kept = Fraction(line["experts"], published()["models"][of]["experts"])
         found = _measured(runs, {} if kept == 1 else OURS["hc-smoe-average"][0], round(kept * size))
         weights, held = _first(found, "weights"), _first(found, "bytes")
-        seconds = _first(found, "compress_seconds")
         row = {
-            "model": line["model"],
+            "model": of,
             "experts": line["experts"],
             "kept": float(kept),
             "our_experts": round(kept * size),
         }
-        row |= {"published_params_b": line["params_b"], "params_b": weights / 1e9 if weights else None}
-        row |= {"published_gb": line["checkpoint_gb"], "gb": held / 2**30 if held else None}
-        row |= {"published_share": line["params_b"] / full[line["model"]], "share": _ratio(weights, whole)}
-        row |= {"published_seconds": _span(line["compress_seconds"]), "seconds": seconds}
-        row |= {"published_peak_gb": line["compress_peak_gb"], "same_model": is_model(model, line["model"])}
-        rows.append(
-            row
-            | {"missing": ("" if held else "ours: bytes not recorded") if weights else "ours: not measured"}
-        )
-    return pd.DataFrame(rows).astype(
-        dict.fromkeys(("params_b", "gb", "share", "seconds", "published_peak_gb"), float)
-    )
+        row |= {"published_params_b": theirs, "params_b": weights / 1e9}
+        row |= {"published_gb": line["checkpoint_gb"], "gb": held / 2**30}
+        row |= {"published_share": theirs / full.setdefault(of, theirs), "share": weights / whole}
+        seconds = line["compress_seconds"]
+        row |= {"published_seconds": f"{seconds[0]} to {seconds[-1]}" if seconds else ""}
+        row |= {"seconds": _first(found, "compress_seconds")}
+        row |= {"published_peak_gb": _number(line["compress_peak_gb"]), "same_model": is_model(model, of)}
+        absent = "not measured" if math.isnan(weights) else "bytes not recorded" if math.isnan(held) else ""
+        rows.append(row | {"missing": absent and f"ours: {absent}"})
+    return pd.DataFrame(rows)
 
 
-def wanted(num_experts, tables=None):
+def wanted(num_experts: int, tables: Sequence[str] | None = None) -> list[dict]:
     """Every cell of ``05_accuracy`` that the tables need, as its parameters.
 
     Parameters
@@ -279,17 +257,12 @@ def wanted(num_experts, tables=None):
         for line in table["rows"]:
             setting, experts = OURS[line["method"]][0], round(Fraction(line["experts"], of) * num_experts)
             if setting:
-                found.setdefault((experts, _steps(setting)), {"experts": experts} | setting)
+                found.setdefault((experts, _plan_key(setting)), {"experts": experts} | setting)
     return list(found.values())
 
 
-def unmeasured(cells):
-    """The cells of :func:`wanted` that are not among these, one row each.
-
-    Returns
-    -------
-    pandas.DataFrame
-    """
+def unmeasured(cells: Any) -> Any:
+    """The cells of :func:`wanted` that are not among these, one row each, as a pandas.DataFrame."""
     import pandas as pd
 
     _, size, runs = _runs(cells)
@@ -301,51 +274,50 @@ def unmeasured(cells):
     return pd.DataFrame(absent, columns=["experts", "method", "linkage", "similarity", "merge"]).fillna("")
 
 
-_SCORED, _CALIBRATED = ("dtype", "tasks", "limit"), ("calibration", "sequences", "length")
+_SCORED = ("dtype", "tasks", "limit")
 
 
 def _runs(cells):
-    """The model, its number of experts, and its cells by experts kept and steps (None: unmerged), one a sample."""
+    """The model, its number of experts, and its cells by experts kept and steps (None: unmerged), one a
+    sample.
+    """
     models = cells["model"].unique()
     if len(models) != 1:
         raise InputError(f'The "cells" argument holds cells of {", ".join(models)}; give those of one model.')
     runs, rows = {}, cells.to_dict("records")
     for row in rows:
-        row |= calibration_of(models[0], *(row[name] for name in _CALIBRATED))
-        key = (row["experts"], _steps(row)) if row["experts"] else None
-        sample = row["seed"], row.get("plan_seed", 0)
-        runs.setdefault(key, {})[sample] = (
-            row  # a setting spelt out and the same left to the method are one run
-        )
-    for name in (*_SCORED, *_CALIBRATED):
+        row |= calibration_settings(models[0], *(row[name] for name in SOURCE))
+        key = (row["experts"], _plan_key(row)) if row["experts"] else None
+        # a setting spelt out and the same left to the method are one run
+        runs.setdefault(key, {})[tuple(row.get(name, 0) for name in SAMPLES)] = row
+    for name in (*_SCORED, *SOURCE):
         values = {repr(row[name]) for row in rows if row["experts"] or name in _SCORED}
         if len(values) > 1:
-            raise InputError(
-                f"The cells are of several studies: {name} is {', '.join(sorted(values))}; keep a folder for each."
-            )
+            listed = ", ".join(sorted(values))
+            raise InputError(f"The cells are of several studies: {name} is {listed}; keep a folder for each.")
     return (
         models[0],
         int(cells["num_experts"].iloc[0]),
-        {key: list(found.values()) for key, found in runs.items()},
+        {k: list(found.values()) for k, found in runs.items()},
     )
 
 
-def _steps(setting):
-    """Steps of a cell or a setting; what is empty or missing is the method's own."""
-    given = {k: v for k, v in setting.items() if k in STEPS and v == v and v not in ("", None)}
-    method = setting.get("method")
-    return steps_of(method if isinstance(method, str) else "hc-smoe", **given)
+def _plan_key(setting):
+    """What is equal for settings that make the same plan."""
+    return sha256_json(recipe_of(setting).settings)
 
 
 def _measured(runs, setting, experts):
     """Cells of a setting, one a seed; None if there are none."""
     if setting is None:
         return None
-    return runs.get((experts, _steps(setting)) if setting else None)
+    return runs.get((experts, _plan_key(setting)) if setting else None)
 
 
 def _columns(cells, table, same):
-    """Columns whose mean is ours: the table's tasks, or on another model whatever was scored where one of them was not."""
+    """Columns whose mean is ours: the table's tasks, or on another model whatever was scored where one of
+    them was not.
+    """
     columns = [f"acc_{task}" for task in table["tasks"] or ()]
     return columns if columns and (same or set(columns) <= set(cells)) else ["mean_acc"]
 
@@ -354,26 +326,18 @@ def _score(rows, columns):
     """Mean and standard deviation over the seeds of the mean over some columns, and the number of seeds."""
     import pandas as pd
 
-    if not rows or any(column not in row for row in rows for column in columns):
-        return None, None, 0
-    scores = pd.DataFrame(rows)[columns].mean(axis=1, skipna=False).dropna()
-    if scores.empty:
-        return None, None, 0
-    return float(scores.mean()), float(scores.std()) if len(scores) > 1 else None, len(scores)
+    scores = pd.DataFrame(rows or [], dtype=object).reindex(columns=columns).astype(float)
+    scores = scores.mean(axis=1, skipna=False).dropna()
+    return float(scores.mean()), float(scores.std()), len(scores)
 
 
 def _published_unmerged(table):
-    """Mean of the unmerged model over a table's tasks; None if they are not known."""
-    if not table["tasks"]:
-        return None
-    main = next(
-        t
-        for t in published()["tables"].values()
-        if t["model"] == table["model"] and t["rows"][0]["method"] == "none"
-    )
-    if table["tasks"] == main["tasks"]:
-        return main["rows"][0]["average"]
-    return sum(main["rows"][0]["scores"][t] for t in table["tasks"]) / len(table["tasks"])
+    """Mean of the unmerged model over a table's tasks; NaN if they are not known."""
+    lines = [(other, other["rows"][0]) for other in published()["tables"].values()]
+    main, line = next((o, r) for o, r in lines if o["model"] == table["model"] and r["method"] == "none")
+    if not table["tasks"] or table["tasks"] == main["tasks"]:
+        return line["average"] if table["tasks"] else NAN
+    return sum(line["scores"][task] for task in table["tasks"]) / len(table["tasks"])
 
 
 def _missing(line, ours, setting, found, before):
@@ -381,32 +345,18 @@ def _missing(line, ours, setting, found, before):
     parts = []
     if line["average"] is None:
         parts.append("published: a range only" if "between" in line else "published: not recovered")
-    if ours is None:
-        parts.append(
-            "ours: no equal setting"
-            if setting is None
-            else f"ours: {'other tasks' if found else 'not measured'}"
-        )
-    elif before is None:
+    if math.isnan(ours):
+        reason = "other tasks" if found else "not measured"
+        parts.append(f"ours: {'no equal setting' if setting is None else reason}")
+    elif math.isnan(before):
         parts.append("ours: unmerged not measured")
     return "; ".join(parts)
 
 
-def _ratio(value, whole):
-    """Their quotient, or None where one is missing."""
-    return value / whole if _there(value, whole) else None
-
-
-def _there(*values):
-    """Whether no value is missing."""
-    return all(value is not None and value == value for value in values)
+def _number(value):
+    return NAN if value is None else value
 
 
 def _first(rows, column):
-    """A column of the first cell, or None."""
-    value = rows[0].get(column) if rows else None
-    return value if _there(value) else None
-
-
-def _span(values):
-    return "" if not values else f"{values[0]} to {values[-1]}"
+    """A column of the first cell, or NaN."""
+    return _number(rows[0].get(column)) if rows else NAN

@@ -1,70 +1,57 @@
-"""What the notebooks and the command share: where things go, statistics that are captured once, and the record of a run."""
+"""Tables of a model, its statistics and a plan, and files of tables."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import torch
 
 from hcsmoe_core._util import check_choice, replacing
 from hcsmoe_core.clustering import cut
 from hcsmoe_core.demo import models as demo
 from hcsmoe_core.families import find_moe_layers
-from hcsmoe_core.methods.planner import merge_tree
+from hcsmoe_core.methods import merge_tree
 from hcsmoe_core.methods.summary import summarise
 from hcsmoe_core.similarity import allowed_linkages
 
 
-def layer_table(model):
-    """What is in a model: one row for each MoE layer.
-
-    Returns
-    -------
-    pandas.DataFrame
-    """
+def layer_table(model: Any) -> Any:
+    """What is in a model: one row per MoE layer, as a pandas.DataFrame."""
     import pandas as pd
 
     rows = []
     for layer in find_moe_layers(model):
-        tensors = layer.tensors().values()
-        size = sum(t.numel() * t.element_size() for t in tensors)
-        rows.append(
-            {
-                "layer": layer.name,
-                "experts": layer.num_experts,
-                "top-k": layer.top_k,
-                "hidden": layer.hidden_size,
-                "width": layer.width,
-                "experts, MB": round(size / 1e6, 2),
-            }
-        )
+        size = sum(t.numel() * t.element_size() for t in layer.tensors().values())
+        row = {"layer": layer.name, "experts": layer.num_experts, "top-k": layer.top_k}
+        row |= {"hidden": layer.hidden_size, "width": layer.width, "experts, MB": round(size / 1e6, 2)}
+        rows.append(row)
     return pd.DataFrame(rows)
 
 
-def usage_table(stats):
-    """How evenly each layer's experts are used, and how much they tell of the text: one row for each MoE layer.
+def usage_table(stats: Any) -> Any:
+    """How evenly each layer's experts are used, and how much they tell of the text: one row per MoE layer.
 
     Returns
     -------
     pandas.DataFrame
-        ``least used`` and ``most used``, relative to an equal share of the routed tokens; ``unused``, the number of experts
-        that no token was routed to; ``information, nats``, the mutual information of expert and domain over routed pairs
-        (0: routing does not depend on the domain).
+        ``least used`` and ``most used``, relative to an equal share of the routed tokens; ``unused``, the
+        number of experts that no token was routed to; ``information, nats``, the mutual information of expert
+        and domain over routed pairs (0: routing does not depend on the domain).
     """
     import pandas as pd
+    from sklearn.metrics import mutual_info_score
 
     rows = []
-    for name, sums in stats.layers.items():
-        share = sums.frequency * len(sums.frequency)
-        joint = sums.usage_count.double() / sums.usage_count.sum()
-        independent = joint.sum(1, keepdim=True) * joint.sum(0, keepdim=True)
-        information = torch.xlogy(joint, joint / independent).nan_to_num().sum()
+    for name, layer in stats.layers.items():
+        share = layer.frequency * len(layer.frequency)
+        information = mutual_info_score(None, None, contingency=layer.usage_count.numpy())
         row = {"layer": name, "least used": float(share.min()), "most used": float(share.max())}
-        rows.append(row | {"unused": int((share == 0).sum()), "information, nats": float(information)})
+        rows.append(row | {"unused": int((share == 0).sum()), "information, nats": information})
     return pd.DataFrame(rows)
 
 
-def domain_mix(stats, layer):
-    """Of which domains each expert's tokens are: by domain, the share ``(E,)`` of the tokens routed to the expert.
+def domain_mix(stats: Any, layer: int | str) -> dict | None:
+    """Which domains each expert's tokens come from: by domain, the share ``(E,)`` of the expert's tokens.
 
     Returns
     -------
@@ -77,30 +64,25 @@ def domain_mix(stats, layer):
     return dict(zip(stats.domains, (count / count.sum(0)).numpy(), strict=True))
 
 
-def model_size(model):
-    """Weights that a model holds, tied ones once: ``weights`` in all, ``expert_weights`` in its routed experts.
+def model_size(model: Any) -> dict[str, int]:
+    """Weights of a model, tied ones once: ``weights`` in all, ``expert_weights`` in its routed experts.
 
-    ``bytes`` are those of all weights in the dtype that the model is in; ``num_experts`` is E of the unmerged model (the
+    ``bytes`` are those of all weights in the model's dtype; ``num_experts`` is E of the unmerged model (the
     smallest, if layers differ).
-
-    Returns
-    -------
-    dict of str to int
     """
-    layers = find_moe_layers(model)
-    experts = sum(t.numel() for layer in layers for t in layer.tensors().values())
-    sizes = [(p.numel(), p.numel() * p.element_size()) for p in model.parameters()]
-    weights, held = (sum(size) for size in zip(*sizes, strict=True))
-    size = {"weights": weights, "expert_weights": experts, "bytes": held}
-    return size | {"num_experts": min(layer.num_experts for layer in layers)}
+    layers, parameters = find_moe_layers(model), list(model.parameters())
+    return {
+        "weights": sum(p.numel() for p in parameters),
+        "expert_weights": sum(t.numel() for layer in layers for t in layer.tensors().values()),
+        "bytes": sum(p.numel() * p.element_size() for p in parameters),
+        "num_experts": min(layer.num_experts for layer in layers),
+    }
 
 
-def cut_table(stats, plan):
-    """What a plan does to each layer, from the statistics alone; see :func:`hcsmoe_core.methods.summary.summarise`.
+def cut_table(stats: Any, plan: Any) -> Any:
+    """What a plan does to each layer, from the statistics alone, as a pandas.DataFrame.
 
-    Returns
-    -------
-    pandas.DataFrame
+    See :func:`hcsmoe_core.methods.summary.summarise`.
     """
     import pandas as pd
 
@@ -118,7 +100,14 @@ CUT_COLUMNS = {
 }
 
 
-def cut_costs(stats, model, *, similarity="expert-output", linkage="average", cost="function_error"):
+def cut_costs(
+    stats: Any,
+    model: Any,
+    *,
+    similarity: str = "expert-output",
+    linkage: str = "average",
+    cost: str = "function_error",
+) -> list[np.ndarray]:
     """What cutting each layer's tree at every number of groups costs, from the statistics alone.
 
     Parameters
@@ -135,16 +124,15 @@ def cut_costs(stats, model, *, similarity="expert-output", linkage="average", co
         Cost of 1, 2, …, E groups.
     """
     costs = []
-    for layer, sums in stats.layers.items():
+    for layer in stats.layers:
         tree = merge_tree(stats, layer, similarity=similarity, linkage=linkage, model=model)
-        costs.append(
-            np.array([summarise(stats, layer, cut(tree, r))[cost] for r in range(1, sums.num_experts + 1)])
-        )
+        counts = range(1, len(tree) + 2)
+        costs.append(np.array([summarise(stats, layer, cut(tree, count))[cost] for count in counts]))
     return costs
 
 
-def family_agreement(stats, model, *, linkages, similarities):
-    """Adjusted Rand index between the groups found and a model's true families, by layer; 1 is agreement, 0 is chance.
+def family_agreement(stats: Any, model: Any, *, linkages: Sequence[str], similarities: Sequence[str]) -> Any:
+    """Adjusted Rand index of the groups and a model's true families, by layer; 1 is agreement, 0 is chance.
 
     Returns
     -------
@@ -160,10 +148,8 @@ def family_agreement(stats, model, *, linkages, similarities):
     rows = []
     for similarity in similarities:
         for linkage in allowed_linkages(similarity, linkages):
-            trees = [
-                merge_tree(stats, n, similarity=similarity, linkage=linkage, model=model)
-                for n in stats.layers
-            ]
+            options = dict(similarity=similarity, linkage=linkage, model=model)
+            trees = [merge_tree(stats, layer, **options) for layer in stats.layers]
             for count, family in families.items():
                 scores = [adjusted_rand_score(family, cut(tree, count)) for tree in trees]
                 row = {"similarity": similarity, "linkage": linkage, "groups": count}
@@ -171,18 +157,13 @@ def family_agreement(stats, model, *, linkages, similarities):
     return pd.DataFrame(rows)
 
 
-def rows(table):
-    """A data frame as JSON values, one object a row; what is not a number is null."""
+def rows(table: Any) -> list[dict]:
+    """A data frame as JSON values, one object per row; what is not a number is null."""
     return table.astype(object).where(table.notna(), None).to_dict("records")
 
 
-def write_table(frame, path):
-    """Write a table: ``.csv`` with all columns, or ``.tex`` with those that differ among the rows.
-
-    Returns
-    -------
-    Path
-    """
+def write_table(frame: Any, path: str | Path) -> Path:
+    """Write a table: ``.csv`` with all columns, or ``.tex`` with those that differ among the rows."""
     path = Path(path)
     check_choice("path", path.suffix, (".csv", ".tex"))
     with replacing(path) as part:
@@ -195,19 +176,8 @@ def write_table(frame, path):
     return path
 
 
-def stacked(tables, name):
-    """Several data frames below each other, with a column that says which each row is of.
-
-    Parameters
-    ----------
-    tables : dict of str to pandas.DataFrame
-    name : str
-        Of that column.
-
-    Returns
-    -------
-    pandas.DataFrame
-    """
+def stacked(tables: dict, name: str) -> Any:
+    """Several data frames below each other, with a column of a name for the key of each."""
     import pandas as pd
 
     return pd.concat([table.assign(**{name: key}) for key, table in tables.items()], ignore_index=True)

@@ -1,1 +1,1 @@
-"""TODO."""
+"""Calibration text: data sets, files, and text that a model writes itself."""

@@ -1,294 +1,294 @@
-"""Calibration tokens: packed blocks of token ids, without padding, from data sets, files, the embedded corpus or the model."""
+"""Calibration tokens: packed blocks of token ids, from data sets, files or a model's own text."""
 
 import json
 import math
-import random
-from dataclasses import asdict
+import re
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from hcsmoe_core._util import InputError, check_choice, check_count
-from hcsmoe_core.demo import corpus
+from hcsmoe_core._util import EMBEDDED, InputError, Table, check_count
 from hcsmoe_core.text.own_text import NAME, is_own, own_text, writing_of
 
-# Data sets by name: what datasets.load_dataset is given, and the columns that make a document, joined by newlines.
-NAMED = {
-    "c4": ({"path": "allenai/c4", "data_files": "en/c4-train.00000-of-01024.json.gz"}, ("text",)),
-    "wikitext": ({"path": "EleutherAI/wikitext_document_level", "name": "wikitext-2-raw-v1"}, ("page",)),
-    "math": ({"path": "allenai/tulu-3-sft-personas-math"}, ("messages",)),
-    "code": ({"path": "theblackcat102/evol-codealpaca-v1"}, ("instruction", "output")),
-}
+SOURCES = Table("source")  # name -> Source; a floor above may add its own
+PAPER_SHAPE = (32, 2048)  # sequences and their length in HC-SMoE
+DOCUMENTS_PER_BLOCK = 16  # the paper's recipe takes 512 documents for its 32 blocks
+DOCUMENTS_PER_BATCH = 1000  # documents are joined within batches; what is left over of a batch is dropped
+_WEIGHTED = re.compile(r"\s*(?:(\d+\.?\d*(?:e-?\d+)?|\.\d+(?:e-?\d+)?)\*)?\s*([^*]*[^*\s])\s*")  # weight*name
+TEXT_SUFFIXES = (".txt", ".json", ".jsonl")
+IDS_SUFFIX = ".safetensors"
 
 
-DOCUMENTS_PER_BLOCK = 16  # of the paper's recipe: 512 documents for its 32 blocks
+@dataclass(frozen=True)
+class Source:
+    """A calibration source that is known by name.
 
+    Attributes
+    ----------
+    read : callable ``(name, *, sequences, length, **arguments)``
+        Gives the token ids, a ``(sequences, length)`` int64 tensor. ``name`` is the source as it was written,
+        with what follows a colon; the other arguments of :func:`calibration_tokens` are passed by keyword.
+    domains : callable ``(name)``, optional
+        Gives the domains that the blocks take in turn; a source without it is one domain.
+    shape : (int, int)
+        Default number and length of sequences.
+    heldout : str, optional
+        Split that scores are measured on, where the source has one.
+    uncounted : tuple of str
+        Domains that are left out of the mean loss.
+    """
 
-DOCUMENTS_PER_BATCH = (
-    1000  # documents are joined within batches of so many; what is left of a batch is dropped
-)
-
-
-SPLITS = corpus.SPLITS
+    read: Callable
+    domains: Callable | None = None
+    shape: tuple[int, int] = PAPER_SHAPE
+    heldout: str | None = None
+    uncounted: tuple[str, ...] = ()
 
 
 def calibration_tokens(
-    source,
+    source: str | Path,
     tokenizer=None,
     *,
     model=None,
-    sequences=32,
-    length=2048,
-    seed=42,
-    column="text",
-    split=None,
-    folder="runs/own-text",
-):
+    sequences: int = PAPER_SHAPE[0],
+    length: int = PAPER_SHAPE[1],
+    seed: int = 42,
+    column: str = "text",
+    split: str | None = None,
+    folder: str | Path | None = "runs/own-text",
+) -> torch.Tensor:
     """Blocks of token ids to calibrate on.
 
     Parameters
     ----------
     source : str or path
-        - ``"c4"``: the paper's recipe (HC-SMoE, arXiv 2410.08589, section 4.1): documents of the first C4 training shard
-          in the order of a permutation seeded with ``seed``, encoded one by one with the tokenizer's own special
-          tokens, joined and cut into blocks;
-        - ``"wikitext"``: the articles of WikiText-2 that the harness' ``wikitext`` task is made of
-          (``EleutherAI/wikitext_document_level``); ``"math"``: problems with solutions
-          (``allenai/tulu-3-sft-personas-math``); ``"code"``: instructions with programs
-          (``theblackcat102/evol-codealpaca-v1``), the last two as REAP (arXiv 2510.13999) calibrates on them;
-        - ``"demo"``: the embedded corpus, one domain a sequence, all in turn; see :func:`domains_of`; or of some of its
-          domains only, ``"demo:code,prose"``;
-        - ``"self"``: text that ``model`` writes itself; no data and no tokenizer are needed. Settings of
-          :func:`hcsmoe_core.text.own_text.own_text` follow after colons, as in ``"self:temperature=1:start=chat"``;
-        - a ``.txt`` file (one document), ``.jsonl`` or ``.json`` file (one document an object, under ``column``), or a
-          folder of such files;
-        - a ``.safetensors`` file with the ids themselves under ``input_ids [N, S]``; no tokenizer is needed;
-        - any other name: a data set on the Hugging Face hub, ``"name"``, ``"name:configuration"``,
-          ``"name:configuration:split"`` or ``"name:configuration:split:column,column"``, of which all but the name may be
-          empty. A column may hold text, or a conversation as a list of messages;
-        - a mixture of those, such as ``"0.5*c4+0.25*math+0.25*code"`` or ``"c4+notes.txt"`` (alike): each part gives its
-          share of the sequences, by largest remainder and at least one, in the order of the parts, and is a domain.
-    tokenizer : transformers.PreTrainedTokenizerBase
-    model : transformers.PreTrainedModel, optional
-        That writes its own text, where the source asks for it.
+        - ``"c4"``: the paper's recipe (HC-SMoE, arXiv 2410.08589, section 4.1): documents of the first C4
+          shard in random order, encoded with the tokenizer's own special tokens, joined and cut into blocks;
+        - ``"wikitext"`` (articles of WikiText-2), ``"math"`` and ``"code"`` (as in REAP, arXiv 2510.13999);
+        - ``"demo"``: the embedded corpus, its domains in turn, or some of them: ``"demo:code,prose"``;
+        - ``"self"``: text that ``model`` writes; see :func:`own_text`: ``"self:temperature=1:start=chat"``;
+        - a ``.txt``, ``.jsonl`` or ``.json`` file (text under ``column``), a folder of such files, or a
+          ``.safetensors`` file of ``input_ids [N, S]``; a bare name of a folder is written ``"./name"``;
+        - a data set on the Hugging Face hub: ``"name:configuration:split:column,column"``, where all but the
+          name may be left out. A column holds text or a list of messages;
+        - a mixture such as ``"0.5*c4+0.25*math+0.25*code"``: sequences are shared out by largest remainder,
+          at least one each; each part is a domain.
     sequences, length : int
-        N and S, blocks and tokens in each.
+        N and S: number of blocks, and tokens per block.
     seed : int
-        Of the order in which documents are taken, and of what a model writes.
-    column : str
-        Column or key of the text, where the source does not say it.
+        Seed of the order of documents, and of what a model writes.
     split : str, optional
-        Of a data set that does not say it, by default ``"train"``; of the embedded corpus ``"calibration"`` (default),
-        ``"train"`` or ``"heldout"``.
+        Split of a data set (``"train"``) or of the embedded corpus (``"calibration"``), if not the default.
     folder : str or path, optional
-        Where a model's own text is kept, for the next who asks; None keeps none.
-
-    Returns
-    -------
-    (sequences, length) int64 tensor
+        Cache of the model's own text; None writes none.
 
     Raises
     ------
     FileNotFoundError
-        If the source is no file here and no data set to be had.
-    ValueError
-        If it yields fewer tokens than asked for, a mixture is not one, or no tokenizer or model is given where one is needed.
+        If the source is neither a file nor an available data set.
+    InputError
+        If it has too few tokens, is ambiguous or malformed, or lacks the tokenizer or model that it needs.
     """
     check_count("sequences", sequences, 1)
     check_count("length", length, 1)
-    how = dict(length=length, seed=seed, column=column, split=split)
     parts = _parts(source, sequences)
-    own = {
-        name: _writing(name, model) for name, _ in parts if is_own(name)
-    }  # what is wrong is said before the work begins
-    written = dict(tokenizer=tokenizer, length=length, seed=seed, folder=folder)
-    blocks = [
-        own_text(model, sequences=count, **written, **own[name])
-        if name in own
-        else _blocks(name, tokenizer, sequences=count, **how)
-        for name, count in parts
-    ]
-    return torch.cat(blocks)
+    _check_parts([name for name, _ in parts], tokenizer, model)
+    arguments = dict(
+        length=length, seed=seed, column=column, split=split, folder=folder, tokenizer=tokenizer, model=model
+    )
+    return torch.cat([_entry(name).read(name, sequences=count, **arguments) for name, count in parts])
 
 
-def _writing(source, model):
-    """Settings of a source that is the model's own text."""
-    settings = asdict(writing_of(source))
-    if model is None:
-        raise InputError(
-            f'Source {source!r} is text that the model writes itself; give it as the "model" argument.'
-        )
-    return settings
+def calibration_settings(model, calibration: str = "", sequences: int = 0, length: int = 0) -> dict:
+    """Calibration settings, with the defaults of the model for those that are empty or 0.
+
+    Embedded models are calibrated on the embedded corpus, others as in the paper on 32 × 2,048 tokens of C4.
+    Where an embedded model writes text itself there are 288 × 256 tokens, as it was trained on 256 at a time.
+
+    Returns
+    -------
+    dict
+        ``calibration``, ``sequences`` and ``length``.
+    """
+    embedded = str(model) in EMBEDDED
+    calibration = str(calibration or ("demo" if embedded else "c4"))
+    shape = _common_entry(calibration).shape
+    if embedded and own_sequences(calibration, 288):
+        shape = (288, 256)
+    return {"calibration": calibration, "sequences": sequences or shape[0], "length": length or shape[1]}
 
 
-def domains_of(source, sequences):
-    """Domain of each of the blocks that :func:`calibration_tokens` makes, or None if the source has no domains.
+def domains_of(source: str | Path, sequences: int) -> list[str] | None:
+    """Domain of each block of :func:`calibration_tokens`, or None if the source has no domains.
 
-    The embedded corpus has the domains of its sequences, and a mixture those of its parts: ``"c4"``, or the last component
-    of a file's or a data set's name.
+    The parts of a mixture are domains: ``"c4"``, or the last component of the name of a file or data set.
     """
     parts = _parts(source, sequences)
-    if len(parts) == 1 and not is_demo(parts[0][0]):
+    if len(parts) == 1 and not _entry(parts[0][0]).domains:
         return None
-    return [domain for name, count in parts for domain in _domains_of_part(name, count)]
+    return [labels[i % len(labels)] for name, n in parts for labels in [_labels(name)] for i in range(n)]
 
 
-def local_files(source):
-    """Files here that a source reads, those of all parts of a mixture and in folders."""
-    found = []
-    for name, _ in _weights(source):
-        path = Path(name)
-        found += [path] if path.is_file() else _text_files(path) if path.is_dir() else []
-    return found
+def scoring_of(source: str | Path) -> tuple[str | None, tuple[str, ...]]:
+    """Split of a source that scores are measured on, and its domains that are left out of the mean loss."""
+    entry = _common_entry(source)
+    return entry.heldout, entry.uncounted
 
 
-def own_sequences(source, sequences):
-    """How many of the sequences the model writes itself; it does so in whole batches."""
+def local_files(source: str | Path) -> list[Path]:
+    """Local files that a source reads: those of all parts of a mixture, and those in folders."""
+    names = [name for name, _ in _weights(source)]
+    _check_names(names)
+    return [file for name in names if _entry(name) is _FILE for file in _files(name)]
+
+
+def is_path(name: str) -> bool:
+    """Whether a source is a path: it looks like one; ``owner/name`` is a data set unless it exists here."""
+    path = Path(name).expanduser()
+    explicit = name.startswith((".", "~")) or path.is_absolute()
+    return explicit or path.suffix in (*TEXT_SUFFIXES, IDS_SUFFIX) or (len(path.parts) > 1 and path.exists())
+
+
+def own_sequences(source: str | Path, sequences: int) -> int:
+    """Number of sequences that the model writes itself; it writes whole batches."""
     own = [(count, writing_of(name).batch) for name, count in _parts(source, sequences) if is_own(name)]
-    return sum(-(-count // batch) * batch for count, batch in own)
-
-
-def _domains_of_part(name, count):
-    if is_demo(name):
-        chosen = _corpus_domains(name)
-        return [chosen[i % len(chosen)] for i in range(count)]
-    return [_label(name)] * count
-
-
-def is_demo(source):
-    """Whether a source is the embedded corpus, or some of its domains."""
-    return str(source).partition(":")[0] == "demo"
-
-
-def _corpus_domains(source):
-    """Domains of the embedded corpus that a source asks for."""
-    names = [name.strip() for name in source.partition(":")[2].split(",") if name.strip()]
-    for name in names:
-        check_choice("source", name, corpus.DOMAINS)
-    return tuple(names) or corpus.DOMAINS
-
-
-def _label(name):
-    return Path(name).stem if Path(name).exists() else name.partition(":")[0].rpartition("/")[2]
+    return sum(math.ceil(count / batch) * batch for count, batch in own)
 
 
 def _weights(source):
-    """Parts of a source and their weights; what is no mixture is one part."""
-    source = str(source)
+    """Parts of a source and their weights; a source that is no mixture is one part."""
+    relative = isinstance(source, Path) and not source.is_absolute()
+    source = f"./{source}" if relative else str(source)
     if Path(source).exists() or not set("+*") & set(source):
         return [(source, 1.0)]
-    found = []
+    parts = []
     for part in source.split("+"):
-        weight, star, name = part.strip().rpartition("*")
-        try:
-            value = float(weight) if star else 1.0
-        except ValueError:
-            value = 0.0
-        if not (0 < value < math.inf and name.strip()):
+        match = _WEIGHTED.fullmatch(part)
+        if not match or float(match[1] or 1) == 0:
             raise InputError(
-                f'The "source" argument is the mixture {source!r}, of which {part!r} is no part: write weight*name with a '
-                "positive weight, as in 0.5*c4+0.5*math."
+                f'The "source" argument is the mixture {source!r}, of which {part.strip()!r} is no part: '
+                "write weight*name with a positive weight, as in 0.5*c4+0.5*math."
             )
-        found.append((name.strip(), value))
-    labels = [
-        label for name, _ in found for label in (_corpus_domains(name) if is_demo(name) else [_label(name)])
-    ]
-    twice = [label for label in labels if labels.count(label) > 1]
+        parts.append((match[2], float(match[1] or 1)))
+    labels = [label for name, _ in parts for label in _labels(name)]
+    twice = next((label for label in labels if labels.count(label) > 1), None)
     if twice:
         raise InputError(
-            f'The "source" argument is the mixture {source!r}, of which two domains are called {twice[0]!r}.'
+            f'The "source" argument is the mixture {source!r}, of which two domains are called {twice!r}.'
         )
-    return found
+    return parts
 
 
 def _parts(source, sequences):
     """Parts of a source and the number of sequences of each."""
-    found = _weights(source)
-    if len(found) > sequences:
+    parts = _weights(source)
+    if len(parts) > sequences:
         raise InputError(
-            f"{sequences} sequences are too few for the {len(found)} parts of {source}; ask for more."
+            f"{sequences} sequences are too few for the {len(parts)} parts of {source}; ask for more."
         )
-    total = sum(weight for _, weight in found)
-    exact = [sequences * weight / total for _, weight in found]
+    total = sum(weight for _, weight in parts)
+    exact = [sequences * weight / total for _, weight in parts]
     counts = [max(1, int(share)) for share in exact]
-    while (
-        sum(counts) != sequences
-    ):  # the part that is furthest from its share gets one, or gives one of several
+    while sum(counts) != sequences:  # the part furthest from its share gets one, or gives one of several
         step = 1 if sum(counts) < sequences else -1
-        free = [i for i, count in enumerate(counts) if count + step >= 1]
-        counts[max(free, key=lambda i: step * (exact[i] - counts[i]))] += step
-    return [(name, count) for (name, _), count in zip(found, counts, strict=True)]
+        able = [i for i, count in enumerate(counts) if count + step >= 1]
+        counts[max(able, key=lambda i: step * (exact[i] - counts[i]))] += step
+    return [(name, count) for (name, _), count in zip(parts, counts, strict=True)]
 
 
-def _blocks(source, tokenizer, *, sequences, length, seed, column, split):
-    """Blocks of one part."""
-    path = Path(source)
-    if path.suffix == ".safetensors":
-        return _from_ids(path, sequences, length)
-    if tokenizer is None:
+def _entry(name):
+    """Entry of a part: of :data:`SOURCES`, or that of all files, or that of all other data sets."""
+    entry = dict(SOURCES).get(name.partition(":")[0], _DATASET)
+    return _FILE if entry is _DATASET and is_path(name) else entry
+
+
+def _common_entry(source):
+    """Entry of all parts of a source, or that of data sets if the parts differ."""
+    entries = {_entry(name) for name, _ in _weights(source)}
+    return entries.pop() if len(entries) == 1 else _DATASET
+
+
+def _labels(name):
+    """Domains of a part."""
+    entry = _entry(name)
+    label = Path(name).stem if entry is _FILE else name.partition(":")[0].rpartition("/")[2]
+    return entry.domains(name) if entry.domains else (label,)
+
+
+def _check_names(names):
+    """Raise InputError if the name of a data set is that of a file or folder here as well."""
+    for name in names:
+        if _entry(name) is _DATASET and Path(name).exists():
+            raise InputError(
+                f'The "source" argument names {name!r}, which is a file or folder here and may be a data '
+                f'set: write "./{name}" for the one here, or "{name}:" for the data set.'
+            )
+
+
+def _check_parts(names, tokenizer, model):
+    """Raise InputError if parts are ambiguous or lack what they need, before the first is read."""
+    _check_names(names)
+    own = [writing_of(name) for name in names if is_own(name)]
+    if own and model is None:
         raise InputError(
-            f"Source {str(source)!r} is text, and the model has no tokenizer; give one, a .safetensors file of input_ids, or "
-            f"let the model write ids itself (--calibration {NAME})."
+            f'Source "{NAME}" is text that the model writes itself; give it as the "model" argument.'
         )
-    if is_demo(source):
-        return _from_corpus(source, tokenizer, sequences, length, seed, split or "calibration")
-    documents = (
-        _local_documents(path, column)
-        if path.exists()
-        else _dataset_documents(source, column, split or "train")
-    )
-    order = np.random.default_rng(seed).permutation(len(documents))
-    if source == "c4":
-        order = order[: DOCUMENTS_PER_BLOCK * sequences]
-    blocks = _pack((documents[int(i)] for i in order), tokenizer, sequences, length)
-    if len(blocks) < sequences:
+    texts = [name for name in names if not (is_own(name) or name.endswith(IDS_SUFFIX))]
+    if texts and tokenizer is None:
         raise InputError(
-            f"{source} gives {len(blocks)} blocks of {length} tokens from {len(order)} documents, but {sequences} were asked "
-            "for; ask for fewer or shorter sequences, or give more text."
+            f"Source {texts[0]!r} is text, and the model has no tokenizer; give one, or a .safetensors file "
+            f"of input_ids, or let the model write token ids itself (--calibration {NAME})."
         )
-    return torch.tensor(blocks, dtype=torch.int64)
 
 
-def _pack(documents, tokenizer, sequences, length):
-    """Join the encoded documents of each batch and cut it into blocks, until there are enough."""
-    blocks, joined = [], []
-    bar = tqdm(total=sequences, desc="calibration tokens", unit="block", disable=None, leave=False)
-    for i, document in enumerate(documents, 1):
-        joined.extend(tokenizer(document, verbose=False)["input_ids"])
-        while len(joined) >= length:
-            blocks.append(joined[:length])
-            joined = joined[length:]
-            bar.update()
+def _packed(name, documents, text_of=str, *, tokenizer, sequences, length, seed, limit=None, **_):
+    """Encode documents in random order, join those of each batch and cut them into blocks."""
+    blocks, buffer = [], []
+    order = np.random.default_rng(seed).permutation(len(documents))[:limit].tolist()
+    with tqdm(total=sequences, desc="calibration tokens", unit="block", disable=None, leave=False) as bar:
+        for i, index in enumerate(order):
+            if i % DOCUMENTS_PER_BATCH == 0:
+                buffer = []
+            buffer += tokenizer(text_of(documents[index]), verbose=False)["input_ids"]
+            while len(buffer) >= length and len(blocks) < sequences:
+                blocks.append(buffer[:length])
+                buffer = buffer[length:]
+                bar.update()
             if len(blocks) == sequences:
-                bar.close()
-                return blocks
-        if i % DOCUMENTS_PER_BATCH == 0:
-            joined = []
-    bar.close()
-    return blocks
+                return torch.tensor(blocks, dtype=torch.int64)
+    raise InputError(
+        f"{name} gives {len(blocks)} blocks of {length} tokens from {len(order)} documents, but {sequences} "
+        "were asked for; ask for fewer or shorter sequences, or give more text."
+    )
 
 
-def _from_corpus(source, tokenizer, sequences, length, seed, split):
-    check_choice("split", split, SPLITS)
-    rows = []
-    for i, domain in enumerate(_domains_of_part(source, sequences)):
-        rng = random.Random(f"{split} {seed} {i}")
-        characters, ids = 4 * length, []
-        while len(ids) < length:
-            ids = tokenizer(corpus.text_of(domain, rng, split, characters))["input_ids"]
-            characters *= 2
-        rows.append(ids[:length])
-    return torch.tensor(rows, dtype=torch.int64)
+def _files(name):
+    """Files of a path: the text files in a folder, or the file itself; none if it does not exist."""
+    path = Path(name).expanduser()
+    files = path.iterdir() if path.is_dir() else ()
+    return sorted(file for file in files if file.suffix in TEXT_SUFFIXES) or [path] * path.is_file()
 
 
-def _from_ids(path, sequences, length):
+def _from_path(name, *, column, **arguments):
+    files = _files(name)
+    if not files:
+        raise FileNotFoundError(
+            f"There is no file {name}, nor a folder of that name with {', '.join(TEXT_SUFFIXES)}."
+        )
+    if files[0].suffix == IDS_SUFFIX:
+        return _from_ids(files[0], **arguments)
+    return _packed(name, [text for file in files for text in _documents(file, column)], **arguments)
+
+
+def _from_ids(path, *, sequences, length, **_):
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no file {path}.")
     try:
         tensors = load_file(path)
     except SafetensorError as error:
@@ -296,99 +296,94 @@ def _from_ids(path, sequences, length):
     ids = tensors.get("input_ids")
     if ids is None or ids.ndim != 2 or ids.is_floating_point():
         raise InputError(
-            f'{path} must hold whole numbers under the key "input_ids" with shape [N, S]; it has {list(tensors)}.'
+            f'{path} must hold whole numbers under the key "input_ids" with shape [N, S]; it has '
+            f"{list(tensors)}."
         )
     if len(ids) < sequences or ids.shape[1] < length:
         raise InputError(
-            f"{path} holds {ids.shape[0]} sequences of {ids.shape[1]} tokens, but {sequences} of {length} were asked for."
+            f"{path} holds {ids.shape[0]} sequences of {ids.shape[1]} tokens, but {sequences} of {length} "
+            "were asked for."
         )
     return ids[:sequences, :length].to(torch.int64).contiguous()
 
 
-def _local_documents(path, column):
-    documents = []
-    for file in _text_files(path) if path.is_dir() else [path]:
-        text = file.read_text(encoding="utf-8")
-        if file.suffix in (".json", ".jsonl"):
-            documents.extend(_json_documents(file, text, column))
-        else:
-            documents.append(text)
-    if not documents:
-        raise InputError(f"{path} holds no .txt, .json or .jsonl file.")
+def _documents(file, column):
+    """Documents of a text file, or of a JSON file of strings or of objects with text under ``column``."""
+    text = file.read_text(encoding="utf-8")
+    if file.suffix not in (".json", ".jsonl"):
+        return [text]
+    whole = file.suffix == ".json" and text.lstrip().startswith("[")
+    try:
+        rows = json.loads(text) if whole else [json.loads(line) for line in text.splitlines() if line.strip()]
+    except ValueError as error:
+        raise InputError(f"{file} is not readable JSON ({error}).") from None
+    documents = [row.get(column) if isinstance(row, dict) else row for row in rows]
+    if not all(isinstance(document, str) for document in documents):
+        raise InputError(
+            f'{file} has an entry without text under "{column}"; give the key with the "column" argument.'
+        )
     return documents
 
 
-def _text_files(folder):
-    return sorted(p for p in folder.iterdir() if p.suffix in (".txt", ".json", ".jsonl"))
+# Data sets by name: arguments of datasets.load_dataset, and the columns that make a document.
+_DATASETS = {
+    "c4": ({"path": "allenai/c4", "data_files": "en/c4-train.00000-of-01024.json.gz"}, ("text",)),
+    "wikitext": ({"path": "EleutherAI/wikitext_document_level", "name": "wikitext-2-raw-v1"}, ("page",)),
+    "math": ({"path": "allenai/tulu-3-sft-personas-math"}, ("messages",)),
+    "code": ({"path": "theblackcat102/evol-codealpaca-v1"}, ("instruction", "output")),
+}
 
 
-def _json_documents(file, text, column):
-    try:
-        if file.suffix == ".jsonl" or not text.lstrip().startswith("["):
-            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
-        else:
-            rows = json.loads(text)
-    except ValueError as error:
-        raise InputError(f"{file} is not readable JSON ({error}).") from None
-    for row in rows:
-        document = row if isinstance(row, str) else row.get(column) if isinstance(row, dict) else None
-        if not isinstance(document, str):
-            raise InputError(
-                f'{file} has an entry without text under "{column}"; give the key with the "column" argument.'
-            )
-        yield document
-
-
-def _dataset_documents(source, column, split):
-    """Documents of a data set, as a sequence."""
+def _from_dataset(name, *, column, split, sequences, **arguments):
     import datasets
 
-    options, columns = NAMED.get(source) or _of_name(source, column)
+    known = name.rstrip(":")
+    if known in _DATASETS:
+        options, columns = _DATASETS[known]
+    else:
+        path, configuration, own_split, listed = (name.split(":", 3) + [""] * 3)[:4]
+        options = {"path": path, "name": configuration or None}
+        split, columns = own_split or split, (listed or column).split(",")
     try:
-        rows = datasets.load_dataset(**{"split": split} | options)
+        rows = datasets.load_dataset(**options, split=split or "train")
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = str(error).strip().splitlines()[0]
         raise FileNotFoundError(
-            f"Cannot load calibration data {source!r}: no such file here, and the Hugging Face hub or the datasets cache "
-            f"({datasets.config.HF_DATASETS_CACHE}) did not give {options['path']} ({reason}). Give a .txt, .json, .jsonl or "
-            f".safetensors file, {', '.join(NAMED)} or demo; or let the model write the text itself, which needs no data "
-            f"(--calibration {NAME})."
+            f"Cannot load calibration data {name!r}: no such file here, and the Hugging Face hub or the "
+            f"datasets cache ({datasets.config.HF_DATASETS_CACHE}) did not give {options['path']} "
+            f"({reason}). Give a .txt, .json, .jsonl or .safetensors file, or one of {', '.join(SOURCES)}: "
+            f"the model can write the text itself, which needs no data (--calibration {NAME})."
         ) from None
-    absent = [name for name in columns if name not in rows.column_names]
+    absent = [column for column in columns if column not in rows.column_names]
     if absent:
         raise InputError(
-            f'{source} has no column "{absent[0]}" but {", ".join(rows.column_names)}; give the "column" argument, or '
-            "name:configuration:split:column."
+            f'{name} has no column "{absent[0]}" but {", ".join(rows.column_names)}; give the "column" '
+            "argument, or name:configuration:split:column."
         )
-    return _Documents(rows.select_columns(list(columns)), source)
+    limit = DOCUMENTS_PER_BLOCK * sequences if known == "c4" else None
+    documents, text_of = rows.select_columns(list(columns)), partial(_text, name)
+    return _packed(name, documents, text_of, sequences=sequences, limit=limit, **arguments)
 
 
-def _of_name(source, column):
-    """What a data set's name says, beside the default column."""
-    name, configuration, split, columns = (str(source).split(":", 3) + [""] * 3)[:4]
-    options = {"path": name, "name": configuration or None} | ({"split": split} if split else {})
-    return options, tuple((columns or column).split(","))
-
-
-class _Documents:
-    """Rows of a data set as texts, read when they are asked for."""
-
-    def __init__(self, rows, source):
-        self.rows, self.source = rows, source
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, place):
-        return "\n".join(self._text(name, value) for name, value in self.rows[place].items())
-
-    def _text(self, name, value):
-        if isinstance(value, list) and all(
-            isinstance(v, dict) and isinstance(v.get("content"), str) for v in value
-        ):
-            return "\n".join(message["content"] for message in value)
-        if not isinstance(value, str):
+def _text(name, row):
+    """Text of a row, whose columns hold text or messages."""
+    texts = []
+    for column, value in row.items():
+        messages = value if isinstance(value, list) else [{"content": value}]
+        texts += [message.get("content") if isinstance(message, dict) else None for message in messages]
+        if not all(isinstance(text, str) for text in texts):
             raise InputError(
-                f'Column "{name}" of {self.source} holds neither text nor messages, but {type(value).__name__}.'
+                f'Column "{column}" of {name} holds neither text nor messages, but {type(value).__name__}.'
             )
-        return value
+    return "\n".join(texts)
+
+
+def _from_model(name, *, model, tokenizer, sequences, length, seed, folder, **_):
+    options = dict(sequences=sequences, length=length, seed=seed, folder=folder)
+    return own_text(model, tokenizer, **options, **asdict(writing_of(name)))
+
+
+_FILE, _DATASET = Source(_from_path), Source(_from_dataset)
+for _name in _DATASETS:
+    SOURCES.add(_name, _DATASET)
+SOURCES.add(NAME, Source(_from_model))

@@ -1,19 +1,18 @@
-"""Inside one layer: which tokens an expert takes, which neurons of a group match, what each way of combining them does."""
+"""Inside one layer: tokens that an expert gets, neurons of a group that match, errors of each combination."""
 
 import numpy as np
+import pandas as pd
 import torch
 
 from hcsmoe_core._util import InputError, check_count
 from hcsmoe_core.families import moe_layer
-from hcsmoe_core.merging import Group
-from hcsmoe_core.merging import combine_group as combine
-from hcsmoe_core.methods.combine import aligned, standardised
-from hcsmoe_core.methods.planner import options_of
+from hcsmoe_core.merging import Group, combine_group
+from hcsmoe_core.methods.combining import aligned, standardised
 from hcsmoe_core.plan import merge_weights
 from hcsmoe_core.statistics import sequence_hashes
 
-# Ways of combining that are shown side by side, as options of :func:`hcsmoe_core.merging.combine`.
-WAYS = {
+# Combinations that are shown side by side, as options of combine_group.
+COMBINATIONS = {
     "average": {"rule": "average"},
     "average, aligned": {"rule": "average", "align": "activations"},
     "fix-dom": {"rule": "fix-dom"},
@@ -23,25 +22,13 @@ WAYS = {
 }
 
 
-def joined_groups(plan, layer):
-    """Groups of a plan's layer that have several members, the largest first.
-
-    Parameters
-    ----------
-    plan : Plan
-    layer : int
-        Place among its layers.
-
-    Returns
-    -------
-    list of list of int
-        Empty where every expert stays alone.
-    """
+def merged_groups(plan, layer: int) -> list[list[int]]:
+    """Groups of several experts in a plan's layer (by its index in the plan), the largest first."""
     groups = [members for members in plan.layers[layer].groups() if len(members) > 1]
     return sorted(groups, key=len, reverse=True)
 
 
-def group_of(stats, model, layer, members, *, merge="frequency"):
+def group_of(stats, model, layer, members, *, merge="frequency") -> Group:
     """The experts of one group, ready to be combined.
 
     Parameters
@@ -52,74 +39,61 @@ def group_of(stats, model, layer, members, *, merge="frequency"):
         Not merged.
     layer : int or str
     members : list of int
-        Experts; the most used is dominant.
+        Experts; the most used one is dominant.
     merge : {"frequency", "average", "routing-mass"}
-
-    Returns
-    -------
-    hcsmoe_core.combining.Group
 
     Raises
     ------
-    ValueError
-        If the statistics hold no sample.
+    InputError
+        If the statistics have no sample.
     """
     stats.check(("sample",), "Looking into a group")
-    name = stats.layer_name(layer)
-    sums, usage = stats.layers[name], stats.layers[name].usage_count.sum(0)
-    labels = np.where(np.isin(np.arange(sums.num_experts), members), 0, -1)
-    weights = merge_weights(labels, sums, merge)
+    name, layer_stats = stats.layer_name(layer), stats.layer(layer)
+    usage = layer_stats.usage_count.sum(0)
+    labels = np.where(np.isin(np.arange(layer_stats.num_experts), members), 0, -1)
+    weights = merge_weights(labels, layer_stats, merge)
     dominant = max(sorted(members), key=lambda e: int(usage[e]))
-    return Group(moe_layer(model, name), sorted(members), weights, dominant, sums.sample)
+    return Group(moe_layer(model, name), sorted(members), weights, dominant, layer_stats.sample)
 
 
 @torch.no_grad()
-def output_errors(stats, model, layer, members, *, ways=None, merge="frequency"):
-    """What a group's experts give together, and how far each way of combining them is from it, by domain.
+def output_errors(stats, model, layer, members, *, combinations=None, merge="frequency") -> pd.DataFrame:
+    """How far the output of each combination is from that of the group's experts together, by domain.
 
-    Over the sampled tokens routed to any of the members: ``‖Σ_e g_e f_e(x) − (Σ_e g_e) f(x)‖ / ‖Σ_e g_e f_e(x)‖``, norms over
-    all those tokens of a domain. The sample is that of the calibration, so that ways that are fitted to it look better here
-    than they are.
+    Over the sampled tokens routed to any of the members: ``‖Σ_e g_e f_e(x) − (Σ_e g_e) f(x)‖ / ‖Σ_e g_e
+    f_e(x)‖``, norms over all those tokens of a domain. The sample is that of the calibration, so that
+    combinations that are fitted to it look better here than they are.
 
     Parameters
     ----------
     stats, model, layer, members, merge
         As for :func:`group_of`.
-    ways : dict of str to dict, optional
-        Options of :func:`hcsmoe_core.merging.combine` by name; by default :data:`WAYS`.
+    combinations : dict of str to dict, optional
+        Options of :func:`hcsmoe_core.merging.combine_group` by name; by default :data:`COMBINATIONS`.
 
     Returns
     -------
     pandas.DataFrame
-        ``way``, ``domain`` (``"all"`` for all together), ``tokens`` and ``error``.
+        ``combination``, ``domain`` (``"all"`` for all together), ``tokens`` and ``error``.
     """
-    import pandas as pd
-
     group = group_of(stats, model, layer, members, merge=merge)
-    tokens, gates = group.tokens()
-    routed = (group.sample.gates[:, group.members] != 0).any(1)
-    domains = stats.sampled[routed, 2]
-    together = sum(gates[:, [m]] * _outputs(group, expert, tokens) for m, expert in enumerate(group.experts))
+    domains = stats.sampled[(group.sample.gates[:, group.members] != 0).any(1), 2]
+    masks = {"all": torch.ones_like(domains, dtype=torch.bool)}
+    if len(stats.domains) > 1:
+        masks |= {domain: domains == i for i, domain in enumerate(stats.domains)}
     rows = []
-    for way, options in (ways or WAYS).items():
-        made = combine(group, {"rule": options["rule"]} | options_of(options["rule"]) | options)
-        square = (together - gates.sum(1, keepdim=True) * _outputs(group, made, tokens)).pow(2).sum(1).cpu()
-        whole = together.pow(2).sum(1).cpu()
-        for place, domain in [(None, "all"), *(enumerate(stats.domains) if len(stats.domains) > 1 else ())]:
-            here = torch.ones_like(domains, dtype=torch.bool) if place is None else domains == place
-            error = float((square[here].sum() / whole[here].sum()).sqrt()) if here.any() else float("nan")
-            rows.append({"way": way, "domain": domain, "tokens": int(here.sum()), "error": error})
+    for name, options in (combinations or COMBINATIONS).items():
+        merged = combine_group(group, options)
+        lost = (group.outputs(merged.offset) - group.activations(merged) @ merged.down.T).cpu()
+        for domain, mask in masks.items():
+            error = float(lost[mask].norm() / group.outputs().cpu()[mask].norm())  # NaN without tokens
+            rows.append({"combination": name, "domain": domain, "tokens": int(mask.sum()), "error": error})
     return pd.DataFrame(rows)
 
 
-def _outputs(group, expert, tokens):
-    output = group.layer.activate(expert, tokens) @ expert.down.T
-    return output if expert.offset is None else output + expert.offset
-
-
 @torch.no_grad()
-def neuron_matches(stats, model, layer, members, *, align="activations"):
-    """How the neurons of a group's dominant expert and of each other member correlate, as they stand and once matched.
+def neuron_matches(stats, model, layer, members, *, align="activations") -> dict[int, np.ndarray]:
+    """Correlation of the neurons of a group's dominant expert with those of each other member.
 
     Parameters
     ----------
@@ -131,24 +105,23 @@ def neuron_matches(stats, model, layer, members, *, align="activations"):
     Returns
     -------
     dict of int to (I, I) float64 array
-        By member: correlations of activations over the sampled tokens routed to the group, the dominant expert's neurons
-        along the rows, the member's, in the order in which they are matched, along the columns; on the diagonal are the
-        neurons that are averaged.
+        By member: correlations of activations over the sampled tokens routed to the group. Rows are the
+        dominant expert's neurons, columns the member's in the order in which they are matched; on the
+        diagonal are the neurons that are averaged.
     """
     group = group_of(stats, model, layer, members)
     tokens, _ = group.tokens()
-    ordered = aligned(group, align)
-    centre = standardised(group.layer.activate(ordered[group.dominant], tokens).double())
-    found = {}
-    for place, member in enumerate(group.members):
-        if place != group.dominant:
-            other = standardised(group.layer.activate(ordered[place], tokens).double())
-            found[member] = (centre.T @ other).cpu().numpy()
-    return found
+    neurons = [standardised(group.layer.activate(e, tokens).double()) for e in aligned(group, align)]
+    others = {
+        member: theirs
+        for i, (member, theirs) in enumerate(zip(group.members, neurons, strict=True))
+        if i != group.dominant
+    }
+    return {member: (neurons[group.dominant].T @ theirs).cpu().numpy() for member, theirs in others.items()}
 
 
-def expert_tokens(stats, layer, expert, input_ids, tokenizer=None, *, context=8, most=None):
-    """Calibration tokens of the sample that the router sends to an expert, those with the largest routing weight first.
+def expert_tokens(stats, layer, expert, input_ids, tokenizer=None, *, context=8, most=None) -> pd.DataFrame:
+    """Sampled calibration tokens that are routed to an expert, those with the largest routing weight first.
 
     Parameters
     ----------
@@ -157,7 +130,7 @@ def expert_tokens(stats, layer, expert, input_ids, tokenizer=None, *, context=8,
     layer : int or str
     expert : int
     input_ids : (N, S) int64 tensor
-        The calibration tokens that the statistics were taken from.
+        The calibration tokens that the statistics were captured from.
     tokenizer : transformers.PreTrainedTokenizerBase, optional
         Without one, tokens are shown as their ids.
     context : int
@@ -172,64 +145,52 @@ def expert_tokens(stats, layer, expert, input_ids, tokenizer=None, *, context=8,
 
     Raises
     ------
-    ValueError
+    InputError
         If there is no sample, or these are not the tokens that it was taken from.
     """
-    import pandas as pd
-
     gates = _sampled_gates(stats, layer, expert, input_ids)
     rows = []
-    for place in gates.argsort(descending=True, stable=True)[: int((gates > 0).sum())][:most].tolist():
-        sequence, position, domain = stats.sampled[place].tolist()
-        ids = input_ids[sequence].tolist()
-        parts = (
-            ids[max(0, position - context) : position],
-            ids[position : position + 1],
-            ids[position + 1 :][:context],
-        )
-        before, token, after = (_text(tokenizer, part) for part in parts)
-        row = {"domain": stats.domains[domain], "before": before, "token": token, "after": after}
-        rows.append(row | {"weight": float(gates[place])})
+    for index in gates.argsort(descending=True, stable=True)[: int((gates > 0).sum())][:most].tolist():
+        sequence, position, domain = stats.sampled[index].tolist()
+        ids, start = input_ids[sequence].tolist(), max(0, position - context)
+        pieces = ids[start:position], [ids[position]], ids[position + 1 :][:context]
+        texts = [_text(tokenizer, piece) for piece in pieces]
+        rows.append((stats.domains[domain], *texts, float(gates[index])))
     return pd.DataFrame(rows, columns=["domain", "before", "token", "after", "weight"])
 
 
-def token_shares(stats, layer, expert, input_ids, tokenizer=None, *, least=5):
-    """Which tokens an expert takes more often than others: one row for each that stands in the sample often enough.
+def token_shares(stats, layer, expert, input_ids, tokenizer=None, *, least=5) -> pd.DataFrame:
+    """Which tokens an expert gets more often than others.
 
     Parameters
     ----------
     stats, layer, expert, input_ids, tokenizer
         As for :func:`expert_tokens`.
     least : int
-        Times that a token must stand in the sample.
+        How often a token must be in the sample.
 
     Returns
     -------
     pandas.DataFrame
-        ``token``, ``count`` in the sample and ``share`` of them that are routed to the expert, the largest first.
+        ``token``, its ``count`` in the sample and the ``share`` of them routed to the expert, the largest
+        first.
     """
-    import pandas as pd
-
-    taken = _sampled_gates(stats, layer, expert, input_ids) > 0
+    routed = _sampled_gates(stats, layer, expert, input_ids) > 0
     ids = input_ids[stats.sampled[:, 0], stats.sampled[:, 1]]
-    frame = (
-        pd.DataFrame({"id": ids.numpy(), "taken": taken.numpy()}).groupby("id")["taken"].agg(["size", "mean"])
-    )
-    frame = (
-        frame[frame["size"] >= least]
-        .sort_values(["mean", "size"], ascending=False, kind="stable")
-        .reset_index()
-    )
+    frame = pd.DataFrame({"id": ids.numpy(), "routed": routed.numpy()}).groupby("id", as_index=False)
+    frame = frame["routed"].agg(count="size", share="mean").query("count >= @least")
+    frame = frame.sort_values(["share", "count"], ascending=False, kind="stable", ignore_index=True)
     frame["token"] = [_text(tokenizer, [i]) for i in frame["id"]]
-    return frame.rename(columns={"size": "count", "mean": "share"})[["token", "count", "share"]]
+    return frame[["token", "count", "share"]]
 
 
 def _sampled_gates(stats, layer, expert, input_ids):
-    """Routing weight ``(R,)`` that an expert's output got for each token of the sample."""
-    stats.check(["sample"], "Showing what an expert takes")
+    """Routing weight of an expert for each token of the sample, ``(R,)``."""
+    stats.check(["sample"], "Showing what an expert gets")
     if sequence_hashes(input_ids) != stats.sequences:
         raise InputError(
-            "The input_ids are not the calibration tokens of these statistics; give those that they were captured from."
+            "The input_ids are not the calibration tokens of these statistics; "
+            "pass those that they were captured from."
         )
     check_count("expert", expert, 0, stats.layer(layer).num_experts - 1)
     return stats.layer(layer).sample.gates[:, expert]

@@ -1,4 +1,9 @@
-"""Figures of a paper: each function returns a :class:`matplotlib.figure.Figure`; :func:`save` writes it reproducibly."""
+"""Figures of a paper; each function returns a :class:`matplotlib.figure.Figure`, and :func:`save` writes it.
+
+In all of them ``width`` and ``height`` are in inches, ``title`` stands above and ``label`` at the colour
+bar or at the axis of the values. Where there is an argument ``on``, a subfigure, the figure is drawn on it
+and not on a new one.
+"""
 
 import functools
 import io
@@ -9,7 +14,6 @@ from pathlib import Path
 
 import matplotlib
 import matplotlib.figure
-import matplotlib.ticker
 import numpy as np
 from matplotlib import patheffects
 from matplotlib.collections import PolyCollection
@@ -21,36 +25,38 @@ from hcsmoe_core._util import replacing
 from hcsmoe_core.clustering import cut
 
 STYLE = Path(__file__).with_name("hcsmoe.mplstyle")
-
-
 COLUMN, PAGE = 3.25, 6.75  # inches: widths of one and of two columns of a paper
-
-
-DISTANCES = "mako"  # seaborn's; dark is alike
-
-
-UNMERGED = "0.55"
-
-
+DISTANCES, SHARES = "mako", "rocket_r"  # seaborn's colour maps; of distances, dark means similar
+UNMERGED = "0.55"  # grey of experts that stay alone
 LEGIBLE = 4.5  # points: the smallest label worth printing
+MARKERS = "osD^vP*X"
+_CYCLE = matplotlib.rc_params_from_file(STYLE)["axes.prop_cycle"].by_key()["color"]
+COLOURS = [f"#{colour.removeprefix('#')}" for colour in _CYCLE]
+CUT_LINE = dict(color="black", lw=0.8, ls=(0, (4, 3)))
+REFERENCE = dict(color="0.4", lw=0.8)
+# Accuracy of guessing, by task of lm-evaluation-harness; of the embedded tasks see chance_level.
+CHANCE = dict.fromkeys(("boolq", "rte", "winogrande", "piqa", "copa", "wic", "wsc", "mrpc", "qnli"), 1 / 2)
+CHANCE |= dict.fromkeys(
+    ("arc_challenge", "arc_easy", "hellaswag", "mmlu", "openbookqa", "race", "sciq"), 1 / 4
+)
 
 
 def styled(function):
-    """Draw under the project's style whatever the session's own is."""
+    """Draw in the project's style, whatever style the session has."""
 
     @functools.wraps(function)
-    def drawn(*args, **keywords):
+    def draw(*arguments, **keywords):
         import seaborn  # noqa: F401 (registers its colour maps)
 
         with matplotlib.rc_context(fname=STYLE):
-            return function(*args, **keywords)
+            return function(*arguments, **keywords)
 
-    return drawn
+    return draw
 
 
 @styled
-def png(figure, dpi=110, *, tight=True):
-    """A figure as PNG bytes, the same each time; not ``tight``, its own margins stay, which takes half the time to draw."""
+def png(figure, dpi=110, *, tight=True) -> bytes:
+    """A figure as PNG, the same bytes each time; not ``tight``, it keeps its margins, in half the time."""
     buffer = io.BytesIO()
     with matplotlib.rc_context({"savefig.bbox": "tight" if tight else None}):
         figure.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
@@ -58,78 +64,77 @@ def png(figure, dpi=110, *, tight=True):
 
 
 class Figure(matplotlib.figure.Figure):
-    """A figure that pyplot knows nothing of, and that a notebook shows all the same."""
+    """A figure that pyplot does not know of, and that a notebook shows nevertheless."""
 
     def _repr_png_(self):
         return png(self)
 
 
 @styled
-def save(figure, path):
-    """Write a figure as ``path.png`` and ``path.pdf``, the same bytes each time.
-
-    Returns
-    -------
-    list of Path
-    """
-    written = []
+def save(figure, path) -> list[Path]:
+    """Write a figure as ``path.png`` and ``path.pdf``, the same bytes each time."""
+    paths = []
     for suffix, metadata in ((".png", {"Software": None}), (".pdf", {"CreationDate": None})):
-        target = Path(f"{path}{suffix}")
-        with replacing(target) as part:
-            figure.savefig(part, format=suffix[1:], metadata=metadata)
-        written.append(target)
-    return written
+        paths.append(Path(f"{path}{suffix}"))
+        with replacing(paths[-1]) as temporary:
+            figure.savefig(temporary, format=suffix[1:], metadata=metadata)
+    return paths
 
 
-def leaf_order(tree):
+def leaf_order(tree) -> list[int]:
     """Experts in the order in which a dendrogram shows them."""
     return hierarchy.leaves_list(tree).tolist() if len(tree) else [0]
 
 
-def group_colours(labels, order):
+def group_colours(labels, order) -> dict:
     """Colour of each group that has more than one expert; the others are grey.
 
-    Colours are given along ``order`` (the experts as a dendrogram shows them) and repeat after nine groups, so that
-    neighbours differ.
+    Colours are assigned along ``order`` (the experts as a dendrogram shows them), so that neighbours
+    differ, and repeat after nine groups.
     """
-    cycle = [
-        c
-        for c in matplotlib.rc_params_from_file(STYLE)["axes.prop_cycle"].by_key()["color"]
-        if "949494" not in c
-    ]
+    cycle = [colour for colour in COLOURS if colour != "#949494"]
     sizes = np.bincount(labels)
-    joined = dict.fromkeys(int(labels[e]) for e in order if sizes[labels[e]] > 1)
-    colours = {label: f"#{cycle[i % len(cycle)].removeprefix('#')}" for i, label in enumerate(joined)}
-    return {label: colours.get(label, UNMERGED) for label in range(len(sizes))}
-
-
-def _draw_tree(axes, tree, labels, *, orientation="top"):
-    """Dendrogram on ``axes``; a branch has its group's colour if all its experts are in one group."""
-    colours = group_colours(labels, leaf_order(tree))
-    experts = len(tree) + 1
-    members = {e: {int(labels[e])} for e in range(experts)}
-    for t, row in enumerate(tree):
-        members[experts + t] = members[int(row[0])] | members[int(row[1])]
-
-    def colour(node):
-        groups = members[node]
-        return colours[next(iter(groups))] if len(groups) == 1 else "black"
-
-    drawn = hierarchy.dendrogram(
-        tree, ax=axes, orientation=orientation, link_color_func=colour, no_labels=True
+    merged = dict.fromkeys(int(labels[e]) for e in order if sizes[labels[e]] > 1)
+    return dict.fromkeys(range(len(sizes)), UNMERGED) | dict(
+        zip(merged, itertools.cycle(cycle), strict=False)
     )
+
+
+def _expert_colours(labels, order):
+    """Colour of each expert's group, along an order."""
+    colours = group_colours(labels, order)
+    return [colours[int(labels[e])] for e in order]
+
+
+def _draw_tree(axes, tree, labels, *, orientation="top", scale=None):
+    """Dendrogram on ``axes``; a branch has its group's colour if all its experts are in one group.
+
+    ``scale`` names the spine along which heights are shown. Returns the experts in the order of the leaves.
+    """
+    colours = group_colours(labels, leaf_order(tree))
+    members = [{int(label)} for label in labels]
+    for first, second in tree[:, :2].astype(int):
+        members.append(members[first] | members[second])
+
+    def branch_colour(node):
+        return colours[next(iter(members[node]))] if len(members[node]) == 1 else "black"
+
+    leaves = hierarchy.dendrogram(
+        tree, ax=axes, orientation=orientation, link_color_func=branch_colour, no_labels=True
+    )["leaves"]
     for collection in axes.collections:
         collection.set_linewidth(0.9)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
-    axes.tick_params(length=0, labelbottom=False, labelleft=False)
-    return drawn["leaves"]
+    for name, spine in axes.spines.items():
+        spine.set_visible(name == scale)
+    axes.tick_params(length=2 if scale else 0, labelbottom=scale == "bottom", labelleft=scale == "left")
+    return leaves
 
 
-def untangled(tree, order):
-    """The same tree with branches turned so that its leaves come as nearly as may be in another order.
+def untangled(tree, order) -> np.ndarray:
+    """The same tree with branches swapped so that its leaves come close to another order.
 
-    Each join's branch whose experts stand further left in ``order``, on average, is put left; heights do not change.
+    At each join the branch whose experts stand further left in ``order``, on average, goes left; heights do
+    not change.
 
     Parameters
     ----------
@@ -142,30 +147,35 @@ def untangled(tree, order):
     (E−1, 4) array
     """
     experts = len(tree) + 1
-    place = np.argsort(order).astype(float)
-    mean, size = np.concatenate([place, np.zeros(experts - 1)]), np.ones(2 * experts - 1)
-    turned = np.array(tree, dtype=float)
-    for t, row in enumerate(turned):
+    mean, size = np.concatenate([np.argsort(order), np.zeros(experts - 1)]), np.ones(2 * experts - 1)
+    swapped = np.array(tree, dtype=float)
+    for t, row in enumerate(swapped, start=experts):
         a, b = int(row[0]), int(row[1])
-        size[experts + t] = size[a] + size[b]
-        mean[experts + t] = (size[a] * mean[a] + size[b] * mean[b]) / size[experts + t]
+        size[t] = size[a] + size[b]
+        mean[t] = (size[a] * mean[a] + size[b] * mean[b]) / size[t]
         if mean[a] > mean[b]:
-            row[0], row[1] = b, a
-    return turned
+            row[:2] = b, a
+    return swapped
 
 
-def crossings(first, second):
-    """Pairs of experts that stand in opposite order in two orders of leaves: lines between them cross."""
-    place = np.argsort(second)[np.asarray(first)]
-    return int((place[:, None] > place)[np.triu_indices(len(place), 1)].sum())
+def crossings(first, second) -> int:
+    """Pairs of experts that two orders of leaves have in opposite order: lines between them cross."""
+    position = np.argsort(second)[np.asarray(first)]
+    return int((position[:, None] > position)[np.triu_indices(len(position), 1)].sum())
 
 
-def cut_height(tree, groups):
-    """A height between the last join that is done and the first that is not, where a tree is cut into some groups."""
+def cut_height(tree, groups) -> float:
+    """Height at which a tree is cut into ``groups``, midway between the joins below and above."""
     experts = len(tree) + 1
     below = tree[experts - groups - 1, 2] if groups < experts else 0.0
     above = tree[experts - groups, 2] if groups > 1 else tree[-1, 2] * 1.05
     return (below + above) / 2
+
+
+def chance_level(*tasks) -> float | None:
+    """Mean accuracy of guessing on tasks; None if it is unknown for one of them."""
+    levels = [0.25 if task.startswith("demo_") else CHANCE.get(task) for task in tasks]
+    return None if None in levels or not levels else sum(levels) / len(levels)
 
 
 def _size(figure):
@@ -173,25 +183,86 @@ def _size(figure):
     return figure.bbox.width / figure.dpi, figure.bbox.height / figure.dpi
 
 
-def _inches(figure, *, left, right, bottom, top):
+def _margins(figure, *, left, right, bottom, top):
     """Margins in inches, as ``add_gridspec`` takes them."""
     width, height = _size(figure)
     return dict(left=left / width, right=1 - right / width, bottom=bottom / height, top=1 - top / height)
 
 
+def one_panel(width, height):
+    """New figure with one panel."""
+    figure = Figure(figsize=(width, height))
+    return figure, figure.add_subplot()
+
+
+def panel_grid(count, columns, width, height, *, sharex=True):
+    """New figure of a number of panels, in rows of ``columns``, with shared axes."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    panels = figure.subplots(-(-count // columns), columns, sharex=sharex, sharey=True, squeeze=False).ravel()
+    for unused in panels[count:]:
+        unused.remove()
+    return figure, panels[:count]
+
+
+def title_and_legend(figure, panels, title, *, order=None, **options):
+    """Title above all panels, and below them one legend of what any of them shows, in the given order."""
+    handles = {}
+    for panel in panels:
+        handles |= {name: handle for handle, name in zip(*panel.get_legend_handles_labels(), strict=True)}
+    names = [name for name in order or handles if name in handles]
+    options = {"ncols": len(names)} | options
+    figure.legend([handles[name] for name in names], names, loc="outside lower center", **options)
+    figure.suptitle(textwrap.fill(title, int(14 * _size(figure)[0])))
+
+
+def _heatmap(axes, values, colours=DISTANCES, **options):
+    return axes.imshow(values, cmap=colours, aspect="auto", **{"vmin": 0} | options)
+
+
+def _square(condensed, order):
+    """Distance matrix of condensed distances, with the experts in an order."""
+    return squareform(condensed)[np.ix_(order, order)]
+
+
+def _usage_bars(axes, positions, order, usage, colours, width=0.8):
+    """Share of routed tokens of each expert, in per cent, with a line at an equal share."""
+    half, shares = width / 2, [100 * float(usage[e]) for e in order]
+    boxes = [
+        ((x - half, 0), (x - half, y), (x + half, y), (x + half, 0))
+        for x, y in zip(positions, shares, strict=True)
+    ]
+    axes.add_collection(PolyCollection(boxes, facecolors=colours))  # one artist: bars are slow to draw
+    axes.axhline(100 / len(order), color="black", lw=0.6, ls=":")
+    axes.set(ylim=(0, 1.05 * max(shares)))
+    axes.set_ylabel("tokens,\n%", rotation=0, ha="right", va="center")
+
+
+def _label_experts(axes, order, inches, positions=None, *, both=False):
+    """Number the experts along ``inches`` of an axis: all of them, or every n-th where space is short."""
+    space = 72 * inches / len(order)  # points per expert
+    step = max(1, math.ceil(LEGIBLE / space))
+    size, digits = min(7, 0.9 * space * step), len(str(max(order)))
+    turned = space * step < 0.65 * digits * size + 2
+    # Not tick labels: a tick is five artists, and 64 of them are most of the time that drawing takes.
+    axes.set_xticks([])
+    shift = axes.figure.dpi_scale_trans
+    below = axes.get_xaxis_transform() + ScaledTranslation(0, -3 / 72, shift)
+    beside = axes.get_yaxis_transform() + ScaledTranslation(-3 / 72, 0, shift)
+    for position, expert in list(zip(positions or range(len(order)), map(str, order), strict=True))[::step]:
+        under = dict(rotation=90 if turned else 0, ha="center", va="top", transform=below)
+        axes.text(position, 0, expert, fontsize=size, **under)
+        if both:
+            axes.text(0, position, expert, fontsize=size, ha="right", va="center", transform=beside)
+    if both:
+        axes.set_yticks([])
+    axes.xaxis.labelpad = 5 + (0.65 * digits * size if turned else size)
+
+
 @styled
 def similarity_heatmap(
-    condensed,
-    tree,
-    *,
-    groups=None,
-    usage=None,
-    mix=None,
-    title="",
-    label="distance between experts",
-    width=COLUMN,
-    on=None,
-):
+    condensed, tree, *, groups=None, usage=None, mix=None, title="", label="distance between experts",
+    width=COLUMN, on=None
+):  # fmt: skip
     """Pairwise distances of one layer's experts, ordered by their merge tree, which is drawn on both sides.
 
     Parameters
@@ -199,156 +270,79 @@ def similarity_heatmap(
     condensed : (E·(E−1)/2,) array
     tree : (E−1, 4) array
     groups : int, optional
-        Where the tree is cut; groups are coloured in the trees and framed in the heatmap.
+        Number of groups that the tree is cut into; they are coloured in the trees and framed in the heatmap.
     usage : (E,) array, optional
         Share of routed tokens of each expert, drawn as bars below.
     mix : dict of str to (E,) array, optional
-        By domain, share of each expert's tokens, drawn as a strip below: see :func:`hcsmoe_core.studies.tables.domain_mix`.
-    title, label : str
-        Of the figure and of the colour bar.
-    width : float
-        Inches.
-    on : matplotlib.figure.SubFigure, optional
-        Draw on it, and not on a new figure.
-
-    Returns
-    -------
-    matplotlib.figure.Figure
+        By domain, share of each expert's tokens, drawn as a strip below: see
+        :func:`hcsmoe_core.studies.tables.domain_mix`.
     """
     experts = len(tree) + 1
     labels = cut(tree, groups or experts)
     side = (_size(on)[0] if on else width) - 1.3  # of the heatmap, in inches
     heights = [0.17 * side, side] + [0.16 * side] * (usage is not None) + [0.085 * len(mix or {})] * bool(mix)
     figure = on or Figure(figsize=(width, sum(heights) + 0.06 * len(heights) + 0.72))
-    edges = _inches(figure, left=0.05, right=0.62, bottom=0.42, top=0.3)
-    grid = figure.add_gridspec(
-        len(heights),
-        3,
-        width_ratios=(0.55, side, 0.1),
-        height_ratios=heights,
-        wspace=0.03,
-        hspace=0.06,
-        **edges,
-    )
-    top, left, middle = (
-        figure.add_subplot(grid[0, 1]),
-        figure.add_subplot(grid[1, 0]),
-        figure.add_subplot(grid[1, 1]),
-    )
+    ratios = dict(width_ratios=(0.55, side, 0.1), height_ratios=heights, wspace=0.03, hspace=0.06)
+    margins = _margins(figure, left=0.05, right=0.62, bottom=0.42, top=0.3)
+    grid = figure.add_gridspec(len(heights), 3, **ratios, **margins)
+    top, left = figure.add_subplot(grid[0, 1]), figure.add_subplot(grid[1, 0])
+    lowest = middle = figure.add_subplot(grid[1, 1])
     order = _draw_tree(top, tree, labels)
     _draw_tree(left, tree, labels, orientation="left")
     left.invert_yaxis()
-    image = middle.imshow(squareform(condensed)[np.ix_(order, order)], cmap=DISTANCES, vmin=0, aspect="auto")
-    colours = group_colours(labels, order)
-    for label_of_group in set(labels.tolist()):
-        places = [i for i, e in enumerate(order) if labels[e] == label_of_group]
-        if len(places) > 1:
-            corner, length = places[0] - 0.5, len(places)
-            frame = dict(fill=False, ec=colours[label_of_group], lw=1.4, clip_on=False)
-            middle.add_patch(matplotlib.patches.Rectangle((corner, corner), length, length, **frame))
+    image = _heatmap(middle, _square(condensed, order))
+    for group, colour in group_colours(labels, order).items():
+        positions = [i for i, e in enumerate(order) if labels[e] == group]
+        if len(positions) > 1:
+            corner, look = positions[0] - 0.5, dict(fill=False, ec=colour, lw=1.4, clip_on=False)
+            square = (corner, corner), len(positions), len(positions)
+            middle.add_patch(matplotlib.patches.Rectangle(*square, **look))
     middle.set(xticks=[], yticks=[])
-    figure.colorbar(image, cax=figure.add_subplot(grid[1, 2])).set_label(label)
-    lowest, row = middle, 2
+    figure.colorbar(image, cax=figure.add_subplot(grid[1, 2]), label=label)
     if usage is not None:
-        lowest, row = figure.add_subplot(grid[row, 1]), row + 1
-        _usage_bars(lowest, range(experts), order, usage, [colours[int(labels[e])] for e in order])
+        lowest = figure.add_subplot(grid[2, 1])
+        _usage_bars(lowest, range(experts), order, usage, _expert_colours(labels, order))
         lowest.set(xlim=(-0.5, experts - 0.5), xticks=[])
-        lowest.set_ylabel("tokens,\n%", rotation=0, ha="right", va="center")
     if mix:
-        lowest = figure.add_subplot(grid[row, 1])
-        shares = 100 * np.stack([np.asarray(share)[order] for share in mix.values()])
-        image = lowest.imshow(shares, cmap="rocket_r", vmin=0, aspect="auto")
+        lowest = figure.add_subplot(grid[-1, 1])
+        image = _heatmap(lowest, 100 * np.stack([np.asarray(s)[order] for s in mix.values()]), SHARES)
         lowest.set_yticks(range(len(mix)), list(mix), fontsize=5.5)
         lowest.tick_params(length=0)
-        figure.colorbar(image, cax=figure.add_subplot(grid[row, 2])).set_label("of the expert's\ntokens, %")
+        figure.colorbar(image, cax=figure.add_subplot(grid[-1, 2]), label="of the expert's\ntokens, %")
     _label_experts(lowest, order, side)
     lowest.set_xlabel("expert")
-    figure.suptitle(title, fontsize=matplotlib.rcParams["axes.titlesize"], y=1 - 0.08 / _size(figure)[1])
+    figure.suptitle(title, y=1 - 0.08 / _size(figure)[1])
     return figure
-
-
-def _usage_bars(axes, places, order, usage, colours, width=0.8):
-    """Share of routed tokens of each expert, in per cent, with a line at an equal share."""
-    half = width / 2
-    shares = [100 * float(usage[e]) for e in order]
-    boxes = [
-        ((x - half, 0), (x - half, y), (x + half, y), (x + half, 0))
-        for x, y in zip(places, shares, strict=True)
-    ]
-    axes.add_collection(PolyCollection(boxes, facecolors=colours))  # one artist: bars are slow to draw
-    axes.axhline(100 / len(order), color="black", lw=0.6, ls=":")
-    axes.set_ylim(0, 1.05 * max(shares))
-
-
-def _label_experts(axes, order, inches, places=None, *, both=False):
-    """Number the experts along ``inches`` of an axis, as many as can be read: all of them, or every n-th."""
-    room = 72 * inches / len(order)  # points for each
-    step = max(1, math.ceil(LEGIBLE / room))
-    places = list(range(len(order))) if places is None else places
-    size = min(7, 0.9 * room * step)
-    digits = len(str(max(order)))
-    turned = 90 if room * step < 0.65 * digits * size + 2 else 0
-    down, aside = (
-        ScaledTranslation(*shift, axes.figure.dpi_scale_trans) for shift in ((0, -3 / 72), (-3 / 72, 0))
-    )
-    below, left = axes.get_xaxis_transform() + down, axes.get_yaxis_transform() + aside
-    # Not tick labels: a tick is five artists, and sixty-four of them are most of the time that a figure takes to draw.
-    axes.set_xticks([])
-    for place, expert in list(zip(places, order, strict=True))[::step]:
-        axes.text(
-            place, 0, str(expert), fontsize=size, rotation=turned, ha="center", va="top", transform=below
-        )
-        if both:
-            axes.text(0, place, str(expert), fontsize=size, ha="right", va="center", transform=left)
-    if both:
-        axes.set_yticks([])
-    axes.xaxis.labelpad = 5 + (0.65 * digits * size if turned else size)
 
 
 @styled
 def dendrogram(tree, *, groups=None, usage=None, title="", label="distance", width=PAGE, height=2.4, on=None):
-    """Merge tree of one layer's experts, cut at a number of groups.
+    """Merge tree of one layer's experts, cut into a number of groups.
 
     Parameters
     ----------
     tree : (E−1, 4) array
     groups : int, optional
-        Experts kept; a dashed line shows the cut and the groups are coloured.
+        Experts kept; a dashed line shows the cut, and the groups are coloured.
     usage : (E,) array, optional
         Share of routed tokens of each expert, drawn as bars below the tree.
-    title, label : str
-    width, height : float
-        Inches.
-    on : matplotlib.figure.SubFigure, optional
-        Draw on it, and not on a new figure.
-
-    Returns
-    -------
-    matplotlib.figure.Figure
     """
-    experts = len(tree) + 1
-    labels = cut(tree, groups or experts)
+    labels = cut(tree, groups or len(tree) + 1)
     figure = on or Figure(figsize=(width, height))
-    edges = _inches(figure, left=0.72, right=0.05, bottom=0.42, top=0.3)
     heights = (1,) if usage is None else (1, 0.28)
-    rows = figure.add_gridspec(len(heights), 1, height_ratios=heights, hspace=0.08, **edges)
-    axes = figure.add_subplot(rows[0])
-    order = _draw_tree(axes, tree, labels)
-    axes.spines["left"].set_visible(True)
-    axes.tick_params(length=2, labelleft=True)
-    axes.set_ylabel(label.replace(" between ", " between\n"))
-    axes.set_title(title)
+    margins = _margins(figure, left=0.72, right=0.05, bottom=0.42, top=0.3)
+    grid = figure.add_gridspec(len(heights), 1, height_ratios=heights, hspace=0.08, **margins)
+    lowest = axes = figure.add_subplot(grid[0])
+    order = _draw_tree(axes, tree, labels, scale="left")
+    axes.set(ylabel=label.replace(" between ", " between\n"), title=title)
     if groups:
-        axes.axhline(cut_height(tree, groups), color="black", lw=0.8, ls=(0, (4, 3)))
-    places = [10 * i + 5 for i in range(experts)]  # where SciPy draws the leaves
-    lowest = axes
+        axes.axhline(cut_height(tree, groups), **CUT_LINE)
+    positions = [10 * i + 5 for i in range(len(order))]  # where SciPy draws the leaves
     if usage is not None:
-        lowest = figure.add_subplot(rows[1])
-        colours = group_colours(labels, order)
-        _usage_bars(lowest, places, order, usage, [colours[int(labels[e])] for e in order], width=8)
+        lowest = figure.add_subplot(grid[1])
+        _usage_bars(lowest, positions, order, usage, _expert_colours(labels, order), width=8)
         lowest.set(xlim=axes.get_xlim())
-        lowest.set_ylabel("tokens,\n%", rotation=0, ha="right", va="center")
-    _label_experts(lowest, order, _size(figure)[0] - 0.77, places)
+    _label_experts(lowest, order, _size(figure)[0] - 0.77, positions)
     lowest.set_xlabel("expert")
     return figure
 
@@ -357,7 +351,7 @@ def dendrogram(tree, *, groups=None, usage=None, title="", label="distance", wid
 def layer_grid(
     condensed, trees, *, groups=None, order=None, titles=None, label="distance between experts", width=PAGE
 ):
-    """Every layer's distances as small heatmaps with their trees above, on one colour scale a layer.
+    """Every layer's distances as small heatmaps with their trees above, each on a colour scale of its own.
 
     Parameters
     ----------
@@ -365,68 +359,51 @@ def layer_grid(
         Of each layer, as for :func:`similarity_heatmap`.
     groups : int, optional
     order : list of int, optional
-        One order of the experts for all layers, in place of each layer's own tree, which is not drawn then.
+        One order of the experts for all layers; then the layers' own trees are not drawn.
     titles : list of str, optional
-
-    Returns
-    -------
-    matplotlib.figure.Figure
     """
     columns = min(4, len(trees))
-    rows = -(-len(trees) // columns)
-    side, above = width / columns, 0.3 if order is None else 0.001
-    figure = Figure(figsize=(width, rows * side * (0.95 + above) + 0.5))
-    upper, lower = figure.subfigures(2, 1, height_ratios=(rows * side * (0.95 + above), 0.5))
+    rows, side, above = -(-len(trees) // columns), width / columns, 0.3 if order is None else 0.001
+    heights = rows * side * (0.95 + above), 0.5
+    figure = Figure(figsize=(width, sum(heights)))
+    upper, lower = figure.subfigures(2, 1, height_ratios=heights)
     outer = upper.add_gridspec(rows, columns, wspace=0.12, hspace=0.22, left=0.04, right=0.99)
     for i, (distance, tree) in enumerate(zip(condensed, trees, strict=True)):
         inner = outer[i // columns, i % columns].subgridspec(2, 1, height_ratios=(above, 1), hspace=0.03)
         top, middle = upper.add_subplot(inner[0]), upper.add_subplot(inner[1])
-        own = _draw_tree(top, tree, cut(tree, groups or len(tree) + 1))
+        leaves = _draw_tree(top, tree, cut(tree, groups or len(tree) + 1))
         top.set_visible(order is None)
-        shown = own if order is None else order
-        image = middle.imshow(
-            squareform(distance)[np.ix_(shown, shown)], cmap=DISTANCES, vmin=0, aspect="auto"
-        )
-        _label_experts(middle, shown, 0.8 * side, both=True)
-        (top if order is None else middle).set_title(titles[i] if titles else f"layer {i}")
-    bar = figure.colorbar(image, cax=lower.add_axes((0.3, 0.75, 0.4, 0.16)), orientation="horizontal")
+        image = _heatmap(middle, _square(distance, order or leaves))
+        _label_experts(middle, order or leaves, 0.8 * side, both=True)
+        (middle if order else top).set_title(titles[i] if titles else f"layer {i}")
+    scale = lower.add_axes((0.3, 0.75, 0.4, 0.16))
+    bar = figure.colorbar(image, cax=scale, orientation="horizontal", label=label)
     bar.set_ticks([0, image.norm.vmax], labels=["0 (the same)", "largest of the layer"])
-    bar.set_label(label)
     return figure
 
 
 @styled
-def usage_by_domain(stats, layer, *, order=None, title="", width=PAGE):
-    """Which experts the tokens of each domain go to: share of a domain's routed tokens, in per cent.
+def usage_by_domain(stats, layer, *, title="", width=PAGE):
+    """Which experts the tokens of each domain go to: share of the domain's routed tokens, in per cent.
 
     Parameters
     ----------
     stats : Statistics
     layer : int or str
-    order : list of int, optional
-        Order of the experts, such as :func:`leaf_order`.
-
-    Returns
-    -------
-    matplotlib.figure.Figure
     """
     count = stats.layer(layer).usage_count.double()
     share = 100 * (count / count.sum(1, keepdim=True)).numpy()
-    order = list(range(share.shape[1])) if order is None else order
-    figure = Figure(figsize=(width, 0.7 + 0.17 * len(stats.domains)))
-    axes = figure.add_subplot()
-    image = axes.imshow(share[:, order], cmap="rocket_r", vmin=0, aspect="auto")
-    _label_experts(axes, order, 0.8 * width)
-    axes.set_yticks(range(len(stats.domains)), stats.domains)
-    axes.set_xlabel("expert")
-    axes.set_title(title)
-    figure.colorbar(image, ax=axes, pad=0.015, aspect=12).set_label("tokens, %")
+    figure, axes = one_panel(width, 0.7 + 0.17 * len(stats.domains))
+    image = _heatmap(axes, share, SHARES)
+    _label_experts(axes, range(share.shape[1]), 0.8 * width)
+    axes.set(yticks=range(len(stats.domains)), yticklabels=stats.domains, xlabel="expert", title=title)
+    figure.colorbar(image, ax=axes, pad=0.015, aspect=12, label="tokens, %")
     return figure
 
 
 @styled
 def expert_profile(shares, tokens, *, expected, most=18, title="", width=PAGE):
-    """What one expert takes: the share of each domain's tokens, and the tokens that it takes most of.
+    """Which tokens one expert gets: the share of each domain's tokens, and the tokens with the largest share.
 
     Parameters
     ----------
@@ -435,134 +412,108 @@ def expert_profile(shares, tokens, *, expected, most=18, title="", width=PAGE):
     tokens : pandas.DataFrame
         Of :func:`hcsmoe_core.ui.anatomy.token_shares`; the first ``most`` are drawn.
     expected : float
-        Share that an expert takes on average, k/E: the dotted line.
-    title : str
-    width : float
-        Inches.
-
-    Returns
-    -------
-    matplotlib.figure.Figure
+        Share of the tokens that an expert gets on average, k/E: the dotted line.
     """
     tokens = tokens.head(most)
     figure = Figure(figsize=(width, 0.62 + 0.14 * max(len(shares), len(tokens), 6)))
-    grid = figure.add_gridspec(
-        1, 2, wspace=0.55, **_inches(figure, left=0.85, right=0.1, bottom=0.38, top=0.24)
-    )
+    margins = _margins(figure, left=0.85, right=0.1, bottom=0.38, top=0.24)
+    panels = figure.add_gridspec(1, 2, wspace=0.55, **margins).subplots()
     names = [token.replace(" ", "␣").replace("$", r"\$")[:14] for token in tokens["token"]]
-    panels = (
-        (shares.values(), list(shares), "tokens of each domain, %"),
-        (tokens["share"], names, "occurrences of each token, %"),
-    )
-    for place, (values, labels, name) in enumerate(panels):
-        axes = figure.add_subplot(grid[place])
+    for axes, values, labels, font, xlabel in (
+        (panels[0], shares.values(), list(shares), "DejaVu Sans", "tokens of each domain, %"),
+        (panels[1], tokens["share"], names, "DejaVu Sans Mono", "occurrences of each token, %"),
+    ):
         axes.barh(range(len(labels)), [100 * v for v in values], height=0.75)
         axes.axvline(100 * expected, color="black", lw=0.7, ls=":")
-        axes.set_yticks(
-            range(len(labels)), labels, family=["DejaVu Sans Mono" if place else "DejaVu Sans"], size=6.5
-        )
-        axes.set_ylim(max(len(labels), 1) - 0.4, -0.6)
-        axes.set(xlabel=name, xlim=(0, 112 * max([*values, 0.01])))  # with room for the counts
+        axes.set_yticks(range(len(labels)), labels, family=[font], size=6.5)
+        right = 112 * max([*values, 0.01])  # the counts need some space
+        axes.set(xlabel=xlabel, xlim=(0, right), ylim=(max(len(labels), 1) - 0.4, -0.6))
         axes.tick_params(axis="y", length=0)
-    for y, count in enumerate(tokens["count"]):
-        axes.text(100 * tokens["share"].iloc[y], y, f" of {count}", va="center", size=5.5)
-    figure.suptitle(
-        title, fontsize=matplotlib.rcParams["axes.titlesize"], y=1 - 0.06 / figure.get_figheight()
-    )
+    for y, (share, count) in enumerate(zip(tokens["share"], tokens["count"], strict=True)):
+        panels[1].text(100 * share, y, f" of {count}", va="center", size=5.5)
+    figure.suptitle(title, y=1 - 0.06 / figure.get_figheight())
     return figure
 
 
 @styled
 def curve(
-    frame,
-    *,
-    x,
-    y,
-    hue=None,
-    error=None,
-    reference=None,
-    log=False,
-    xlabel="",
-    ylabel="",
-    title="",
-    width=COLUMN,
-):
-    """A score against a setting, a line for each value of ``hue``, with one standard error either side.
+    frame, *, x, y, hue=None, error=None, reference=None, log=False, xlabel="", ylabel="", title="",
+    width=COLUMN
+):  # fmt: skip
+    """A score against a setting, one line per value of ``hue``, with error bars.
 
     Parameters
     ----------
     frame : pandas.DataFrame
     x, y, hue, error : str
-        Columns; where ``error`` is missing from the frame there are no bars.
+        Columns; ``error`` is half the length of the bars, and may be missing from the frame.
     reference : (float, str), optional
-        A horizontal line and its name, such as the unmerged model or chance; a list of such pairs for several.
+        A horizontal line and its name, such as the unmerged model or chance; or a list of such pairs.
     log : bool
-        Whether ``x`` doubles from tick to tick.
-
-    Returns
-    -------
-    matplotlib.figure.Figure
+        Whether ``x`` is drawn on a logarithmic axis.
     """
-    figure = Figure(figsize=(width, 0.78 * width))
-    axes = figure.add_subplot()
+    figure, axes = one_panel(width, 0.78 * width)
     groups = [("", frame)] if hue is None else list(frame.groupby(hue, sort=True))
-    markers = "osD^vP*X"
     for i, (name, rows) in enumerate(groups):
         rows = rows.sort_values(x)
+        offset = (i - (len(groups) - 1) / 2) * 0.006  # so that bars stand side by side
+        positions = rows[x] * 2 ** (4 * offset) if log else rows[x] + offset * np.ptp(frame[x].dropna())
         bars = rows[error] if error and error in rows else None
-        aside = (i - (len(groups) - 1) / 2) * 0.006  # bars side by side
-        places = rows[x] * 2 ** (4 * aside) if log else rows[x] + aside * (frame[x].max() - frame[x].min())
-        axes.errorbar(
-            places,
-            rows[y],
-            yerr=bars,
-            label=name,
-            marker=markers[i % len(markers)],
-            capsize=2,
-            elinewidth=0.8,
-        )
+        look = dict(marker=MARKERS[i % len(MARKERS)], capsize=2, elinewidth=0.8)
+        axes.errorbar(positions, rows[y], yerr=bars, label=name, **look)
     lines = [reference] if isinstance(reference, tuple) else reference or []
     for (value, name), dashes in zip(lines, ("--", ":", "-."), strict=False):
-        axes.axhline(value, color="0.4", lw=0.8, ls=dashes, label=name)
+        axes.axhline(value, ls=dashes, label=name, **REFERENCE)
     if log:
         axes.set_xscale("log", base=2)
-    ticks = sorted(frame[x].unique())
-    if all(tick == int(tick) for tick in ticks):  # settings, not measured values
+    ticks = sorted(frame[x].dropna().unique())
+    if all(float(tick).is_integer() for tick in ticks):  # settings, not measured values
         axes.set_xticks(ticks, [f"{tick:,.0f}" for tick in ticks], minor=False)
     axes.set(xlabel=xlabel or x, ylabel=ylabel or y, title=title)
-    beside = dict(loc="center left", bbox_to_anchor=(1, 0.5)) if len(groups) > 4 else {}
     if hue or lines:
+        beside = dict(loc="center left", bbox_to_anchor=(1, 0.5)) if len(groups) > 4 else {}
         axes.legend(title=hue, **beside)
     return figure
 
 
+def _accuracy(task):
+    """Metric, value and standard error, in per cent, of a task's accuracy or exact matches, or NaN."""
+    for name, value in task.items():
+        metric, comma, rule = name.partition(",")
+        if metric in ("acc", "exact_match"):
+            return metric, 100 * value, 100 * task.get(f"{metric}_stderr{comma}{rule}", math.nan)
+    return "acc", math.nan, math.nan
+
+
 @styled
-def task_bars(scores, *, before=None, label="merged", chance=0.25, title="", width=COLUMN):
-    """Accuracy on each task with one standard error, beside that of another model.
+def task_bars(scores, *, before=None, label="merged", title="", width=COLUMN):
+    """Accuracy on each task with one standard error, beside that of another model and that of guessing.
 
     Parameters
     ----------
     scores, before : dict
-        ``tasks`` as :func:`hcsmoe_core.evaluate` gives them, of a model and of the one to compare it with.
+        ``tasks`` as :func:`hcsmoe_core.evaluate` returns them, of a model and of the one to compare it
+        with. Tasks without an accuracy (or exact matches) are left out.
     label : str
         Of the model.
-
-    Returns
-    -------
-    matplotlib.figure.Figure
     """
-    names = list(scores["tasks"])
-    figure = Figure(figsize=(width, 0.6 + 0.26 * len(names)))
-    axes = figure.add_subplot()
-    shown = [(label, scores)] if before is None else [("original", before), (label, scores)]
-    for i, (name, values) in enumerate(shown):
-        tasks = [values["tasks"][n] for n in names]
-        places = np.arange(len(names)) + (i - (len(shown) - 1) / 2) * 0.38
-        lengths, errors = [100 * t["acc"] for t in tasks], [100 * t["acc_stderr"] for t in tasks]
-        axes.barh(places, lengths, 0.36, xerr=errors, label=name, error_kw={"elinewidth": 0.8})
-    axes.axvline(100 * chance, color="0.4", lw=0.8, ls=":", label="chance")
-    axes.set_yticks(range(len(names)), [n.removeprefix("demo_") for n in names])
-    axes.invert_yaxis()
+    names = [name for name, task in scores["tasks"].items() if not math.isnan(_accuracy(task)[1])]
+    rows = np.arange(len(names))
+    figure, axes = one_panel(width, 0.6 + 0.26 * len(names))
+    models = {label: scores} if before is None else {"original": before, label: scores}
+    for i, (model, values) in enumerate(models.items()):
+        bars = [_accuracy(values["tasks"].get(name, {}))[1:] for name in names]
+        lengths, errors = np.array(bars).reshape(-1, 2).T
+        offset = (i - (len(models) - 1) / 2) * 0.38
+        axes.barh(rows + offset, lengths, 0.36, xerr=errors, label=model, error_kw={"elinewidth": 0.8})
+    levels = {y: chance_level(name) for y, name in enumerate(names) if chance_level(name) is not None}
+    if levels:
+        ends = [end for y in levels for end in (y - 0.5, y + 0.5, None)]
+        values = [100 * level for level in levels.values() for _ in range(3)]
+        axes.plot(values, np.array(ends, float), ls=":", label="chance", **REFERENCE)
+    matched = {"acc": "", "exact_match": " (exact match)"}
+    labels = [name.removeprefix("demo_") + matched[_accuracy(scores["tasks"][name])[0]] for name in names]
+    axes.set(yticks=rows, yticklabels=labels, ylim=(max(len(names), 1) - 0.5, -0.5))
     axes.set(xlabel="accuracy, %", xlim=(0, 100), title=title)
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return figure
@@ -570,78 +521,57 @@ def task_bars(scores, *, before=None, label="merged", chance=0.25, title="", wid
 
 @styled
 def method_dots(
-    frame,
-    *,
-    value,
-    error=None,
-    kind=None,
-    panels="experts",
-    reference=None,
-    log=False,
-    xlabel="",
-    title="",
-    width=PAGE,
-):
-    """Every method's value in one panel for each number of experts, the methods in one order: best first in the middle panel.
+    frame, *, value, error=None, kind=None, panels="experts", reference=None, log=False, xlabel="", title="",
+    width=PAGE
+):  # fmt: skip
+    """Every method's value, one panel per number of experts; the middle panel has the best method first.
 
     Parameters
     ----------
     frame : pandas.DataFrame
-        One row a method and panel, with a column ``method``.
+        One row per method and panel, with a column ``method``.
     value, error : str
-        Columns of the value and of the half width of its interval; on a logarithmic axis intervals stop at the axis' end.
+        Columns of the value and of half the length of its bar; on a logarithmic axis bars stop at its end.
     kind : str, optional
-        Column that tells the colours apart.
+        Column that is shown as colour.
     panels : str
-        Column of the panels, the largest first.
+        Column that is shown as panels, the largest first.
     reference : (float, str), optional
         A vertical line and its name.
     log : bool
-        Smaller is better then, and bigger otherwise.
-
-    Returns
-    -------
-    matplotlib.figure.Figure
+        Whether the axis is logarithmic; then smaller is better, otherwise larger.
     """
-    places = sorted(frame[panels].unique(), reverse=True)
-    middle = frame[frame[panels] == places[len(places) // 2]].dropna(subset=[value])
-    order = list(middle.sort_values(value, ascending=log)["method"])
-    order += [m for m in frame["method"].unique() if m not in order]
-    kinds = sorted(frame[kind].unique()) if kind else [""]
-    figure = Figure(figsize=(width, 0.95 + 0.155 * len(order)), layout="constrained")
-    all_axes = figure.subplots(1, len(places), sharex=True, sharey=True, squeeze=False)[0]
-    for axes, place in zip(all_axes, places, strict=True):
-        for name, marker in zip(kinds, "osD^vP", strict=False):
-            rows = frame[(frame[panels] == place) & ((frame[kind] == name) if kind else True)].dropna(
-                subset=[value]
-            )
-            at = [order.index(m) for m in rows["method"]]
+    frame = frame.assign(**{"": ""})
+    counts = sorted(frame[panels].unique(), reverse=True)
+    frame, methods = frame.dropna(subset=[value]), frame["method"].unique()
+    middle = frame[frame[panels] == counts[len(counts) // 2]].sort_values(value, ascending=log)
+    order = list(dict.fromkeys([*middle["method"], *methods]))
+    figure, all_axes = panel_grid(len(counts), len(counts), width, 0.95 + 0.155 * len(order))
+    for axes, count in zip(all_axes, counts, strict=True):
+        for name, marker in zip(sorted(frame[kind or ""].unique()), MARKERS, strict=False):
+            rows = frame[(frame[panels] == count) & (frame[kind or ""] == name)]
             bars = rows[error].fillna(0) if error else None
-            axes.errorbar(
-                rows[value], at, xerr=bars, fmt=marker, label=name, ms=3.5, capsize=1.5, elinewidth=0.8
-            )
+            look = dict(fmt=marker, ms=3.5, capsize=1.5, elinewidth=0.8)
+            axes.errorbar(rows[value], rows["method"].map(order.index), xerr=bars, label=name, **look)
         if reference:
-            axes.axvline(reference[0], color="0.4", lw=0.8, ls="--", label=reference[1])
+            axes.axvline(reference[0], ls="--", label=reference[1], **REFERENCE)
         if log:
             axes.set_xscale("log")
-        axes.set(title=f"{place} {panels}")
+        axes.set(title=f"{count} {panels}")
         axes.grid(axis="y", color="0.92", lw=0.6)
-        axes.set_axisbelow(True)
     all_axes[0].set_yticks(range(len(order)), order)
     all_axes[0].invert_yaxis()
-    handles, labels = all_axes[0].get_legend_handles_labels()
     all_axes[len(all_axes) // 2].set_xlabel(xlabel)
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
-    figure.suptitle(title, size=matplotlib.rcParams["axes.titlesize"])
+    title_and_legend(figure, all_axes, title)
     return figure
 
 
 @styled
 def tanglegram(first, second, *, groups=None, titles=("", ""), label="distance", title="", width=PAGE):
-    """Two merge trees of the same experts face to face, with a line for each expert.
+    """Two merge trees of the same experts face to face, with one line per expert.
 
-    The second tree's branches are turned to cross as few lines as may be. Lines have the colour of the expert's group in the
-    first tree; where the second tree joins other experts, its own branches show it.
+    The second tree's branches are swapped so that few lines cross. Lines have the colour of the expert's
+    group in the first tree; where the second tree joins other experts, its own branches show it.
 
     Parameters
     ----------
@@ -650,37 +580,26 @@ def tanglegram(first, second, *, groups=None, titles=("", ""), label="distance",
         Groups that both are cut into.
     titles : (str, str)
         Of the two trees.
-    label, title : str
-    width : float
-        Inches.
-
-    Returns
-    -------
-    matplotlib.figure.Figure
     """
     experts = len(first) + 1
-    second = untangled(second, leaf_order(first))
-    labels = [cut(tree, groups or experts) for tree in (first, second)]
+    trees = first, untangled(second, leaf_order(first))
     figure = Figure(figsize=(width, max(2.2, 0.7 + 0.085 * experts)))
     left, middle, right = figure.subplots(1, 3, width_ratios=(1, 0.8, 1))
     orders = []
-    for axes, tree, of_tree, side, name in zip(
-        (left, right), (first, second), labels, ("left", "right"), titles, strict=True
-    ):
-        orders.append(_draw_tree(axes, tree, of_tree, orientation=side))
+    for axes, tree, orientation, name in zip((left, right), trees, ("left", "right"), titles, strict=True):
+        labels = cut(tree, groups or experts)
+        orders.append(_draw_tree(axes, tree, labels, orientation=orientation, scale="bottom"))
         if groups:
-            axes.axvline(cut_height(tree, groups), color="black", lw=0.8, ls=(0, (4, 3)))
-        axes.tick_params(length=2, labelbottom=True)
-        axes.spines["bottom"].set_visible(True)
+            axes.axvline(cut_height(tree, groups), **CUT_LINE)
         axes.set(title=name, xlabel=label.replace(" between ", " between\n"))
-    colours = group_colours(labels[0], orders[0])
-    places = [{e: 10 * i + 5 for i, e in enumerate(order)} for order in orders]
+    colours = _expert_colours(cut(first, groups or experts), orders[0])
     size = min(7.0, 72 * figure.get_figheight() / (1.6 * experts))
-    for e in range(experts):
-        middle.plot((0.12, 0.88), (places[0][e], places[1][e]), color=colours[int(labels[0][e])], lw=0.9)
+    for i, (expert, colour) in enumerate(zip(orders[0], colours, strict=True)):
+        ends = 10 * i + 5, 10 * orders[1].index(expert) + 5  # where SciPy draws the leaves
+        middle.plot((0.12, 0.88), ends, color=colour, lw=0.9)
         if size >= LEGIBLE:
-            middle.text(0.1, places[0][e], str(e), ha="right", va="center", size=size)
-            middle.text(0.9, places[1][e], str(e), ha="left", va="center", size=size)
+            middle.text(0.1, ends[0], str(expert), ha="right", va="center", size=size)
+            middle.text(0.9, ends[1], str(expert), ha="left", va="center", size=size)
     middle.set(xlim=(0, 1), ylim=left.get_ylim(), title=f"{crossings(*orders)} crossings")
     middle.axis("off")
     figure.suptitle(title)
@@ -689,50 +608,35 @@ def tanglegram(first, second, *, groups=None, titles=("", ""), label="distance",
 
 @styled
 def domain_errors(frame, *, title="", label="relative error of the group's output", width=PAGE):
-    """Errors of several ways of combining a group, by domain, as a table in colour.
+    """Errors of several combinations of a group, by domain, as a table in colour.
 
     Parameters
     ----------
     frame : pandas.DataFrame
         Of :func:`hcsmoe_core.ui.anatomy.output_errors`.
-    title, label : str
-    width : float
-        Inches.
-
-    Returns
-    -------
-    matplotlib.figure.Figure
     """
-    ways, domains = list(dict.fromkeys(frame["way"])), list(dict.fromkeys(frame["domain"]))
-    values = frame.pivot(index="way", columns="domain", values="error").loc[ways, domains].to_numpy()
+    import seaborn
+
+    values = frame.pivot(index="combination", columns="domain", values="error")
+    values = values.loc[frame["combination"].unique(), frame["domain"].unique()]
     tokens = frame.drop_duplicates("domain").set_index("domain")["tokens"]
-    figure = Figure(figsize=(width, 0.9 + 0.3 * len(ways)))
-    axes = figure.add_subplot()
-    image = axes.imshow(values, cmap=DISTANCES, vmin=0, vmax=max(1.0, np.nanmax(values)), aspect="auto")
-    for (row, column), value in np.ndenumerate(values):
-        if np.isfinite(value):
-            axes.text(
-                column,
-                row,
-                f"{value:.2f}",
-                ha="center",
-                va="center",
-                size=6.5,
-                color="black" if value > 0.5 else "white",
-            )
-    axes.set_xticks(range(len(domains)), [f"{d}\n{tokens[d]}" for d in domains], rotation=45, ha="right")
-    axes.set_yticks(range(len(ways)), ways)
-    axes.set(title=title, xlabel="domain, with its tokens in the sample")
+    figure, axes = one_panel(width, 0.9 + 0.3 * len(values))
+    scale = dict(label=label.replace(" of ", " of\n"), shrink=0.9, pad=0.01)
+    numbers = dict(
+        annot=True, fmt=".2f", annot_kws={"size": 6.5}
+    )  # black or white, by the colour that they stand on
+    limits = dict(vmin=0, vmax=max(1.0, np.nanmax(values)))
+    seaborn.heatmap(values, ax=axes, cmap=DISTANCES, cbar_kws=scale, **numbers, **limits)
+    axes.set_xticklabels([f"{domain}\n{tokens[domain]}" for domain in values], rotation=45, ha="right")
+    axes.set(title=title, xlabel="domain, with its tokens in the sample", ylabel="")
+    axes.set_yticklabels(values.index, rotation=0)
     axes.tick_params(length=0)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
-    figure.colorbar(image, ax=axes, label=label.replace(" of ", " of\n"), shrink=0.9, pad=0.01)
     return figure
 
 
 @styled
 def neuron_matches(before, after, *, dominant, title="", width=COLUMN):
-    """How well the neurons match that are averaged, as they stand and once aligned: largest first, one line a member.
+    """Correlation of the neurons that are averaged, unaligned and aligned, one line per member.
 
     Parameters
     ----------
@@ -740,54 +644,28 @@ def neuron_matches(before, after, *, dominant, title="", width=COLUMN):
         Of :func:`hcsmoe_core.ui.anatomy.neuron_matches`.
     dominant : int
         The expert that the others are matched to.
-    title : str
-    width : float
-        Inches.
-
-    Returns
-    -------
-    matplotlib.figure.Figure
     """
-    figure = Figure(figsize=(width, 0.78 * width))
-    axes = figure.add_subplot()
-    for member, colour in zip(
-        after, matplotlib.rcParams["axes.prop_cycle"].by_key()["color"] * len(after), strict=False
-    ):
-        for found, dashes in ((before, ":"), (after, "-")):
-            values = np.sort(np.diag(found[member]))[::-1]
-            places = 100 * (np.arange(len(values)) + 0.5) / len(values)
-            axes.plot(
-                places,
-                values,
-                dashes,
-                color=f"#{colour.removeprefix('#')}",
-                label=f"expert {member}" if dashes == "-" else None,
-            )
-    axes.plot([], [], ":", color="0.4", label="as they stand")
+    figure, axes = one_panel(width, 0.78 * width)
+    for member, colour in zip(after, itertools.cycle(COLOURS), strict=False):
+        for matches, dashes, name in ((before, ":", None), (after, "-", f"expert {member}")):
+            values = np.sort(np.diag(matches[member]))[::-1]
+            positions = 100 * (np.arange(len(values)) + 0.5) / len(values)
+            axes.plot(positions, values, dashes, color=colour, label=name)
+    axes.plot([], [], ":", color="0.4", label="unaligned")
     axes.axhline(0, color="0.6", lw=0.6)
-    axes.set(
-        xlabel="neurons, % (best match first)",
-        ylabel=f"correlation with expert {dominant}'s neuron",
-        title=title,
-    )
-    axes.set(ylim=(min(-0.3, axes.get_ylim()[0]), 1.02))
+    ylabel = f"correlation with expert {dominant}'s neuron"
+    bottom = min(-0.3, axes.get_ylim()[0])
+    axes.set(xlabel="neurons, % (best match first)", ylabel=ylabel, title=title, ylim=(bottom, 1.02))
     axes.legend(loc="upper right")
     return figure
 
 
 @styled
 def budget_strip(
-    costs,
-    counts,
-    *,
-    uniform=None,
-    layer=None,
-    title="",
-    label="relative error of outputs",
-    width=PAGE,
-    on=None,
-):
-    """Where each layer is cut, over what cutting it there and elsewhere costs.
+    costs, counts, *, uniform=None, layer=None, title="", label="relative error of outputs", width=PAGE,
+    on=None
+):  # fmt: skip
+    """Where each layer's tree is cut, over what a cut there and elsewhere costs.
 
     Parameters
     ----------
@@ -799,38 +677,24 @@ def budget_strip(
         The same number in every layer, to compare with: the dashed line.
     layer : int, optional
         The layer to mark.
-    title, label : str
-    width : float
-        Inches.
-    on : matplotlib.figure.SubFigure, optional
-        Draw on it, and not on a new figure.
-
-    Returns
-    -------
-    matplotlib.figure.Figure
     """
-    most = max(len(c) for c in costs)
-    values = np.full((len(costs), most), np.nan)
-    for row, cost in zip(values, costs, strict=True):
-        row[: len(cost)] = cost
+    most, layers = max(map(len, costs)), range(len(costs))
+    values = np.array([np.pad(cost, (0, most - len(cost)), constant_values=np.nan) for cost in costs])
     figure = on or Figure(figsize=(width, _strip_height(len(costs))))
-    edges = _inches(figure, left=0.72, right=0.75, bottom=0.62, top=0.25 if title else 0.08)
-    grid = figure.add_gridspec(1, 2, width_ratios=(1, 0.02), wspace=0.03, **edges)
+    margins = _margins(figure, left=0.72, right=0.75, bottom=0.62, top=0.25 if title else 0.08)
+    grid = figure.add_gridspec(1, 2, width_ratios=(1, 0.02), wspace=0.03, **margins)
     axes = figure.add_subplot(grid[0])
     extent = (0.5, most + 0.5, len(costs) - 0.5, -0.5)
-    image = axes.imshow(values, cmap=f"{DISTANCES}_r", aspect="auto", extent=extent, vmin=0)
-    axes.plot(counts, range(len(costs)), "o-", color="#de8f05", ms=4, mec="white", mew=0.6, label="this plan")
+    image = _heatmap(axes, values, f"{DISTANCES}_r", extent=extent)
+    axes.plot(counts, layers, "o-", color=COLOURS[1], ms=4, mec="white", mew=0.6, label="this plan")
     if uniform:
-        outline = [
-            patheffects.withStroke(linewidth=2.4, foreground="0.25")
-        ]  # seen on dark, on light and in the legend
-        axes.axvline(
-            uniform, color="white", lw=1.2, ls="--", label=f"{uniform} in every layer", path_effects=outline
-        )
+        outline = [patheffects.withStroke(linewidth=2.4, foreground="0.25")]  # visible on dark and on light
+        look = dict(color="white", lw=1.2, ls="--", path_effects=outline)
+        axes.axvline(uniform, label=f"{uniform} in every layer", **look)
     if layer is not None:
-        axes.plot(counts[layer], layer, "o", color="#d55e00", ms=6.5, mec="white")
-    axes.set(title=title, xlabel="experts kept", ylabel="MoE layer")
-    axes.set_yticks(range(len(costs)) if len(costs) <= 12 else range(0, len(costs), 4))
+        axes.plot(counts[layer], layer, "o", color=COLOURS[3], ms=6.5, mec="white")
+    ticks = layers if len(costs) <= 12 else layers[::4]
+    axes.set(title=title, xlabel="experts kept", ylabel="MoE layer", yticks=ticks)
     figure.colorbar(image, cax=figure.add_subplot(grid[1]), label=label.replace(" of ", " of\n"))
     figure.legend(loc="lower center", ncols=2, borderaxespad=0.2)
     return figure
@@ -854,84 +718,54 @@ def cut_view(
         Of all layers, as for :func:`budget_strip`.
     layer : int
         The layer shown.
-    title, label : str
-        Of the tree.
-    width : float
-        Inches.
-
-    Returns
-    -------
-    matplotlib.figure.Figure
     """
-    upper, lower = 0.42 * width, _strip_height(len(costs))
-    figure = Figure(figsize=(width, upper + lower))
-    above, below = figure.subfigures(2, 1, height_ratios=(upper, lower))
-    left, right = above.subfigures(1, 2, width_ratios=(0.6, 0.4))
+    heights = 0.42 * width, _strip_height(len(costs))
+    figure = Figure(figsize=(width, sum(heights)))
+    upper, lower = figure.subfigures(2, 1, height_ratios=heights)
+    left, right = upper.subfigures(1, 2, width_ratios=(0.6, 0.4))
     dendrogram(tree, groups=counts[layer], usage=usage, title=title, label=label, on=left)
     similarity_heatmap(condensed, tree, groups=counts[layer], label="the same distance", on=right)
-    budget_strip(costs, counts, uniform=uniform, layer=layer, on=below)
+    budget_strip(costs, counts, uniform=uniform, layer=layer, on=lower)
     return figure
 
 
 @styled
 def expert_frequencies(stats, *, title="", width=PAGE):
-    """How often each expert of every layer is chosen, by domain: bars, in per cent of the layer's routed tokens.
-
-    Where there are more domains than colours, colours come again hatched.
+    """How often each expert of every layer is chosen, in per cent of the layer's routed tokens, by domain.
 
     Parameters
     ----------
     stats : Statistics
-    title : str
-    width : float
-        Inches.
-
-    Returns
-    -------
-    matplotlib.figure.Figure
     """
     counts = [layer.usage_count.double().numpy() for layer in stats.layers.values()]
-    cycle = [f"#{c.removeprefix('#')}" for c in matplotlib.rcParams["axes.prop_cycle"].by_key()["color"]]
-    looks = [dict(color=c, hatch=h, edgecolor="white") for h in ("", "//////", "......") for c in cycle]
     wide, experts = width > 5, max(count.shape[1] for count in counts)
     few, more, many = (2, 4, 4) if wide else (1, 2, 3)
     columns = few if len(counts) <= 4 else more if len(counts) <= 8 else many
     rows, entries = -(-len(counts) // columns), 6 if wide else 3
-    height = (0.78 if rows > 3 else 1.15) * rows + 0.17 * -(-(len(stats.domains) + 1) // entries)
-    figure = Figure(figsize=(width, height + 0.5), layout="constrained")
-    all_axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
-    for i, (axes, count) in enumerate(zip(all_axes, counts, strict=False)):
-        below = np.zeros(count.shape[1])
-        for domain, part, look in zip(
-            stats.domains, 100 * count / count.sum(), itertools.cycle(looks), strict=False
-        ):
-            axes.bar(
-                range(len(part)),
-                part,
-                bottom=below,
-                width=0.86 if experts <= 40 else 1,
-                label=domain,
-                lw=0,
-                **look,
-            )
-            below += part
-        axes.axhline(100 / len(below), color="black", lw=0.7, ls=":", label="an equal share")
+    legend = 0.17 * -(-(len(stats.domains) + 1) // entries)
+    figure, panels = panel_grid(
+        len(counts), columns, width, (0.78 if rows > 3 else 1.15) * rows + legend + 0.5
+    )
+    looks = [dict(color=c, hatch=h, edgecolor="white") for h in ("", "//////", "......") for c in COLOURS]
+    for i, (axes, count) in enumerate(zip(panels, counts, strict=True)):
+        shares, bottom = 100 * count / count.sum(), np.zeros(count.shape[1])
+        for domain, share, look in zip(stats.domains, shares, itertools.cycle(looks), strict=False):
+            look = look | dict(width=0.86 if experts <= 40 else 1, lw=0)
+            axes.bar(range(len(share)), share, bottom=bottom, label=domain, **look)
+            bottom += share
+        axes.axhline(100 / len(bottom), color="black", lw=0.7, ls=":", label="an equal share")
         axes.set_title(f"layer {i}", loc="right", size=6.5, pad=1.5)
         axes.set_xlim(-0.7, experts - 0.3)
         if i + columns >= len(counts):
             axes.set_xlabel("expert")
             axes.tick_params(labelbottom=True)
     step = next(
-        2**power for power in range(12) if experts <= 5.2 * width / columns * 2**power
-    )  # as many as have room
-    all_axes[0].set_xticks(range(0, experts, step))
-    for axes in all_axes[len(counts) :]:
-        axes.remove()
+        2**n for n in range(12) if experts <= 5.2 * width / columns * 2**n
+    )  # as many as there is space for
+    panels[0].set_xticks(range(0, experts, step))
     figure.supylabel("routed tokens, %", size=matplotlib.rcParams["axes.labelsize"])
-    figure.suptitle(textwrap.fill(title, int(14 * width)), size=matplotlib.rcParams["axes.titlesize"])
-    handles, labels = all_axes[0].get_legend_handles_labels()
-    shown = slice(None if len(stats.domains) > 1 else 1)  # the line comes first
-    figure.legend(handles[shown], labels[shown], loc="outside lower center", ncols=entries, handlelength=1.2)
+    names = ["an equal share", *(stats.domains if len(stats.domains) > 1 else ())]
+    title_and_legend(figure, panels, title, order=names, ncols=entries, handlelength=1.2)
     return figure
 
 
@@ -942,171 +776,38 @@ def published_beside_ours(frame, *, title="", width=PAGE):
     Parameters
     ----------
     frame : pandas.DataFrame
-        Of :func:`hcsmoe_core.studies.paper.line_up`. Bars are one standard deviation over calibration seeds; a method that was not
-        measured keeps its place, with a cross at the left edge.
-    title : str
-    width : float
-        Inches.
-
-    Returns
-    -------
-    matplotlib.figure.Figure
+        Of :func:`hcsmoe_core.studies.paper.line_up`. Bars are one standard deviation over calibration
+        seeds; a method that was not measured has a cross at the left edge.
     """
     frame = frame[frame["kept"] < 1]
     methods, shares = list(dict.fromkeys(frame["method"])), sorted(frame["kept"].unique(), reverse=True)
-    rows, columns = (1, len(shares)) if width > 5 else (len(shares), 1)
-    figure = Figure(figsize=(width, 0.85 + rows * (0.3 + 0.22 * len(methods))), layout="constrained")
-    all_axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
+    columns = len(shares) if width > 5 else 1
+    height = 0.85 + len(shares) // columns * (0.3 + 0.22 * len(methods))
+    figure, panels = panel_grid(len(shares), columns, width, height)
     values = 100 * frame[["published_retained", "retained"]].to_numpy()
-    margin = 0.06 * (np.nanmax(values) - np.nanmin(values) + 1)
-    left, shown = np.nanmin(values) - 2 * margin, {}
-    for axes, share in zip(all_axes, shares, strict=True):
-        part = frame[frame["kept"] == share]
-        at = np.array([methods.index(m) for m in part["method"]])
-        theirs, ours = 100 * part["published_retained"].to_numpy(), 100 * part["retained"].to_numpy()
-        bars = dict(xerr=100 * part["retained_sd"].fillna(0).to_numpy(), capsize=2, elinewidth=0.9)
-        axes.plot([theirs, ours], [at - 0.14, at + 0.14], color="0.7", lw=1, zorder=1)
-        axes.plot(theirs, at - 0.14, "o", color="#0173b2", ms=4.5, label="published")
-        axes.errorbar(
-            ours, at + 0.14, fmt="D", color="#d55e00", mfc="white", mew=1.1, ms=4, label="ours", **bars
-        )
-        absent = at[np.isnan(ours)]
+    margin = 0.12 * (np.nanmax(values) - np.nanmin(values) + 1)
+    left, right = np.nanmin(values) - margin, np.nanmax(values) + margin
+    for axes, share in zip(panels, shares, strict=True):
+        rows = frame[frame["kept"] == share]
+        y = rows["method"].map(methods.index).to_numpy()
+        theirs, ours = 100 * rows["published_retained"].to_numpy(), 100 * rows["retained"].to_numpy()
+        axes.plot([theirs, ours], [y - 0.14, y + 0.14], color="0.7", lw=1, zorder=1)
+        axes.plot(theirs, y - 0.14, "o", color=COLOURS[0], ms=4.5, label="published")
+        look = dict(fmt="D", color=COLOURS[3], mfc="white", mew=1.1, ms=4, capsize=2, elinewidth=0.9)
+        bars = 100 * rows["retained_sd"].fillna(0).to_numpy()
+        axes.errorbar(ours, y + 0.14, xerr=bars, label="ours", **look)
+        absent = y[np.isnan(ours)]
         if len(absent):
-            axes.plot(
-                np.full(len(absent), left),
-                absent,
-                "x",
-                color="0.45",
-                ms=4,
-                clip_on=False,
-                label="ours not measured",
-            )
-        kept = part.iloc[0]
-        axes.set_title(
-            f"{share:.0%} of experts: published {kept['experts']}, ours {kept['our_experts']}",
-            size=7,
-            loc="left",
-        )
+            look = dict(color="0.45", ms=4, clip_on=False, label="ours not measured")
+            axes.plot(np.full(len(absent), left), absent, "x", **look)
+        name = "{:.0%} of experts: published {experts}, ours {our_experts}".format(share, **rows.iloc[0])
+        axes.set_title(name, size=7, loc="left")
         axes.grid(axis="y", color="0.92", lw=0.6)
-        axes.set_axisbelow(True)
-        shown |= {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    all_axes[0].set_yticks(range(len(methods)), methods)
-    all_axes[0].set_ylim(len(methods) - 0.4, -0.6)
-    all_axes[0].set_xlim(left, np.nanmax(values) + 2 * margin)
-    for axes in all_axes[-columns:]:
+    panels[0].set(yticks=range(len(methods)), yticklabels=methods)
+    panels[0].set(xlim=(left, right), ylim=(len(methods) - 0.4, -0.6))
+    for axes in panels[-columns:]:
         axes.set_xlabel("accuracy, % of the unmerged model's")
-    order = sorted(shown, key=("published", "ours", "ours not measured").index)
-    figure.legend(
-        [shown[label] for label in order], order, loc="outside lower center", ncols=3, handletextpad=0.3
+    title_and_legend(
+        figure, panels, title, order=("published", "ours", "ours not measured"), handletextpad=0.3
     )
-    figure.suptitle(textwrap.fill(title, int(14 * width)), size=matplotlib.rcParams["axes.titlesize"])
-    return figure
-
-
-@styled
-def tradeoff(frame, *, costs, value, hue, shade, fronts, labels, ylabel="", title="", width=PAGE):
-    """What is lost against what it costs, a panel for each cost, on logarithmic axes; rings mark the Pareto front.
-
-    Parameters
-    ----------
-    frame : pandas.DataFrame
-    costs : sequence of str
-        Columns along the panels' x axes.
-    value, hue : str
-        Columns of what is lost, and of what tells the colours apart.
-    shade : str
-        Column whose values make lines of their own within a colour: the largest solid and filled, smaller ones lighter.
-    fronts : sequence of (N,) bool arrays
-        By panel: which points are on the front.
-    labels : sequence of str
-        Of the x axes.
-    ylabel, title : str
-    width : float
-        Inches.
-
-    Returns
-    -------
-    matplotlib.figure.Figure
-    """
-    figure = Figure(figsize=(width, 0.55 * width), layout="constrained")
-    all_axes = figure.subplots(1, len(costs), sharey=True, squeeze=False)[0]
-    shades = sorted(frame[shade].unique(), reverse=True)
-    for axes, cost, front, label in zip(all_axes, costs, fronts, labels, strict=True):
-        for i, name in enumerate(sorted(frame[hue].unique())):
-            rows = frame[frame[hue] == name]
-            levels = [(value_of, rows[rows[shade] == value_of]) for value_of in shades]
-            if all(len(part) <= 1 for _, part in levels):  # its shades are points of one line
-                levels = [(shades[0], rows)]
-            for level, part in levels:
-                part, faint = part.sort_values([cost, value]), shades.index(level)
-                look = dict(
-                    color=f"C{i}",
-                    marker="osD^vP"[i % 6],
-                    alpha=max(0.3, 1 - 0.3 * faint),
-                    ls=["-", "--", ":"][min(faint, 2)],
-                )
-                axes.plot(part[cost], part[value], ms=4, lw=0.9, label=None if faint else name, **look)
-        edge = frame[front]
-        ring = dict(ls="none", marker="o", ms=8.5, mfc="none", mec="0.35", mew=0.8)
-        axes.plot(edge[cost], edge[value], label="not beaten in both", **ring)
-        axes.set(xscale="log", yscale="log", xlabel=label)
-        ticks = [0.05, 0.1, 0.2, 0.5, 1]
-        axes.set_xticks(ticks, [f"{100 * tick:.0f}" for tick in ticks])
-        axes.set_xticks([], minor=True)
-        axes.set_xlim(0.85 * frame[cost].min(), 1.15 * frame[cost].max())
-    all_axes[0].set_ylabel(ylabel or value)
-    handles, names = all_axes[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=len(names))
-    figure.suptitle(title, size=matplotlib.rcParams["axes.titlesize"])
-    return figure
-
-
-@styled
-def predictions(panels, *, value, hue, lines=None, xlabels=None, ylabel="", title="", width=PAGE):
-    """What was measured against what was predicted, a panel for each prediction, on logarithmic axes.
-
-    Parameters
-    ----------
-    panels : dict of str to pandas.DataFrame
-        By title: with a column ``x``.
-    value, hue : str
-        Columns of what was measured, and of what tells the colours apart.
-    lines : dict of str to (float, float), optional
-        By title: slope and factor of ``value = factor · x^slope``.
-    xlabels : dict of str to str, optional
-    ylabel, title : str
-    width : float
-        Inches.
-
-    Returns
-    -------
-    matplotlib.figure.Figure
-    """
-    columns = 2
-    rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(width, 0.4 + 0.38 * width * rows), layout="constrained")
-    all_axes = figure.subplots(rows, columns, sharey=True, squeeze=False).ravel()
-    names = sorted({name for frame in panels.values() for name in frame[hue]})
-    for axes, (name, frame) in zip(all_axes, panels.items(), strict=False):
-        for i, kind in enumerate(names):
-            part = frame[frame[hue] == kind]
-            axes.plot(part["x"], part[value], "osD^vP"[i % 6], color=f"C{i}", ms=4, label=kind)
-        if lines and name in lines and np.isfinite(lines[name]).all():
-            slope, factor = lines[name]
-            ends = np.array([frame["x"][frame["x"] > 0].min(), frame["x"].max()])
-            axes.plot(ends, factor * ends**slope, color="0.4", lw=0.9)
-            axes.text(0.04, 0.92, f"slope {slope:.2f}", transform=axes.transAxes, size=7, color="0.3")
-        axes.set(xscale="log", yscale="log", xlabel=(xlabels or {}).get(name, ""))
-        axes.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
-        axes.set_title(name, loc="left", size=7.5)
-    for axes in all_axes[len(panels) :]:
-        axes.remove()
-    for axes in all_axes[: len(panels) : columns]:
-        axes.set_ylabel(ylabel or value)
-    handles, shown = all_axes[0].get_legend_handles_labels()
-    keep = [place for place, label in enumerate(shown) if label in names]
-    figure.legend(
-        [handles[k] for k in keep], [shown[k] for k in keep], loc="outside lower center", ncols=len(keep)
-    )
-    figure.suptitle(title, size=matplotlib.rcParams["axes.titlesize"])
     return figure

@@ -1,8 +1,10 @@
-"""TODO."""
+"""What a notebook leaves behind: its figures and its results."""
 
 import json
+import os
+from pathlib import Path
 
-from hcsmoe_core._util import place, shown, versions, write_json
+from hcsmoe_core._util import versions, write_json
 from hcsmoe_core.studies.cache import slug
 from hcsmoe_core.studies.tables import write_table
 from hcsmoe_core.ui.figures import save
@@ -15,15 +17,15 @@ NOTEBOOKS = (
     "04_merge",
     "05_accuracy",
     "06_ablation",
-    "07_paper",
-    "08_methods",
-    "09_bytes",
-    "10_theory",
 )
+NOTEBOOKS += ("07_paper", "08_methods", "09_bytes", "10_theory")
 
 
 class Record:
-    """What a notebook leaves behind: its figures and its ``results.json``.
+    """Figures and ``results.json`` of a notebook; create it before the notebook reads or writes anything.
+
+    JupyterLab starts a notebook in its own folder. Relative paths are the project's all the same: a record
+    then changes the working directory to the folder above.
 
     Parameters
     ----------
@@ -32,46 +34,50 @@ class Record:
     settings : dict
         The notebook's parameters.
     figures : str or path
-        Folder of the figures; they go into a folder of the model's name.
+        Folder of the figures; they go into a folder with the model's name.
     results : str or path
         File of the results; empty for ``runs/NOTEBOOK/MODEL/results.json``.
     """
 
     def __init__(self, notebook, settings, *, figures, results=""):
-        self.notebook, self.settings = notebook, settings
-        name = slug(settings["model"])
-        self.figures = place(figures) / name
-        self.results = place(results or f"runs/{notebook}/{name}/results.json")
-        self.written = []
+        if Path(f"{notebook}.ipynb").exists():
+            os.chdir("..")
+        self.notebook, self.settings, self.files = notebook, settings, []
+        model = slug(settings["model"])
+        self.figures = Path(figures) / model
+        self.results = Path(results or f"runs/{notebook}/{model}/results.json")
 
     def figure(self, figure, name):
         """Save a figure as PNG and PDF under the notebook's number, and return it."""
-        self.written += save(figure, self.figures / f"{self.notebook[:2]}_{name}")
+        self.files += save(figure, self.figures / f"{self.notebook[:2]}_{name}")
         return figure
 
     def table(self, frame, name):
         """Save a table as CSV and LaTeX under the notebook's number, and return it."""
-        for kind in (".csv", ".tex"):
-            self.written.append(write_table(frame, self.figures / f"{self.notebook[:2]}_{name}{kind}"))
+        path = self.figures / f"{self.notebook[:2]}_{name}"
+        self.files += [write_table(frame, f"{path}{suffix}") for suffix in (".csv", ".tex")]
         return frame
 
-    def close(self, **values):
-        """Write ``results.json`` and say where everything is and what comes next."""
-        files = [str(shown(path)) for path in self.written]
-        about = {
+    def data(self, frame):
+        """Save the rows behind the results as CSV, beside ``results.json``."""
+        write_table(frame, self.results.with_suffix(".csv"))
+
+    def write(self, **values):
+        """Write ``results.json`` as it is so far."""
+        content = {
             "notebook": self.notebook,
             "parameters": self.settings,
-            "figures": files,
-            "versions": versions(),
+            "figures": list(map(str, self.files)),
         }
-        write_json(self.results, about | values)
-        print(*files, shown(self.results), sep="\n")
-        parameters = " ".join(
-            f"-p {k} {json.dumps(v) if isinstance(v, str) else v}"
-            for k, v in self.settings.items()
-            if v != ""
-        )
-        print(f"\nAgain: papermill notebooks/{self.notebook}.ipynb runs/{self.notebook}.ipynb {parameters}")
-        following = [n for n in NOTEBOOKS if n > self.notebook]
-        if following:
-            print(f"Next: {following[0]}.ipynb")
+        write_json(self.results, content | {"versions": versions()} | values)
+
+    def close(self, **values):
+        """Write ``results.json``, and print where everything is, how to run it again and what comes next."""
+        self.write(**values)
+        print(*self.files, self.results, sep="\n")
+        given = {name: value for name, value in self.settings.items() if value not in ("", None)}
+        options = [f"-p {k} {json.dumps(v) if isinstance(v, str) else v}" for k, v in given.items()]
+        paths = [f"{folder}/{self.notebook}.ipynb" for folder in ("notebooks", "runs")]
+        print("\nAgain: papermill", *paths, *options)
+        following = NOTEBOOKS[NOTEBOOKS.index(self.notebook) + 1 :]
+        print(*(f"Next: {name}.ipynb" for name in following[:1]))

@@ -1,18 +1,16 @@
-"""The study of ``hcsmoe demo`` and ``hcsmoe figures``: every notebook on the embedded models, over what the paper compares."""
+"""The study of ``hcsmoe demo`` and ``hcsmoe figures``: every notebook on the embedded models."""
 
 import itertools
 import shutil
+from pathlib import Path
 
-from hcsmoe_core._util import check_choice, place, root, shown
-from hcsmoe_core.demo import models
+from hcsmoe_core._util import EMBEDDED, check_choice
 from hcsmoe_core.studies import grids, sweep
 
-BRIEF = ("methods", "samples", "sizes")  # grids that the brief study is made of
-
-
+BRIEF = ("methods", "samples", "sizes")  # grids of the brief study
+# Notebooks that look at one model each, and those that read what was measured; the tour comes before all.
 LOOKS = ("01_similarity", "02_dendrograms", "03_linkage", "04_merge")
-
-
+TABLES = ("08_methods", "09_bytes", "10_theory")
 # The README's pictures, by the figures that they are copies of.
 GALLERY = {
     "heatmap": "demo-qwen/01_heatmap-layer00-expert-output-average",
@@ -25,56 +23,60 @@ GALLERY = {
 }
 
 
-def run(names, out, figures, workers, limit, *, full=False):
-    """Run the study; cells that are done are kept, so that it can be stopped and started again.
+def run(models, out, figures, workers, limit=None, *, full=False):
+    """Run the study; finished cells are kept, so that it can be stopped and started again.
 
     Parameters
     ----------
-    names : list of str
+    models : list of str
         Embedded models.
     out, figures : str or path
         Folders of executed notebooks with their results, and of figures.
     workers : int
         Notebooks side by side.
-    limit : int
-        Items of each task; 0 for all.
+    limit : int, optional
+        Items of each task; by default all.
     full : bool
-        Measure every grid of :mod:`hcsmoe_core.studies.grids` and draw each, and draw every figure again even if its notebook is done.
+        Measure and draw every grid of :mod:`hcsmoe_core.studies.grids`, and draw every figure again even if
+        its notebook is finished.
     """
-    for name in names:
-        check_choice("models", name, models.NAMES)
-    out, shared = place(out), {"figures": str(figures)}
-    path = sweep.notebook_path
+    for model in models:
+        check_choice("models", model, EMBEDDED)
+
+    shared = {"figures": str(figures)}
+    numbers = {"dtype": "float32"}  # of the published numbers; the weights are stored in 16 bits
+
+    def notebooks(*names, **parameters):
+        parameters |= shared
+        return [(sweep.notebook_path(name), {"model": m} | parameters) for m in models for name in names]
+
     # The tour captures the statistics that all the others read.
-    how = dict(workers=workers, again=full)
-    done = sweep.run_cells(
-        [(path("00_tour"), {"model": m} | shared) for m in names], out, description="tour", **how
-    )
-    looks = [(path(n), {"model": m} | shared) for m in names for n in LOOKS]
-    done += sweep.run_cells(looks, out, description="looks", **how)
-    cells = out / (f"{limit}-items" if limit else "all-items")  # scores on other items are another study
+    options = dict(workers=workers, again=full)
+    done = sweep.run_cells(notebooks("00_tour", **numbers), out, description="tour", **options)
+    done += sweep.run_cells(notebooks(*LOOKS, **numbers), out, description="looks", **options)
+    cells = Path(out) / (
+        f"{limit}-items" if limit else "all-items"
+    )  # scores on other items are another study
     chosen = grids.names() if full else list(BRIEF)
-    done += grids.run(grids.plans(chosen, names, {"limit": limit} | shared), cells, workers=workers)
+    planned = grids.plans(chosen, models, {"limit": limit} | numbers | shared)
+    done += grids.run(planned, cells, workers=workers)
     if full:
-        done += draw(chosen, names, cells, figures, workers)
-    read = []
-    for name in names:
-        about = {"model": name, "sweep": str(cells)} | shared
-        read += [(path("06_ablation"), about | {"grid": ",".join(BRIEF)}), (path("07_paper"), about)]
-        read += [(path(n), {"model": name} | shared) for n in ("08_methods", "09_bytes", "10_theory")]
-    done += sweep.run_cells(read, out, workers=workers, again=True, description="tables")
-    report(names, out, cells, figures, len(done))
+        done += draw(chosen, models, cells, figures, workers)
+    tables = notebooks("06_ablation", sweep=str(cells), grid=",".join(BRIEF))
+    tables += notebooks("07_paper", sweep=str(cells), **numbers) + notebooks(*TABLES)
+    done += sweep.run_cells(tables, out, workers=workers, again=True, description="tables")
+    report(models, out, cells, figures, len(done))
 
 
-def draw(chosen, names, cells, figures, workers):
-    """Table and figures of each study and model by ``06_ablation``, from cells that are measured.
+def draw(chosen, models, cells, figures, workers) -> list[Path]:
+    """Table and figures of each grid and model by ``06_ablation``, from cells that are measured.
 
     Parameters
     ----------
-    chosen, names : list of str
+    chosen, models : list of str
         Grids and models.
     cells : path
-        Folder of the cells; the executed notebooks go there, too.
+        Folder of the cells; the executed notebooks are written there, too.
     figures : str or path
     workers : int
         Notebooks side by side.
@@ -84,43 +86,36 @@ def draw(chosen, names, cells, figures, workers):
     list of Path
         Executed notebooks.
     """
-    read = []
-    for study in map(grids.load, chosen):
-        for name in names:
-            about = {"model": name, "sweep": str(cells), "grid": study.name, "figures": str(figures)}
-            read.append((sweep.notebook_path("06_ablation"), about | study.read))
-    return sweep.run_cells(read, cells, workers=workers, again=True, description="studies")
+    notebooks = []
+    for study, model in itertools.product(map(grids.load, chosen), models):
+        parameters = {"model": model, "sweep": str(cells), "grid": study.name, "figures": str(figures)}
+        notebooks.append((sweep.notebook_path("06_ablation"), parameters | study.read))
+    return sweep.run_cells(notebooks, cells, workers=workers, again=True, description="studies")
 
 
-def gallery(figures, names):
-    """Copy the README's pictures, and the table of each study, from the figures of the embedded models."""
-    for name, source in GALLERY.items():
-        if source.partition("/")[0] not in names:
-            continue
-        shutil.copyfile(place(figures) / f"{source}.png", root() / f"figures/gallery/{name}.png")
-    (root() / "figures/studies").mkdir(exist_ok=True)
-    for study, name, kind in itertools.product(grids.names(), names, ("csv", "tex")):
-        shutil.copyfile(
-            place(figures) / f"{name}/06_{study}-table.{kind}",
-            root() / f"figures/studies/{name}-{study}.{kind}",
-        )
+def gallery(figures, models):
+    """Copy the README's pictures, and the table of each grid, from the figures of the embedded models."""
+    copies = {f"gallery/{name}.png": f"{source}.png" for name, source in GALLERY.items()}
+    for grid, model, suffix in itertools.product(grids.names(), models, ("csv", "tex")):
+        copies[f"studies/{model}-{grid}.{suffix}"] = f"{model}/06_{grid}-table.{suffix}"
+    for target, source in copies.items():
+        if source.partition("/")[0] in models:
+            path = Path("figures") / target
+            path.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(Path(figures) / source, path)
 
 
-def report(names, out, cells, figures, executed):
-    """Print the table of scores, and where everything lies."""
-    for name in names:
-        frame = sweep.collect(cells, model=name, grid=",".join(BRIEF))
-        rows, size = sweep.over_samples(frame), frame["num_experts"].iloc[0]
-        rows["experts"] = rows["experts"].where(rows["experts"] > 0, size)
+def report(models, out, cells, figures, executed):
+    """Print the table of scores, and where everything is."""
+    for model in models:
+        frame = sweep.collect(cells, model=model, grid=",".join(BRIEF))
+        rows = sweep.over_samples(frame)
+        rows["experts"] = rows["experts"].where(rows["experts"] > 0, frame["num_experts"].iloc[0])
         rows = rows.sort_values(["experts", "setting"], ascending=[False, True])
-        rows["accuracy"] = [
-            f"{100 * a:.1f} ± {100 * e:.1f}"
-            for a, e in zip(rows["mean_acc"], rows["mean_acc_stderr"], strict=True)
-        ]
-        rows["loss"] = rows["mean_loss"].round(4)
-        rows["MB"] = (rows["bytes"] / 1e6).round(2)
-        print(f"\n{name}")
+        scores = zip(100 * rows["mean_acc"], 100 * rows["mean_acc_stderr"], strict=True)
+        rows["accuracy"] = [f"{accuracy:.1f} ± {error:.1f}" for accuracy, error in scores]
+        rows["loss"], rows["MB"] = rows["mean_loss"].round(4), (rows["bytes"] / 1e6).round(2)
+        print(f"\n{model}")
         print(rows[["experts", "setting", "MB", "samples", "accuracy", "loss"]].to_string(index=False))
-    print(f"\nnotebooks and results  {shown(out)}  ({executed} executed)")
-    for name in names:
-        print(f"figures                {shown(place(figures) / name)}")
+    print(f"\nnotebooks and results  {out}  ({executed} executed)")
+    print(*(f"figures                {Path(figures) / model}" for model in models), sep="\n")

@@ -8,7 +8,7 @@ from hcsmoe_core._util import InputError
 from hcsmoe_core.collect import scoring_of
 from hcsmoe_core.steps import router
 
-# Of ‖A − A₀‖² beside the mean loss of a token: the best of 0.0001 to 1 on the embedded models (loss after folding).
+# Of ‖A − A₀‖² beside the mean loss per token: the best of 0.0001 to 1 on the embedded models.
 PENALTY = 0.01
 
 
@@ -19,11 +19,12 @@ CONSTANT = 0.02  # weights that are the scores times one number are so to this r
 def folded_rows(layer_plan, sample):
     """Each new router row as a sum of the old ones, fitted to the routing of the sample's tokens.
 
-    The new logits are ``A l`` of the old ones l, so that nothing need be known of what the router reads and how it makes
-    them. A minimises the mean over tokens of the cross-entropy between the routing to groups and what the new logits give
-    (by softmax, or one sigmoid a group, as the router does), plus ``0.01 ‖A − A₀‖²``: a convex problem, started at the mean
-    rows A₀. The routing to a group is the sum of the weights that were applied to its members. Where these are not
-    normalised it is the sum of all its members' scores, as what is left of the sum belongs to the experts not chosen.
+    The new logits are ``A l`` of the old ones l, so that nothing need be known of what the router reads and
+    how it makes them. A minimises the mean over tokens of the cross-entropy between the routing to groups and
+    what the new logits give (by softmax, or one sigmoid a group, as the router does), plus ``0.01 ‖A −
+    A₀‖²``: a convex problem, started at the mean rows A₀. The routing to a group is the sum of the weights
+    that were applied to its members. Where these are not normalised it is the sum of all its members' scores,
+    as what is left of the sum belongs to the experts not chosen.
 
     Parameters
     ----------

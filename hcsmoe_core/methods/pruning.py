@@ -1,8 +1,15 @@
-"""Which experts to drop: what each is worth, and what dropping a set of them does to the layer's output."""
+"""Which experts to drop: what each is worth, and what dropping a set of them does to the layer's output.
 
+A saliency is a step ``(layer) → (E,) array``, of a :class:`hcsmoe_core.methods.planner.Layer`; the experts
+worth least are dropped. One registered with ``chooses=True`` names the experts to keep itself: ``(layer,
+count) → kept``.
+"""
+
+import dataclasses
 import itertools
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -10,57 +17,136 @@ from tqdm.auto import tqdm
 
 from hcsmoe_core._util import InputError, check_choice
 from hcsmoe_core.moe import routing_tensors
-
-SALIENCIES = ("frequency", "score", "reap", "ean", "man", "random", "o-prune")
-
-
-NEEDED = {
-    "frequency": ("usage",),
-    "score": ("usage",),
-    "reap": ("usage", "norms"),
-    "ean": ("usage", "norms"),
-    "man": ("usage", "norms"),
-    "random": ("usage",),
-    "o-prune": ("sample",),
-}
-
+from hcsmoe_core.plan import DROPPED, LayerPlan
+from hcsmoe_core.steps import group
+from hcsmoe_core.steps import saliency as step
 
 LOSSES = ("squared", "frobenius")
-
-
-ENUMERATED = 16  # up to so many experts every subset is tried
-
-
-SUBSETS = 100_000  # tried of more, as in the HC-SMoE paper
-
-
-LOSS_TOKENS = (
-    4096  # of the sample, that losses of subsets are measured on: Gram matrices of all experts for each token
-)
-
-
+ENUMERATED = 16  # up to this number of experts, every subset is tried
+SUBSETS = 100_000  # tried where there are more experts, as in the HC-SMoE paper
+LOSS_TOKENS = 4096  # of the sample, that losses are measured on: Gram matrices of all experts for each token
 TOKENS = 256  # of the sample, that random subsets are compared on where there are too many to try all
-
-
 BATCH = 1 << 20  # numbers that are worked on at once
 
 
+@step("frequency")
+def share_of_tokens(layer):
+    """Share of the routed tokens (F-prune)."""
+    return layer.sums.frequency.numpy()
+
+
+@step("score")
+def mean_score(layer):
+    """Mean of the router's scores before any choice (S-prune)."""
+    if torch.isnan(layer.sums.score_mass).any():
+        raise InputError(f'{layer.name}: no router was found, so that saliency "score" is unavailable.')
+    return (layer.sums.score_mass.sum(0) / layer.sums.tokens.sum()).numpy()
+
+
+@step("reap", needs=("norms",))
+def mean_gated_norm(layer):
+    """Mean of ``g_e ‖f_e‖`` over the tokens routed to the expert, or 0 (REAP, arXiv 2510.13999)."""
+    return (layer.sums.gated_norm_sum.sum(0) / layer.sums.usage_count.sum(0).double().clamp(min=1)).numpy()
+
+
+@step("ean", needs=("norms",))
+def sum_of_norms(layer):
+    """Sum of ``‖f_e‖`` over the tokens routed to the expert (the EAN baseline of REAP)."""
+    return layer.sums.norm_sum.sum(0).numpy()
+
+
+@step("man", needs=("norms",))
+def mean_norm(layer):
+    """Mean of ``‖f_e‖`` over the tokens routed to the expert, or 0 (MAN, arXiv 2606.15716)."""
+    return (layer.sums.norm_sum.sum(0) / layer.sums.usage_count.sum(0).double().clamp(min=1)).numpy()
+
+
+@step("random", random=True)
+def chance(layer):
+    """Seeded chance."""
+    drawn = np.random.default_rng(layer.seeds).permutation(layer.num_experts).astype(np.float64)
+    return drawn[canonical_rank(layer.sums)]
+
+
+@step("o-prune", needs=("sample",), chooses=True, random=True, weights=True)
+def least_loss(layer, count, *, loss: Literal[LOSSES] = "squared", subsets: int = SUBSETS):
+    """The experts that change the layer's output least by not being there (NAEE, arXiv 2402.14800).
+
+    Up to 16 experts every subset is tried, else ``subsets`` of them and a search: :class:`DropLoss`,
+    :func:`best_kept`.
+    """
+    sample, experts, moe = layer.sums.sample, layer.num_experts, layer.moe
+    rule, many = routing_rule(sample, moe), experts > ENUMERATED
+    tokens = min(len(sample.inputs), LOSS_TOKENS)
+    grams, sequences = output_grams(moe, sample.inputs[:tokens]), layer.stats.sampled[:, 0]
+    dtype = torch.float32 if many else torch.float64
+
+    def loss_on(tokens):
+        rows = type(sample)(*(getattr(sample, f.name)[:tokens] for f in dataclasses.fields(sample)))
+        return DropLoss(grams[:tokens], rows, rule, loss=loss, sequences=sequences[:tokens], dtype=dtype)
+
+    return best_kept(
+        loss_on(tokens),
+        experts,
+        count,
+        rough=loss_on(TOKENS) if many else None,
+        protected=layer.protected,
+        subsets=subsets,
+        seed=layer.seeds,
+        progress=layer.progress,
+    )
+
+
+@group("prune", uses=("saliency",), pair={"router": "dropped"}, whole=True, kind="prunes")
+def prune(layers, counts):
+    """The protected experts, and those worth most, stay as they are; the others and their router rows go."""
+    planned = []
+    for layer, count in zip(layers, counts, strict=True):
+        saliency, options = layer.recipe.present["saliency"], layer.recipe.by_kind["saliency"]
+        if saliency.properties.get("chooses"):
+            kept = saliency(layer, count, **options)
+        else:
+            worth = np.array(layer.saliency, dtype=np.float64)
+            worth[layer.protected] = np.inf
+            kept = _best_of_router_groups(worth, count, layer)
+        labels = np.full(layer.num_experts, DROPPED)
+        labels[kept] = np.arange(count)
+        weights = (labels != DROPPED).astype(float).tolist()
+        planned.append(
+            LayerPlan(layer.name, labels.tolist(), weights, router="dropped", protected=layer.protected)
+        )
+    return planned
+
+
+def _best_of_router_groups(worth, count, layer):
+    """The experts worth most, in order; as many from each of the groups that the router chooses among."""
+    groups = layer.stats.model["layers"][layer.name]["router_groups"]
+    if count % groups:
+        raise InputError(
+            f'The "experts" argument leaves {count} experts in {layer.name}, whose router chooses among '
+            f"{groups} groups of experts that must stay of one size; keep a multiple of {groups}."
+        )
+    size, each, kept = len(worth) // groups, count // groups, []
+    for first in range(0, len(worth), size):
+        members = worth[first : first + size]
+        if np.isinf(members).sum() > each:
+            raise InputError(
+                f'The "experts" argument leaves {each} experts in each group that the router of {layer.name} '
+                f"chooses among, but {np.isinf(members).sum()} of one must be kept; keep more experts, or "
+                "switch the guard off."
+            )
+        kept += (first + np.argsort(-members, kind="stable")[:each]).tolist()
+    return sorted(kept)
+
+
 def saliency(stats, layer, name, *, seed=0):
-    """What each expert of a layer is worth; the least worthy are dropped.
+    """What each expert of a layer is worth; those worth least are dropped.
 
     Parameters
     ----------
     stats : Statistics
     layer : int or str
     name : {"frequency", "score", "reap", "ean", "man", "random"}
-        - ``"frequency"``: share of the routed tokens (F-prune);
-        - ``"score"``: mean of the router's scores before any choice (S-prune);
-        - ``"reap"``: mean of ``g_e ‖f_e‖`` over the tokens routed to the expert (REAP, arXiv 2510.13999);
-        - ``"ean"``: sum of ``‖f_e‖`` over them (the EAN baseline there);
-        - ``"man"``: mean of ``‖f_e‖`` over them (MAN, arXiv 2606.15716);
-        - ``"random"``: seeded chance.
-
-        An expert that no token was routed to is worth 0.
     seed : int
         Of ``"random"``.
 
@@ -70,37 +156,21 @@ def saliency(stats, layer, name, *, seed=0):
 
     Raises
     ------
-    ValueError
+    InputError
         If the statistics lack what is needed.
     """
-    check_choice("saliency", name, tuple(s for s in SALIENCIES if s != "o-prune"))
-    stats.check(NEEDED[name], f"Saliency {name!r}")
-    sums = stats.layer(layer)
-    count = sums.usage_count.sum(0).double().clamp(min=1)
-    if name == "frequency":
-        return sums.frequency.numpy()
-    if name == "score":
-        if torch.isnan(sums.score_mass).any():
-            raise InputError(
-                f'{stats.layer_name(layer)}: no router was found, so that saliency "score" is not to be had.'
-            )
-        return (sums.score_mass.sum(0) / sums.tokens.sum()).numpy()
-    if name == "random":
-        place = list(stats.layers).index(stats.layer_name(layer))
-        return (
-            np.random.default_rng([seed, place])
-            .permutation(sums.num_experts)
-            .astype(np.float64)[canonical_rank(sums)]
-        )
-    if name == "reap":
-        return (sums.gated_norm_sum.sum(0) / count).numpy()
-    return (sums.norm_sum.sum(0) / (count if name == "man" else 1)).numpy()
+    from hcsmoe_core.methods.planner import Layer
+
+    check_choice("saliency", name, tuple(n for n, s in step.items() if not s.properties.get("chooses")))
+    stats.check(step[name].needs, f"Saliency {name!r}")
+    return step[name](Layer(stats, list(stats.layers).index(stats.layer_name(layer)), None, seed=seed))
 
 
 def canonical_rank(sums):
-    """Place of each expert in an order that does not depend on how experts are numbered: by routing mass, then count.
+    """Rank of each expert by routing mass, then count: it does not depend on how experts are numbered.
 
-    What is drawn by chance is drawn in that order, so that renumbering a model's experts renumbers a plan and no more.
+    What is drawn by chance is drawn in that order, so that renumbering a model's experts renumbers a plan and
+    no more.
     """
     mass, count = sums.routing_mass.sum(0).numpy(), sums.usage_count.sum(0).numpy()
     return np.argsort(np.lexsort((count, mass)))
@@ -109,8 +179,8 @@ def canonical_rank(sums):
 def super_experts(stats):
     """Experts whose loss would ruin the model (arXiv 2507.23279): those with outlying activations, by layer.
 
-    An expert is one if the largest absolute value among its outputs is above the 99.5th percentile of all experts' and
-    above a tenth of the largest, and its layer is among the first three quarters.
+    An expert is one if the largest absolute value among its outputs is above the 99.5th percentile of all
+    experts' and above a tenth of the largest, and its layer is among the first three quarters.
 
     Parameters
     ----------
@@ -185,7 +255,7 @@ class RoutingRule:
         return gates * self.scale
 
     def order(self, logits):
-        """Experts of each token from the best to the worst, ``(R, E)``, where that does not depend on which are dropped."""
+        """Experts of each token from best to worst, ``(R, E)``; None if it depends on which are dropped."""
         bias = torch.as_tensor(self.bias)
         if (
             self.scoring == "softmax" and bias.any()
@@ -198,9 +268,9 @@ class RoutingRule:
 def routing_rule(sample, layer=None, *, tolerance=0.02):
     """The rule that gives what a router did on the sample.
 
-    Tried in turn: softmax or sigmoid, normalised or not, with any constant scale, and with the correction bias of the
-    router where it has one. In 16-bit models two experts whose scores round alike may swap: the choice must agree for all
-    but 2 % of the tokens, and the weights to 2 %.
+    Tried in turn: softmax or sigmoid, normalised or not, with any constant scale, and with the correction
+    bias of the router where it has one. In 16-bit models two experts whose scores round alike may swap: the
+    choice must agree for all but 2 % of the tokens, and the weights to 2 %.
 
     Parameters
     ----------
@@ -239,14 +309,15 @@ def routing_rule(sample, layer=None, *, tolerance=0.02):
         if float((scale * made - gates)[same].abs().max()) <= tolerance * float(gates.abs().max()):
             return RoutingRule(scoring, normalised, scale, bias.numpy(), top_k)
     raise InputError(
-        "How this model's router makes weights of its logits is not known (it limits its choice to groups of experts, or "
-        'does more than softmax or sigmoid), so that "o-prune" cannot tell how it would route without some experts; use '
+        "How this model's router makes weights of its logits is not known (it limits its choice to groups of "
+        'experts, or does more than softmax or sigmoid), so that "o-prune" cannot tell how it would route '
+        "without some experts; use "
         '"reap" or another saliency.'
     )
 
 
 def output_grams(layer, tokens):
-    """``Γ(x) = ⟨f_i(x), f_j(x)⟩`` of each token, ``(R, E, E)`` float64: what any change of the gates does follows from it.
+    """``Γ(x) = ⟨f_i(x), f_j(x)⟩`` of each token: what any change of the gates does follows from it.
 
     Parameters
     ----------
@@ -270,8 +341,8 @@ def output_grams(layer, tokens):
 class DropLoss:
     """What keeping only some of a layer's experts does to its output on the sample (NAEE, arXiv 2402.14800).
 
-    With the gates g before and g' after, ``‖y − y'‖² = (g − g')ᵀ Γ (g − g')`` for each token: exact, re-routing included,
-    without running an expert again.
+    With the gates g before and g' after, ``‖y − y'‖² = (g − g')ᵀ Γ (g − g')`` for each token: exact,
+    re-routing included, without running an expert again.
 
     Parameters
     ----------
@@ -281,8 +352,8 @@ class DropLoss:
         Of the same tokens.
     rule : RoutingRule
     loss : {"squared", "frobenius"}
-        The sum of squared errors; or NAEE's own, the sum over batches of the root of a batch's sum, with each calibration
-        sequence as a batch (it depends on how tokens are batched).
+        The sum of squared errors; or NAEE's own, the sum over batches of the root of a batch's sum, with each
+        calibration sequence as a batch (it depends on how tokens are batched).
     sequences : (R,) int64 tensor
         Which sequence each token is of.
     dtype : torch.dtype
@@ -294,7 +365,7 @@ class DropLoss:
         self.rule, self.loss, self.dtype = rule, loss, dtype
         self.logits, self.gates = sample.logits.double(), sample.gates
         self.sequences = torch.unique(sequences, return_inverse=True)[1] if loss == "frobenius" else None
-        # Everything is kept with each token's experts from best to worst, so that those chosen are the first that are kept.
+        # Each token's experts go from best to worst here, so that the first that are kept are those chosen.
         self.order = rule.order(self.logits)
         if self.order is not None:
             logits = self.logits.gather(1, self.order)
@@ -319,7 +390,7 @@ class DropLoss:
         return torch.cat(losses)
 
     def _gates(self, kept):
-        """The rule's gates ``[B, R, E]``, each token's experts from best to worst where the order does not change."""
+        """The rule's gates ``[B, R, E]``, each token's experts from best to worst where that is fixed."""
         if self.order is None:
             return self.rule.gates(self.logits, kept).to(self.dtype)
         here = kept[:, self.order]
@@ -338,8 +409,8 @@ class DropLoss:
 def best_kept(loss, experts, count, *, rough=None, protected=(), subsets=SUBSETS, seed=0, progress=True):
     """The experts whose keeping loses least: every subset tried up to 16 experts, else a search.
 
-    The search takes the best of ``subsets`` random ones, then swaps one kept expert for one that is not, the best swap at
-    a time, until none helps.
+    The search takes the best of ``subsets`` random ones, then swaps one kept expert for one that is not, the
+    best swap at a time, until none helps.
 
     Parameters
     ----------

@@ -1,6 +1,8 @@
-"""Experts whose weights are rounded to a few bits, and what experts take as they stand: bytes, and operations a token.
+"""Experts whose weights are rounded to a few bits, and what experts take as they stand: bytes, and operations
+a token.
 
-Rounding to nearest is the least that quantisation does: no data, no fit. What merging saves has to be held against it.
+Rounding to nearest is the least that quantisation does: no data, no fit. What merging saves has to be held
+against it.
 """
 
 import contextlib
@@ -26,11 +28,13 @@ SYMMETRIC = 8  # from so many bits on, levels lie evenly around zero
 
 
 def rounded_weights(weight, bits):
-    """A matrix rounded to nearest, in groups of 32 weights along its last axis; the last group of a row may be shorter.
+    """A matrix rounded to nearest, in groups of 32 weights along its last axis; the last group of a row may
+    be shorter.
 
-    With 8 bits, as in llama.cpp's ``Q8_0``, symmetric: ``s = max |w| / 127`` and ``ŵ = s · round(w / s)``. With 4, 3 and 2
-    bits b, as in GPTQ and AWQ, asymmetric: ``s = (max(w, 0) − min(w, 0)) / (2^b − 1)``, ``z = round(−min(w, 0) / s)`` and
-    ``ŵ = s · (clip(round(w / s) + z, 0, 2^b − 1) − z)``. Scales are rounded to float16 first. With 16 bits, bfloat16.
+    With 8 bits, as in llama.cpp's ``Q8_0``, symmetric: ``s = max |w| / 127`` and ``ŵ = s · round(w / s)``.
+    With 4, 3 and 2 bits b, as in GPTQ and AWQ, asymmetric: ``s = (max(w, 0) − min(w, 0)) / (2^b − 1)``, ``z =
+    round(−min(w, 0) / s)`` and ``ŵ = s · (clip(round(w / s) + z, 0, 2^b − 1) − z)``. Scales are rounded to
+    float16 first. With 16 bits, bfloat16.
 
     Parameters
     ----------
@@ -70,17 +74,20 @@ def _scale(scale):
     kept = scale.half().float()
     if not torch.isfinite(kept).all():
         raise InputError(
-            f"A weight of the experts is too large to be rounded: a scale of {float(scale.max()):.3g} is no float16."
+            f"A weight of the experts is too large to be rounded: a scale of {float(scale.max()):.3g} is no "
+            "float16."
         )
     return torch.where(kept > 0, kept, torch.ones_like(kept))
 
 
 @contextlib.contextmanager
 def rounded(model, bits):
-    """While the block lasts, a model whose experts' projections are rounded; then the weights are those before, to the bit.
+    """While the block lasts, a model whose experts' projections are rounded; then the weights are those
+    before, to the bit.
 
-    Experts are rounded as they stand, merged ones too. Biases, routers, shared experts and all else stay as they are. The
-    weights are held in the model's dtype, as what they are rounded to: only the size that is counted is smaller.
+    Experts are rounded as they stand, merged ones too. Biases, routers, shared experts and all else stay as
+    they are. The weights are held in the model's dtype, as what they are rounded to: only the size that is
+    counted is smaller.
 
     Parameters
     ----------
@@ -122,7 +129,9 @@ def _rounded_expert(layer, expert, bits):
 
 
 def _held(layer):
-    """Where the model holds a layer's tensors, and the tensors: ``[(parameters or buffers, name, tensor), …]``."""
+    """Where the model holds a layer's tensors, and the tensors: ``[(parameters or buffers, name, tensor),
+    …]``.
+    """
     found = []
     for path in layer.stored(layer.tensors()):
         owner, _, name = path.rpartition(".")
@@ -135,8 +144,8 @@ def _held(layer):
 def expert_bytes(model, bits=16):
     """Bytes that a model's routed experts take as they stand, if their projections are rounded.
 
-    A weight takes ``bits``; below 16 bits each group of 32 has a scale in 16 bits and, below 8, a zero point in ``bits``.
-    Biases take 16 bits.
+    A weight takes ``bits``; below 16 bits each group of 32 has a scale in 16 bits and, below 8, a zero point
+    in ``bits``. Biases take 16 bits.
 
     Parameters
     ----------
@@ -162,8 +171,9 @@ def expert_bytes(model, bits=16):
 def expert_flops(model, stats=None):
     """Multiplications and additions of a token in the projections of the routed experts that it goes through.
 
-    In all layers together: two for each weight of each expert run. An expert that two of a token's choices were mapped to
-    runs twice, as transformers runs it; an engine that adds up their weights first runs it once.
+    In all layers together: two for each weight of each expert run. An expert that two of a token's choices
+    were mapped to runs twice, as transformers runs it; an engine that adds up their weights first runs it
+    once.
 
     Parameters
     ----------

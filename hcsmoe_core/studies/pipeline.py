@@ -1,0 +1,450 @@
+"""The whole road as one function: from a model to a smaller checkpoint that was measured.
+
+:func:`shrink` takes, beside the model:
+
+``experts`` or ``plan``
+    Experts kept per layer; or a plan (its file) that was made before.
+``method``, ``plan_seed``, and any step or option by name (``linkage="ward"``)
+    As for :func:`hcsmoe_core.make_plan`.
+``calibration``, ``sequences``, ``length``, ``column``, ``calibration_seed``
+    As for :func:`hcsmoe_core.calibration_tokens`. Without a calibration, where the usual one is unavailable,
+    a model in memory writes its own text.
+``statistics``
+    Statistics (their file) to plan from, or which the plan needs; by default they are captured.
+``sample``, ``every``, ``batch_size``
+    As for :func:`hcsmoe_core.capture`.
+``until_stable``, ``until_excess``
+    Stop the capture early: ``agreement`` or ``excess`` of
+    :func:`hcsmoe_core.studies.stability.capture_until_stable`.
+``out``, ``router``
+    Folder to write, as for :func:`hcsmoe_core.save_merged`; without it the merged model stays in memory.
+``fidelity``
+    Held-out sequences on which the result is compared with the original; 0 for none.
+``dtype``, ``device``, ``load``, ``memory``
+    As for :func:`hcsmoe_core.open_model`. A model that does not fit into memory goes through layer by layer,
+    and an interrupted run goes on when it is called again. Under ``torchrun``, ranks share the capture.
+"""
+
+import contextlib
+import sys
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hcsmoe_core._util import EMBEDDED, InputError, check_absent, check_choice, check_count, sha256_json
+from hcsmoe_core.checkpoint import ROUTERS, exported, save_merged, target_of
+from hcsmoe_core.collect import capture, expected_bytes
+from hcsmoe_core.export import calibrated, fidelity_text, kept_of
+from hcsmoe_core.families import find_moe_layers
+from hcsmoe_core.merging import apply_plan, restore
+from hcsmoe_core.methods import METHODS, RECOMMENDED, make_plan, resolve
+from hcsmoe_core.methods.residual import held_out
+from hcsmoe_core.moe import source_of
+from hcsmoe_core.plan import JOINED, Plan, load_plan
+from hcsmoe_core.scale import ranks
+from hcsmoe_core.scale.streaming import open_model, stream_capture, stream_merged, tidied, work_folder
+from hcsmoe_core.score import fidelity as scoring
+from hcsmoe_core.statistics import SAMPLE, LayerSample, Statistics, load_statistics, sequence_hashes
+from hcsmoe_core.studies.stability import capture_until_stable, stability_table
+from hcsmoe_core.studies.tables import model_size
+from hcsmoe_core.text.calibration import calibration_settings, calibration_tokens, domains_of, own_sequences
+from hcsmoe_core.text.own_text import GRAM, NAME, repetition
+
+HELD_OUT = 512  # tokens per held-out sequence, at most
+LOADING = {
+    "plain": "load it with any loader of the original family",
+    "mapped": "load it with hcsmoe_core.load_merged, or transformers with trust_remote_code=True",
+}
+
+
+def shrink(
+    model: str,
+    *,
+    experts: int = 0,
+    method: str = "hc-smoe",
+    calibration: str = "",
+    out: str | Path | None = None,
+    plan: Plan | str | Path | None = None,
+    statistics: Statistics | str | Path | None = None,
+    router: str = "",
+    fidelity: int = 10,
+    sequences: int = 0,
+    length: int = 0,
+    column: str = "text",
+    calibration_seed: int = 42,
+    plan_seed: int = 0,
+    sample: int = SAMPLE,
+    every: int = 1,
+    until_stable: float = 0.0,
+    until_excess: float = 0.0,
+    batch_size: int = 8,
+    dtype: str = "auto",
+    device: str = "auto",
+    load: str = "auto",
+    memory: str = "",
+    **settings: Any,
+) -> dict | None:
+    """Capture, plan, merge, write and measure a smaller model; the arguments are explained above.
+
+    Returns
+    -------
+    dict, or None on every rank but the first
+        That of :func:`hcsmoe_core.save_merged` with ``out``, ``plan`` and ``advice`` (text, or empty);
+        without a folder only ``fidelity`` of these, the merged ``model`` and its ``tokenizer``. ``out`` alone
+        if it was complete before.
+    """
+    settings = _checked(plan, experts, method, router, settings)
+    device = ranks.started(device)
+    if out is not None and (tidied(out) or check_absent(out)):
+        return {"out": Path(out)}
+    loaded, tokenizer = open_model(model, dtype=dtype, device=device, load=load, memory=memory)
+    plan, stats, text, advice = _read(plan, load_plan), _read(statistics, load_statistics), None, ""
+    with _work_folder(out, loaded, experts if plan is None else None) as work:
+        captures = plan is None and stats is None
+        if captures or (fidelity and (calibration or model in EMBEDDED)):
+            source = (calibration, sequences, length, column, calibration_seed)
+            text = _text(loaded, tokenizer, *source, heldout=fidelity)
+        if captures:
+            until = _until(until_stable, until_excess, experts, resolve(method, **settings))
+            options = dict(sample=sample, every=every, batch_size=batch_size)
+            stats = _captured(loaded, text, work, until, resolve(method, **settings).needs, **options)
+        if ranks.left():
+            return None
+        if plan is None:
+            recipe = dict(method=method, experts=experts, seed=plan_seed) | settings
+            plan = _planned(loaded, stats, work, recipe)
+            advice = _advice(loaded, stats, recipe) if fidelity else ""
+        about = {"calibration": text.about} if captures else {}
+        written = _written(loaded, tokenizer, plan, stats, text, out, work, router, about)
+    return written | {"out": out, "plan": plan, "advice": advice}
+
+
+def capture_to_file(
+    model: str,
+    out: str | Path,
+    *,
+    methods: tuple = (),
+    stable_at: tuple = (),
+    calibration: str = "",
+    sequences: int = 0,
+    length: int = 0,
+    column: str = "text",
+    calibration_seed: int = 42,
+    sample: int = SAMPLE,
+    every: int = 1,
+    until_stable: float = 0.0,
+    until_excess: float = 0.0,
+    batch_size: int = 8,
+    dtype: str = "auto",
+    device: str = "auto",
+    load: str = "auto",
+    memory: str = "",
+) -> str | None:
+    """Capture a model's statistics to a file; the arguments are those of :func:`shrink`.
+
+    Parameters
+    ----------
+    methods : sequence of str
+        To collect for; ``["all"]`` for all.
+    stable_at : sequence of int
+        With ``until_…``: numbers of groups that have to be stable.
+
+    Returns
+    -------
+    str, or None on every rank but the first
+        What was written, in a line.
+    """
+    needs = _needs(tuple(METHODS) if tuple(methods) == ("all",) else methods or ("hc-smoe",))
+    until = _until(until_stable, until_excess, stable_at)
+    device = ranks.started(device)
+    loaded, tokenizer = open_model(model, dtype=dtype, device=device, load=load, memory=memory)
+    with work_folder(out, loaded) as work:
+        text = _text(loaded, tokenizer, calibration, sequences, length, column, calibration_seed)
+        options = dict(sample=sample, every=every, batch_size=batch_size)
+        stats = _captured(loaded, text, work, until, needs, **options)
+        if ranks.left():
+            return None
+        stats.save(out)
+    size = Path(out).stat().st_size / 1e6
+    return f"{out}: {stats.num_tokens:,} tokens, {len(stats.layers)} MoE layers, {size:.1f} MB"
+
+
+def _checked(plan, experts, method, router, settings):
+    """Settings of the method, after all that can be refused before a model is loaded."""
+    check_choice("router", router, ("", *ROUTERS))
+    if (plan is None) == (experts == 0):
+        raise InputError(
+            "Give either a plan (--plan FILE) or the number of experts kept per layer (--experts, from 1 to "
+            "the "
+            "model's number of experts), and not both."
+        )
+    if plan is not None:
+        return settings
+    settings = settings | ({"router": router} if router in JOINED else {})
+    resolve(method, **settings)
+    return settings
+
+
+def _needs(methods):
+    """What several methods need of the statistics, in all."""
+    return tuple(dict.fromkeys(need for method in methods for need in resolve(method).needs))
+
+
+def _read(value, load):
+    return load(value) if isinstance(value, str | Path) else value
+
+
+@contextlib.contextmanager
+def _work_folder(out, model, experts):
+    """The work folder of a streamed model, or None; a number of experts that no plan can have is refused."""
+    if experts is not None:
+        check_count("experts", experts, 1, model_size(model)["num_experts"])
+    if out is None and source_of(model) is not None:
+        raise InputError(
+            'A streamed model can only be merged on disk; give the "out" argument, a new folder.'
+        )
+    with work_folder(out, model) as work:
+        yield work
+
+
+@dataclass
+class _Text:
+    """Calibration tokens, what they are, and as many of the same source with some after them."""
+
+    input_ids: torch.Tensor
+    domains: list | None
+    about: str
+    more: torch.Tensor
+
+
+def _text(model, tokenizer, calibration, sequences, length, column, seed, heldout=0):
+    """Calibration tokens; text of the model's own where none was asked for and the usual source is
+    unavailable.
+    """
+    settings = calibration_settings(model.name_or_path, calibration, sequences, length)
+    source, count, size = settings["calibration"], settings["sequences"], settings["length"]
+    options = dict(model=model, length=size, seed=seed, column=column)
+    try:
+        input_ids = more = calibration_tokens(source, tokenizer, sequences=count, **options)
+    except FileNotFoundError as error:
+        if calibration or source_of(model) is not None:  # what was asked for is never replaced
+            raise
+        print(f"hcsmoe: {error}\nNo calibration was given: the model writes its own text.", file=sys.stderr)
+        return _text(model, tokenizer, NAME, sequences, length, column, seed, heldout)
+    if heldout:
+        with contextlib.suppress(InputError):  # there is not text enough for both
+            more = calibration_tokens(source, tokenizer, sequences=count + heldout, **options)
+    name = Path(source).name if Path(source).exists() else source
+    about = f"{count} × {size} tokens of {name}, seed {seed}"
+    if own_sequences(source, count):
+        about += f", {repetition(input_ids):.1%} of {GRAM}-grams repeated"
+        _say(f"calibrating on {about}")
+    return _Text(input_ids, domains_of(source, count), about, more)
+
+
+def _say(text):
+    if ranks.rank() == 0:
+        print(text)
+
+
+def _until(stable, excess, experts, recipe=None):
+    """Options of :func:`capture_until_stable` for the trees that a method cuts; none if all tokens are
+    taken.
+    """
+    if stable and excess:
+        raise InputError(
+            "Give one of --until-stable (groups agree) and --until-excess (groups cost as much), not both."
+        )
+    if not (stable or excess):
+        return {}
+    until = {"agreement": stable} if stable else {"excess": excess}
+    settings = recipe.settings if recipe else {}
+    until |= {name: settings[name] for name in ("similarity", "metric", "linkage") if name in settings}
+    if settings.get("group") == "residual":
+        until["similarity"] = "functional-routed"  # of the distances it groups by, the one that tokens change
+    return until | {"experts": [experts] if isinstance(experts, int) else list(experts) or None}
+
+
+def _captured(model, text, work, until, needs, **options):
+    """Statistics of a model, decoder layer by decoder layer where there is a work folder."""
+    ids, domains = text.input_ids, text.domains
+    size = dict(domains=len(set(domains)) if domains else 1, tokens=ids.numel(), sample=options["sample"])
+    way = "" if work is None else ", decoder layer by decoder layer"
+    _say(f"collecting {', '.join(needs)}{way}: {expected_bytes(model, needs, **size) / 1e6:.1f} MB")
+    options |= dict(needs=needs, domains=domains)
+    if until:
+        stats = capture_until_stable(model, ids, ranks=ranks, **until, **options)
+        _say(stability_table(stats).round(3).to_string(index=False))
+        state = "stable" if stats.stability["stable"] else "not stable yet"
+        _say(f"{state} after {stats.num_tokens:,} of {ids.numel():,} tokens")
+        return stats
+    if work is None:
+        return capture(model, ids, ranks=ranks, **options)
+    return stream_capture(model, ids, work / "capture", **options)
+
+
+def _planned(model, stats, work, recipe):
+    """The plan; that of a streamed model is kept in the work folder, as making it may take long."""
+    path = work and work / f"plan-{sha256_json([stats.identity(), recipe])[:12]}.json"
+    if path and path.exists():
+        return load_plan(path)
+    plan = make_plan(stats, model, **recipe)
+    if path:
+        plan.save(path)
+    return plan
+
+
+def _written(model, tokenizer, plan, stats, text, out, work, router, card):
+    """Write the checkpoint with the fidelity that is measured, or leave the merged model in memory."""
+    heldout = None
+    if text is not None:
+        seen = sequence_hashes(text.input_ids) + (stats.sequences if stats else [])
+        heldout = scoring.unseen(text.more, seen, length=HELD_OUT)
+    options = dict(stats=stats, tokenizer=tokenizer, card=card)
+    if work is not None:
+        observer = None if heldout is None else scoring.observer(heldout)
+        return stream_merged(model, plan, out, work, router=router, observer=observer, **options)
+    plan, router = exported(plan, router)
+    if out is not None:
+        target_of(model, plan, router)  # what cannot be written is refused before it is measured
+    apply_plan(model, plan, stats)
+    measured = None if heldout is None else scoring.fidelity(model, plan, heldout)
+    if out is None:
+        return {"model": model, "tokenizer": tokenizer, "fidelity": measured}
+    try:
+        return save_merged(model, plan, out, router=router, fidelity=measured, **options)
+    finally:
+        restore(model)
+
+
+def _advice(model, stats, recipe):
+    """What the recommended method would lose by the statistics at hand, or what it takes to tell."""
+    best = resolve(RECOMMENDED).method
+    if resolve(recipe["method"]).method == best:
+        return ""
+    how = f"Recommended: method {best!r} (--method {RECOMMENDED})"
+    if source_of(model) is not None:
+        return f"{how}."
+    if not set(resolve(best).needs) <= set(stats.needs):
+        return (
+            f"{how}; statistics for both tell how they compare: hcsmoe capture --for hc-smoe,{RECOMMENDED}."
+        )
+    chosen = residual(model, stats, **recipe)
+    other = residual(model, stats, experts=recipe["experts"], method=best)
+    if chosen is None or other is None:
+        return f"{how}; how they compare shows only once both are measured, as the router chooses anew."
+    return (
+        f"{how} would lose {other:.1%} of the layers' outputs on calibration tokens that plans are not "
+        "fitted to, "
+        f"{recipe['method']!r} {chosen:.1%}."
+    )
+
+
+def residual(model: Any, stats: Statistics, **recipe: Any) -> float | None:
+    """Relative error of the layers' outputs that a plan leaves on held-out tokens of the sample.
+
+    Three of four sequences make the plan, the others judge it: ``‖Y' − Y‖ / ‖Y‖``, the mean over layers.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        In memory; it is left as it was.
+    stats : Statistics
+        With the sample.
+    **recipe
+        As for :func:`hcsmoe_core.make_plan`.
+
+    Returns
+    -------
+    float or None
+        None where the router of the plan chooses anew; see :func:`layer_outputs`.
+    """
+    fitted, judges = split_sample(stats)
+    layers = find_moe_layers(model)
+    before = [layer_outputs(layer, judges) for layer in layers]
+    apply_plan(model, make_plan(fitted, model, progress=False, **recipe), fitted)
+    try:
+        after = [layer_outputs(layer, judges) for layer in layers]
+    finally:
+        restore(model)
+    if any(outputs is None for outputs in after):
+        return None
+    errors = [(new - old).norm() / old.norm() for old, new in zip(before, after, strict=True)]
+    return float(torch.stack(errors).mean())
+
+
+def split_sample(stats: Statistics) -> tuple[Statistics, Statistics]:
+    """Statistics with the sample of three in four sequences, and with that of the others.
+
+    Sequences of every domain are split, or whole domains where each has one sequence only.
+    """
+    domains, sequences = stats.sampled[:, 2].unique(), stats.sampled[:, [0, 2]].unique(dim=0)
+    judges = held_out(stats.sampled, "sequences" if len(sequences) > len(domains) else "domains")
+
+    def part(rows):
+        def some(sample):
+            return LayerSample(*(getattr(sample, f.name)[rows] for f in fields(sample)))
+
+        layers = {name: replace(layer, sample=some(layer.sample)) for name, layer in stats.layers.items()}
+        return replace(stats, layers=layers, sampled=stats.sampled[rows])
+
+    return part(~judges), part(judges)
+
+
+@torch.no_grad()
+def layer_outputs(layer: Any, stats: Statistics) -> torch.Tensor | None:
+    """Output of a layer's experts for the sampled tokens, ``Σ_e g_e f_e(x)``.
+
+    A merged layer's is that of the merged experts, with the gates as the router chose them before.
+
+    Parameters
+    ----------
+    layer : MoELayer
+    stats : Statistics
+        With the sample.
+
+    Returns
+    -------
+    (R, D) float64 tensor or None
+        None where experts were dropped or the router was changed, as it then chooses anew.
+    """
+    sample, labels = stats.layers[layer.name].sample, list(range(layer.num_experts))
+    if layer.merged:
+        if layer.experts._merged.routed != layer.num_experts:
+            return None
+        labels = layer.experts._merged.labels
+    total = torch.zeros(sample.inputs.shape, dtype=torch.float64)
+    for expert in range(layer.num_stored):
+        gates = sample.gates[:, [e for e, label in enumerate(labels) if label == expert]].sum(1)
+        rows = gates.nonzero()[:, 0]
+        hidden = layer.expert_hidden(expert, sample.inputs[rows].to(layer.device))
+        total[rows] += gates[rows, None] * layer.expert_output(expert, hidden).double().cpu()
+    return total
+
+
+def written_text(written: dict) -> str:
+    """What :func:`shrink` wrote, what it was calibrated on, what engines ask, and how far it is from the
+    original.
+
+    The warning of the fidelity (``written["fidelity"]["warning"]``) is left to the caller.
+    """
+    out = written["out"]
+    if "plan" not in written:
+        return f"{out}: complete; what an interrupted run had left beside it is removed"
+    plan, measured = written["plan"], written["fidelity"]
+    lines = [
+        f"{out}: {kept_of(plan)}, {written['parameters']:,} of {written['original']:,} weights, "
+        f"{written['bytes'] / 1e6:.1f} MB, {written['router']}; {LOADING[written['router']]} or hcsmoe "
+        f"evaluate {out}"
+    ]
+    if plan.statistics:
+        lines.append(f"calibrated on {calibrated(plan)}; text of other kinds may lose more")
+    lines += [f"- {line}" for line in written["limits"]]
+    lines.append(
+        "Fidelity was not measured, as no tokens were held out: see --fidelity and --calibration."
+        if measured is None
+        else fidelity_text(measured | {"warning": ""})
+    )
+    return "\n".join([*lines, *filter(None, [written["advice"]])])
