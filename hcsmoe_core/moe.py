@@ -195,13 +195,6 @@ class MoELayer:
         """What the model stores for :meth:`tensors`, by dotted name from the experts module."""
         return tensors
 
-    # TODO: goes with the factored file.
-    @property
-    def projections(self):
-        """Stored projections, without biases, by their names in the model's state."""
-        matrices = {n: t for n, t in self.tensors().items() if not n.endswith("_bias")}
-        return {f"{self.name}.{n}": t for n, t in self.stored(matrices).items()}
-
     def shapes(self, stored: int, width: int) -> dict[str, list[int]]:
         """Shapes that :meth:`tensors` have with another number of experts and another width, by name."""
         up, rows = self.up_name, len(self.up_matrix(0)) // self.width
