@@ -88,9 +88,9 @@ class MoELayer:
         return model.get_submodule(name.rpartition(".")[0])
 
     def listen(self, take_router, take_experts) -> list:
-        """Add hooks that get what the router gives and what the experts get, and return their handles.
+        """Add hooks that get what the router gives and what the experts get; returns handles.
 
-        ``take_router`` is a forward hook ``(module, inputs, output)``, whose output has :func:`router_logits`;
+        ``take_router`` is a forward hook ``(module, inputs, output)`` that gets :func:`router_logits`;
         ``take_experts`` a forward pre-hook ``(module, inputs, keywords)`` that gets tokens, index and weight.
         """
         router_was_called = False
