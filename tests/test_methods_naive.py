@@ -140,7 +140,7 @@ def test_sums_equal_naive_ones_in_every_domain(family):
 def test_norms_of_routed_tokens_alone_are_the_same(family):
     r = run(family)
     alone = capture(r.model, r.ids, needs=("usage", "norms"), batch_size=r.batch_size, domains=DOMAINS)
-    usual = capture(r.model, r.ids, batch_size=r.batch_size, domains=DOMAINS)
+    usual = capture(r.model, r.ids, needs=DEFAULT_NEEDS, batch_size=r.batch_size, domains=DOMAINS)
     assert alone.needs == ("usage", "norms")
     assert usual.needs == DEFAULT_NEEDS == ("usage", "outputs", "norms", "grams")
     for name in r.names:
@@ -314,7 +314,7 @@ def test_experts_that_no_token_is_routed_to_are_compared_unweighted():
     with torch.no_grad():
         for layer in find_moe_layers(model):
             layer.router.bias[[2, 6]] = -1e4
-    stats = capture(model, ids)
+    stats = capture(model, ids, needs=DEFAULT_NEEDS)
     place = list(itertools.combinations(range(E), 2)).index((2, 6))
     for name in stats.layers:
         assert (stats.layers[name].usage_count[:, [2, 6]] == 0).all()
@@ -1281,7 +1281,7 @@ def test_a_super_expert_planted_in_a_model_is_found_and_left_alone():
     model, ids = family_model("mixtral"), tokens()
     with torch.no_grad():
         find_moe_layers(model)[1].experts.down_proj[6] *= 100
-    stats = capture(model, ids)
+    stats = capture(model, ids, needs=DEFAULT_NEEDS)
     name = list(stats.layers)[1]
     assert super_experts(stats) == {n: [6] if n == name else [] for n in stats.layers}
     plan = make_plan(stats, model, experts=3, guard=True)

@@ -15,6 +15,7 @@ from hcsmoe_core.methods import residual
 from hcsmoe_core.methods.combining import chosen_columns, forward_selection
 from hcsmoe_core.moe import MoELayer
 from hcsmoe_core.plan import LayerPlan
+from hcsmoe_core.statistics import DEFAULT_NEEDS
 
 NEEDS = ("usage", "outputs", "grams", "sample")
 
@@ -361,7 +362,7 @@ def test_it_wants_the_model_and_the_sample(mixtral):
     stats = captured(mixtral)
     with pytest.raises(ValueError, match='give the "model" argument'):
         core.make_plan(stats, experts=4, method="recommended")
-    bare = core.capture(mixtral, tokens(), progress=False)
+    bare = core.capture(mixtral, tokens(), needs=DEFAULT_NEEDS, progress=False)
     with pytest.raises(ValueError, match="needs 'sample'"):
         recommended(mixtral, bare, 4)
     with pytest.raises(ValueError, match="may be a list only"):
