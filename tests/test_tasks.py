@@ -159,7 +159,7 @@ def test_word_perplexity_is_that_of_the_pages(results):
     model, tokenizer = core.load_model("demo-mixtral", dtype="float32", device="cpu")
     loss, words, letters = 0, 0, 0
     for i in range(3):
-        text = f" = Page {i} =\nA page of {i} words, and of-signs.\n"  # as the raw page, but for spaces and signs
+        text = f" = Page {i} =\nA page of {i} words, and of-signs.\n"  # the raw page, less spaces and signs
         ids = [
             tokenizer.bos_token_id,
             *tokenizer(text)["input_ids"],
