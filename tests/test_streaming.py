@@ -1,4 +1,4 @@
-"""Layer by layer gives what the whole model gives, to the byte; interrupted it goes on, broken it says why."""
+"""Layer by layer gives what the whole model gives, to the byte; interrupted it goes on, or says why not."""
 
 import filecmp
 import json
@@ -259,9 +259,7 @@ def test_a_full_disk_is_told_and_writing_goes_on(stored, input_ids, tmp_path, mo
         usual(*arguments, **options)
 
     monkeypatch.setattr(modeling_utils, "safe_save_file", full)
-    with pytest.raises(
-        OSError, match="cannot be written .*No space left on device.* is the disk full"
-    ):
+    with pytest.raises(OSError, match="cannot be written .*No space left on device.* is the disk full"):
         stream_merged(model, plan, tmp_path / "b", tmp_path / "work-b")
     assert not (tmp_path / "b").exists()
     assert not any(layer.merged for layer in find_moe_layers(model))
@@ -429,11 +427,11 @@ def test_what_layers_hand_on_survives_the_disk(tmp_path):
         outputs.write(5, 0, {"output": {1}})
 
 
-# --- quantised checkpoints ----------------------------------------------------------------------------------------------
+# --- quantised checkpoints --------------------------------------------------------------------------------
 
 
 def quantised(folder, how, tensors):
-    """Write tensors in place of those of a stored model, with what its configuration says of their quantisation."""
+    """Write tensors in place of those of a stored model, and say how they are quantised."""
     for file in folder.glob("*.safetensors"):
         file.unlink()
     (folder / "model.safetensors.index.json").unlink()
@@ -523,7 +521,7 @@ def test_other_quantisations_are_refused_with_the_reason(how, stored):
             load(stored)
 
 
-# --- the command: killed, out of disk, on several ranks -----------------------------------------------------------------
+# --- the command: killed, out of disk, on several ranks --------------------------------------------------
 
 QUIET = {"TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
