@@ -14,7 +14,7 @@ from scipy.optimize import linear_sum_assignment
 from hcsmoe_core import apply_plan, capture, make_plan, restore
 from hcsmoe_core.families import find_moe_layers
 from hcsmoe_core.plan import LayerPlan, Plan
-from hcsmoe_core.steps import combine as COMBINE
+from hcsmoe_core.steps import combine as COMBINE  # noqa: N812
 
 NEEDS = ("usage", "outputs", "norms", "grams", "sample")
 ROUTER = {"gpt_oss": "router"}  # beside the experts; "gate" elsewhere
@@ -32,7 +32,7 @@ RULES = [
 ]
 
 
-# --- the naive side ---------------------------------------------------------------------------------------------------
+# --- the naive side ---------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -166,7 +166,7 @@ def zipit(group, features):
 
 
 def regression(group, offset):
-    """Tokens routed to any member, the members' summed gates, and the sum of their gated outputs less the offset's part."""
+    """Tokens routed to any member, summed gates, and summed gated outputs less the offset's part."""
     rows = (group.gates > 0).any(1)
     x, gates = group.x[rows], group.gates[rows]
     target = np.zeros_like(x)
@@ -264,11 +264,11 @@ def combined(group, rule, **options):
     return (rules | {"selection": selection, "trimming": selection})[rule](group, **options)
 
 
-# --- fixtures ---------------------------------------------------------------------------------------------------------
+# --- fixtures ---------------------------------------------------------------------------------------------
 
 
 class Case:
-    """A model in float64, its statistics, and the same found naively: tokens, gates and experts of each layer."""
+    """A model in float64, its statistics, and tokens, gates and experts of each layer, found naively."""
 
     def __init__(self, family):
         self.family, self.model, ids = family, tiny_model(family, torch.float64), tokens()
@@ -340,7 +340,7 @@ def same_expert(got, wanted, relative=1e-6):
         close(got.offset, wanted.offset, relative)
 
 
-# --- tests ------------------------------------------------------------------------------------------------------------
+# --- tests ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("combine", RULES, ids=lambda c: "-".join(map(str, c.values())))
@@ -434,7 +434,7 @@ def test_trimming_equals_naive_selection_of_one(case, width):
 
 
 def test_the_ridge_is_relative_and_pulls_to_the_average(case):
-    """With a large ridge least squares are the plain average; with none the residual is the smallest there is."""
+    """With a large ridge least squares are the average; with none the residual is the smallest there is."""
     name, labels = case.names[0], [0] * 8
     group = case.group(name, list(range(8)), 7, labels)
     x, gate, target = regression(group, group.mean().offset)
@@ -478,7 +478,7 @@ def test_soft_groups_mix_every_expert(case):
 
 
 def test_fuzzy_plans_hold_memberships_times_weights(case):
-    """``share_ge ∝ u_ge · count_e``: of two groups the memberships can be told from the plan, and mix what is written."""
+    """``share_ge ∝ u_ge · count_e``: of two groups memberships follow from the plan, and mix the weights."""
     plan = make_plan(case.stats, case.model, experts=3, method="fuzzy")
     apply_plan(case.model, plan, case.stats)
     for layer in plan.layers:
@@ -488,7 +488,8 @@ def test_fuzzy_plans_hold_memberships_times_weights(case):
         same_expert(expert_of(held(case.model, layer.name), 1), group.mean())
         features = np.stack([naive_mean(e, case.x[layer.name]) for e in case.experts[layer.name]])
         membership = mixture / case.count[layer.name]
-        # Bezdek's condition: u_ge is the share of ‖x_e − c_g‖^-2, c_g the u²-weighted mean; u is known up to a scale a group.
+        # Bezdek's condition: u_ge is the share of ‖x_e − c_g‖^-2, c_g the u²-weighted mean; u is known up to a
+        # scale per group.
         scale = np.linalg.lstsq(membership.T, np.ones(8), rcond=None)[0]
         membership = membership * scale[:, None]
         np.testing.assert_allclose(membership.sum(0), 1, rtol=1e-6)
@@ -506,7 +507,7 @@ def naive_mean(expert, x):
 
 @pytest.mark.parametrize("family", [*FAMILIES, "gpt_oss"])
 def test_averaged_routers_are_those_of_a_smaller_model(family):
-    """DEK: the model computes what one that was made with r experts does, whose rows and experts are the means."""
+    """DEK: the model computes what one with r experts does, whose rows and experts are the means."""
     from transformers import AutoModelForCausalLM
 
     model, ids = tiny_model(family, torch.float64), tokens()

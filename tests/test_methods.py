@@ -419,7 +419,7 @@ def test_predicted_errors_are_those_of_the_mean_output(family):
 
 @pytest.mark.parametrize("family", ["Ernie4_5_Moe", "MiniMaxM2", "Lfm2Moe"])
 def test_correction_biases_are_dropped_wherever_a_family_keeps_them(family, tmp_path):
-    """In a module of their own, or in the block; an expert that its bias keeps from being chosen is one that is not there."""
+    """In a module of their own, or in the block; a bias that keeps an expert from being chosen drops it."""
     import transformers as t
 
     sizes = dict(num_experts_per_tok=2, moe_intermediate_size=24, intermediate_size=24, head_dim=8)

@@ -37,7 +37,7 @@ def test_the_example_of_the_guide_is_twenty_lines(plugin):
 def test_a_file_takes_part(plugin, tmp_path):
     model = tiny_model("mixtral")
     methods.load_plugin(plugin)
-    assert methods.PLUGINS == [plugin]
+    assert [plugin] == methods.PLUGINS
     assert (
         "\nby-usage: neighbours in usage joined\n    steps  by-usage > average by routing-mass"
         in methods.table()

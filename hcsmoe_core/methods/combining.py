@@ -456,29 +456,10 @@ def _unlike(unit, chosen, order, count):
     return chosen
 
 
-def forward_selection(pool, target, width, *, block=None):
+def chosen_columns(gram, xty, width, *, block=None):
     """Columns of a regression chosen one after another, each the one that lowers the residual most.
 
-    Parameters
-    ----------
-    pool : (T, N) tensor
-    target : (T, D) tensor
-    width : int
-        Columns to choose.
-    block : int, optional
-        As for :func:`chosen_columns`.
-
-    Returns
-    -------
-    list of int
-        In the order chosen; fewer than ``width`` where no other column lowers the residual.
-    """
-    pool = pool.double()
-    return chosen_columns(pool.T @ pool, pool.T @ target.double(), width, block=block)
-
-
-def chosen_columns(gram, xty, width, *, block=None):
-    """:func:`forward_selection` from the normal equations (Chen, Billings and Luo, 1989).
+    From the normal equations, by orthogonal least squares (Chen, Billings and Luo, 1989).
 
     Parameters
     ----------
@@ -493,6 +474,7 @@ def chosen_columns(gram, xty, width, *, block=None):
     Returns
     -------
     list of int
+        In the order chosen; fewer than ``width`` where no other column lowers the residual.
     """
     block = max(1, width // BLOCKS) if block is None else block
     square = gram.diagonal().clone()
