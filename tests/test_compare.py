@@ -7,7 +7,9 @@ import pandas as pd
 import pytest
 from test_cli import hcsmoe
 
+from hcsmoe_core._util import InputError
 from hcsmoe_core.studies import comparison, sweep
+from hcsmoe_core.studies.runner import CellsError
 from hcsmoe_core.ui import figures
 
 SMALL = dict(limit=2, sequences=12, length=64, dtype="float32")
@@ -163,3 +165,27 @@ def test_the_command_compares_lists_and_captures_for_methods(tmp_path):
     said = hcsmoe("compare", "demo-mixtral", *few, "--dtype", "float32", "--out", tmp_path / "c")
     assert "4 experts per layer" in said
     assert (tmp_path / "c" / "demo-mixtral.csv").exists()
+
+
+def test_only_bad_input_is_a_refusal_and_a_bug_is_not_kept(tmp_path, monkeypatch):
+    options = dict(methods=["hc-smoe"], experts=[4], seeds=(0,), folder=tmp_path, **SMALL)
+    real = comparison.make_plan
+
+    def raises(error):
+        def make_plan(*args, **options):
+            raise error
+
+        return make_plan
+
+    scores = {"mean_acc": 0.5, "mean_acc_stderr": 0.1, "mean_loss": 1.0}
+    monkeypatch.setattr(comparison, "evaluate", lambda *_, **__: scores)
+    monkeypatch.setattr(comparison, "make_plan", raises(ValueError("a bug")))
+    with pytest.raises(CellsError, match=r"1 of 2 cells failed.*\n.*hc-smoe.*a bug"):
+        comparison.compare("demo-mixtral", **options)
+    assert len(comparison.cells(tmp_path, "demo-mixtral")) == 1
+    monkeypatch.setattr(comparison, "make_plan", real)
+    frame = comparison.compare("demo-mixtral", **options)
+    assert frame["loss"].tolist() == [1.0, 1.0]
+    monkeypatch.setattr(comparison, "make_plan", raises(InputError("no such budget")))
+    frame = comparison.compare("demo-mixtral", **options | {"experts": [3]})
+    assert frame["refused"].dropna().tolist() == ["no such budget"]

@@ -37,7 +37,9 @@ def test_the_projects_studies_can_be_run(name, model):
 @pytest.mark.parametrize("model", ["demo-qwen", "demo-mixtral"])
 def test_together_they_have_all_that_the_papers_tables_compare(model):
     def key(cell):
-        return json.dumps([cell["experts"], cell["experts"] and sweep.recipe_of(cell).settings], sort_keys=True)
+        return json.dumps(
+            [cell["experts"], cell["experts"] and sweep.recipe_of(cell).settings], sort_keys=True
+        )
 
     have = {key(cell.given) for _, _, cells in grids.plans(["all"], [model]) for cell in cells}
     assert {key(cell) for cell in paper.wanted(32 if model == "demo-qwen" else 8)} <= have
@@ -56,7 +58,8 @@ def test_cells_are_every_combination_for_every_sample_with_the_unmerged_model_on
     study = grids.load(written(tmp_path, axes=axes, exclude=excluded, seeds=[1, 2], base={"limit": 7}))
     cells = grids.cells_of(study, "demo-mixtral", {"text": "none"})
     found = [
-        tuple(c.given.get(k, "") for k in ("experts", "linkage", "method", "merge", "calibration_seed")) for c in cells
+        tuple(c.given.get(k, "") for k in ("experts", "linkage", "method", "merge", "calibration_seed"))
+        for c in cells
     ]
     wanted = itertools.product((6, 4), ("average", "ward"), (("", "average"), ("zipit", "")), (1, 2))
     wanted = [(r, linkage, *how, seed) for r, linkage, how, seed in wanted]

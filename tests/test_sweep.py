@@ -164,7 +164,11 @@ def test_notebooks_run_with_default_and_with_changed_parameters_and_draw_the_sam
     scored = [
         {"experts": r, "linkage": linkage} for r, linkage in ((4, "average"), (2, "average"), (4, "single"))
     ]
-    scored += [{"experts": 4, "method": "reap"}, {"experts": 4, "linkage": "average", "calibration_seed": 43}, {}]
+    scored += [
+        {"experts": 4, "method": "reap"},
+        {"experts": 4, "linkage": "average", "calibration_seed": 43},
+        {},
+    ]
     out, first, second, other = (tmp_path / name for name in ("runs", "first", "second", "other"))
     reading = {
         "where": 'linkage == "average"',

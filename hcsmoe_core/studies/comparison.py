@@ -269,7 +269,7 @@ def read_table(path: str | Path, model: str, command: str) -> Any:
 
     path = Path(str(path).replace("{model}", slug(model)))
     if not path.is_file():
-        raise FileNotFoundError(f"There is no table {path} in {Path.cwd()}; run: {command}.")
+        raise FileNotFoundError(f"There is no table {path.absolute()}; run: {command}.")
     return pd.read_csv(path)
 
 

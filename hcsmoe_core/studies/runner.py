@@ -172,8 +172,8 @@ def run(
     with tqdm(total=len(cells), initial=len(done), desc=description, unit="cell") as bar:
         while ready or running:
             while ready and len(running) < (engine.window or len(cells)):
-                options = dict(again=again, threads=engine.threads)
-                running[engine.executor.submit(complete, cells[ready[0]], **options)] = ready.pop(0)
+                i, options = ready.pop(0), dict(again=again, threads=engine.threads)
+                running[engine.executor.submit(complete, cells[i], **options)] = i
             finished = concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED).done
             for i, error in ((running.pop(future), _error_of(future)) for future in finished):
                 tries[i] += 1
