@@ -488,8 +488,8 @@ def test_fuzzy_plans_hold_memberships_times_weights(case):
         same_expert(expert_of(held(case.model, layer.name), 1), group.mean())
         features = np.stack([naive_mean(e, case.x[layer.name]) for e in case.experts[layer.name]])
         membership = mixture / case.count[layer.name]
-        # Bezdek's condition: u_ge is the share of ‖x_e − c_g‖^-2, c_g the u²-weighted mean; u is known up to a
-        # scale per group.
+        # Bezdek's condition: u_ge is the share of ‖x_e − c_g‖^-2, c_g the u²-weighted mean; u is known up to
+        # a scale per group.
         scale = np.linalg.lstsq(membership.T, np.ones(8), rcond=None)[0]
         membership = membership * scale[:, None]
         np.testing.assert_allclose(membership.sum(0), 1, rtol=1e-6)

@@ -81,7 +81,7 @@ def naive_matrices(neurons):
 
 
 def naive_compress(layers, budget, rank, ridge=1e-3, by_cost=True):
-    """Dense ``A B + S`` and rows of every matrix, by (layer, expert, name); and what is left of the budget."""
+    """Dense ``A B + S`` and rows of every matrix, by (layer, expert, name); and the rest of the budget."""
     weights, products, scored = {}, {}, []
     for at, (experts, tokens, activate) in enumerate(layers):
         for g, (expert, x) in enumerate(zip(experts, tokens, strict=True)):

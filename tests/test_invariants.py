@@ -279,7 +279,8 @@ def test_an_expert_and_its_shuffled_twin_merge_without_error(family, order, weig
 def test_merging_identical_experts_changes_no_logit(family, labels, seed):
     """Zipit for pairs alone.
 
-    By its definition two neurons that are joined hardly correlate with a third that is the same, so that three equal experts do not come out as one.
+    By its definition two neurons that are joined hardly correlate with a third that is the same, so that
+    three equal experts do not come out as one.
     """
     model, ids = tiny_model(family, torch.float64, seed=seed), tokens(seed=seed)
     for layer in find_moe_layers(model):

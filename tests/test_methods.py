@@ -220,7 +220,7 @@ def test_steps_that_do_not_go_together_are_refused():
         "keeps the router and every expert at one width": dict(method="trimming", guard=True),
         '"method" argument must be one of "hc-smoe"': dict(method="hcsmoe"),
         '"setting" argument must be one of "align"': dict(method="hc-smoe", linkages="ward"),
-        '"share" argument must be above 0 and below 1': dict(method="mc-smoe", share=1.5),
+        '"share" argument must be above 0 and at most 1': dict(method="mc-smoe", share=1.5),
         "names one similarity twice": dict(method="hc-smoe", similarity="weight+weight"),
         "weights weight by 'x'": dict(method="hc-smoe", similarity="x*weight"),
     }

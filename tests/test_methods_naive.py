@@ -763,7 +763,7 @@ def test_grape_where_the_guard_has_no_cause_is_the_naive_greedy():
 
 
 def test_grapes_guard_keeps_the_entropy():
-    """A layer that is much more redundant than the others takes all joins without the guard, but not with it."""
+    """A layer that is much more redundant than others takes all joins without the guard, not with it."""
     rng = np.random.default_rng(1)
     similarities = [np.ones((8, 8))] + [0.1 * cosines(rng, 8) for _ in range(3)]
     assert budgets.grape(similarities, 25, [1] * 4, gamma=1) == [1, 8, 8, 8]
@@ -1014,7 +1014,7 @@ def test_drop_loss_in_float32_is_near():
 
 
 def test_experts_that_are_never_chosen_are_not_kept_alone():
-    """A logit far below all others: whoever keeps its expert alone sends every token there, with weight one."""
+    """A logit far below all others: who keeps its expert alone sends every token there, with weight one."""
     model, ids = family_model("gpt_oss"), tokens(2)
     with torch.no_grad():
         for layer in find_moe_layers(model):
@@ -1225,7 +1225,7 @@ def test_group_limited_routers_keep_as_many_of_each_group():
 
 
 def with_largest(largest):
-    """Statistics of which nothing but the outputs' largest values means anything; ``largest`` is ``[L, E]``."""
+    """Statistics of which only the outputs' largest values mean anything; ``largest`` is ``[L, E]``."""
     layers, experts = largest.shape
     zeros = torch.zeros(2, experts, dtype=torch.float64)
     made = {}
@@ -1246,7 +1246,7 @@ def test_planted_super_experts_are_found():
         largest[place] = value
     found = super_experts(with_largest(largest))
     assert list(found) == [f"layer.{a}" for a in range(8)]
-    # 512 values: the 99.5th percentile lies below the three largest; the last quarter of layers does not count
+    # 512 values: the 99.5th percentile lies below the three largest; the last quarter of layers counts not
     assert {name: experts for name, experts in found.items() if experts} == {"layer.1": [10], "layer.2": [3]}
     largest[2, 3] = 90.0  # less than a tenth of the largest
     assert {n: e for n, e in super_experts(with_largest(largest)).items() if e} == {"layer.1": [10]}

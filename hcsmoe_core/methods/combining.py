@@ -18,7 +18,6 @@ from hcsmoe_core.steps import combine, refine
 
 ALIGNMENTS = ("none", "weights", "activations")
 NEURON_FEATURES = ("activations", "weights", "activations+weights")
-POOLS = ("members", "averages")
 ALIKE = 1 - 1e-6  # cosine above which a neuron is taken for a copy of another
 BATCH = 256  # neurons that are compared at once with those chosen
 REFIT_RIDGE = 0.1  # of refits of what neurons read, relative to the mean of each neuron's squared slopes
@@ -397,7 +396,7 @@ def trimmed(group, *, width=None, ridge: float = 0.02):
 
 
 @combine("selection", needs=("sample",), solves=True, matched=True)
-def selected(group, *, width=None, ridge: float = 0.02, pool: Literal[POOLS] = "members"):
+def selected(group, *, width=None, ridge: float = 0.02, pool: Literal["members", "averages"] = "members"):
     """The neurons of all members that best give what the group gave; what they write is solved for.
 
     ``pool="averages"`` lets the neurons of the members' average be chosen too.

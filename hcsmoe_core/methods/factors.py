@@ -274,15 +274,7 @@ def stored_bytes(factors, dtype):
     return sum(f.numbers * dtype.itemsize + len(f.rows) * torch.int64.itemsize for f in every)
 
 
-def _check_options(recipe):
-    share, rank = (recipe.by_kind["compress"][name] for name in ("share", "rank"))
-    if not 0 < share < 1:
-        raise InputError(f'The "share" argument must be above 0 and below 1; not {share}.')
-    if rank is not None:
-        check_count("rank", rank, 0)
-
-
-@step("low-rank", needs=("sample",), check=_check_options)
+@step("low-rank", needs=("sample",), fractions=("share",))
 @torch.no_grad()
 def compress_layers(layers, plan, stats, *, share: float = 0.5, rank: int | None = None):
     """MC-SMoE's second step: merged experts become what their factors, in their dtype, multiply out to.
