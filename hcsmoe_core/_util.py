@@ -57,11 +57,16 @@ class Table(UserDict):
         return self.data[check_choice(self.argument, name, self.data)]
 
 
+def require(condition, message: str):
+    """Raise InputError with a message unless a condition on the input holds."""
+    if not condition:
+        raise InputError(message)
+
+
 def check_choice(argument: str, value, choices):
     """``value``; InputError listing the choices if it is none of them."""
-    if value not in choices:
-        listed = ", ".join(f'"{c}"' for c in choices)
-        raise InputError(f'The "{argument}" argument must be one of {listed}; not {value!r}.')
+    listed = ", ".join(f'"{choice}"' for choice in choices)
+    require(value in choices, f'The "{argument}" argument must be one of {listed}; not {value!r}.')
     return value
 
 
@@ -71,9 +76,11 @@ def check_count(argument: str, value, low: int, high: int | None = None) -> int:
         count = low - 1 if isinstance(value, bool) else operator.index(value)
     except TypeError:
         count = low - 1
-    if count < low or (high is not None and count > high):
-        allowed = f"from {low} to {high}" if high is not None else f"of at least {low}"
-        raise InputError(f'The "{argument}" argument must be a whole number {allowed}; not {value!r}.')
+    allowed = f"from {low} to {high}" if high is not None else f"of at least {low}"
+    require(
+        low <= count <= (count if high is None else high),
+        f'The "{argument}" argument must be a whole number {allowed}; not {value!r}.',
+    )
     return count
 
 

@@ -220,16 +220,19 @@ def limits(plan, router, top_k, dtype):
     return lines
 
 
+def _number(value):
+    return "–" if value is None else f"{value:.4g}"
+
+
 def fidelity_text(fidelity):
     """What :func:`hcsmoe_core.score.fidelity.fidelity` measured, as Markdown."""
     models = fidelity["models"]
     kl = "KL divergence from the original (nats per token)"
     rows = [("", "perplexity", kl, "from the exact merge", "same likeliest next token")]
-    rows += [("original", f"{fidelity['original']['perplexity']:.4g}", 0, "", "")]
+    rows += [("original", _number(fidelity["original"]["perplexity"]), 0, "", "")]
     for name, scores in models.items():
-        numbers = [scores.get(key) for key in ("perplexity", "kl", "kl_from_mapped")]
-        cells = ["–" if number is None else f"{number:.4g}" for number in numbers]
-        rows.append((name, *cells, f"{scores['agreement']:.1%}"))
+        numbers = (_number(scores.get(key)) for key in ("perplexity", "kl", "kl_from_mapped"))
+        rows.append((name, *numbers, f"{scores['agreement']:.1%}"))
     errors = [("layer", *(f"{name}: {what}" for name in models for what in ("block", "hidden states")))]
     columns = [models[name][key] for name in models for key in ("block_error", "hidden_error")]
     for layer, *numbers in zip(fidelity["layers"], *columns, strict=True):

@@ -1,4 +1,4 @@
-"""The sparse MoE layers of a transformers model, and the few families whose layers differ from the others'."""
+"""The sparse MoE layers of a transformers model, and the few families whose layers differ."""
 
 import hashlib
 import inspect
@@ -41,8 +41,8 @@ def find_moe_layers(model) -> list[MoELayer]:
     if not layers:
         kind = type(model).__name__
         raise InputError(
-            f"No MoE layers found in {getattr(model, 'name_or_path', '') or kind} ({kind}): it is dense, or its "
-            "experts are not kept as the stacked tensors of transformers 5."
+            f"No MoE layers found in {getattr(model, 'name_or_path', '') or kind} ({kind}): it is dense, or "
+            "its experts are not kept as the stacked tensors of transformers 5."
         )
     return layers
 
@@ -66,7 +66,7 @@ def moe_layer(model, name: str) -> MoELayer:
 
 
 def decoder_layers(model) -> str:
-    """Name of the outermost list of decoder layers that the first MoE layer lies in; "" if it lies in none."""
+    """Name of the outermost list of decoder layers that holds the first MoE layer; "" if none does."""
     path = find_moe_layers(model)[0].name.split(".")
     names = [".".join(path[:i]) for i in range(1, len(path))]
     return next((name for name in names if isinstance(model.get_submodule(name), nn.ModuleList)), "")
@@ -125,7 +125,7 @@ class _LongcatFlash(MoELayer):
 
 
 class _Dbrx(MoELayer):
-    """DBRX: gate, up and down projections of all experts flattened into ``[E·I, D]`` each, in a module below."""
+    """DBRX: each projection of all experts flattened into ``[E·I, D]``, in a module below."""
 
     up_name = "gate_proj"
     activation = "mlp.activation_fn"
@@ -195,7 +195,7 @@ class _JetMoe(MoELayer):
 
 
 class _Llama4(MoELayer):
-    """Llama 4: every expert gets every token, multiplied with the router's score (zero where it was not chosen)."""
+    """Llama 4: every expert gets every token times the router's score, zero where it was not chosen."""
 
     unsolvable = "the router's score multiplies what experts read, not what they write"
     transposed = True
@@ -211,7 +211,7 @@ class _Llama4(MoELayer):
 
 
 class _Phimoe(MoELayer):
-    """PhiMoE: the router takes the best expert, then the best of the others, whatever its configuration says."""
+    """PhiMoE: the router takes the best expert, then the best of the others, whatever is configured."""
 
     fewest = 2
 
@@ -226,6 +226,7 @@ ENTRIES = {
 UNSUPPORTED = {
     "DogeCDMoE": "its experts are single neurons, looked up by product keys",
     "NllbMoeExperts": "transformers one-hot encodes a mask there, so that only experts 0 and 1 are ever run",
-    "SwitchTransformersExperts": "its experts are modules of their own in an encoder and a decoder, and drop tokens "
-    "that come after others in a sequence, so that what an expert does for a token cannot be told from the token",
+    "SwitchTransformersExperts": "its experts are modules of their own in an encoder and a decoder, and "
+    "drop tokens that come after others in a sequence, so that what an expert does for a token cannot be "
+    "told from the token",
 }

@@ -40,7 +40,7 @@ PRODUCT_SIZE = 1 << 27  # numbers that the up projections of several experts giv
 
 
 def whole_numbers(holder, names) -> dict[str, int]:
-    """Attributes of a module or a configuration that are whole numbers, by name, in the order of ``names``."""
+    """Attributes of a module or a configuration that are whole numbers, by name, in the order given."""
     values = {name: getattr(holder, name, None) for name in names}
     return {name: value for name, value in values.items() if isinstance(value, int)}
 
@@ -166,17 +166,17 @@ class MoELayer:
 
     @property
     def router_groups(self) -> int:
-        """Groups of neighbouring experts that a group-limited router chooses among first (DeepSeek-V3); else 1."""
+        """Groups of neighbouring experts that a router chooses among first (DeepSeek-V3); else 1."""
         return next((n for m in self.routing for n in whole_numbers(m, ROUTER_GROUPS).values()), 1)
 
     @property
     def fewest(self) -> int:
-        """Experts that the router's rule needs: one that chooses groups adds up the two best scores of each."""
+        """Experts that the router's rule needs: choosing groups adds up the two best scores of each."""
         return 2 if any(whole_numbers(m, ROUTER_GROUPS) for m in self.routing) else 1
 
     @property
     def affine(self) -> bool:
-        """Whether an expert's output is affine in its activations, so that means of one give means of the other."""
+        """Whether an expert's output is affine in its activations, so that their mean gives its mean."""
         return not getattr(self.experts, "has_post_expert_norm", False)
 
     @property
@@ -191,7 +191,7 @@ class MoELayer:
 
     @property
     def transposed(self) -> bool:
-        """Whether weights are stored as ``[E, D, 2I]`` and ``[E, I, D]``, not as ``[E, 2I, D]`` and ``[E, D, I]``."""
+        """Whether weights are ``[E, D, 2I]``, ``[E, I, D]`` rather than ``[E, 2I, D]``, ``[E, D, I]``."""
         return bool(getattr(self.experts, "is_transposed", False))
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -220,7 +220,7 @@ class MoELayer:
         return shapes
 
     def up_matrix(self, expert: int) -> torch.Tensor:
-        """Up projection of one expert, joined with the gate's where there is one: ``[2I, D]`` or ``[I, D]``."""
+        """Up projection of one expert, ``[2I, D]`` with the gate's, ``[I, D]`` where there is no gate."""
         up = self.tensors()[self.up_name][expert]
         return up.T if self.transposed else up
 
@@ -234,7 +234,7 @@ class MoELayer:
         return output if bias is None else output + bias[expert].flatten()
 
     def _activated(self, read):
-        """Activations ``[T, I]`` of what the up projection gave, ``[T, 2I]`` or, without a gate, ``[T, I]``."""
+        """Activations ``[T, I]`` of what the up projection gave, ``[T, 2I]`` or without a gate ``[T, I]``."""
         gated = getattr(self.experts, "has_gate", self.up_name != "up_proj")
         if gated and (family_function := gate_function(self.experts)):
             return family_function(read)
@@ -293,7 +293,7 @@ class MoELayer:
         return hidden.view(len(tokens), last - first, -1).sum(0, dtype=torch.float64)
 
     def neuron_rows(self, width: int | None = None) -> torch.Tensor:
-        """Rows of the up projection of each neuron, ``[I, p]``: its gate's and its own (p = 2), or its own (p = 1).
+        """Rows of the up projection per neuron, ``[I, p]``: its gate's and its own (p = 2), or its own.
 
         Parameters
         ----------
@@ -307,8 +307,8 @@ class MoELayer:
         """
         if not self.neurons_known:
             raise InputError(
-                f"{self.name}: which rows of {self.up_name} make which of the {self.width} neurons is not known, so "
-                'that neurons cannot be matched or chosen; use combine "average".'
+                f"{self.name}: which rows of {self.up_name} make which of the {self.width} neurons is not "
+                'known, so that neurons cannot be matched or chosen; use combine "average".'
             )
         return self._layout(self.width if width is None else width)
 
@@ -342,7 +342,7 @@ class MoELayer:
         return None
 
     def neurons(self, expert: int, dtype: torch.dtype | None = None) -> "Neurons":
-        """One expert neuron by neuron, whatever way the family stores it, by default in the weights' own dtype."""
+        """One expert neuron by neuron, however the family stores it; by default in the weights' dtype."""
         tensors, rows = self.tensors(), self.neuron_rows()
         bias, offset = (tensors.get(f"{name}_bias") for name in (self.up_name, DOWN))
         neurons = Neurons(
@@ -354,7 +354,7 @@ class MoELayer:
         return neurons.map(lambda tensor: tensor.detach().to(dtype or tensor.dtype))
 
     def _read(self, neurons, tokens):
-        """What neurons read of tokens, ``[T, p·I']``, in the order of the family's up projection, and that order."""
+        """What neurons read of tokens, ``[T, p·I']`` in the family's order, and that order."""
         rows = self.neuron_rows(len(neurons.up))
         up, bias = _by_row(neurons.up, rows), _by_row(neurons.bias, rows)
         return linear(tokens.to(up.dtype), up, bias), rows
@@ -364,7 +364,7 @@ class MoELayer:
         return self._activated(self._read(neurons, tokens)[0])
 
     def slopes(self, neurons: "Neurons", tokens: torch.Tensor) -> torch.Tensor:
-        """Derivatives ``[p, T, I']`` of activations by what each neuron reads: its gate's product and its own."""
+        """Derivatives ``[p, T, I']`` of activations by what neurons read: gates' products and their own."""
         read, rows = self._read(neurons, tokens)
         with torch.enable_grad():
             read = read.detach().requires_grad_()
@@ -427,12 +427,12 @@ def _by_row(parts, rows):
 
 
 def source_of(model):
-    """What reads the layers of a streamed model (:mod:`hcsmoe_core.scale.streaming`); None if it is in memory."""
+    """What reads the layers of a streamed model (:mod:`hcsmoe_core.scale`); None if it is in memory."""
     return getattr(model, "_source", None)
 
 
 def _find_router(block, experts, count):
-    """The innermost module of a block's router with one row for each of ``count`` experts, and its rows beyond them.
+    """The innermost module of a block's router with a row for each of ``count`` experts, and its other rows.
 
     It is looked for under its usual names first, then by its shape alone among the block's modules.
     """
@@ -450,7 +450,7 @@ def _matrix_rows(module):
 
 
 def router_logits(output, experts: int, extra: int = 0) -> torch.Tensor:
-    """Logits ``[T, E]`` among what a router returns, or ``[T, E + extra]`` where it has none of just the experts.
+    """Logits ``[T, E]`` among what a router returns, or ``[T, E + extra]`` where there are none of E columns.
 
     Raises
     ------
@@ -469,7 +469,7 @@ def router_logits(output, experts: int, extra: int = 0) -> torch.Tensor:
 
 
 def routing_tensors(layer: MoELayer, count: int) -> list[tuple[nn.Module, str, torch.Tensor]]:
-    """Tensors of a layer's routing that have one row for each of ``count`` experts: ``[(module, name, tensor), …]``.
+    """Tensors of a layer's routing with a row for each of ``count`` experts: ``[(module, name, tensor), …]``.
 
     Everything of that kind in the router and below it (also ``[1, E]``), and the vectors ``[E]`` of the
     modules that hold the router: some families keep a correction bias in the block. Rows beyond the experts'

@@ -98,7 +98,7 @@ def _router_changes(layer, labels, rows, scales, counts, merged):
 
 
 def _resized(holder, counts, top_k=None, ungroup=False):
-    """New values, by name, of the numbers of experts and of choices that a module or a configuration goes by."""
+    """New values, by name, of a module's or a configuration's numbers of experts and of choices."""
     new = {name: counts[value] for name, value in whole_numbers(holder, COUNTS).items() if value in counts}
     if top_k is not None:
         new |= {name: min(value, top_k) for name, value in whole_numbers(holder, CHOICES).items()}
@@ -125,21 +125,21 @@ def mixed_rows(tensor: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
 
 
 def _keeps_groups(layer, labels, rows):
-    """Whether a router with other rows can still choose among groups of experts first; True where it never did."""
+    """Whether a router with other rows still chooses among groups of experts first, if it ever did."""
     if layer.router is None:
         raise InputError(
-            f"{layer.name}: no router was found, so that its rows cannot be dropped; use a method that merges."
+            f"{layer.name}: no router was found, so that no rows can be dropped; use a method that merges."
         )
     if len(rows) < layer.fewest:
         raise InputError(
-            f"{layer.name}: its router's rule takes {layer.fewest} experts at least, and {len(rows)} would be left; "
-            'keep more, or let the router keep its rows (router "mapped").'
+            f"{layer.name}: its router's rule takes {layer.fewest} experts at least, and {len(rows)} would "
+            'be left; keep more, or let the router keep its rows (router "mapped").'
         )
     dropped = min(labels) < 0
     if dropped and (tables := _expert_tables(layer)):
         raise InputError(
-            f"{layer.name}: its router looks experts up in a table ({tables[0][1]}), token by token, so that none of "
-            "them can be dropped; use a method that merges."
+            f"{layer.name}: its router looks experts up in a table ({tables[0][1]}), token by token, so that "
+            "none of them can be dropped; use a method that merges."
         )
     if not any(whole_numbers(module, ROUTER_GROUPS) for module in layer.routing):
         return True
@@ -150,9 +150,9 @@ def _keeps_groups(layer, labels, rows):
     # Such a router adds up the two best scores of each group.
     if len(set(kept)) > 1 or min(kept) < 2:
         raise InputError(
-            f"{layer.name}: its router chooses among {groups} groups of experts first, which must stay of one size and "
-            f"have two experts at least, but {kept} of them would be kept; drop as many of each, or use a method that "
-            "merges."
+            f"{layer.name}: its router chooses among {groups} groups of experts first, which must stay of one "
+            f"size and have two experts at least, but {kept} of them would be kept; drop as many of each, or use "
+            "a method that merges."
         )
     return True
 
@@ -214,7 +214,7 @@ def lift_experts(layer: MoELayer):
 
 
 def lay_experts(layer: MoELayer, lifted) -> None:
-    """Put the merged experts back that :func:`lift_experts` took out: the same tensors, without another merge."""
+    """Put the merged experts back that :func:`lift_experts` took out: the same tensors."""
     merged, values = lifted
     _exchange(values)
     layer.experts._merged = merged
@@ -224,7 +224,7 @@ def lay_experts(layer: MoELayer, lifted) -> None:
 
 @contextlib.contextmanager
 def suspended(layers):
-    """Put the original experts of merged layers back during the block, and the merged ones after it, also on error.
+    """Put the original experts of merged layers back for the block, and the merged ones after it or an error.
 
     Layers that are not merged are left alone.
 

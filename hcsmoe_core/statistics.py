@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from hcsmoe_core._util import InputError, check_count, replacing, sha256_json
+from hcsmoe_core._util import InputError, check_count, replacing, require, sha256_json
 
 FORMAT = "hcsmoe-statistics-2"
 # What can be collected, with the sums that each is made of.
@@ -125,8 +125,8 @@ class Statistics:
         """Name of a layer given by number or by name; InputError if there is none."""
         names = list(self.layers)
         if isinstance(layer, str):
-            if layer not in self.layers:
-                raise InputError(f'The "layer" argument must be one of {", ".join(names)}; not {layer!r}.')
+            listed = ", ".join(names)
+            require(layer in names, f'The "layer" argument must be one of {listed}; not {layer!r}.')
             return layer
         return names[check_count("layer", layer, 0, len(names) - 1)]
 
@@ -145,12 +145,12 @@ class Statistics:
     def check(self, needs, purpose: str):
         """Raise InputError unless everything that ``purpose`` needs was collected."""
         missing = [need for need in needs if need not in self.needs]
-        if missing:
-            raise InputError(
-                f"{purpose} needs {' and '.join(map(repr, missing))}, but these statistics hold "
-                f"{', '.join(self.needs)} only; capture again with needs={(*self.needs, *missing)}, or on "
-                "the command line: hcsmoe capture MODEL --for METHOD."
-            )
+        require(
+            not missing,
+            f"{purpose} needs {' and '.join(map(repr, missing))}, but these statistics hold "
+            f"{', '.join(self.needs)} only; capture again with needs={(*self.needs, *missing)}, or on the "
+            "command line: hcsmoe capture MODEL --for METHOD.",
+        )
 
     def identity(self) -> dict:
         """Tokens, in whatever order, and sample of these statistics, for the plans made from them."""
@@ -168,44 +168,34 @@ class Statistics:
         return all(own[key] == recorded[key] for key in own.keys() & recorded.keys())
 
     def __add__(self, other):
-        """Statistics of the tokens of both, which must be disjoint; of what both collected.
-
-        Raises
-        ------
-        InputError
-            If the two are of different models.
-        """
+        """Statistics of the tokens of both, which must be disjoint: of one model, and what both collected."""
         if not isinstance(other, Statistics):
             return NotImplemented
-        if self.model["hash"] != other.model["hash"]:
-            raise InputError(
-                f"These statistics are of different models: {self.model['name']} and {other.model['name']}. "
-                "Capture both on the same checkpoint."
-            )
-        shared = (Counter(self.sequences) & Counter(other.sequences)).total()
-        if shared:
-            warnings.warn(
-                f"{shared} calibration sequences are in both statistics and now count twice.", stacklevel=2
-            )
+        require(
+            self.model["hash"] == other.model["hash"],
+            f"These statistics are of different models: {self.model['name']} and {other.model['name']}. "
+            "Capture both on the same checkpoint.",
+        )
+        if shared := (Counter(self.sequences) & Counter(other.sequences)).total():
+            message = f"{shared} calibration sequences are in both statistics and now count twice."
+            warnings.warn(message, stacklevel=2)
         domains = list(dict.fromkeys(self.domains + other.domains))
         sequences = self.sequences + other.sequences
         sampled, order = _joined_sample(self, other, domains, sequences)
         layers = {}
         for name, first in self.layers.items():
             second = other.layers[name]
-            shares = {key: (value, second.held().get(key)) for key, value in first.held().items()}
             joined = {
-                key: _joined(self, other, key, a, b, domains)
-                for key, (a, b) in shares.items()
-                if b is not None
+                key: _joined(self, other, key, value, second.held()[key], domains)
+                for key, value in first.held().items()
+                if key in second.held()
             }
             if sampled is not None:
                 pairs = [(getattr(first.sample, key), getattr(second.sample, key)) for key in SAMPLED]
                 joined["sample"] = LayerSample(*(torch.cat(pair)[order] for pair in pairs))
             layers[name] = LayerStatistics(**joined)
-        model = dict(self.model)
-        if every := max(s.model.get("every", 0) for s in (self, other)):
-            model["every"] = every
+        every = max(stats.model.get("every", 1) for stats in (self, other))
+        model = self.model | ({"every": every} if every > 1 else {})
         return Statistics(layers, domains, model, sequences, sampled)
 
     def save(self, path):
@@ -286,15 +276,7 @@ def _digest(tensors, record):
 
 
 def load_statistics(path) -> Statistics:
-    """Read statistics that :meth:`Statistics.save` wrote.
-
-    Raises
-    ------
-    FileNotFoundError
-        If there is no such file.
-    InputError
-        If the file is of another kind, cut short, or was changed after it was written.
-    """
+    """Read statistics that :meth:`Statistics.save` wrote; InputError if the file is none, or is damaged."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(
@@ -306,11 +288,11 @@ def load_statistics(path) -> Statistics:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except SafetensorError as error:
         raise InputError(f"{path} is not a readable statistics file ({error}); capture again.") from None
-    if header.get("format") != FORMAT:
-        raise InputError(f"{path} is no statistics file of this version of hcsmoe ({FORMAT}); capture again.")
+    version = f"{path} is no statistics file of this version of hcsmoe ({FORMAT}); capture again."
+    require(header.get("format") == FORMAT, version)
     record = header["about"]
-    if _digest(tensors, record) != header["sha256"]:
-        raise InputError(f"{path} was changed since it was written; capture again.")
+    unchanged = _digest(tensors, record) == header["sha256"]
+    require(unchanged, f"{path} was changed since it was written; capture again.")
     layers, sampled = {}, tensors.get("sampled")
     for name in record["layers"]:
         values = {key: tensors[f"{name}/{key}"] for key in SUMS if f"{name}/{key}" in tensors}

@@ -22,6 +22,7 @@ from hcsmoe_core import (
     save_merged,
 )
 from hcsmoe_core._util import InputError
+from hcsmoe_core.export import fidelity_text
 from hcsmoe_core.methods.router import PENALTY, folded_rows
 from hcsmoe_core.plan import LayerPlan, Plan, load_plan, with_router
 from hcsmoe_core.score.fidelity import fidelity, unseen
@@ -169,7 +170,7 @@ def test_folding_is_nearer_to_the_exact_merge_than_keeping_rows(tmp_path):
     rows = calibration_tokens("demo", tokenizer, sequences=44, length=128, seed=0)
     stats = capture(model, rows[:40], needs=NEEDS, progress=False)
     found = {}
-    for router in ("row-kept", "average", "folded"):
+    for router in ("row-kept", "averaged", "folded"):
         plan = make_plan(stats, model, experts=16, router=router)
         found[router] = fidelity(
             model, plan, unseen(rows, stats.sequences, length=128), stats=stats, progress=False
@@ -343,6 +344,15 @@ def test_the_card_tells_what_was_done(model, stats, tmp_path):
     assert load_plan(tmp_path / "m" / "plan.json").layers[0].router == "folded"
 
 
+def test_a_model_that_predicts_no_tokens_has_no_perplexity(model, stats):
+    measured = fidelity(model, make_plan(stats, model, experts=4), tokens(1, seed=9), progress=False)
+    for scores in (measured["original"], measured["models"]["mapped"]):
+        scores["perplexity"] = None
+    text = fidelity_text(measured)
+    assert "| original | – | 0 |" in text
+    assert "| mapped | – | " in text
+
+
 def test_the_card_of_a_model_from_a_folder_shows_no_path(input_ids, tmp_path):
     tiny_model("mixtral").save_pretrained(tmp_path / "original")
     model, _ = load_model(tmp_path / "original")
@@ -441,8 +451,9 @@ def write_all(family, folder, ids):
         try:
             plan = plan_of(kind, stats, model)
             router = "mapped" if kind == "mapped" else "plain"
+            save_merged(model, plan, folder / kind, stats=stats, router=router)
             measured = fidelity(model, plan, families.tiny_tokens(1, 8, seed=3), stats=stats, progress=False)
-            save_merged(model, plan, folder / kind, stats=stats, router=router, fidelity=measured)
+            assert f"| {next(iter(measured['models']))} | " in fidelity_text(measured)
             apply_plan(model, plan, stats)
         except ValueError as error:
             refused[kind] = str(error)

@@ -92,8 +92,9 @@ def test_identity_changes_no_bit(family, implementation):
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("family", SUPPORTED)
 def test_twins_share_one_expert(family, implementation):
-    # Merged experts get their tokens in one product instead of two, which rounds otherwise: see it in float64 where there is
-    # a kernel for it. Some families go through float32 inside whatever they are given, and Inkling 2 takes nothing wider.
+    # Merged experts get their tokens in one product instead of two, which rounds otherwise: see it in float64
+    # where there is a kernel for it. Some families go through float32 inside whatever they are given, and
+    # Inkling 2 takes nothing wider.
     wide = implementation != "grouped_mm" and family != "inkling2"
     model = built(family, torch.float64 if wide else torch.float32, implementation)
     ids = tiny_tokens()
@@ -113,7 +114,7 @@ def test_twins_share_one_expert(family, implementation):
 
 
 class Trace:
-    """What reaches every experts module, and a naive dense pass over it: each expert alone on every token, in float64."""
+    """What reaches every experts module: tokens, and which experts they are sent to."""
 
     def __init__(self, model, ids):
         self.tokens, self.chosen, handles = {}, {}, []
@@ -270,3 +271,22 @@ def test_a_router_that_takes_two_experts_is_not_left_with_one(family, tmp_path):
     save_merged(model, mapped, tmp_path / "m")
     live = outputs(families.apply_plan(model, mapped), ids)
     assert torch.equal(outputs(families.aligned(families.load_merged(tmp_path / "m")), ids), live)
+
+
+def test_families_are_tried_out_by_their_tool(tmp_path, capsys):
+    families.main(["mixtral", "doge", "--out", str(tmp_path / "table.json")])
+    content = json.loads((tmp_path / "table.json").read_text())
+    listed = {row["family"]: row for row in ROWS}
+    assert content["transformers"] == transformers.__version__
+    assert [row["family"] for row in content["families"]] == ["doge", "mixtral"]
+    if transformers.__version__ == VERSION:
+        assert content["families"] == [listed["doge"], listed["mixtral"]]
+    printed = capsys.readouterr().out.strip().splitlines()
+    assert printed[:-1] == family_table.table(content["families"]).splitlines()
+    assert printed[-1] == str(tmp_path / "table.json")
+
+
+def test_the_tool_names_the_families_where_one_is_misspelt(capsys):
+    with pytest.raises(SystemExit):
+        families.main(["mixtrall"])
+    assert "mixtrall is none of the families: afmoe, " in capsys.readouterr().err

@@ -276,7 +276,7 @@ def test_notebooks_take_it(tmp_path, monkeypatch):
     model.save_pretrained(tmp_path / "m")
     model.name_or_path = str(tmp_path / "m")
     source = dict(calibration="self:batch=4", sequences=6, length=20)
-    stats = cache.statistics(model, None, folder=tmp_path / "s", seed=9, **source)
+    stats = cache.cached_statistics(model, None, folder=tmp_path / "s", seed=9, **source)
     wanted = capture(
         model, own_text(model, sequences=6, length=20, seed=9, batch=4, folder=None), progress=False
     )

@@ -7,10 +7,9 @@ import torch
 from conftest import tiny_model, tokens
 from naive import expert
 
+from benchmarks import figures, theory
 from hcsmoe_core import apply_plan, capture, find_moe_layers, make_plan, restore
-from benchmarks import theory
 from hcsmoe_core.studies.pipeline import layer_outputs, split_sample
-from hcsmoe_core.ui import figures
 
 
 @pytest.fixture(scope="module")

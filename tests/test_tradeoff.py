@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from benchmarks import equal_bytes as tradeoff
-from hcsmoe_core.ui import figures
+from benchmarks import figures
 
 
 def cells(points):

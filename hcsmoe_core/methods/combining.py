@@ -38,17 +38,6 @@ def _for_features(options):
     return ("sample",) if "activations" in options["features"].split("+") else ()
 
 
-def _check_fraction(name):
-    """Check of a recipe: an option of its combination must be above 0 and at most 1."""
-
-    def check(recipe):
-        value = recipe.by_kind["combine"][name]
-        if not 0 < value <= 1:
-            raise InputError(f'The "{name}" argument must be above 0 and at most 1; not {value}.')
-
-    return check
-
-
 @combine("average", needs=_for_alignment)
 def averaged(group, *, align: Literal[ALIGNMENTS] = "none"):
     """Weighted average, of neurons in the order of the dominant expert's where they are aligned to it."""
@@ -70,7 +59,7 @@ def aligned(group, align):
     return ordered
 
 
-@combine("ties", check=_check_fraction("density"))
+@combine("ties", fractions=("density",))
 def ties(group, *, density: float = 0.2):
     """TIES (arXiv 2306.01708; MergeME, arXiv 2502.00997): trim, elect a sign, average what agrees.
 
@@ -91,7 +80,7 @@ def ties(group, *, density: float = 0.2):
     return _unflattened(mean + (weights * changes).sum(0) / share, group.experts[0])
 
 
-@combine("dare", random=True, check=_check_fraction("density"))
+@combine("dare", random=True, fractions=("density",))
 def dare(group, *, density: float = 0.5, seed: int = 0):
     """DARE (arXiv 2311.03099; MergeME, arXiv 2502.00997): drop at random, rescale, average.
 
@@ -380,7 +369,7 @@ def _reading_step(group, neurons, residual):
     return x.transpose(0, 1).to(neurons.up.dtype)
 
 
-@combine("joint-svd", needs=_for_alignment, check=_check_fraction("rank"))
+@combine("joint-svd", needs=_for_alignment, fractions=("rank",))
 def joint_svd(group, *, align: Literal[ALIGNMENTS] = "none", rank: float = 0.5):
     """One singular value decomposition of all members, right vectors averaged (Sub-MoE, arXiv 2506.23266).
 

@@ -68,7 +68,7 @@ def chance(layer):
     return drawn[canonical_rank(layer.sums)]
 
 
-@step("o-prune", needs=("sample",), chooses=True, random=True, model=True)
+@step("o-prune", needs=("sample",), chooses=True, random=True, weights=True)
 def least_loss(layer, count, *, loss: Literal[LOSSES] = "squared", subsets: int = SUBSETS):
     """The experts that change the layer's output least by not being there (NAEE, arXiv 2402.14800).
 
@@ -102,7 +102,7 @@ def prune(layers, counts):
     """The protected experts, and those worth most, stay as they are; the others and their router rows go."""
     planned = []
     for layer, count in zip(layers, counts, strict=True):
-        saliency, options = layer.recipe.step("saliency"), layer.recipe.by_kind["saliency"]
+        saliency, options = layer.recipe.present["saliency"], layer.recipe.by_kind["saliency"]
         if saliency.properties.get("chooses"):
             kept = saliency(layer, count, **options)
         else:
@@ -132,8 +132,8 @@ def _best_of_router_groups(worth, count, layer):
         if np.isinf(members).sum() > each:
             raise InputError(
                 f'The "experts" argument leaves {each} experts in each group that the router of {layer.name} '
-                f"chooses among, but {np.isinf(members).sum()} of one must be kept; keep more experts, or switch "
-                "the guard off."
+                f"chooses among, but {np.isinf(members).sum()} of one must be kept; keep more experts, or "
+                "switch the guard off."
             )
         kept += (first + np.argsort(-members, kind="stable")[:each]).tolist()
     return sorted(kept)

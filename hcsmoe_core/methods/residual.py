@@ -46,7 +46,7 @@ AVERAGE = {"rule": "average", "align": "none"}
     because="it gives each layer as many bytes and chooses what to do with every expert",
     whole=True,
     widths=True,
-    model=True,
+    weights=True,
     refit=2,
     kind="refits",
 )
@@ -183,7 +183,7 @@ def held_out(sampled, by, domains=()):
     several = [sequences for sequences in of_domain if len(sequences) > 1]
     if not several:
         raise InputError(
-            "To hold some out, the sample needs tokens of at least two calibration sequences; calibrate on more."
+            "To hold some out, the sample needs tokens of two calibration sequences; calibrate on more."
         )
     return torch.isin(
         sequence, torch.cat([s[HELD_OUT - 1 :: HELD_OUT] if len(s) >= HELD_OUT else s[-1:] for s in several])
