@@ -28,7 +28,11 @@ from hcsmoe_core.moe import routing_tensors
 from hcsmoe_core.statistics import NEEDS
 
 ALL = tuple(NEEDS)
-PLAIN = [name for name in METHODS if resolve(name).kind in ("prunes", "trims") or resolve(name).steps["router"] != "mapped"]
+PLAIN = [
+    name
+    for name in METHODS
+    if resolve(name).kind in ("prunes", "trims") or resolve(name).steps["router"] != "mapped"
+]
 OPTIONS = {"o-prune": {"subsets": 50}}
 
 
@@ -173,12 +177,16 @@ def test_factors_take_fewer_bytes_and_are_written_dense(measured, tmp_path):
     for layer in find_moe_layers(model):
         dense = sum(t.numel() for t in layer.tensors().values()) * 2
         assert dense * 0.4 < layer.experts._merged.compressed_bytes
-    numbers = 3 * 4 * 3 * 32 * 24 // 2  # half of the weights at 2 bytes each, and 8 bytes for each row that is stored
+    numbers = (
+        3 * 4 * 3 * 32 * 24 // 2
+    )  # half of the weights at 2 bytes each, and 8 bytes for each row that is stored
     stored = sum(layer.experts._merged.compressed_bytes for layer in find_moe_layers(model))
     assert 2 * (numbers - 32) < stored < 2 * numbers + 8 * 3 * 4 * (24 + 24 + 32)
     save_merged(model, plan, tmp_path / "m", stats=stats)
     restore(model)
-    assert torch.equal(logits(load_merged(tmp_path / "m", experts_implementation="eager"), tokens(seed=2)), live)
+    assert torch.equal(
+        logits(load_merged(tmp_path / "m", experts_implementation="eager"), tokens(seed=2)), live
+    )
 
 
 def test_two_plans_of_the_same_groups_are_told_apart(measured, tmp_path):

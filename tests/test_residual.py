@@ -136,7 +136,9 @@ def test_no_more_tokens_decide_than_tell_the_neurons_apart(mixtral):
     stats = captured(mixtral, sequences=40)
     sums = next(iter(stats.layers.values()))
     decides = residual.held_out(stats.sampled, "sequences")
-    few = residual.Scorer(moe_layer(mixtral, next(iter(stats.layers))), sums, decides, "frequency", tokens=100)
+    few = residual.Scorer(
+        moe_layer(mixtral, next(iter(stats.layers))), sums, decides, "frequency", tokens=100
+    )
     assert sum(len(sample.inputs) for sample in few.samples) == 24 * residual.EACH * EXPERTS // 2
     assert torch.equal(few.samples[0].inputs, sums.sample.inputs[:384][~decides[:384]])
 

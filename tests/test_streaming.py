@@ -259,9 +259,7 @@ def test_a_full_disk_is_told_and_writing_goes_on(stored, input_ids, tmp_path, mo
         usual(*arguments, **options)
 
     monkeypatch.setattr(modeling_utils, "safe_save_file", full)
-    with pytest.raises(
-        OSError, match="cannot be written .*No space left on device.* is the disk full"
-    ):
+    with pytest.raises(OSError, match="cannot be written .*No space left on device.* is the disk full"):
         stream_merged(model, plan, tmp_path / "b", tmp_path / "work-b")
     assert not (tmp_path / "b").exists()
     assert not any(layer.merged for layer in find_moe_layers(model))

@@ -31,7 +31,7 @@ from hcsmoe_core.similarity import (
     metric_of,
     parts_of,
 )
-from hcsmoe_core.statistics import SAMPLE, Statistics
+from hcsmoe_core.statistics import DEFAULT_NEEDS, SAMPLE, Statistics
 from hcsmoe_core.text.calibration import calibration_tokens, domains_of
 
 
@@ -149,7 +149,8 @@ def growing(
     ends = sorted({max(1, round(sequences / 2**step)) for step in range(steps)})
     captured = []
     for before, end in itertools.pairwise([0, *ends]):
-        part = capture(model, input_ids[before:end], batch_size=batch_size, domains=domains[before:end])
+        options = dict(needs=DEFAULT_NEEDS, batch_size=batch_size, domains=domains[before:end])
+        part = capture(model, input_ids[before:end], **options)
         captured.append(part)
     return list(itertools.accumulate(captured))
 
