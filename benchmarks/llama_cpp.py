@@ -31,7 +31,8 @@ import json, sys
 import llama_cpp, numpy
 gguf, ids, out, new = sys.argv[1:]
 rows = numpy.load(ids).tolist()
-model = llama_cpp.Llama(gguf, n_ctx=512, n_batch=512, n_threads=1, logits_all=True, type_k=0, type_v=0, verbose=False)
+options = dict(n_ctx=512, n_batch=512, n_threads=1, logits_all=True, type_k=0, type_v=0)
+model = llama_cpp.Llama(gguf, **options, verbose=False)
 logits, written = [], []
 for row in rows:
     model.reset()
