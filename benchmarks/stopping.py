@@ -1,10 +1,13 @@
-"""What a capture that stops by itself, or applies experts to some tokens alone, leaves of the groups that all tokens give.
+"""What a capture that stops by itself, or applies experts to some tokens alone, leaves of the groups that all
+tokens give.
 
-    python benchmarks/stopping.py --out benchmarks/results/stopping.json        # the embedded models, three minutes
+    python benchmarks/stopping.py --out benchmarks/results/stopping.json        # the embedded models, three
+    minutes
 
-Of each embedded model, up to --sequences × 256 tokens of its calibration text: where it stops at each agreement, or excess,
-asked for, the tokens that each layer needed, the adjusted Rand index of its groups with those of all tokens, and the loss of
-the model merged to half its experts by them (HC-SMoE). Then the same for experts on every k-th token of all sequences.
+Of each embedded model, up to --sequences × 256 tokens of its calibration text: where it stops at each
+agreement, or excess, asked for, the tokens that each layer needed, the adjusted Rand index of its groups with
+those of all tokens, and the loss of the model merged to half its experts by them (HC-SMoE). Then the same for
+experts on every k-th token of all sequences.
 """
 
 import argparse

@@ -161,7 +161,8 @@ def test_cells_are_measured_once_whole_or_streamed(tmp_path, monkeypatch):
 
     monkeypatch.setattr(reproduce, "make_plan", planned)
     with pytest.raises(
-        RuntimeError, match=r"2 of 13 cells failed; run again to retry them.\n  s-prune, 6 of 8 experts: not today\n"
+        RuntimeError,
+        match=r"2 of 13 cells failed; run again to retry them.\n  s-prune, 6 of 8 experts: not today\n",
     ):
         reproduce.run("mixtral-8x7b", **SMALL, folder=tmp_path / "whole")
     out = reproduce.run("mixtral-8x7b", **SMALL, folder=tmp_path / "whole")

@@ -19,6 +19,7 @@ from hcsmoe_core import (
     merge_tree,
 )
 from hcsmoe_core.clustering import LINKAGES
+from hcsmoe_core.statistics import DEFAULT_NEEDS
 from hcsmoe_core.studies import stability
 from hcsmoe_core.ui import figures
 
@@ -26,7 +27,7 @@ from hcsmoe_core.ui import figures
 @pytest.fixture(scope="module")
 def measured():
     model = tiny_model("mixtral")
-    return model, capture(model, tokens())
+    return model, capture(model, tokens(), needs=DEFAULT_NEEDS)
 
 
 def naive_cophenetic(tree, condensed):
