@@ -17,14 +17,20 @@ from hcsmoe_core import (
     load_model,
     load_plan,
     make_plan,
-    make_plans,
-    merge_tree,
     restore,
     save_merged,
 )
 from hcsmoe_core.collect import expected_bytes
 from hcsmoe_core.families import find_moe_layers
-from hcsmoe_core.methods import format_settings, option_names, parse_settings, resolve, table
+from hcsmoe_core.methods import (
+    format_settings,
+    make_plans,
+    merge_tree,
+    option_names,
+    parse_settings,
+    resolve,
+    table,
+)
 from hcsmoe_core.methods.summary import summarise
 from hcsmoe_core.moe import routing_tensors
 from hcsmoe_core.statistics import NEEDS

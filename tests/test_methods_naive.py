@@ -20,7 +20,6 @@ from sklearn.metrics import silhouette_score
 from test_capture import router_name
 
 from hcsmoe_core import (
-    LayerPlan,
     Plan,
     apply_plan,
     capture,
@@ -43,6 +42,7 @@ from hcsmoe_core.methods.pruning import (
     saliency,
     super_experts,
 )
+from hcsmoe_core.plan import LayerPlan
 from hcsmoe_core.similarity import coordinates, metric_of, parts_of, scale_of
 from hcsmoe_core.statistics import DEFAULT_NEEDS, NEEDS, LayerStatistics, Statistics
 

@@ -18,21 +18,18 @@ from safetensors.torch import load_file, save_file
 
 from hcsmoe_core import (
     capture,
-    capture_until_stable,
     find_moe_layers,
     load_merged,
     load_model,
     load_statistics,
     make_plan,
-    open_model,
     save_merged,
-    stream_capture,
-    stream_merged,
-    stream_model,
 )
 from hcsmoe_core.plan import with_router
 from hcsmoe_core.scale import streaming
+from hcsmoe_core.scale.streaming import open_model, stream_capture, stream_merged, stream_model
 from hcsmoe_core.score.fidelity import fidelity, observer
+from hcsmoe_core.studies.stability import capture_until_stable
 from hcsmoe_core.ui import family_table
 from tools import family_table as families
 

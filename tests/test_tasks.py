@@ -12,7 +12,7 @@ import torch
 from test_cli import hcsmoe
 
 import hcsmoe_core as core
-from hcsmoe_core.score.evaluation import PAPER_TASKS
+from hcsmoe_core.score.evaluation import PAPER_TASKS, paired
 
 SUBJECTS = 57
 
@@ -141,7 +141,7 @@ def test_a_group_counts_every_item_alike_and_pools_its_errors(results):
     assert found["items"] == count
     within = sum(((i - i.mean()) ** 2).sum() for i in items) / (count - SUBJECTS)
     assert found["acc_stderr"] == pytest.approx(math.sqrt(within / count))
-    table = core.paired(merged, original).set_index(["metric", "task"])
+    table = paired(merged, original).set_index(["metric", "task"])
     changes = [
         np.array(merged["items"][task]["acc"]) - np.array(original["items"][task]["acc"]) for task in subjects
     ]
