@@ -1,9 +1,11 @@
-"""Are the embedded models fit for their purpose? Accuracy, loss, expert load, and what merging costs from E to E/4.
+"""Are the embedded models fit for their purpose? Accuracy, loss, expert load, and what merging costs from E
+to E/4.
 
     python benchmarks/fitness.py --out benchmarks/results/fitness.json      # about five minutes on two cores
 
-HC-SMoE (expert outputs, average linkage, frequency weights), calibrated on 96 × 256 tokens of the calibration split; all
-300 held-out items of each task, and held-out text of the ten procedural domains. The same digits on every run.
+HC-SMoE (expert outputs, average linkage, frequency weights), calibrated on 96 × 256 tokens of the calibration
+split; all 300 held-out items of each task, and held-out text of the ten procedural domains. The same digits
+on every run.
 """
 
 import argparse

@@ -1,11 +1,13 @@
 """Merging a checkpoint that is larger than the memory given, beside merging one that fits whole and streamed.
 
-    python benchmarks/stream.py --out benchmarks/results/stream.json                 # 8.5 GB and 1.3 GB on disk, an hour or so
+    python benchmarks/stream.py --out benchmarks/results/stream.json                 # 8.5 GB and 1.3 GB on
+    disk, an hour or so
 
-Random Qwen2-MoE-shaped bfloat16 checkpoints are written shard by shard, without ever being held, then merged to half their
-experts by ``hcsmoe merge`` in a process of its own, on random token ids: weights and text mean nothing, only the work does. The
-large one is streamed under a cap; the small one is merged both ways, and the two checkpoints must be the same, byte for byte.
-Peak memory is what Linux tells of the process when it ends (VmHWM, in bytes, files mapped into memory included).
+Random Qwen2-MoE-shaped bfloat16 checkpoints are written shard by shard, without ever being held, then merged
+to half their experts by ``hcsmoe merge`` in a process of its own, on random token ids: weights and text mean
+nothing, only the work does. The large one is streamed under a cap; the small one is merged both ways, and the
+two checkpoints must be the same, byte for byte. Peak memory is what Linux tells of the process when it ends
+(VmHWM, in bytes, files mapped into memory included).
 """
 
 import argparse

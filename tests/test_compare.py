@@ -1,4 +1,6 @@
-"""Methods side by side: cells that resume, verdicts that follow from the samples, a table that says what was refused."""
+"""Methods side by side: cells that resume, verdicts that follow from the samples, a table that says what was
+refused.
+"""
 
 import json
 import math

@@ -228,7 +228,9 @@ def test_notebooks_run_with_default_and_with_changed_parameters_and_draw_the_sam
 
 @pytest.mark.slow
 def test_notebooks_run_on_any_model_folder(tmp_path):
-    """Another family with a dense first layer, calibrated on a text file; and a sweep without the unmerged model."""
+    """Another family with a dense first layer, calibrated on a text file; and a sweep without the unmerged
+    model.
+    """
     config = Qwen3MoeConfig(
         vocab_size=models.VOCABULARY,
         hidden_size=32,

@@ -46,7 +46,7 @@ def test_samples_are_split_by_sequences(captured):
     name = next(iter(stats.layers))
     rows = torch.isin(stats.sampled[:, 0], judge.sampled[:, 0])
     assert torch.equal(judge.layers[name].sample.inputs, stats.layers[name].sample.inputs[rows])
-    assert fit.identity() == stats.identity()
+    assert fit.identity() | {"sample": 0} == stats.identity() | {"sample": 0}
 
 
 COSTS = (4.0, 0.5, 2.0)

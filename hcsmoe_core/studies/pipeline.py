@@ -27,7 +27,7 @@
 
 import contextlib
 import sys
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +46,8 @@ from hcsmoe_core.plan import JOINED, Plan, load_plan
 from hcsmoe_core.scale import ranks
 from hcsmoe_core.scale.streaming import open_model, stream_capture, stream_merged, tidied, work_folder
 from hcsmoe_core.score import fidelity as scoring
-from hcsmoe_core.statistics import SAMPLE, LayerSample, Statistics, load_statistics, sequence_hashes
-from hcsmoe_core.studies.stability import capture_until_stable, stability_table
+from hcsmoe_core.statistics import SAMPLE, Statistics, load_statistics, sequence_hashes
+from hcsmoe_core.studies.stability import capture_until_stable, stability_table, with_rows
 from hcsmoe_core.studies.tables import model_size
 from hcsmoe_core.text.calibration import calibration_settings, calibration_tokens, domains_of, own_sequences
 from hcsmoe_core.text.own_text import GRAM, NAME, repetition
@@ -382,15 +382,7 @@ def split_sample(stats: Statistics) -> tuple[Statistics, Statistics]:
     """
     domains, sequences = stats.sampled[:, 2].unique(), stats.sampled[:, [0, 2]].unique(dim=0)
     judges = held_out(stats.sampled, "sequences" if len(sequences) > len(domains) else "domains")
-
-    def part(rows):
-        def some(sample):
-            return LayerSample(*(getattr(sample, f.name)[rows] for f in fields(sample)))
-
-        layers = {name: replace(layer, sample=some(layer.sample)) for name, layer in stats.layers.items()}
-        return replace(stats, layers=layers, sampled=stats.sampled[rows])
-
-    return part(~judges), part(judges)
+    return with_rows(stats, ~judges), with_rows(stats, judges)
 
 
 @torch.no_grad()

@@ -6,10 +6,11 @@ import functools
 import itertools
 import operator
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from scipy.cluster import hierarchy
 from scipy.spatial.distance import squareform
@@ -30,7 +31,7 @@ from hcsmoe_core.similarity import (
     metric_of,
     needs_of,
 )
-from hcsmoe_core.statistics import SAMPLE, Statistics
+from hcsmoe_core.statistics import DEFAULT_NEEDS, SAMPLE, Statistics
 from hcsmoe_core.text.calibration import calibration_tokens, domains_of
 
 
@@ -57,8 +58,6 @@ def quality_table(
         (1979), smaller is better, NaN where the distances are not between points; ``largest`` group and
         ``alone``, the experts joined with none.
     """
-    import pandas as pd
-
     rows, metric = [], metric_of(similarity)
     for layer in stats.layers:
         condensed = distances(stats, layer, similarity=similarity, model=model)
@@ -67,12 +66,17 @@ def quality_table(
             tree = tree_of(condensed, method, metric=metric)
             labels = cut(tree, groups)
             sizes, defined = np.bincount(labels), 1 < groups < len(labels)
-            row = {"layer": layer, "linkage": method}
-            row["cophenetic correlation"] = hierarchy.cophenet(tree, condensed)[0]
-            row["silhouette"] = silhouette_score(square, labels, metric="precomputed") if defined else np.nan
             scored = defined and points is not None
-            row["Davies-Bouldin"] = davies_bouldin_score(points, labels) if scored else np.nan
-            rows.append(row | {"largest": int(sizes.max()), "alone": int((sizes == 1).sum())})
+            row = {
+                "layer": layer,
+                "linkage": method,
+                "cophenetic correlation": hierarchy.cophenet(tree, condensed)[0],
+                "silhouette": silhouette_score(square, labels, metric="precomputed") if defined else np.nan,
+                "Davies-Bouldin": davies_bouldin_score(points, labels) if scored else np.nan,
+                "largest": int(sizes.max()),
+                "alone": int((sizes == 1).sum()),
+            }
+            rows.append(row)
     return pd.DataFrame(rows)
 
 
@@ -109,8 +113,6 @@ def agreement_over_samples(
     pandas.DataFrame
         ``linkage``, ``layer``, ``samples`` and ``agreement``, the adjusted Rand index.
     """
-    import pandas as pd
-
     rows = []
     for method in allowed_linkages(similarity, linkages):
         found = [partitions(s, model, similarity=similarity, linkage=method, groups=groups) for s in samples]
@@ -148,8 +150,8 @@ def growing(
     ends = sorted({max(1, round(sequences / 2**step)) for step in range(steps)})
     captured = []
     for before, end in itertools.pairwise([0, *ends]):
-        part = capture(model, input_ids[before:end], batch_size=batch_size, domains=domains[before:end])
-        captured.append(part)
+        options = dict(needs=DEFAULT_NEEDS, batch_size=batch_size, domains=domains[before:end])
+        captured.append(capture(model, input_ids[before:end], **options))
     return list(itertools.accumulate(captured))
 
 
@@ -173,17 +175,20 @@ def agreement_over_size(
         part, and ``excess``, how much more the part's groups :func:`spread` than those, by the distances of
         the last part.
     """
-    import pandas as pd
-
     rows, metric = [], metric_of(similarity)
     for layer, name in enumerate(parts[-1].layers):
         between = [distances(stats, name, similarity=similarity, model=model) for stats in parts]
         for method in allowed_linkages(similarity, linkages):
             *found, whole = [cut(tree_of(condensed, method, metric=metric), groups) for condensed in between]
             for stats, labels in zip(parts, found, strict=False):
-                row = {"linkage": method, "layer": layer, "tokens": stats.num_tokens}
-                row["agreement"] = float(adjusted_rand_score(labels, whole))
-                rows.append(row | {"excess": extra_spread(labels, whole, between[-1], metric)})
+                row = {
+                    "linkage": method,
+                    "layer": layer,
+                    "tokens": stats.num_tokens,
+                    "agreement": float(adjusted_rand_score(labels, whole)),
+                    "excess": extra_spread(labels, whole, between[-1], metric),
+                }
+                rows.append(row)
     order = ["linkage", "tokens", "layer"]
     return pd.DataFrame(rows).sort_values(order, key=_by_appearance, ignore_index=True)
 
@@ -254,7 +259,7 @@ def capture_until_stable(
             break
     limit = {"agreement": float(agreement)} if excess is None else {"excess": float(excess)}
     stability = limit | trees | _summary(looks, cuts, agreement, excess)
-    return replace(_first_rows(stats[0] + stats[1], sample), stability=stability)
+    return replace(with_rows(stats[0] + stats[1], slice(sample)), stability=stability)
 
 
 def spread(labels: np.ndarray, condensed: np.ndarray, metric: str) -> float:
@@ -383,15 +388,17 @@ def _summary(looks, cuts, agreement, excess):
     return {"tokens": list(tokens), "stable": stable, "layers": layers}
 
 
-def _first_rows(stats, size):
-    """Statistics with the first ``size`` tokens of their sample: two small samples may add up to more."""
+def with_rows(stats: Statistics, rows: Any) -> Statistics:
+    """Statistics with some rows of their sample, if they have one, given as an index."""
     if stats.sampled is None:
         return stats
     layers = {}
     for name, layer in stats.layers.items():
-        rows = {key: value[:size] for key, value in vars(layer.sample).items()}
-        layers[name] = replace(layer, sample=type(layer.sample)(**rows))
-    return replace(stats, layers=layers, sampled=stats.sampled[:size])
+        sample = replace(
+            layer.sample, **{f.name: getattr(layer.sample, f.name)[rows] for f in fields(layer.sample)}
+        )
+        layers[name] = replace(layer, sample=sample)
+    return replace(stats, layers=layers, sampled=stats.sampled[rows])
 
 
 def stability_table(stats: Statistics) -> Any:
@@ -411,8 +418,6 @@ def stability_table(stats: Statistics) -> Any:
         ``layer``, ``cuts``, ``tokens needed`` (missing where its groups still changed), ``agreement`` and
         ``excess`` of the halves at the end.
     """
-    import pandas as pd
-
     rows = []
     for name, layer in stats.stability["layers"].items():
         row = {"layer": name, "cuts": ", ".join(map(str, layer["experts"])), "tokens needed": layer["needed"]}
