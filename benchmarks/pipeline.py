@@ -29,9 +29,9 @@ from transformers import AutoModelForCausalLM, Qwen2MoeConfig
 
 import hcsmoe_core as core
 from hcsmoe_core.clustering import LINKAGES, by_first_appearance
-from hcsmoe_core.methods import resolve
+from hcsmoe_core.methods import make_plans, resolve
 from hcsmoe_core.score.evaluation import task_scores
-from hcsmoe_core.studies.stability import agreement, extra_spread
+from hcsmoe_core.studies.stability import agreement, capture_until_stable, extra_spread
 
 TASK = "demo_facts"
 WAYS = ("same", "every", "stop", "excess", "stop every", "excess every")
@@ -163,10 +163,10 @@ def steps_of(model, ids, arguments):
     ways = {
         "same": lambda: core.capture(model, ids, **how),
         "every": lambda: core.capture(model, ids, every=arguments.every, **how),
-        "stop": lambda: core.capture_until_stable(model, ids, **stop),
-        "excess": lambda: core.capture_until_stable(model, ids, **excess),
-        "stop every": lambda: core.capture_until_stable(model, ids, every=arguments.every, **stop),
-        "excess every": lambda: core.capture_until_stable(model, ids, every=arguments.every, **excess),
+        "stop": lambda: capture_until_stable(model, ids, **stop),
+        "excess": lambda: capture_until_stable(model, ids, **excess),
+        "stop every": lambda: capture_until_stable(model, ids, every=arguments.every, **stop),
+        "excess every": lambda: capture_until_stable(model, ids, every=arguments.every, **excess),
     }
     for name, function in ways.items():
         calls[f"{name} capture"] = keep(name, function)
@@ -176,7 +176,7 @@ def steps_of(model, ids, arguments):
         calls[f"{name} merge"] = lambda name=name: restored(name)
     every_r = range(arguments.experts // 8, arguments.experts, arguments.experts // 8)
     calls["study plans"] = keep(
-        "study", lambda: len(list(core.make_plans(found["same"], experts=every_r, linkages=LINKAGES)))
+        "study", lambda: len(list(make_plans(found["same"], experts=every_r, linkages=LINKAGES)))
     )
     return calls, found
 
@@ -273,7 +273,7 @@ def main():
     model = build(arguments)
     ids = torch.randint(0, 1024, (arguments.tokens // arguments.length, arguments.length))
     few = ids[: max(2, arguments.batch)]  # warm up
-    core.capture_until_stable(model, few, needs=resolve("hc-smoe").needs, progress=False)
+    capture_until_stable(model, few, needs=resolve("hc-smoe").needs, progress=False)
     calls, found = steps_of(model, ids, arguments)
     best = interleaved(arguments.device, calls, arguments.repeats)
     best |= written(model, found["plan same"], arguments.repeats, arguments.device)

@@ -22,24 +22,21 @@ from measuring import machine, tell, timed
 
 from hcsmoe_core import (
     METHODS,
-    LayerStatistics,
     Statistics,
     calibration_tokens,
     capture,
     distances,
-    domains_of,
     find_moe_layers,
     linkage,
     load_model,
     load_statistics,
     make_plan,
-    make_plans,
 )
 from hcsmoe_core._util import versions
 from hcsmoe_core.clustering import LINKAGES, cuts
-from hcsmoe_core.methods import resolve
-from hcsmoe_core.statistics import NEEDS
-from hcsmoe_core.text.calibration import calibration_settings
+from hcsmoe_core.methods import make_plans, resolve
+from hcsmoe_core.statistics import NEEDS, LayerStatistics
+from hcsmoe_core.text.calibration import calibration_settings, domains_of
 
 
 def large(experts=512, layers=60, hidden=1024):

@@ -21,6 +21,7 @@ import hcsmoe_core as core
 from hcsmoe_core.merging import apply_layer
 from hcsmoe_core.methods import residual, resolve
 from hcsmoe_core.statistics import LayerSample
+from hcsmoe_core.text.calibration import domains_of
 
 MODELS = {"demo-qwen": (16, 8), "demo-mixtral": (4, 2)}
 FEW = 4096
@@ -82,9 +83,7 @@ def main():
         model, tokenizer = core.load_model(name, dtype="float32")
         input_ids = core.calibration_tokens("demo", tokenizer, sequences=96, length=256, seed=arguments.seed)
         needs = resolve("recommended").needs
-        stats = core.capture(
-            model, input_ids, needs=needs, domains=core.domains_of("demo", 96), progress=False
-        )
+        stats = core.capture(model, input_ids, needs=needs, domains=domains_of("demo", 96), progress=False)
         original = core.evaluate(model, tokenizer, tasks=[])["mean_loss"]
         for part in arguments.parts:
             constants, steps = PARTS[part]

@@ -44,6 +44,7 @@ from hcsmoe_core.methods import grouping as clustering
 from hcsmoe_core.methods import residual, resolve
 from hcsmoe_core.methods.planner import Layer
 from hcsmoe_core.similarity import distances
+from hcsmoe_core.text.calibration import domains_of
 
 MODELS = {"demo-qwen": (16, 8), "demo-mixtral": (4, 2)}
 NEAR, OTHERS, RIDGE = 6, 4, 0.01
@@ -57,7 +58,7 @@ class Case:
     def __init__(self, name, source, seed):
         self.name, (self.model, self.tokenizer) = name, core.load_model(name, dtype="float32")
         ids = core.calibration_tokens(source, self.tokenizer, sequences=96, length=256, seed=seed)
-        how = dict(needs=resolve("recommended").needs, domains=core.domains_of(source, 96), progress=False)
+        how = dict(needs=resolve("recommended").needs, domains=domains_of(source, 96), progress=False)
         self.stats = core.capture(self.model, ids, **how)
         self.decides = residual.held_out(self.stats.sampled, "auto", self.stats.domains)
         self.layers = core.find_moe_layers(self.model)

@@ -7,19 +7,12 @@ python benchmarks/routers.py --out benchmarks/results/routers.json
 import argparse
 from pathlib import Path
 
-from hcsmoe_core import (
-    apply_plan,
-    calibration_tokens,
-    capture,
-    domains_of,
-    load_model,
-    make_plan,
-    restore,
-)
+from hcsmoe_core import apply_plan, calibration_tokens, capture, load_model, make_plan, restore
 from hcsmoe_core._util import versions, write_json
 from hcsmoe_core.methods import resolve
 from hcsmoe_core.plan import with_router
 from hcsmoe_core.score.evaluation import perplexity
+from hcsmoe_core.text.calibration import domains_of
 
 CASES = [
     ("demo-qwen", "hc-smoe", 16),

@@ -15,20 +15,13 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from hcsmoe_core import (
-    apply_plan,
-    calibration_tokens,
-    capture,
-    domains_of,
-    load_model,
-    make_plan,
-    restore,
-)
+from hcsmoe_core import apply_plan, calibration_tokens, capture, load_model, make_plan, restore
 from hcsmoe_core._util import read_json, versions, write_json
 from hcsmoe_core.demo import corpus
 from hcsmoe_core.methods import resolve
 from hcsmoe_core.score.evaluation import perplexity
 from hcsmoe_core.studies.tables import model_size
+from hcsmoe_core.text.calibration import domains_of
 from hcsmoe_core.text.own_text import repetition
 
 METHODS = ("trimming", "hc-least-squares", "mergemoe", "hc-smoe")

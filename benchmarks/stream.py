@@ -25,8 +25,9 @@ import torch
 from safetensors.torch import save_file
 from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
-from hcsmoe_core._util import root, sha256_file, write_json
+from hcsmoe_core._util import sha256_file, write_json
 
+ROOT = Path(__file__).resolve().parents[1]
 EXPERTS = 60
 # In its own process, so that the peak is that of one merge.
 RUN = """
@@ -117,7 +118,7 @@ def merge(folder, ids, out, *options):
     began = time.perf_counter()
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", RUN, *words], cwd=root(), env=environment, capture_output=True, text=True
+        [sys.executable, "-c", RUN, *words], cwd=ROOT, env=environment, capture_output=True, text=True
     )
     if done.returncode:
         raise RuntimeError(done.stderr[-4000:])

@@ -71,13 +71,8 @@ def forget_conversions(model):
 def class_with_loader(base, load):
     """A model class whose ``from_pretrained`` fills the model by a function of ours.
 
-    Parameters
-    ----------
-    base : type
-        The family's own class.
-    load : callable
-        ``(model, files, load_config, usual)``, which returns a report on the tensors that were loaded and an
-        index of offloaded ones (or None), as ``usual()``, transformers' own loading, does.
+    ``load(model, files, load_config, usual)`` returns a report on the tensors that were loaded and an index
+    of offloaded ones (or None), as ``usual()``, transformers' own loading, does.
     """
 
     class Loading(base):

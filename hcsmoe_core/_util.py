@@ -205,43 +205,4 @@ def versions() -> dict:
     return by_package
 
 
-# Until their last users are gone:
-held, is_held = locked, is_locked
-
-
-def lock_file(file, *, wait=False):
-    """Lock an open file; whether nobody else has it."""
-    import fcntl
-
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True
-    return True
-
-
-def root():
-    """Root of the repository, or the working directory."""
-    folder = Path(__file__).resolve().parents[1]
-    return folder if (folder / "notebooks").is_dir() else Path.cwd()
-
-
-def place(path):
-    """``path``, from the repository's root if it is relative."""
-    return root() / path
-
-
-def shown(path):
-    """``path`` relative to the repository's root."""
-    path = Path(path)
-    return path.relative_to(root()) if path.is_relative_to(root()) else path
-
-
-def kept(folder, about, measure):
-    """Result of ``measure`` under some settings, from its file in ``folder`` if there is one."""
-    path = Path(folder) / f"{sha256_json(about)[:12]}.json"
-    if not path.exists():
-        write_json(path, about | {"result": measure()})
-    return read_json(path)
+held, is_held = locked, is_locked  # former names

@@ -17,10 +17,6 @@ OTHER_PARTS = ("vision", "visual", "audio", "talker")
 def find_moe_layers(model) -> list[MoELayer]:
     """Sparse MoE layers of a model, in the order of its modules.
 
-    Parameters
-    ----------
-    model : transformers.PreTrainedModel
-
     Raises
     ------
     InputError

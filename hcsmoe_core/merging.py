@@ -73,15 +73,26 @@ def restore(model):
 
 def check_appliable(model, plan, stats=None) -> list:
     """MoE layers of a model in the plan's order; InputError unless the plan can be applied to it."""
-    layers = check_fits(plan, model)
-    check_unmerged(layers)
-    record = plan.model
+    layers, record = check_fits(plan, model), plan.model
+    message = "This model is merged already; restore(model) first, or load the original."
+    require(not any(layer.merged for layer in layers), message)
     require(
         not record.get("hash") or record["hash"] == model_hash(model),
         f"The plan was made for another model ({record.get('name')}, {record.get('class')}): this one has "
         "the same shape but other weights. Make a plan from this model's statistics.",
     )
-    check_sample(plan, stats)
+    if plan.needs_sample:
+        require(
+            stats is not None,
+            "This plan looks at the sample of layer inputs; give the statistics it was made from: "
+            "apply_plan(model, plan, stats), or --statistics FILE on the command line.",
+        )
+        stats.check(("sample",), "This plan")
+        require(
+            stats.matches(plan.statistics),
+            f"The plan was made from other statistics ({plan.statistics}) than those given "
+            f"({stats.identity()}); give the ones it was made from, or make the plan again.",
+        )
     return layers
 
 
@@ -121,29 +132,6 @@ def check_fits(plan, model) -> list:
     return list(layers.values())
 
 
-def check_unmerged(layers):
-    """Raise InputError if a layer is merged."""
-    message = "This model is merged already; restore(model) first, or load the original."
-    require(not any(layer.merged for layer in layers), message)
-
-
-def check_sample(plan, stats):
-    """Raise InputError unless ``stats`` have the sample that the plan needs, and are those it is from."""
-    if not plan.needs_sample:
-        return
-    require(
-        stats is not None,
-        "This plan looks at the sample of layer inputs; give the statistics it was made from: "
-        "apply_plan(model, plan, stats), or --statistics FILE on the command line.",
-    )
-    stats.check(("sample",), "This plan")
-    require(
-        stats.matches(plan.statistics),
-        f"The plan was made from other statistics ({plan.statistics}) than those given ({stats.identity()}); "
-        "give the ones it was made from, or make the plan again.",
-    )
-
-
 @torch.no_grad()
 def merge_layer(layer, layer_plan, sample=None) -> dict:
     """The r experts that a plan leaves of a layer: for each of :meth:`MoELayer.tensors` the same with r rows.
@@ -153,11 +141,9 @@ def merge_layer(layer, layer_plan, sample=None) -> dict:
     which may need the layer's sample. An expert that is alone in its group is copied, bit for bit, unless it
     is trimmed. InputError if a merged weight is not finite.
     """
-    rules = sorted({layer_plan.rule_of(group)["rule"] for group in range(layer_plan.num_groups)})
-    require(
-        sample is not None or not layer_plan.uses_sample,
-        f'{layer.name}: rule {" and ".join(map(repr, rules))} needs the "sample" argument.',
-    )
+    names = {repr(layer_plan.rule_of(group)["rule"]) for group in range(layer_plan.num_groups)}
+    usable = sample is not None or not layer_plan.uses_sample
+    require(usable, f'{layer.name}: rule {" and ".join(sorted(names))} needs the "sample" argument.')
     rule, combined = layer_plan.combine, {}
     if (
         layer_plan.rules
@@ -204,13 +190,15 @@ def _averages(tensor, layer_plan):
 
 def _combined(layer, layer_plan, sample):
     """Projections and biases by the plan's rules."""
-    experts = []
-    for group, members in enumerate(layer_plan.groups()):
-        if len(members) == 1 and layer_plan.width in (None, layer.width):
-            experts.append(layer.neurons(members[0]))
-        else:
-            experts.append(combine_group(*group_and_options(layer, layer_plan, group, sample)))
-    return layer.stacked(experts)
+    whole = layer_plan.width in (None, layer.width)
+    return layer.stacked(
+        [
+            layer.neurons(members[0])
+            if len(members) == 1 and whole
+            else combine_group(*group_and_options(layer, layer_plan, group, sample))
+            for group, members in enumerate(layer_plan.groups())
+        ]
+    )
 
 
 def group_and_options(layer, layer_plan, group: int, sample):
@@ -262,9 +250,9 @@ class Group:
         def gather():
             gates = self.sample.gates[:, chosen]
             rows = (gates != 0).any(1)
-            return (x[rows].to(self.device, self.dtype) for x in (self.sample.inputs, gates))
+            return tuple(x[rows].to(self.device, self.dtype) for x in (self.sample.inputs, gates))
 
-        return self.once(("tokens", *chosen), lambda: tuple(gather()))
+        return self.once(("tokens", *chosen), gather)
 
     def outputs(self, offset=None) -> torch.Tensor:
         """Sum of the members' gated outputs on :meth:`tokens`, ``Σ_e g_e (f_e(x) − offset)``, ``(T, D)``."""
@@ -292,14 +280,15 @@ class Group:
 
 def mean_of(experts, weights) -> Neurons:
     """Weighted average of experts whose neurons are in the same order."""
-
-    def mean(*tensors):
-        if tensors[0] is None:
-            return None
-        return sum(float(w) * tensor for w, tensor in zip(weights, tensors, strict=True))
-
-    parts = ("up", "down", "bias", "offset")
-    return Neurons(*(mean(*(getattr(expert, part) for expert in experts)) for part in parts))
+    parts = zip(*((expert.up, expert.down, expert.bias, expert.offset) for expert in experts), strict=True)
+    return Neurons(
+        *(
+            None
+            if part[0] is None
+            else sum(float(w) * tensor for w, tensor in zip(weights, part, strict=True))
+            for part in parts
+        )
+    )
 
 
 def combine_group(group, options) -> Neurons:

@@ -32,7 +32,7 @@ class ExpertMap:
 
     # What hcsmoe keeps of a merge that it made in memory: the layer's tensors, every value that was replaced
     # by module and name, the handle of the hook, what was decided, and the size of what would be compressed.
-    before = originals = handle = plan = factors = compressed_bytes = None
+    before = originals = handle = plan = compressed_bytes = None
 
     def __init__(self, labels, extra=0, mapped=True):
         self.labels, self.extra, self.mapped = list(labels), extra, mapped

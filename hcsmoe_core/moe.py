@@ -88,18 +88,10 @@ class MoELayer:
         return model.get_submodule(name.rpartition(".")[0])
 
     def listen(self, take_router, take_experts) -> list:
-        """Add hooks that are told what the router gives and what the experts get, whenever the layer runs.
+        """Add hooks that get what the router gives and what the experts get; returns handles.
 
-        Parameters
-        ----------
-        take_router : callable
-            Forward hook ``(module, inputs, output)``; :func:`router_logits` are in the output.
-        take_experts : callable
-            Forward pre-hook ``(module, inputs, keywords)``; the inputs are tokens, index and weight.
-
-        Returns
-        -------
-        list of handles
+        ``take_router`` is a forward hook ``(module, inputs, output)`` that gets :func:`router_logits`;
+        ``take_experts`` a forward pre-hook ``(module, inputs, keywords)`` that gets tokens, index and weight.
         """
         router_was_called = False
 
@@ -203,13 +195,6 @@ class MoELayer:
         """What the model stores for :meth:`tensors`, by dotted name from the experts module."""
         return tensors
 
-    # TODO: goes with the factored file.
-    @property
-    def projections(self):
-        """Stored projections, without biases, by their names in the model's state."""
-        matrices = {n: t for n, t in self.tensors().items() if not n.endswith("_bias")}
-        return {f"{self.name}.{n}": t for n, t in self.stored(matrices).items()}
-
     def shapes(self, stored: int, width: int) -> dict[str, list[int]]:
         """Shapes that :meth:`tensors` have with another number of experts and another width, by name."""
         up, rows = self.up_name, len(self.up_matrix(0)) // self.width
@@ -256,25 +241,16 @@ class MoELayer:
     def down_project(self, hidden: torch.Tensor) -> torch.Tensor:
         """Outputs ``[E, D]`` of one activation vector per expert ``[E, I]``, in float64.
 
-        The down projection is affine, so that this gives an expert's mean output from its mean activation.
+        The down projection is affine: mean activations give mean outputs.
         """
         downs = [self.down_matrix(e).double() for e in range(self.num_stored)]
         return torch.stack([self._with_bias(down @ hidden[e], DOWN, e) for e, down in enumerate(downs)])
 
     def hidden_sums(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Activations of every expert before its down projection, summed over all tokens.
+        """Activations of every expert, summed over tokens ``[T, D]``: ``[E, I]`` in float64.
 
         On a CPU expert by expert, so that what one gives stays in the caches; on a GPU several experts in one
-        product. Products are in the weights' dtype (16-bit ones with float32 accumulation), sums in float64;
-        nothing is copied to the host.
-
-        Parameters
-        ----------
-        tokens : (T, D) tensor
-
-        Returns
-        -------
-        (E, I) float64 tensor
+        product. Products are in the weights' dtype, sums in float64, and nothing is copied to the host.
         """
         experts = range(self.num_stored)
         if tokens.device.type == "cpu":
@@ -295,10 +271,7 @@ class MoELayer:
     def neuron_rows(self, width: int | None = None) -> torch.Tensor:
         """Rows of the up projection per neuron, ``[I, p]``: its gate's and its own (p = 2), or its own.
 
-        Parameters
-        ----------
-        width : int, optional
-            Of an expert with another number of neurons in the same layout.
+        ``width`` is that of an expert with another number of neurons in the same layout.
 
         Raises
         ------
@@ -372,13 +345,7 @@ class MoELayer:
         return torch.stack([slopes[:, part] for part in rows.T])
 
     def stacked(self, experts: list["Neurons"]) -> dict[str, torch.Tensor]:
-        """Stacked tensors, in the family's own layout, dtype and names, of r experts of one width I'.
-
-        Returns
-        -------
-        dict of str to tensor
-            Up and down projections and their biases, with r rows each.
-        """
+        """Stacked tensors of r experts of one width, in the family's own layout, dtype and names."""
         rows, own = self.neuron_rows(len(experts[0].up)), self.tensors()
         as_stored = torch.t if self.transposed else (lambda matrix: matrix)
         parts = {
@@ -475,14 +442,15 @@ def routing_tensors(layer: MoELayer, count: int) -> list[tuple[nn.Module, str, t
     modules that hold the router: some families keep a correction bias in the block. Rows beyond the experts'
     count along.
     """
-    tensors, inside = [], set(layer.router.modules())
-    for module in layer.routing:
-        for name, tensor in {**module._parameters, **module._buffers}.items():
-            shape = () if tensor is None else tuple(tensor.shape)
-            for rows in {count, count + layer.extra}:
-                if shape in ((rows,), (1, rows)) or (module in inside and shape[:1] == (rows,)):
-                    tensors.append((module, name, tensor))
-    return tensors
+    rows, inside = {count, count + layer.extra}, set(layer.router.modules())
+    own = [(m, name, t) for m in layer.routing for name, t in {**m._parameters, **m._buffers}.items()]
+    return [
+        (module, name, tensor)
+        for module, name, tensor in own
+        if tensor is not None and tensor.ndim
+        if (tensor.shape[0] in rows and (tensor.ndim == 1 or module in inside))
+        or (tensor.ndim == 2 and tensor.shape[0] == 1 and tensor.shape[1] in rows)
+    ]
 
 
 def original_tensors(layer: MoELayer) -> dict[str, torch.Tensor]:

@@ -74,7 +74,8 @@ class LayerPlan:
     @property
     def uses_sample(self) -> bool:
         """Whether combining looks at the sample of layer inputs."""
-        return any(uses_sample(self.rule_of(group)) for group in range(self.num_groups))
+        rules = self.rules or [self.combine]
+        return any(r.get("refit") or "sample" in combine[r["rule"]].needs_for(r) for r in rules)
 
     def groups(self) -> list:
         """Members of each group, ``[[expert, …], …]``."""
@@ -127,9 +128,10 @@ class Plan:
     def save(self, path):
         """Write as JSON, in full or not at all, with a checksum that tells a damaged file."""
         content = {"format": FORMAT, "version": VERSION, **asdict(self)}
-        for layer in content["layers"]:
-            for key in [key for key, value in layer.items() if value == getattr(_USUAL, key)]:
-                del layer[key]
+        content["layers"] = [
+            {key: value for key, value in layer.items() if value != getattr(_USUAL, key)}
+            for layer in content["layers"]
+        ]
         write_json(path, content | {"sha256": sha256_json(content)})
 
 
@@ -148,11 +150,6 @@ def with_router(plan: Plan, router: str) -> Plan:
     )
     layers = [replace(layer, router=router if layer.joins else "mapped") for layer in plan.layers]
     return replace(plan, layers=layers, settings=plan.settings | {"router": router})
-
-
-def uses_sample(rule: dict) -> bool:
-    """Whether combining by a rule with its options looks at the sample of layer inputs."""
-    return bool(rule.get("refit")) or "sample" in combine[rule["rule"]].needs_for(rule)
 
 
 def load_plan(path) -> Plan:

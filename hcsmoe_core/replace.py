@@ -150,9 +150,9 @@ def _keeps_groups(layer, labels, rows):
     # Such a router adds up the two best scores of each group.
     if len(set(kept)) > 1 or min(kept) < 2:
         raise InputError(
-            f"{layer.name}: its router chooses among {groups} groups of experts first, which must stay of one "
-            f"size and have two experts at least, but {kept} of them would be kept; drop as many of each, or use "
-            "a method that merges."
+            f"{layer.name}: its router chooses among {groups} groups of experts first, which must stay of "
+            f"one size and have two experts at least, but would keep {kept}; drop as many of each, or use a "
+            "method that merges."
         )
     return True
 
@@ -194,13 +194,7 @@ def take_experts(layer: MoELayer) -> None:
 
 
 def lift_experts(layer: MoELayer):
-    """Put the original experts back for a while; pass what is returned to :func:`lay_experts` to undo it.
-
-    Raises
-    ------
-    InputError
-        As :func:`take_experts`.
-    """
+    """Put the original experts back for a while; :func:`lay_experts` undoes it, given what is returned."""
     merged = layer.experts._merged
     if merged.originals is None:
         raise InputError(
@@ -227,10 +221,6 @@ def suspended(layers):
     """Put the original experts of merged layers back for the block, and the merged ones after it or an error.
 
     Layers that are not merged are left alone.
-
-    Parameters
-    ----------
-    layers : iterable of MoELayer
 
     Raises
     ------

@@ -64,9 +64,14 @@ def described(similarity: str) -> str:
     return "distance between experts' " + " and ".join(features)
 
 
+def needs_of(similarity: str) -> tuple:
+    """Names of :data:`hcsmoe_core.statistics.NEEDS` that a similarity looks at."""
+    return tuple(need for name, _ in parts_of(similarity) for need in steps.similarity[name].needs_for({}))
+
+
 def available(stats) -> list:
     """The similarities that statistics suffice for."""
-    return [name for name, step in steps.similarity.items() if {*step.needs_for({})} <= {*stats.needs}]
+    return [name for name in steps.similarity if {*needs_of(name)} <= {*stats.needs}]
 
 
 def allowed_linkages(similarity: str, linkages) -> list:
@@ -351,17 +356,3 @@ def by_cka(stats, name, metric, layer):
         inner += strip.flatten(1) @ strip.flatten(1).T
         first += size
     return _from_gram(inner.cpu().numpy(), "cosine")
-
-
-def __getattr__(name):
-    """Until the last users are gone of the tables that were here."""
-    table = steps.similarity
-    old = {
-        "SIMILARITIES": lambda: tuple(table),
-        "NEEDED": lambda: {name: step.needs_for({}) for name, step in table.items()},
-        "ALLOWED": lambda: {name: step.properties["metrics"] for name, step in table.items()},
-        "FROM_MODEL": lambda: tuple(n for n, step in table.items() if step.properties.get("weights")),
-    }
-    if name not in old:
-        raise AttributeError(name)
-    return old[name]()

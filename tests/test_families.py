@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 
-from hcsmoe_core import capture, make_plan, needs_of, replace, save_merged
+from hcsmoe_core import capture, make_plan, replace, save_merged
 from hcsmoe_core.ui import family_table
 from tools import family_table as families
 from tools.family_table import EXPERTS, KEPT, outputs, tiny_model, tiny_tokens
@@ -251,7 +251,7 @@ def test_odd_layouts_are_read_and_written_neuron_by_neuron(family):
 @pytest.mark.parametrize("family", ["dbrx", "jetmoe", "longcat_flash", "gpt_oss", "nemotron_h"])
 def test_odd_layouts_are_combined_and_saved(family, method, tmp_path):
     model, ids = tiny_model(family), tiny_tokens(16)
-    stats = capture(model, ids, needs=needs_of(method), progress=False)
+    stats = capture(model, ids, methods=(method,), progress=False)
     plan = make_plan(stats, model, experts=EXPERTS // 2, method=method)
     save_merged(model, plan, tmp_path / "merged", stats=stats, router="mapped")
     families.apply_plan(model, plan, stats)

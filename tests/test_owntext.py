@@ -10,12 +10,12 @@ from naive import written
 from safetensors.torch import load_file, save_file
 from scipy.stats import chisquare
 
-from hcsmoe_core import apply_plan, calibration_tokens, capture, domains_of, evaluate, make_plan
+from hcsmoe_core import apply_plan, calibration_tokens, capture, evaluate, make_plan
 from hcsmoe_core.scale.streaming import stream_model
 from hcsmoe_core.score.evaluation import perplexity
 from hcsmoe_core.studies import cache, cost
 from hcsmoe_core.text import own_text as owntext
-from hcsmoe_core.text.calibration import calibration_settings
+from hcsmoe_core.text.calibration import calibration_settings, domains_of
 from hcsmoe_core.text.own_text import LOOP, PERIOD, own_text, repetition, writing_of
 
 WORDS = [f"w{i}" for i in range(84)]

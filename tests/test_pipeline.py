@@ -7,6 +7,7 @@ from conftest import logits
 import hcsmoe_core as core
 from hcsmoe_core._util import InputError
 from hcsmoe_core.studies import pipeline
+from hcsmoe_core.text.calibration import domains_of
 
 SMALL = dict(sequences=12, length=64, dtype="float32", calibration="demo", device="cpu")
 
@@ -17,7 +18,7 @@ def test_the_road_is_that_of_its_steps(tmp_path):
     )
     model, tokenizer = core.load_model("demo-mixtral", dtype="float32")
     ids = core.calibration_tokens("demo", tokenizer, sequences=12, length=64, seed=42)
-    stats = core.capture(model, ids, domains=core.domains_of("demo", 12), progress=False)
+    stats = core.capture(model, ids, domains=domains_of("demo", 12), progress=False)
     plan = core.make_plan(stats, model, experts=4, linkage="single", progress=False)
     assert [layer.labels for layer in written["plan"].layers] == [layer.labels for layer in plan.layers]
     core.save_merged(model, plan, tmp_path / "b")
@@ -59,7 +60,7 @@ def test_the_recommended_method_is_weighed_where_the_statistics_tell():
     model, tokenizer = core.load_model("demo-mixtral", dtype="float32")
     ids = core.calibration_tokens("demo", tokenizer, sequences=24, length=64, seed=42)
     needs = ("usage", "outputs", "norms", "grams", "sample")
-    stats = core.capture(model, ids, needs=needs, domains=core.domains_of("demo", 24), progress=False)
+    stats = core.capture(model, ids, needs=needs, domains=domains_of("demo", 24), progress=False)
     before = logits(model, ids[:2])
     chosen = pipeline.residual(model, stats, experts=4, method="hc-smoe")
     best = pipeline.residual(model, stats, experts=4, method="least-residual")

@@ -6,6 +6,7 @@ import pytest
 from test_cli import hcsmoe
 
 import hcsmoe_core as core
+from hcsmoe_core.score.evaluation import paired
 from hcsmoe_core.studies import paper, reproduce, sweep
 
 TOKENS = 32 * 2048
@@ -181,7 +182,7 @@ def test_cells_are_measured_once_whole_or_streamed(tmp_path, monkeypatch):
     frame = paper.line_up(sweep.collect(out, model="demo-mixtral"), "mixtral")
     assert frame["ours"].notna().all()
     said = reproduce.report("mixtral-8x7b", out, "demo-mixtral")
-    row = core.paired(whole["o-prune4"], whole["original0"], metrics=("acc",)).iloc[-1]
+    row = paired(whole["o-prune4"], whole["original0"], metrics=("acc",)).iloc[-1]
     assert f"{100 * row['difference']:+.2f} ± {100 * row['error']:.2f}" in said
     assert "demo-mixtral is not Mixtral-8x7B-v0.1" in said
 

@@ -9,16 +9,9 @@ from conftest import tiny_model, tokens
 from safetensors.torch import save_file
 from scipy.spatial.distance import pdist, squareform
 
-from hcsmoe_core import (
-    calibration_tokens,
-    capture,
-    cut,
-    distances,
-    find_moe_layers,
-    load_statistics,
-    merge_tree,
-)
+from hcsmoe_core import calibration_tokens, capture, cut, distances, find_moe_layers, load_statistics
 from hcsmoe_core.clustering import LINKAGES
+from hcsmoe_core.methods import merge_tree
 from hcsmoe_core.statistics import DEFAULT_NEEDS
 from hcsmoe_core.studies import stability
 from hcsmoe_core.ui import figures

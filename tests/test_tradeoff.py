@@ -8,7 +8,6 @@ import pytest
 
 from benchmarks import equal_bytes as tradeoff
 from benchmarks import figures
-from benchmarks import figures
 
 
 def cells(points):

@@ -23,8 +23,8 @@ from hcsmoe_core.checkpoint import counted, load_merged, save_merged
 from hcsmoe_core.collect import capture
 from hcsmoe_core.families import find_moe_layers
 from hcsmoe_core.merging import apply_plan, restore
-from hcsmoe_core.methods.planner import make_plan
-from hcsmoe_core.methods.saliency import routing_rule
+from hcsmoe_core.methods import make_plan
+from hcsmoe_core.methods.pruning import routing_rule
 from hcsmoe_core.ui.family_table import table
 
 # A family's modelling file defines experts or a MoE block under one of these names.

@@ -18,7 +18,6 @@ from hcsmoe_core.steps import combine, refine
 
 ALIGNMENTS = ("none", "weights", "activations")
 NEURON_FEATURES = ("activations", "weights", "activations+weights")
-POOLS = ("members", "averages")
 ALIKE = 1 - 1e-6  # cosine above which a neuron is taken for a copy of another
 BATCH = 256  # neurons that are compared at once with those chosen
 REFIT_RIDGE = 0.1  # of refits of what neurons read, relative to the mean of each neuron's squared slopes
@@ -397,7 +396,7 @@ def trimmed(group, *, width=None, ridge: float = 0.02):
 
 
 @combine("selection", needs=("sample",), solves=True, matched=True)
-def selected(group, *, width=None, ridge: float = 0.02, pool: Literal[POOLS] = "members"):
+def selected(group, *, width=None, ridge: float = 0.02, pool: Literal["members", "averages"] = "members"):
     """The neurons of all members that best give what the group gave; what they write is solved for.
 
     ``pool="averages"`` lets the neurons of the members' average be chosen too.
@@ -456,29 +455,10 @@ def _unlike(unit, chosen, order, count):
     return chosen
 
 
-def forward_selection(pool, target, width, *, block=None):
+def chosen_columns(gram, xty, width, *, block=None):
     """Columns of a regression chosen one after another, each the one that lowers the residual most.
 
-    Parameters
-    ----------
-    pool : (T, N) tensor
-    target : (T, D) tensor
-    width : int
-        Columns to choose.
-    block : int, optional
-        As for :func:`chosen_columns`.
-
-    Returns
-    -------
-    list of int
-        In the order chosen; fewer than ``width`` where no other column lowers the residual.
-    """
-    pool = pool.double()
-    return chosen_columns(pool.T @ pool, pool.T @ target.double(), width, block=block)
-
-
-def chosen_columns(gram, xty, width, *, block=None):
-    """:func:`forward_selection` from the normal equations (Chen, Billings and Luo, 1989).
+    From the normal equations, by orthogonal least squares (Chen, Billings and Luo, 1989).
 
     Parameters
     ----------
@@ -493,6 +473,7 @@ def chosen_columns(gram, xty, width, *, block=None):
     Returns
     -------
     list of int
+        In the order chosen; fewer than ``width`` where no other column lowers the residual.
     """
     block = max(1, width // BLOCKS) if block is None else block
     square = gram.diagonal().clone()

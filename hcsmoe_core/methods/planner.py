@@ -227,44 +227,42 @@ def _plan(stats, layers, recipe: Recipe, experts, seed):
     """The plan that a recipe's steps give for some number of experts."""
     for layer in layers:
         layer.recipe = recipe
-    experts = np.asarray(experts).tolist()
-    counts = _counts(layers, recipe, experts)
-    group = recipe.present["group"]
+    counts, group = _counts(layers, recipe, experts), recipe.present["group"]
     if group.properties.get("whole"):
         planned = group(layers, counts, **recipe.by_kind["group"])
     else:
         planned = [_joined(layer, group, count, seed) for layer, count in zip(layers, counts, strict=True)]
-    settings = {"method": recipe.method, "experts": experts, "seed": seed} | recipe.settings
+    settings = {"method": recipe.method, "experts": counts if np.ndim(experts) else int(experts)}
+    settings |= {"seed": seed} | recipe.settings
     return Plan(planned, settings, dict(stats.model), stats.identity(), recipe.by_kind.get("compress"))
 
 
 def _counts(layers, recipe, experts):
     """Experts that each layer keeps, checked."""
-    sizes, uniform = [layer.num_experts for layer in layers], recipe.steps["budget"] == "uniform"
-    if not isinstance(experts, list):
-        check_count("experts", experts, 1, min(sizes))
-        fewest, total = [_fewest(layer, recipe) for layer in layers], experts * len(layers)
+    sizes = [layer.num_experts for layer in layers]
+    if np.ndim(experts):
+        if recipe.steps["budget"] != "uniform" or recipe.present["group"].properties.get("widths"):
+            raise InputError(
+                'The "experts" argument may be a list only where budget is "uniform", and not for trimming '
+                '(group "none") or group "residual", which change widths.'
+            )
+        if len(experts) != len(layers):
+            raise InputError(
+                f'The "experts" argument lists {len(experts)} numbers for {len(layers)} MoE layers; '
+                "give one for each."
+            )
+        counts = [check_count("experts", n, 1, size) for n, size in zip(experts, sizes, strict=True)]
+    else:
+        fewest = [_fewest(layer, recipe) for layer in layers]
+        total = check_count("experts", experts, 1, min(sizes)) * len(layers)
         if total < sum(fewest):
             raise InputError(
-                f'The "experts" argument is {experts}, {total} in all, but at least {sum(fewest)} must '
-                "be kept: in each layer its super experts, if the guard is on, and one more, or as many more as the "
-                "largest group allows."
+                f'The "experts" argument is {experts}, {total} in all, but at least {sum(fewest)} must be '
+                "kept: in each layer its super experts, if the guard is on, and one more, or as many more as "
+                "the largest group allows."
             )
         counts = recipe.present["budget"](layers, total, fewest, **recipe.by_kind["budget"])
-        counts = [int(count) for count in counts]
         assert sum(counts) == total, f"a budget of {total} experts came out as {counts}"
-    elif len(experts) != len(layers):
-        raise InputError(
-            f'The "experts" argument lists {len(experts)} numbers for {len(layers)} MoE layers; '
-            "give one for each."
-        )
-    elif not uniform or recipe.present["group"].properties.get("widths"):
-        raise InputError(
-            'The "experts" argument may be a list only where budget is "uniform", and not for trimming '
-            '(group "none") or group "residual", which change widths.'
-        )
-    else:
-        counts = [check_count("experts", n, 1, size) for n, size in zip(experts, sizes, strict=True)]
     for count, layer in zip(counts, layers, strict=True):
         low = min(len(layer.protected) + 1, layer.num_experts)
         if not low <= count <= layer.num_experts:
@@ -273,7 +271,7 @@ def _counts(layers, recipe, experts):
                 f"{layer.num_experts} must be kept there: its {len(layer.protected)} super experts, which "
                 "the guard protects, and one more at least; keep more, or switch the guard off."
             )
-    return counts
+    return [int(count) for count in counts]
 
 
 def _fewest(layer, recipe):

@@ -16,6 +16,7 @@ What a step says about itself where it is registered, beside its needs:
     Whether it looks at the experts' weights while planning.
 """
 
+import ast
 import contextlib
 import functools
 from dataclasses import dataclass
@@ -304,24 +305,21 @@ def parse_settings(items, *, option: str = "settings") -> dict:
             raise InputError(
                 f"{option} takes name=value with a name of {', '.join(option_names())}; not {item!r}."
             )
-        if isinstance(usual[name], bool):
-            settings[name] = {"on": True, "true": True, "off": False, "false": False}.get(text)
-        elif isinstance(usual[name], str):
-            numbers = text.replace(",", "").isdigit()
-            settings[name] = [int(number) for number in text.split(",")] if numbers else text
-        else:
-            settings[name] = _number(text)
-        if settings[name] is None:
-            kind = "on or off" if isinstance(usual[name], bool) else "a number"
+        settings[name], default = _parsed(text), usual[name]
+        if isinstance(settings[name], str) > isinstance(default, str):
+            kind = "on or off" if isinstance(default, bool) else "a number"
             raise InputError(f"{option} {name} takes {kind}; not {text!r}.")
+        if isinstance(settings[name], int) and isinstance(default, str):
+            settings[name] = [settings[name]]
     return settings
 
 
-def _number(text):
-    for kind in (int, float):
-        with contextlib.suppress(ValueError):
-            return kind(text)
-    return None
+def _parsed(text):
+    """A number, a list of them, a truth value, or the text itself."""
+    with contextlib.suppress(ValueError, SyntaxError):
+        value = ast.literal_eval(text)
+        return [*value] if isinstance(value, tuple) else value
+    return {"on": True, "true": True, "off": False, "false": False}.get(text, text)
 
 
 def format_settings(settings: dict) -> str:
@@ -335,22 +333,8 @@ def table() -> str:
     for name, method in METHODS.items():
         recipe = resolve(name)
         lines += [f"{name}: {method.title}", *(["    also   " + RECOMMENDED] if name == POINTS_TO else [])]
-        lines += [f"    steps  {' > '.join(_described(recipe))}", f"    needs  {', '.join(recipe.needs)}"]
+        shown = {key: value for key, value in recipe.settings.items() if value not in (False, None)}
+        chosen = " ".join(f"{key}={_written(value)}" for key, value in shown.items())
+        lines += [f"    steps  {chosen}", f"    needs  {', '.join(recipe.needs)}"]
         lines += [f"    cost   {method.cost}", f"    paper  {method.paper}"]
     return "\n".join(lines)
-
-
-def _described(recipe):
-    """A recipe's steps in words, in the order in which they are taken."""
-    steps, options = recipe.steps, recipe.options
-    words = {"none": "no groups", "prune": f"prune by {steps['saliency']}"}
-    words["residual"] = f"{options.get('shape')} shape, groups and rules by residual"
-    words["hierarchical"] = f"hierarchical ({options.get('linkage')})"
-    compared = [f"{steps['similarity']} ({recipe.metric})"] if "similarity" in recipe.by_kind else []
-    joined = [f"{steps['combine']} by {steps['merge']}"] if "combine" in recipe.present else []
-    joined = [steps["combine"]] if steps["combine"] in ("trimming", "selection") else joined
-    aligned = [f"aligned by {options['align']}"] if options.get("align", "none") != "none" else []
-    compressed = [f"{steps['compress']} ({options['share']:.0%} kept)"] if steps["compress"] else []
-    grouped = [words.get(steps["group"], steps["group"])]
-    rest = [f"router {steps['router']}", f"budget {steps['budget']}"]
-    return list(filter(None, [*compared, *grouped, ", ".join(joined + aligned), *rest, *compressed]))

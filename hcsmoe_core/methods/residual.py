@@ -22,9 +22,7 @@ from hcsmoe_core.plan import LayerPlan, merge_weights
 from hcsmoe_core.statistics import OWN_TEXT, LayerSample
 from hcsmoe_core.steps import group
 
-HOLDOUTS = ("auto", "sequences", "domains")
 FEW = 3  # domains: what up to this number of them say need not hold on others
-SHAPES = ("uniform", "by-layer", "whole")
 SIMILARITIES = (
     "weight",
     "functional-routed",
@@ -51,7 +49,11 @@ AVERAGE = {"rule": "average", "align": "none"}
     kind="refits",
 )
 def least_residual(
-    layers, counts, *, shape: Literal[SHAPES] = "uniform", holdout: Literal[HOLDOUTS] = "auto"
+    layers,
+    counts,
+    *,
+    shape: Literal["uniform", "by-layer", "whole"] = "uniform",
+    holdout: Literal["auto", "sequences", "domains"] = "auto",
 ):
     """The numbers of experts, widths, groups and rules that leave the smallest error on held-out tokens.
 

@@ -399,7 +399,7 @@ def stream_capture(
 ) -> Statistics:
     """Statistics of every MoE layer of a streamed model, the same as :func:`hcsmoe_core.capture` gives.
 
-    Under ``torchrun``, ranks share the batches.
+    Under ``torchrun``, ranks share the batches, and each gets the statistics.
 
     Parameters
     ----------
@@ -410,11 +410,6 @@ def stream_capture(
     work : path
         Folder for each layer's outputs and statistics; with the same arguments a capture goes on after the
         last layer whose statistics are there.
-
-    Returns
-    -------
-    Statistics
-        On every rank.
 
     Raises
     ------
@@ -430,10 +425,8 @@ def stream_capture(
         _begin(work, settings)
     source.read_again()
     source.free_head()
-    outputs, last = (
-        Outputs(work / "outputs"),
-        max(i for i in range(len(source.layers)) if source.moe_layers(i)),
-    )
+    outputs = Outputs(work / "outputs")
+    last = max(i for i in range(len(source.layers)) if source.moe_layers(i))
     files = [work / f"layer-{index:05d}.safetensors" for index in range(last + 1)]
     begun = ranks.first(next((i for i, file in enumerate(files) if not file.exists()), len(files)))
     bar = tokens.bar(progress)

@@ -342,14 +342,15 @@ class _Totals:
         kl, same, count = self.sums[f"kl {name} original"]
         differences = {"kl": kl / count, "agreement": same / count}
         for kind in ("block_error", "hidden_error"):
-            differences[kind] = [self._relative(f"{kind} {name} {layer}") for layer in self.layers]
+            sums = [self.sums.get(f"{kind} {name} {layer}", (math.nan, math.nan)) for layer in self.layers]
+            differences[kind] = [_relative(error, square) for error, square in sums]
         if f"kl {name} mapped" in self.sums:
             differences["kl_from_mapped"] = self.sums[f"kl {name} mapped"][0] / count
         return differences
 
-    def _relative(self, key):
-        error, square = self.sums.get(key, (math.nan, math.nan))
-        return math.sqrt(error / square) if square else (math.inf if error else 0.0)
+
+def _relative(error, square):
+    return math.sqrt(error / square) if square else (math.inf if error else 0.0)
 
 
 def _warning(result):

@@ -25,12 +25,11 @@ from hcsmoe_core.methods import merge_tree
 from hcsmoe_core.moe import source_of
 from hcsmoe_core.similarity import (
     EMBEDDED,
-    NEEDED,
     allowed_linkages,
     coordinates,
     distances,
     metric_of,
-    parts_of,
+    needs_of,
 )
 from hcsmoe_core.statistics import DEFAULT_NEEDS, SAMPLE, Statistics
 from hcsmoe_core.text.calibration import calibration_tokens, domains_of
@@ -319,7 +318,7 @@ def _checked_cuts(model, sequences, agreement, excess, experts, similarity, need
     if excess is not None and not excess > 0:
         raise InputError(f'The "excess" argument must be above 0; not {excess}.')
     check_count("input_ids", sequences, 2)
-    needed = {need for name, _ in parts_of(similarity) for need in NEEDED[name]}
+    needed = set(needs_of(similarity))
     if needs is not None and needed - set(needs):
         missing = " and ".join(sorted(needed - set(needs)))
         raise InputError(f'Trees by {similarity!r} need {missing}; add it to the "needs" argument.')
