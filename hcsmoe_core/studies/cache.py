@@ -75,8 +75,10 @@ def data_hash(parameters: dict, *, model: str | None = None) -> str:
     """
     texts = [parameters.get(name) for name in ("calibration", "text") if parameters.get(name)]
     files = [path for text in texts for path in local_files(text)]
-    files += [Path(parameters["plugin"])] if parameters.get("plugin") else []
-    files += [] if parameters.get("tasks") else sorted((PACKAGE / "demo/tasks").glob("*.jsonl"))
+    plugins = parameters.get("plugin") or []
+    files += map(Path, [plugins] if isinstance(plugins, str) else plugins)
+    if "demo" in (parameters.get("tasks") or "demo"):
+        files += sorted((PACKAGE / "demo/tasks").glob("*.jsonl"))
     folder = Path(folder_of(parameters.get("model") or ""))
     if model is None and parameters.get("model") and folder.is_dir():
         files += sorted(path for path in folder.iterdir() if path.is_file())

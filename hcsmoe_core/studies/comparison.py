@@ -46,7 +46,7 @@ def compare(
     length: int = 0,
     text: str = "demo",
     settings: dict | None = None,
-    plugin: str | Path = "",
+    plugin: str | Path | Sequence = (),
     dtype: str = "auto",
     device: str = "auto",
     folder: str | Path = "runs/compare",
@@ -69,8 +69,8 @@ def compare(
         As for :func:`hcsmoe_core.text.calibration.calibration_settings`.
     settings : dict, optional
         Steps and options set otherwise. A method that refuses them, or a cell, is recorded with the reason.
-    plugin : path, optional
-        Python file with methods of your own, which is run; cells go by its content.
+    plugin : path or list of path, optional
+        Python files with methods of your own, which are run; cells go by their content.
     folder : str or path
         Cells go to a folder of the model's name in it.
 
@@ -78,16 +78,10 @@ def compare(
     -------
     pandas.DataFrame
         One row per cell; see :func:`cells`.
-
-    Raises
-    ------
-    InputError
-        Before anything is measured, if a method, a setting or a number of experts is unavailable.
-    CellsError
-        When all others are done, if a cell failed for a reason other than bad input.
     """
-    if plugin:
-        load_plugin(plugin)
+    plugins = [str(path) for path in ([plugin] if isinstance(plugin, str | Path) else plugin) if path]
+    for path in plugins:
+        load_plugin(path)
     source = dict(calibration=str(calibration), sequences=sequences, length=length)
     needs = _needs(methods, settings or {})
     loaded, tokenizer = load_model(model, dtype=dtype, device=device)
@@ -97,7 +91,7 @@ def compare(
         partial(_measured, model=loaded, tokenizer=tokenizer, statistics=latest(capture)),
         _wanted(loaded, tuple(needs), experts, seeds),
         Path(folder) / slug(model),
-        shared=shared | source | ({"plugin": str(plugin)} if plugin else {}),
+        shared=shared | source | ({"plugin": plugins} if plugins else {}),
         model=model_hash(loaded),
         description=f"compare {slug(model)}",
     )

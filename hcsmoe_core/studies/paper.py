@@ -79,8 +79,10 @@ def title(name: str, model: str) -> str:
     others = " or ".join(other for other in models if not is_model(model, other))
     if others:
         text += (
-            f"\nThe models differ: {slug(model)} is not {others}. Only the shape compares: rows by share of experts "
-            "kept, relative to the unmerged model; where a task of the table was not scored, ours is over all that "
+            f"\nThe models differ: {slug(model)} is not {others}. Only the shape compares: rows by share of "
+            "experts "
+            "kept, relative to the unmerged model; where a task of the table was not scored, ours is over "
+            "all that "
             "were."
         )
     return text

@@ -280,11 +280,6 @@ def run(
     -------
     Path
         Folder of the cells, for :func:`hcsmoe_core.studies.sweep.collect`.
-
-    Raises
-    ------
-    CellsError
-        When all others are done, if some cells could not be measured; it names them.
     """
     table = _table(name)
     loaded, tokenizer = open_model(model or _hub(table), dtype=dtype, device=device, load=load, memory=memory)

@@ -138,7 +138,7 @@ def run(
     after: dict | None = None,
     description: str = "cells",
 ) -> list[Path]:
-    """Measure all cells that are not done, and go on past those that fail.
+    """Measure all cells that are not done, past those that fail; the files of all cells, in their order.
 
     Parameters
     ----------
@@ -154,11 +154,6 @@ def run(
         By index, the cell that one waits for.
     description : str
         Of the progress bar.
-
-    Returns
-    -------
-    list of Path
-        Files of the cells, in their order.
 
     Raises
     ------

@@ -216,10 +216,9 @@ def capture_until_stable(
 ) -> Statistics:
     """Capture only as many of the calibration tokens as it takes for the groups to become stable.
 
-    The sequences of each domain are dealt to two halves in turn. One sequence of each half is captured, then
-    one more, then two, four and so on; each time, every layer's tree is made from either half alone and cut.
-    It stops once the two partitions of every layer agree at every cut. The result is of both halves: twice
-    the tokens of those that agree.
+    Of two halves alike in domains, one sequence each is captured, then one more, then two, four and so on;
+    each time, every layer's tree is made from either half alone and cut. It stops once the two partitions of
+    every layer agree at every cut. The result is of both halves together.
 
     Parameters
     ----------
@@ -235,10 +234,7 @@ def capture_until_stable(
     model, needs, sample, domains, batch_size, ranks, **options
         As for :func:`hcsmoe_core.capture`.
 
-    Returns
-    -------
-    Statistics
-        With ``stability``; see :func:`stability_table`.
+    The statistics have ``stability``; see :func:`stability_table`.
     """
     cuts = _checked_cuts(model, len(input_ids), agreement, excess, experts, similarity, needs)
     trees = dict(similarity=similarity, metric=metric_of(similarity, metric), linkage=linkage)
