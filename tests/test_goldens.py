@@ -1,4 +1,4 @@
-"""Against what the authors' own code computed on a small Mixtral: counts, features, groups, merged weights, logits."""
+"""Against what the authors' code computed on a small Mixtral: counts, features, groups, weights, logits."""
 
 import json
 
@@ -144,7 +144,7 @@ COSINE = ("expert-output", "router-logits", "weight")
 
 
 def test_similarities_are_half_of_one_plus_the_cosine(measured, goldens):
-    """Three of the authors' six: Kullback-Leibler, Wasserstein and the cosine of router rows are not offered."""
+    """Three of the authors' six: the others (Kullback-Leibler, Wasserstein, router rows) are not offered."""
     model, stats, _ = measured
     wanted, compared = load_file(goldens / "similarities.safetensors"), 0
     for base in COSINE:
@@ -226,7 +226,7 @@ def test_kmeans_is_lloyds_and_not_the_authors(measured, goldens):
 
 
 def _lloyd(points, init, standardised=0):
-    """Assign to the nearest centre and average, in turns; the authors' way where the size of their features is given."""
+    """Assign to the nearest centre and average, in turns; the authors' way if the features' size is given."""
     centres = points[init]
     for _ in range(100):
         distance = np.linalg.norm(points[:, None] - centres, axis=2)
@@ -248,7 +248,7 @@ def sampled(measured):
 
 
 def _plan_of(record, stats, combine, weight):
-    """A plan by the authors' groups and dominant experts; ``weight(sums, expert, dominant)`` is shared out in each group."""
+    """A plan by the authors' groups and dominant experts; ``weight(sums, expert, dominant)`` per group."""
     layers = []
     for sums, (name, labels, dominant) in zip(
         stats.layers.values(),
