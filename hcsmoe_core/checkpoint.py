@@ -398,7 +398,7 @@ def _plain_config(model, plan, merged):
     text = config.get_text_config()
     for name, holder in counted(config, len(plan.layers[0].labels)):
         setattr(holder, name, count)
-    caps = dict.fromkeys(moe.CHOICES, count)
+    caps = dict.fromkeys(moe.CHOICES, find_moe_layers(merged)[0].top_k or count)
     if any(p.router in JOINED for p in plan.layers):
         caps |= dict.fromkeys((*moe.ROUTER_GROUPS, *moe.GROUP_CHOICES), 1)
     for holder in _nested(text):

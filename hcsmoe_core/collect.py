@@ -27,7 +27,9 @@ from hcsmoe_core.steps import METHODS
 
 # Tokens that an expert is applied to at once: what stays in a CPU's caches, and what fills a GPU.
 CHUNK = {"cpu": 512, "cuda": 8192}
-DENSE = 1 << 25  # numbers of all experts' outputs in memory at once, where pairs of experts are compared
+# Numbers of all experts' outputs in memory at once, where pairs of experts are compared; small ones leave a
+# GPU idle.
+DENSE = {"cpu": 1 << 25, "cuda": 1 << 28}
 PAIRED = {"cpu": 1 << 20, "cuda": 1 << 26}  # of these, those in float64
 # Stands for the ranks where there is one process: see capture().
 ONE_PROCESS = SimpleNamespace(
@@ -256,7 +258,7 @@ class _Collector:
         self.totals["applied"][domain] += len(tokens)
         size = CHUNK[_kind(tokens)]
         if "grams" in self.needs:
-            size = max(1, min(size, DENSE // (self.layer.num_experts * tokens.shape[1])))
+            size = max(1, min(size, DENSE[_kind(tokens)] // (self.layer.num_experts * tokens.shape[1])))
         for chunk in zip(tokens.split(size), gates.split(size), strict=True):
             self._add_outputs(domain, *chunk)
 

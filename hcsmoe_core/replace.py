@@ -69,8 +69,9 @@ def put_experts(layer: MoELayer, tensors, labels, *, rows=None, scales=None, kee
 
 def _router_changes(layer, labels, rows, scales, counts, merged):
     """New values by module and name, with which a router has r outputs and chooses no more than r."""
-    kept, experts = rows.shape
+    experts = rows.shape[1]
     ungroup, new = not _keeps_groups(layer, labels, rows), {}
+    kept = _selectable(layer, len(rows), ungroup)
     for module, name, tensor in routing_tensors(layer, experts):
         weights = rows
         # Not part of the projection that makes the logits: used after it.
@@ -95,6 +96,12 @@ def _router_changes(layer, labels, rows, scales, counts, merged):
             for name, value in _resized(config, counts, kept, ungroup).items():
                 setattr(config, name, value)
     return new
+
+
+def _selectable(layer, count, ungroup):
+    """Experts that a token can go to, of ``count``: those of the groups that a router chooses first."""
+    limits = [n for module in layer.routing for n in whole_numbers(module, GROUP_CHOICES).values()]
+    return count if ungroup or not limits else count // layer.router_groups * limits[0]
 
 
 def _resized(holder, counts, top_k=None, ungroup=False):

@@ -1,9 +1,12 @@
+import json
+
 import pytest
 import torch
 from conftest import FAMILIES, OTHERS, logits, tiny_model, tokens
 
-from hcsmoe_core import families, moe, replace
+from hcsmoe_core import apply_plan, capture, families, find_moe_layers, make_plan, moe, replace, save_merged
 from hcsmoe_core._util import InputError
+from tools import family_table
 
 
 @pytest.mark.parametrize("name", FAMILIES + OTHERS)
@@ -177,3 +180,21 @@ def test_layers_without_their_originals_are_not_suspended(mixtral):
     ):
         raise AssertionError
     assert same(parts(mixtral), merged)
+
+
+def test_a_pruned_router_of_groups_chooses_no_more_experts_than_it_can_reach(tmp_path):
+    """Ten experts in two groups, one of which a token chooses: of six left, three can be reached, and k was
+    4.
+    """
+    model, ids = family_table.tiny_model("deepseek_v3"), family_table.tiny_tokens()
+    stats = capture(model, ids, methods=["reap"], progress=False)
+    plan = make_plan(stats, model, experts=6, method="reap")
+    save_merged(model, plan, tmp_path / "pruned", router="plain")
+    assert json.loads((tmp_path / "pruned/config.json").read_text())["num_experts_per_tok"] == 3
+    apply_plan(model, plan)
+    seen = []
+    for layer in find_moe_layers(model):
+        layer.experts.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[1]))
+    model(input_ids=ids, use_cache=False)
+    assert all(index.shape[-1] == 3 for index in seen)
+    assert all(((index // 3) == (index // 3)[..., :1]).all() for index in seen)  # all of one group
