@@ -63,9 +63,11 @@ SCORE = """
 import json, pathlib
 pathlib.Path(results + ".runs").open("a").write("x")
 assert experts != 3 or pathlib.Path(results).parent.joinpath("go").exists(), "three"
-scores = dict(tasks={"t": {"acc": experts / 10}}, mean_acc=experts / 10, mean_acc_stderr=0.1, mean_loss=1.0, loss={"d": 1.0})
+scores = dict(tasks={"t": {"acc": experts / 10}}, mean_acc=experts / 10, mean_acc_stderr=0.1)
+scores |= dict(mean_loss=1.0, loss={"d": 1.0})
 size = dict(num_experts=8, weights=experts, expert_weights=experts)
-pathlib.Path(results).write_text(json.dumps(dict(parameters=dict(model=model, experts=experts), scores=scores, size=size)))
+parameters = dict(model=model, experts=experts)
+pathlib.Path(results).write_text(json.dumps(dict(parameters=parameters, scores=scores, size=size)))
 """
 
 
@@ -99,7 +101,8 @@ def test_done_cells_are_kept_and_failed_ones_run_again(tmp_path):
 
 DIE = """
 import os, pathlib, signal
-if experts == 2 and len(pathlib.Path(results + ".runs").read_text()) <= pathlib.Path(results).parent.name.count("x"):
+runs = len(pathlib.Path(results + ".runs").read_text())
+if experts == 2 and runs <= pathlib.Path(results).parent.name.count("x"):
     os.kill(os.getppid(), signal.SIGKILL)
 """
 
