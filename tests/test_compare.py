@@ -101,7 +101,7 @@ def test_cells_are_measured_once_and_shown_in_the_notebook(tmp_path, monkeypatch
     original, trimmed = (first[first["method"] == m].iloc[0] for m in ("original", "trimming"))
     assert trimmed["loss"] > original["loss"]
     assert trimmed["expert_bytes"] * 2 == original["expert_bytes"]
-    monkeypatch.setattr(comparison, "_measured", lambda *_, **__: pytest.fail("measured twice"))
+    monkeypatch.setattr(comparison, "evaluate", lambda *_, **__: pytest.fail("measured twice"))
     again = comparison.compare("demo-mixtral", **how, **SMALL)
     assert json.loads(again.to_json()) == json.loads(first.to_json())
     parameters = {

@@ -96,24 +96,62 @@ def test_shares_are_of_the_models_experts_and_of_the_sources_sequences(tmp_path)
         ({"title": None}, "some.yml, title: is missing"),
         ({"axes": {}}, "some.yml, axes: Dictionary should have at least 1 item"),
         ({"axes": ["experts"]}, "some.yml, axes: must be a valid dictionary; not"),
-        ({"axes": {"experts": ["1/2"], "linkge": ["ward"]}}, "axes.linkge: 'linkge' is unknown; allowed are .*linkage"),
-        ({"axes": {"experts": ["1/2"], "linkage": ["wrad"]}}, '"linkage" argument must be one of "average", .*\'wrad\''),
-        ({"axes": {"experts": ["1/2"], "method": ["hcsmoe"]}}, "axes.method: 'hcsmoe' is unknown; allowed are hc-smoe"),
+        (
+            {"axes": {"experts": ["1/2"], "linkge": ["ward"]}},
+            "axes.linkge: 'linkge' is unknown; allowed are .*linkage",
+        ),
+        (
+            {"axes": {"experts": ["1/2"], "linkage": ["wrad"]}},
+            '"linkage" argument must be one of "average", .*\'wrad\'',
+        ),
+        (
+            {"axes": {"experts": ["1/2"], "method": ["hcsmoe"]}},
+            "axes.method: 'hcsmoe' is unknown; allowed are hc-smoe",
+        ),
         ({"axes": {"experts": ["1/2"], "linkage": []}}, "axes.linkage: List should have at least 1 item"),
         ({"axes": {"experts": ["1/2", "1/2"]}}, "axes.experts: has '1/2' twice"),
-        ({"axes": {"experts": ["3/2"]}}, "axes.experts: experts must be a share below 1 such as 1/4 or 25%, or a whole number from 1; not '3/2'"),
-        ({"axes": {"experts": [0.5]}}, "axes.experts: experts must be a share below 1 such as 1/4 or 25%, or a whole number from 1; not 0.5"),
-        ({"axes": {"reduction": [3]}}, "axes.reduction: reduction must be a share below 1 such as 1/4 or 25%; not 3"),
+        (
+            {"axes": {"experts": ["3/2"]}},
+            "axes.experts: experts must be a share below 1 such as 1/4 or 25%, or a whole number from 1; not "
+            "'3/2'",
+        ),
+        (
+            {"axes": {"experts": [0.5]}},
+            "axes.experts: experts must be a share below 1 such as 1/4 or 25%, or a whole number from 1; not "
+            "0.5",
+        ),
+        (
+            {"axes": {"reduction": [3]}},
+            "axes.reduction: reduction must be a share below 1 such as 1/4 or 25%; not 3",
+        ),
         ({"axes": {"linkage": ["ward"]}}, "axes: needs experts or reduction, and not both"),
         ({"axes": {"experts": [2], "reduction": ["1/2"]}}, "axes: needs experts or reduction, and not both"),
-        ({"axes": {"experts": [2], "limit": ["many"]}}, "axes.limit: limit must be of the kind of (0|None); not 'many'"),
+        (
+            {"axes": {"experts": [2], "limit": ["many"]}},
+            "axes.limit: limit must be of the kind of (0|None); not 'many'",
+        ),
         ({"axes": {"experts": [2], "guard": ["on"]}}, 'axes: .*"guard" argument must be one of .*; not .on.'),
-        ({"axes": {"experts": [2], "calibration": ["notes.txt"]}}, "axes.calibration: there is no file notes.txt"),
+        (
+            {"axes": {"experts": [2], "calibration": ["notes.txt"]}},
+            "axes.calibration: there is no file notes.txt",
+        ),
         ({"axes": {"experts": [2], "calibration": ["x*c4+math"]}}, "axes.calibration: .*mixture"),
-        ({"axes": {"experts": [2], "calibration": ["demo:cod"]}}, 'axes.calibration: .*must be one of "code", "prose"'),
-        ({"axes": {"experts": [2], "settings": [{"linkge": 1}]}}, "axes.settings: 'linkge' is unknown; allowed are"),
-        ({"axes": {"experts": [2], "settings": [{"experts": 4}]}}, "axes: 'experts' is set in experts and in settings"),
-        ({"axes": {"experts": [2], "linkage": ["ward"], "similarity": ["cka"]}}, 'linkage "ward" needs Euclidean distances'),
+        (
+            {"axes": {"experts": [2], "calibration": ["demo:cod"]}},
+            'axes.calibration: .*must be one of "code", "prose"',
+        ),
+        (
+            {"axes": {"experts": [2], "settings": [{"linkge": 1}]}},
+            "axes.settings: 'linkge' is unknown; allowed are",
+        ),
+        (
+            {"axes": {"experts": [2], "settings": [{"experts": 4}]}},
+            "axes: 'experts' is set in experts and in settings",
+        ),
+        (
+            {"axes": {"experts": [2], "linkage": ["ward"], "similarity": ["cka"]}},
+            'linkage "ward" needs Euclidean distances',
+        ),
         ({"base": {"linkage": "ward"}}, "axes: 'linkage' is set in base and in linkage"),
         ({"base": {"lmit": 3}}, "base: 'lmit' is unknown"),
         ({"exclude": [{"linkage": "single"}]}, "exclude: {'linkage': 'single'} matches no cell"),
@@ -121,12 +159,15 @@ def test_shares_are_of_the_models_experts_and_of_the_sources_sequences(tmp_path)
         ({"exclude": [{"experts": "1/2"}]}, "exclude: excludes every cell"),
         ({"seeds": [1, "two"]}, "seeds.1: must be a valid integer; not 'two'"),
         ({"paper": ["tabel"]}, "paper.0: must be 'qwen', 'mixtral'.*; not 'tabel'"),
-        ({"embedded": {"calibration": ["demo"]}}, "embedded: 'calibration' is unknown; allowed are experts, linkage"),
+        (
+            {"embedded": {"calibration": ["demo"]}},
+            "embedded: 'calibration' is unknown; allowed are experts, linkage",
+        ),
         ({"read": {"y": "loss"}}, "read.y: must be 'where', 'x'.*; not 'y'"),
         ({"notebook": "05_acuracy"}, "notebook: there is no notebook"),
         ({"notebook": "04_merge"}, "notebook: 04_merge.ipynb has not the parameters of 05_accuracy"),
     ],
-)  # fmt: skip
+)
 def test_what_is_wrong_is_told_before_anything_runs(tmp_path, content, message):
     with pytest.raises(ValueError, match=message):
         grids.plans([written(tmp_path, **content)], ["demo-mixtral"])

@@ -1,4 +1,6 @@
-"""The paper's tables in one line: costs that follow from the models' shapes alone, cells that are measured once."""
+"""The paper's tables in one line: costs that follow from the models' shapes alone, cells that are measured
+once.
+"""
 
 import json
 
@@ -10,8 +12,8 @@ from hcsmoe_core.score.evaluation import paired
 from hcsmoe_core.studies import paper, reproduce, sweep
 
 TOKENS = 32 * 2048
-# Of the two models: layers, experts, hidden size, expert width, experts a token; weights of one layer's attention, and of
-# what else it has beside its experts and two norms; vocabulary.
+# Of the two models: layers, experts, hidden size, expert width, experts a token; weights of one layer's
+# attention, and of what else it has beside its experts and two norms; vocabulary.
 SHAPES = {
     "mixtral-8x7b": dict(layers=32, experts=8, hidden=4096, width=14336, chosen=2, vocabulary=32000)
     | dict(attention=2 * 4096 * 4096 + 2 * 4096 * 1024, shared=0),

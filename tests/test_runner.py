@@ -39,7 +39,7 @@ def test_keys_go_by_the_code_that_computes_and_by_nothing_else(package):
     (package / "merging.py").write_text(source.replace('"""', '"""Said otherwise. ', 1))
     assert cache.code_hash(package) == before
     seen = {before}
-    for name in ("collect.py", "methods/combine.py", "scale/streaming.py", "text/calibration.py"):
+    for name in ("collect.py", "methods/planner.py", "scale/streaming.py", "text/calibration.py"):
         edited(package / name, "\nEDITED = 1\n")
         seen.add(cache.code_hash(package))
     assert len(seen) == 5

@@ -152,7 +152,8 @@ def test_a_tanglegram_draws_each_expert_once_and_says_what_crosses(measured):
     assert figures.tanglegram(trees[0], trees[0]).axes[1].get_title() == "0 crossings"
 
 
-# --- stopping once the groups no longer move ----------------------------------------------------------------------------
+# --- stopping once the groups no longer move
+# ----------------------------------------------------------------------------
 
 
 def families_model():

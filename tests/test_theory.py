@@ -1,4 +1,6 @@
-"""Predicted errors of layers: against every expert run by hand, and against losses made by the formula itself."""
+"""Predicted errors of layers: against every expert run by hand, and against losses made by the formula
+itself.
+"""
 
 import numpy as np
 import pandas as pd
