@@ -75,13 +75,18 @@ def load_with(load, source, *, dtype, device_map, experts_implementation, merged
     """
     config = readable_config(source, source)
     family = model_class(config)
+    options = dict(dtype=_dtype(dtype), device_map=device_map, output_loading_info=True, use_safetensors=True)
     with readable(source):
         base = _transformers.class_with_loader(merged_class(family) if merged else family, load)
-        loaded, report = base.from_pretrained(source, config=config, **loading(dtype, device_map))
-        check_report(report, source)
+        loaded, report = base.from_pretrained(source, config=config, **options)
+        if missing := sorted(report["missing_keys"]):  # they would stay random
+            names = ", ".join(missing[:3])
+            raise InputError(f"it lacks {len(missing)} of the model's tensors ({names}, …); copy it again")
     loaded.__class__ = family
-    hub_layout(loaded, config)
-    set_experts(loaded, experts_implementation)
+    if _quantisation(config) is not None:
+        _transformers.forget_conversions(loaded)
+    if experts_implementation is not None:  # multimodal models refuse it as a keyword of from_pretrained
+        loaded.set_experts_implementation(experts_implementation)
     return loaded.eval()
 
 
@@ -118,12 +123,6 @@ def load_tokenizer(source):
     return AutoTokenizer.from_pretrained(str(source))
 
 
-def set_experts(model, implementation):
-    """Choose transformers' experts implementation; multimodal models refuse it as a keyword of loading."""
-    if implementation is not None:
-        model.set_experts_implementation(implementation)
-
-
 def model_class(config):
     """Model class of a configuration: the one it names if an auto class knows that, else the first."""
     classes = [family for _, family in _transformers.auto_classes(config)]
@@ -155,17 +154,6 @@ def _quantisation(config):
     return next(filter(None, settings), None)
 
 
-def loading(dtype, device_map=None):
-    """Keywords of ``from_pretrained`` that all loaders share."""
-    return dict(dtype=_dtype(dtype), device_map=device_map, output_loading_info=True, use_safetensors=True)
-
-
-def hub_layout(model, config):
-    """Let a dequantised model be saved under its family's usual names, rather than as packed blocks."""
-    if _quantisation(config) is not None:
-        _transformers.forget_conversions(model)
-
-
 @contextlib.contextmanager
 def without_bars():
     """Hide transformers' progress bars, of which every shard would draw one."""
@@ -194,13 +182,6 @@ def readable(shown):
                 "Check the name and the network, or give a model folder."
             ) from None
         raise InputError(f"{shown} is not a readable checkpoint: {reason}") from error
-
-
-def check_report(report, shown):
-    """Raise InputError if a checkpoint lacks tensors, which would stay random."""
-    if missing := sorted(report["missing_keys"]):
-        names = ", ".join(missing[:3])
-        raise InputError(f"{shown} lacks {len(missing)} of the model's tensors ({names}, …); copy it again.")
 
 
 def check_conversion(report, shown, unread=()):
@@ -368,9 +349,9 @@ def _record(layer, layer_plan, names):
     shapes = layer.shapes(layer_plan.num_groups, layer_plan.width or layer.width)
     experts = {name: room(tensor, shapes[name]) for name, tensor in layer.tensors().items()}
     rows = None if rows is None else torch.from_numpy(rows)
-    replace.put_experts(layer, experts, layer_plan.labels, rows=rows, keep=False)
+    replace.put_experts(layer, experts, layer_plan.labels, rows=rows)
     state, tensors, values = layer.experts._merged, {}, {}
-    for module, name in state.changed:
+    for module, name in state.originals:
         value = getattr(module, name)
         if torch.is_tensor(value):
             tensors[f"{names[module]}.{name}"] = list(value.shape)
@@ -573,6 +554,4 @@ def load_merged(folder, *, dtype="auto", device="auto", experts_implementation=N
         raise InputError(f"{folder}: config.json maps other experts than the model has; merge again.")
     options = dict(dtype=dtype, device=device, experts_implementation=experts_implementation)
     loaded = _load(folder, merged=True, **options)
-    for name in record["layers"]:
-        replace.adopt(loaded.get_submodule(name))
     return loaded

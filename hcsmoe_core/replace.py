@@ -21,7 +21,7 @@ from hcsmoe_core.moe import (
 )
 
 
-def put_experts(layer: MoELayer, tensors, labels, *, rows=None, scales=None, keep=True) -> None:
+def put_experts(layer: MoELayer, tensors, labels, *, rows=None, scales=None) -> None:
     """Replace a layer's E experts by r.
 
     Without ``rows`` the router keeps its E outputs and what it chooses goes through ``labels``. A token that
@@ -162,10 +162,6 @@ def _keeps_groups(layer, labels, rows):
             "method that merges."
         )
     return True
-
-
-def adopt(experts) -> None:  # TODO: goes with its call in checkpoint
-    """Nothing: a model that was loaded merged has all that is known of its merge."""
 
 
 def _exchange(new):
