@@ -138,7 +138,7 @@ class Tokens:
         handles = []
         try:
             for collector in collectors:
-                handles += collector.layer.listen(collector.take_router, collector.take_experts)
+                handles += collector.layer.add_hooks(collector.take_router, collector.restore_experts)
             yield collectors
         finally:
             for handle in handles:
@@ -224,7 +224,7 @@ class _Collector:
             logits = self.logits[rows, :experts]
             self.totals["logit_gram"][domain] += logits.T @ logits
 
-    def take_experts(self, module, inputs, keywords):
+    def restore_experts(self, module, inputs, keywords):
         """Forward pre-hook of the experts: tokens [T, D], chosen experts [T, k] and their weights [T, k]."""
         tokens, index, weight = [*inputs, *keywords.values()][:3]
         tokens = tokens.reshape(-1, tokens.shape[-1])

@@ -99,7 +99,7 @@ class LayerStatistics:
         count = self.usage_count.sum(0).double()
         return count / count.sum()
 
-    def held(self) -> dict:
+    def collected(self) -> dict:
         """The collected sums by name."""
         return {key: getattr(self, key) for key in SUMS if getattr(self, key) is not None}
 
@@ -138,7 +138,7 @@ class Statistics:
     def needs(self) -> tuple:
         """Names of :data:`NEEDS` that were collected."""
         first = next(iter(self.layers.values()))
-        collected = {*first.held(), *(["sample"] if first.sample is not None else [])}
+        collected = {*first.collected(), *(["sample"] if first.sample is not None else [])}
         return tuple(need for need, keys in NEEDS.items() if collected.issuperset(keys or [need]))
 
     def check(self, needs, purpose: str):
@@ -189,9 +189,9 @@ class Statistics:
         for name, first in self.layers.items():
             second = other.layers[name]
             joined = {
-                key: _joined(self, other, key, value, second.held()[key], domains)
-                for key, value in first.held().items()
-                if key in second.held()
+                key: _joined(self, other, key, value, second.collected()[key], domains)
+                for key, value in first.collected().items()
+                if key in second.collected()
             }
             if sampled is not None:
                 pairs = [(getattr(first.sample, key), getattr(second.sample, key)) for key in SAMPLED]
@@ -205,7 +205,7 @@ class Statistics:
         """Write to a ``.safetensors`` file, in full or not at all."""
         tensors = {} if self.sampled is None else {"sampled": self.sampled}
         for name, layer in self.layers.items():
-            tensors |= {f"{name}/{key}": value for key, value in layer.held().items()}
+            tensors |= {f"{name}/{key}": value for key, value in layer.collected().items()}
             if self.sampled is not None:
                 tensors |= {f"{name}/sample/{key}": getattr(layer.sample, key) for key in SAMPLED}
         record = {

@@ -13,8 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-
-from hcsmoe_core._util import folder_of, held, sha256_file, sha256_json
+from hcsmoe_core._util import folder_of, locked, sha256_file, sha256_json
 from hcsmoe_core.collect import capture
 from hcsmoe_core.families import model_hash
 from hcsmoe_core.scale.streaming import stream_capture, work_folder
@@ -161,7 +160,7 @@ def cached_statistics(
     name = Path(folder) / f"{slug(model.name_or_path)}-{key(known, model=model_hash(model))}"
     sums, sampled = (Path(f"{name}-{kind}.safetensors") for kind in ("sums", "sample"))
     wanted = sampled if "sample" in needs else sums
-    with held(wanted):
+    with locked(wanted):
         for path in (wanted, sampled):
             if path.exists():
                 return load_statistics(path)
