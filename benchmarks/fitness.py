@@ -12,7 +12,9 @@ import argparse
 
 import hcsmoe_core as core
 from hcsmoe_core._util import write_json
+from hcsmoe_core.clustering import LINKAGES
 from hcsmoe_core.demo import models
+from hcsmoe_core.similarity import available
 from hcsmoe_core.studies import cache
 from hcsmoe_core.studies import tables as study
 
@@ -47,7 +49,7 @@ def measure(name, limit):
         "versions": scores["versions"],
     }
     families = study.family_agreement(
-        stats, model, linkages=core.clustering.LINKAGES, similarities=core.similarity.available(stats)
+        stats, model, linkages=LINKAGES, similarities=available(stats)
     )
     if families is not None:
         found["adjusted Rand index to the true families"] = families.to_dict("records")

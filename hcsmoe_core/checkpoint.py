@@ -555,5 +555,4 @@ def load_merged(folder, *, dtype="auto", device="auto", experts_implementation=N
     if mapped != {layer.name: layer.num_experts for layer in find_moe_layers(load_skeleton(folder))}:
         raise InputError(f"{folder}: config.json maps other experts than the model has; merge again.")
     options = dict(dtype=dtype, device=device, experts_implementation=experts_implementation)
-    loaded = _load(folder, merged=True, **options)
-    return loaded
+    return _load(folder, merged=True, **options)

@@ -84,7 +84,8 @@ def check_applicable(model, plan, stats=None) -> list:
     if plan.needs_sample:
         require(
             stats is not None,
-            "This plan looks at the sample of layer inputs, by which experts are combined or routers folded; give "
+            "This plan looks at the sample of layer inputs, by which experts are combined or routers folded; "
+            "give "
             "the statistics it was made from: apply_plan(model, plan, stats), or --statistics FILE.",
         )
         stats.check(("sample",), "This plan")

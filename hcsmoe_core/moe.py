@@ -91,7 +91,8 @@ class MoELayer:
         """Add hooks that get what the router gives and what the experts get; returns handles.
 
         ``take_router`` is a forward hook ``(module, inputs, output)`` that gets :func:`router_logits`;
-        ``restore_experts`` a forward pre-hook ``(module, inputs, keywords)`` that gets tokens, index and weight.
+        ``restore_experts`` a forward pre-hook ``(module, inputs, keywords)`` that gets tokens, index and
+        weight.
         """
         router_was_called = False
 

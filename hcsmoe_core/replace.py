@@ -145,7 +145,8 @@ def _keeps_groups(layer, labels, rows):
         )
     if len(rows) < layer.min_experts:
         raise InputError(
-            f"{layer.name}: its router's rule takes {layer.min_experts} experts at least, and {len(rows)} would "
+            f"{layer.name}: its router's rule takes {layer.min_experts} experts at least, and {len(rows)} "
+            "would "
             'be left; keep more, or let the router keep its rows (router "mapped").'
         )
     dropped = min(labels) < 0
