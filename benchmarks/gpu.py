@@ -79,7 +79,7 @@ def measure(shape, arguments):
     def collect(needs):
         collector = _Collector(layer, 1, needs)
         collector.batch_domains = [0]
-        collector.take_experts(None, (tokens, index, weight), {})
+        collector.restore_experts(None, (tokens, index, weight), {})
         return collector.finish(torch.empty(0), 0)
 
     found = {"shape": shape, "weights, GB": weights / 1e9}

@@ -150,7 +150,7 @@ def compared(family, device):
     pairs = list(zip(stats["gpu"].layers.values(), stats["cpu"].layers.values(), strict=True))
     moved = sum(int((ours.usage_count - theirs.usage_count).abs().sum()) // 2 for ours, theirs in pairs)
     row["choices of an expert that differ"] = f"{moved} of {sum(int(c.usage_count.sum()) for _, c in pairs)}"
-    sums = [{k: difference(v, c.held()[k]) for k, v in g.held().items()} for g, c in pairs]
+    sums = [{k: difference(v, c.collected()[k]) for k, v in g.collected().items()} for g, c in pairs]
     row["statistics, largest over the layers"] = {key: max(layer[key] for layer in sums) for key in sums[0]}
     row["inputs of the sample"] = max(difference(g.sample.inputs, c.sample.inputs) for g, c in pairs)
     row["plans"] = {method: _planned(models, stats, ids, method) for method in METHODS}

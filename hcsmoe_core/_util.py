@@ -203,6 +203,3 @@ def versions() -> dict:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             by_package[package] = importlib.metadata.version(package)
     return by_package
-
-
-held, is_held = locked, is_locked  # former names

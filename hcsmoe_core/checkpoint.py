@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from hcsmoe_core import _transformers, _util, export, moe, replace
 from hcsmoe_core._util import InputError, check_absent, check_choice, folder_of, read_json
-from hcsmoe_core.families import decoder_layers, find_moe_layers, other_experts
+from hcsmoe_core.families import decoder_layers, find_moe_layers, non_text_experts
 from hcsmoe_core.merging import apply_plan, check_fits, restore
 from hcsmoe_core.modeling_hcsmoe import VERSION, merged_class, room
 from hcsmoe_core.plan import JOINED, Plan, with_router
@@ -75,13 +75,18 @@ def load_with(load, source, *, dtype, device_map, experts_implementation, merged
     """
     config = readable_config(source, source)
     family = model_class(config)
+    options = dict(dtype=_dtype(dtype), device_map=device_map, output_loading_info=True, use_safetensors=True)
     with readable(source):
         base = _transformers.class_with_loader(merged_class(family) if merged else family, load)
-        loaded, report = base.from_pretrained(source, config=config, **loading(dtype, device_map))
-        check_report(report, source)
+        loaded, report = base.from_pretrained(source, config=config, **options)
+        if missing := sorted(report["missing_keys"]):  # they would stay random
+            names = ", ".join(missing[:3])
+            raise InputError(f"it lacks {len(missing)} of the model's tensors ({names}, …); copy it again")
     loaded.__class__ = family
-    hub_layout(loaded, config)
-    set_experts(loaded, experts_implementation)
+    if _quantisation(config) is not None:
+        _transformers.forget_conversions(loaded)
+    if experts_implementation is not None:  # multimodal models refuse it as a keyword of from_pretrained
+        loaded.set_experts_implementation(experts_implementation)
     return loaded.eval()
 
 
@@ -118,12 +123,6 @@ def load_tokenizer(source):
     return AutoTokenizer.from_pretrained(str(source))
 
 
-def set_experts(model, implementation):
-    """Choose transformers' experts implementation; multimodal models refuse it as a keyword of loading."""
-    if implementation is not None:
-        model.set_experts_implementation(implementation)
-
-
 def model_class(config):
     """Model class of a configuration: the one it names if an auto class knows that, else the first."""
     classes = [family for _, family in _transformers.auto_classes(config)]
@@ -155,17 +154,6 @@ def _quantisation(config):
     return next(filter(None, settings), None)
 
 
-def loading(dtype, device_map=None):
-    """Keywords of ``from_pretrained`` that all loaders share."""
-    return dict(dtype=_dtype(dtype), device_map=device_map, output_loading_info=True, use_safetensors=True)
-
-
-def hub_layout(model, config):
-    """Let a dequantised model be saved under its family's usual names, rather than as packed blocks."""
-    if _quantisation(config) is not None:
-        _transformers.forget_conversions(model)
-
-
 @contextlib.contextmanager
 def without_bars():
     """Hide transformers' progress bars, of which every shard would draw one."""
@@ -194,13 +182,6 @@ def readable(shown):
                 "Check the name and the network, or give a model folder."
             ) from None
         raise InputError(f"{shown} is not a readable checkpoint: {reason}") from error
-
-
-def check_report(report, shown):
-    """Raise InputError if a checkpoint lacks tensors, which would stay random."""
-    if missing := sorted(report["missing_keys"]):
-        names = ", ".join(missing[:3])
-        raise InputError(f"{shown} lacks {len(missing)} of the model's tensors ({names}, …); copy it again.")
 
 
 def check_conversion(report, shown, unread=()):
@@ -358,7 +339,7 @@ def target_of(model, plan, router=""):
         trimmed = any(layer.width and layer.joins for layer in plan.layers)
         remedy = '"mapped", or make the plan with shape "whole"' if trimmed else '"mapped"'
         raise InputError(f'The "router" argument cannot be "plain" for this plan: {reason}. Use {remedy}.')
-    as_on_hub = config is not None or not other_experts(model)
+    as_on_hub = config is not None or not non_text_experts(model)
     return Target(config, records, original, merged.num_parameters(), top_k, as_on_hub)
 
 
@@ -368,9 +349,9 @@ def _record(layer, layer_plan, names):
     shapes = layer.shapes(layer_plan.num_groups, layer_plan.width or layer.width)
     experts = {name: room(tensor, shapes[name]) for name, tensor in layer.tensors().items()}
     rows = None if rows is None else torch.from_numpy(rows)
-    replace.put_experts(layer, experts, layer_plan.labels, rows=rows, keep=False)
+    replace.replace_experts(layer, experts, layer_plan.labels, rows=rows)
     state, tensors, values = layer.experts._merged, {}, {}
-    for module, name in state.changed:
+    for module, name in state.originals:
         value = getattr(module, name)
         if torch.is_tensor(value):
             tensors[f"{names[module]}.{name}"] = list(value.shape)
@@ -398,9 +379,9 @@ def _plain_config(model, plan, merged):
     text = config.get_text_config()
     for name, holder in counted(config, len(plan.layers[0].labels)):
         setattr(holder, name, count)
-    caps = dict.fromkeys(moe.CHOICES, count)
+    caps = dict.fromkeys(moe.TOP_K_NAMES, find_moe_layers(merged)[0].top_k or count)
     if any(p.router in JOINED for p in plan.layers):
-        caps |= dict.fromkeys((*moe.ROUTER_GROUPS, *moe.GROUP_CHOICES), 1)
+        caps |= dict.fromkeys((*moe.GROUP_COUNT_NAMES, *moe.GROUP_TOP_K_NAMES), 1)
     for holder in _nested(text):
         present = {name: getattr(holder, name, None) for name in caps}
         holder.update({n: min(value, caps[n]) for n, value in present.items() if isinstance(value, int)})
@@ -426,7 +407,9 @@ def _plain_config(model, plan, merged):
 def counted(config, experts):
     """Where a configuration's text part gives the number of experts: ``[(name, configuration), …]``."""
     holders = _nested(config.get_text_config())
-    names = [(name, c) for c in holders for name in moe.COUNTS if name not in type(c).attribute_map]
+    names = [
+        (name, c) for c in holders for name in moe.EXPERT_COUNT_NAMES if name not in type(c).attribute_map
+    ]
     return [(name, holder) for name, holder in names if getattr(holder, name, None) == experts]
 
 
@@ -573,6 +556,4 @@ def load_merged(folder, *, dtype="auto", device="auto", experts_implementation=N
         raise InputError(f"{folder}: config.json maps other experts than the model has; merge again.")
     options = dict(dtype=dtype, device=device, experts_implementation=experts_implementation)
     loaded = _load(folder, merged=True, **options)
-    for name in record["layers"]:
-        replace.adopt(loaded.get_submodule(name))
     return loaded

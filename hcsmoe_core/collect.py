@@ -27,7 +27,9 @@ from hcsmoe_core.steps import METHODS
 
 # Tokens that an expert is applied to at once: what stays in a CPU's caches, and what fills a GPU.
 CHUNK = {"cpu": 512, "cuda": 8192}
-DENSE = 1 << 25  # numbers of all experts' outputs in memory at once, where pairs of experts are compared
+# Numbers of all experts' outputs in memory at once, where pairs of experts are compared; small ones leave a
+# GPU idle.
+DENSE = {"cpu": 1 << 25, "cuda": 1 << 28}
 PAIRED = {"cpu": 1 << 20, "cuda": 1 << 26}  # of these, those in float64
 # Stands for the ranks where there is one process: see capture().
 ONE_PROCESS = SimpleNamespace(
@@ -136,7 +138,7 @@ class Tokens:
         handles = []
         try:
             for collector in collectors:
-                handles += collector.layer.listen(collector.take_router, collector.take_experts)
+                handles += collector.layer.add_hooks(collector.take_router, collector.restore_experts)
             yield collectors
         finally:
             for handle in handles:
@@ -158,9 +160,8 @@ class Tokens:
 
     def bar(self, progress: bool):
         """Progress bar over this rank's tokens."""
-        sequences = sum(min(self.batch_size, len(self.input_ids) - start) for start in self.starts)
+        total = sum(self.input_ids[start : start + self.batch_size].numel() for start in self.starts)
         hidden = None if progress and self.ranks.rank() == 0 else True
-        total = sequences * self.input_ids.shape[1]
         return tqdm(total=total, desc="capture", unit="token", unit_scale=True, disable=hidden)
 
     def finished(self, collectors) -> dict:
@@ -210,8 +211,7 @@ class _Collector:
             size = layer.width if layer.affine else layer.hidden_size
             self.totals["output_sum"] = self._zeros(domains, experts, size)
         self.batch_domains = self.batch_rows = self.batch_applied = None
-        self.logits = self.scoring = None
-        self.sampled = []
+        self.logits, self.scoring, self.sampled = None, None, []
 
     def _zeros(self, *shape, dtype=torch.float64):
         return torch.zeros(*shape, dtype=dtype, device=self.device)
@@ -224,7 +224,7 @@ class _Collector:
             logits = self.logits[rows, :experts]
             self.totals["logit_gram"][domain] += logits.T @ logits
 
-    def take_experts(self, module, inputs, keywords):
+    def restore_experts(self, module, inputs, keywords):
         """Forward pre-hook of the experts: tokens [T, D], chosen experts [T, k] and their weights [T, k]."""
         tokens, index, weight = [*inputs, *keywords.values()][:3]
         tokens = tokens.reshape(-1, tokens.shape[-1])
@@ -258,7 +258,7 @@ class _Collector:
         self.totals["applied"][domain] += len(tokens)
         size = CHUNK[_kind(tokens)]
         if "grams" in self.needs:
-            size = max(1, min(size, DENSE // (self.layer.num_experts * tokens.shape[1])))
+            size = max(1, min(size, DENSE[_kind(tokens)] // (self.layer.num_experts * tokens.shape[1])))
         for chunk in zip(tokens.split(size), gates.split(size), strict=True):
             self._add_outputs(domain, *chunk)
 
@@ -292,8 +292,8 @@ class _Collector:
         norm = output.double().norm(dim=1)
         self.totals["norm_sum"][domain, expert] += norm.sum()
         self.totals["gated_norm_sum"][domain, expert] += gate @ norm
-        largest = self.totals["output_max"]
-        largest[domain, expert] = torch.maximum(largest[domain, expert], output.abs().max().double())
+        largest = self.totals["output_max"][domain]
+        largest[expert] = torch.maximum(largest[expert], output.abs().max().double())
 
     def _add_grams(self, domain, outputs, gates):
         """Inner products of all pairs of experts' outputs, ``E × [T, D]``, per token and summed."""

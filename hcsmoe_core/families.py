@@ -68,7 +68,7 @@ def decoder_layers(model) -> str:
     return next((name for name in names if isinstance(model.get_submodule(name), nn.ModuleList)), "")
 
 
-def other_experts(model) -> list[str]:
+def non_text_experts(model) -> list[str]:
     """Names of the experts modules that text never reaches, which are left as they are."""
     return [name for name, module in model.named_modules() if _layer_class(module) and _reads_no_text(name)]
 
@@ -109,7 +109,7 @@ def _is_experts(module):
 class _LongcatFlash(MoELayer):
     """LongCat: the up projection has rows for the identity experts too, which are never read."""
 
-    fewest = 2  # its experts' forward trips over a single choice
+    min_experts = 2  # its experts' forward trips over a single choice
 
     def tensors(self):
         up, down = self.experts.gate_up_proj, self.experts.down_proj
@@ -178,14 +178,14 @@ class _JetMoe(MoELayer):
     def stored(self, tensors):
         return {"input_linear.weight": tensors["gate_up_proj"], "output_linear.weight": tensors["down_proj"]}
 
-    def listen(self, take_router, take_experts):
+    def add_hooks(self, take_router, restore_experts):
         def take(module, inputs, output):
             order, _, gates, sizes, logits = output
             index, weight = torch.empty_like(order), torch.empty_like(gates)
             index[order], weight[order] = repeated(sizes, order.device), gates
             tokens = inputs[0]
             take_router(module, inputs, logits)
-            take_experts(module, (tokens, *(t.reshape(len(tokens), -1) for t in (index, weight))), {})
+            restore_experts(module, (tokens, *(t.reshape(len(tokens), -1) for t in (index, weight))), {})
 
         return [self.experts.router.register_forward_hook(take)]
 
@@ -193,15 +193,15 @@ class _JetMoe(MoELayer):
 class _Llama4(MoELayer):
     """Llama 4: every expert gets every token times the router's score, zero where it was not chosen."""
 
-    unsolvable = "the router's score multiplies what experts read, not what they write"
+    why_not_solvable = "the router's score multiplies what experts read, not what they write"
     transposed = True
 
-    def listen(self, take_router, take_experts):
+    def add_hooks(self, take_router, restore_experts):
         def take(module, inputs, output):
             scores, logits = output
             index = logits.topk(module.top_k, dim=1).indices
             take_router(module, inputs, logits)
-            take_experts(module, (inputs[0], index, scores.gather(1, index)), {})
+            restore_experts(module, (inputs[0], index, scores.gather(1, index)), {})
 
         return [self.router.register_forward_hook(take)]
 
@@ -209,7 +209,7 @@ class _Llama4(MoELayer):
 class _Phimoe(MoELayer):
     """PhiMoE: the router takes the best expert, then the best of the others, whatever is configured."""
 
-    fewest = 2
+    min_experts = 2
 
 
 ENTRIES = {

@@ -7,7 +7,7 @@ from hcsmoe_core._util import InputError, check_count, require
 from hcsmoe_core.families import find_moe_layers, model_hash
 from hcsmoe_core.moe import Neurons, all_finite
 from hcsmoe_core.plan import check_layer
-from hcsmoe_core.replace import put_experts, take_experts
+from hcsmoe_core.replace import replace_experts, restore_experts
 from hcsmoe_core.steps import combine, compress, refine, router
 
 BLOCK = 1 << 16  # weights that are summed at once: wide sums of so many stay in a CPU's caches
@@ -38,7 +38,7 @@ def apply_plan(model, plan, stats=None):
         If the plan does not fit the model, needs statistics that are not given, the model is merged already,
         or a merged weight is not finite. The model is then as it was.
     """
-    layers = check_appliable(model, plan, stats)
+    layers = check_applicable(model, plan, stats)
     try:
         hidden = None if plan.needs_sample else True
         bar = tqdm(plan.layers, desc="merge", unit="layer", leave=False, disable=hidden)
@@ -59,7 +59,7 @@ def apply_layer(layer, layer_plan, stats=None):
     if layer_plan.router in router:
         rows, scales = router[layer_plan.router](layer_plan, sample), torch.from_numpy(rows)
     rows = None if rows is None else torch.from_numpy(rows)
-    put_experts(layer, tensors, layer_plan.labels, rows=rows, scales=scales)
+    replace_experts(layer, tensors, layer_plan.labels, rows=rows, scales=scales)
     layer.experts._merged.plan = layer_plan
 
 
@@ -67,11 +67,11 @@ def restore(model):
     """Put the original experts back, to the bit; InputError if the model was loaded merged."""
     for layer in find_moe_layers(model):
         if layer.merged:
-            take_experts(layer)
+            restore_experts(layer)
     return model
 
 
-def check_appliable(model, plan, stats=None) -> list:
+def check_applicable(model, plan, stats=None) -> list:
     """MoE layers of a model in the plan's order; InputError unless the plan can be applied to it."""
     layers, record = check_fits(plan, model), plan.model
     message = "This model is merged already; restore(model) first, or load the original."
@@ -84,8 +84,8 @@ def check_appliable(model, plan, stats=None) -> list:
     if plan.needs_sample:
         require(
             stats is not None,
-            "This plan looks at the sample of layer inputs; give the statistics it was made from: "
-            "apply_plan(model, plan, stats), or --statistics FILE on the command line.",
+            "This plan looks at the sample of layer inputs, by which experts are combined or routers folded; give "
+            "the statistics it was made from: apply_plan(model, plan, stats), or --statistics FILE.",
         )
         stats.check(("sample",), "This plan")
         require(
@@ -300,8 +300,8 @@ def combine_group(group, options) -> Neurons:
     rule, rounds = combine[options["rule"]], check_count("refit", options.get("refit", 0), 0)
     others = ", ".join(f'"{name}"' for name, step in combine.items() if not step.properties.get("solves"))
     require(
-        not group.layer.unsolvable or not (rounds or rule.properties.get("solves")),
-        f'{group.layer.name}: {group.layer.unsolvable}, so that combine "{rule.name}"'
+        not group.layer.why_not_solvable or not (rounds or rule.properties.get("solves")),
+        f'{group.layer.name}: {group.layer.why_not_solvable}, so that combine "{rule.name}"'
         f"{' with refit' if rounds else ''} has nothing to solve; use one of {others}, without refit.",
     )
     neurons = rule(group, **{key: value for key, value in options.items() if key not in ("rule", "refit")})

@@ -44,11 +44,6 @@ class ExpertMap:
         """Experts that the router now chooses from."""
         return len(self.labels) if self.mapped else max(self.labels) + 1
 
-    @property
-    def changed(self):  # TODO: goes with its use in checkpoint
-        """Module and name of every value that was replaced."""
-        return list(self.originals)
-
     def lookup(self, device):
         """The map as a tensor on a device; experts without weights stay behind those that have some."""
         if device not in self._lookup:

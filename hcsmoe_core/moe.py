@@ -23,18 +23,18 @@ DOWN = "down_proj"
 # Attribute names that transformers uses, of modules and of configurations: for groups of experts that a
 # router chooses among first, for how many of them it chooses, for the number of experts, for the experts per
 # token, for their width.
-ROUTER_GROUPS = ("num_group", "n_group")
-GROUP_CHOICES = ("topk_group",)
-COUNTS = (
+GROUP_COUNT_NAMES = ("num_group", "n_group")
+GROUP_TOP_K_NAMES = ("topk_group",)
+EXPERT_COUNT_NAMES = (
     *("num_experts", "num_local_experts", "n_routed_experts", "num_routed_experts", "moe_num_experts"),
     # With experts that have no weights, which some routers also choose from.
     *("total_experts", "n_total_experts", "num_router_classes"),
 )
-CHOICES = (
+TOP_K_NAMES = (
     *("top_k", "num_experts_per_tok", "num_experts_per_token", "top_k_experts"),
     *("moe_top_k", "moe_topk", "moe_k"),
 )
-WIDTHS = ("intermediate_dim", "intermediate_size", "expert_dim", "ffn_hidden_size")
+WIDTH_NAMES = ("intermediate_dim", "intermediate_size", "expert_dim", "ffn_hidden_size")
 
 PRODUCT_SIZE = 1 << 27  # numbers that the up projections of several experts give at once on a GPU
 
@@ -87,11 +87,11 @@ class MoELayer:
         """The module that holds the experts and their router."""
         return model.get_submodule(name.rpartition(".")[0])
 
-    def listen(self, take_router, take_experts) -> list:
+    def add_hooks(self, take_router, restore_experts) -> list:
         """Add hooks that get what the router gives and what the experts get; returns handles.
 
         ``take_router`` is a forward hook ``(module, inputs, output)`` that gets :func:`router_logits`;
-        ``take_experts`` a forward pre-hook ``(module, inputs, keywords)`` that gets tokens, index and weight.
+        ``restore_experts`` a forward pre-hook ``(module, inputs, keywords)`` that gets tokens, index and weight.
         """
         router_was_called = False
 
@@ -104,7 +104,7 @@ class MoELayer:
         # Some families read a router's weights without calling it; then the module that holds it is called.
         holders = [m for m in self.routing if m is not self.block and self._holds_router(m)]
         handles = [module.register_forward_hook(take) for module in holders]
-        return [*handles, self.experts.register_forward_pre_hook(take_experts, with_kwargs=True)]
+        return [*handles, self.experts.register_forward_pre_hook(restore_experts, with_kwargs=True)]
 
     def _holds_router(self, module):
         return any(self.router is inner for inner in module.modules())
@@ -152,19 +152,19 @@ class MoELayer:
         """k: experts per token, or None where neither the routing modules nor their configuration say."""
         modules = [*self.routing, self.experts, self.block]
         holders = [(m, ("top_k",)) for m in modules] + [
-            (getattr(m, "config", None), CHOICES) for m in modules
+            (getattr(m, "config", None), TOP_K_NAMES) for m in modules
         ]
         return next((k for holder in holders for k in whole_numbers(*holder).values()), None)
 
     @property
     def router_groups(self) -> int:
         """Groups of neighbouring experts that a router chooses among first (DeepSeek-V3); else 1."""
-        return next((n for m in self.routing for n in whole_numbers(m, ROUTER_GROUPS).values()), 1)
+        return next((n for m in self.routing for n in whole_numbers(m, GROUP_COUNT_NAMES).values()), 1)
 
     @property
-    def fewest(self) -> int:
+    def min_experts(self) -> int:
         """Experts that the router's rule needs: choosing groups adds up the two best scores of each."""
-        return 2 if any(whole_numbers(m, ROUTER_GROUPS) for m in self.routing) else 1
+        return 2 if any(whole_numbers(m, GROUP_COUNT_NAMES) for m in self.routing) else 1
 
     @property
     def affine(self) -> bool:
@@ -172,7 +172,7 @@ class MoELayer:
         return not getattr(self.experts, "has_post_expert_norm", False)
 
     @property
-    def unsolvable(self) -> str:
+    def why_not_solvable(self) -> str:
         """Why a projection of these experts cannot be solved for from what they put out; empty if it can."""
         return "" if self.affine else "each expert's output is normalised"
 

@@ -99,7 +99,7 @@ class LayerStatistics:
         count = self.usage_count.sum(0).double()
         return count / count.sum()
 
-    def held(self) -> dict:
+    def collected(self) -> dict:
         """The collected sums by name."""
         return {key: getattr(self, key) for key in SUMS if getattr(self, key) is not None}
 
@@ -124,11 +124,10 @@ class Statistics:
     def layer_name(self, layer) -> str:
         """Name of a layer given by number or by name; InputError if there is none."""
         names = list(self.layers)
-        if isinstance(layer, str):
-            listed = ", ".join(names)
-            require(layer in names, f'The "layer" argument must be one of {listed}; not {layer!r}.')
-            return layer
-        return names[check_count("layer", layer, 0, len(names) - 1)]
+        if not isinstance(layer, str):
+            return names[check_count("layer", layer, 0, len(names) - 1)]
+        require(layer in names, f'The "layer" argument must be one of {", ".join(names)}; not {layer!r}.')
+        return layer
 
     @property
     def num_tokens(self) -> int:
@@ -139,7 +138,7 @@ class Statistics:
     def needs(self) -> tuple:
         """Names of :data:`NEEDS` that were collected."""
         first = next(iter(self.layers.values()))
-        collected = {*first.held(), *(["sample"] if first.sample is not None else [])}
+        collected = {*first.collected(), *(["sample"] if first.sample is not None else [])}
         return tuple(need for need, keys in NEEDS.items() if collected.issuperset(keys or [need]))
 
     def check(self, needs, purpose: str):
@@ -154,8 +153,12 @@ class Statistics:
 
     def identity(self) -> dict:
         """Tokens, in whatever order, and sample of these statistics, for the plans made from them."""
-        record = {"tokens": self.num_tokens, "domains": sorted(self.domains)}
-        record |= {"sequences": sha256_json(sorted(self.sequences)), "every": self.model.get("every", 1)}
+        record = {
+            "tokens": self.num_tokens,
+            "domains": sorted(self.domains),
+            "sequences": sha256_json(sorted(self.sequences)),
+            "every": self.model.get("every", 1),
+        }
         if self.sampled is not None:
             inputs = next(iter(self.layers.values())).sample.inputs
             record |= {"sample": len(self.sampled), "dtype": str(inputs.dtype).removeprefix("torch.")}
@@ -186,9 +189,9 @@ class Statistics:
         for name, first in self.layers.items():
             second = other.layers[name]
             joined = {
-                key: _joined(self, other, key, value, second.held()[key], domains)
-                for key, value in first.held().items()
-                if key in second.held()
+                key: _joined(self, other, key, value, second.collected()[key], domains)
+                for key, value in first.collected().items()
+                if key in second.collected()
             }
             if sampled is not None:
                 pairs = [(getattr(first.sample, key), getattr(second.sample, key)) for key in SAMPLED]
@@ -202,11 +205,15 @@ class Statistics:
         """Write to a ``.safetensors`` file, in full or not at all."""
         tensors = {} if self.sampled is None else {"sampled": self.sampled}
         for name, layer in self.layers.items():
-            tensors |= {f"{name}/{key}": value for key, value in layer.held().items()}
+            tensors |= {f"{name}/{key}": value for key, value in layer.collected().items()}
             if self.sampled is not None:
                 tensors |= {f"{name}/sample/{key}": getattr(layer.sample, key) for key in SAMPLED}
-        record = {"model": self.model, "domains": self.domains, "sequences": self.sequences}
-        record["layers"] = list(self.layers)
+        record = {
+            "model": self.model,
+            "domains": self.domains,
+            "sequences": self.sequences,
+            "layers": list(self.layers),
+        }
         if self.stability is not None:
             record["stability"] = self.stability
         header = json.dumps({"format": FORMAT, "about": record, "sha256": _digest(tensors, record)})

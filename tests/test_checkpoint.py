@@ -147,13 +147,13 @@ def test_merged_folders_are_spread_over_devices_as_others_are(mixtral, input_ids
     plan = make_plan(capture(mixtral, input_ids), mixtral, experts=4)
     save_merged(mixtral, plan, tmp_path / "m")
     live = logits(apply_plan(mixtral, plan), input_ids)
-    asked, usual = [], checkpoint.loading
+    asked, usual = [], checkpoint.load_with
 
-    def loading(dtype, device_map=None):
+    def load_with(*arguments, device_map, **options):
         asked.append(device_map)
-        return usual(dtype, device_map)
+        return usual(*arguments, device_map=device_map, **options)
 
-    monkeypatch.setattr(checkpoint, "loading", loading)
+    monkeypatch.setattr(checkpoint, "load_with", load_with)
     for device in checkpoint.DEVICE_MAPS:
         options = dict(device=device, experts_implementation="eager")
         for loaded in (load_merged(tmp_path / "m", **options), load_model(tmp_path / "m", **options)[0]):
@@ -167,19 +167,16 @@ def test_merged_layers_run_where_a_device_map_puts_them(mixtral, input_ids, tmp_
     plan = make_plan(capture(mixtral, input_ids), mixtral, experts=4)
     save_merged(mixtral, plan, tmp_path / "m")
     live = logits(apply_plan(mixtral, plan), input_ids)
-    device_map = {
-        "model.embed_tokens": "cpu",
-        "model.norm": "cpu",
-        "model.rotary_emb": "cpu",
-        "lm_head": "cpu",
-    }
-    device_map |= {f"model.layers.{i}": "cpu" if i else "disk" for i in range(3)}
-    usual = checkpoint.loading
-    monkeypatch.setattr(
-        checkpoint,
-        "loading",
-        lambda dtype, _: usual(dtype, device_map) | {"offload_folder": tmp_path / "offload"},
-    )
+    names = ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head")
+    device_map = dict.fromkeys((*names, "model.layers.1", "model.layers.2"), "cpu")
+    device_map["model.layers.0"] = "disk"
+    usual = type(mixtral).from_pretrained.__func__
+
+    def from_pretrained(cls, *arguments, **options):
+        options |= {"device_map": device_map, "offload_folder": tmp_path / "offload"}
+        return usual(cls, *arguments, **options)
+
+    monkeypatch.setattr(type(mixtral), "from_pretrained", classmethod(from_pretrained))
     loaded = load_merged(tmp_path / "m", device="balanced", experts_implementation="eager")
     assert set(loaded.hf_device_map.values()) == {"cpu", "disk"}
     torch.testing.assert_close(logits(loaded, input_ids), live)

@@ -13,6 +13,7 @@ from scipy.optimize import linear_sum_assignment
 
 from hcsmoe_core import apply_plan, capture, make_plan, restore
 from hcsmoe_core.families import find_moe_layers
+from hcsmoe_core.methods.combining import chosen_columns
 from hcsmoe_core.plan import LayerPlan, Plan
 from hcsmoe_core.steps import combine as COMBINE  # noqa: N812
 
@@ -659,3 +660,18 @@ def test_what_dare_draws_depends_on_the_plan_seed(case):
     assert not torch.allclose(made[0], made[2])
     with pytest.raises(ValueError, match='"density" argument must be above 0 and at most 1'):
         make_plan(case.stats, experts=3, combine="ties", density=0)
+
+
+@pytest.mark.parametrize(("seed", "tokens", "block"), [(95, 17, 5), (305, 20, 3), (366, 18, 4), (371, 14, 5)])
+def test_a_block_leaves_out_neurons_that_are_sums_of_others(seed, tokens, block):
+    """With fewer tokens than neurons, what the others of a block leave of some is rounding."""
+    generator = torch.Generator().manual_seed(seed)
+    pool = torch.randn(tokens, 48, generator=generator)
+    pool += 10 ** -(seed % 6) * torch.randn(tokens, 48, generator=generator)
+    pool[:, 24:] = pool[:, :24] + 10 ** -(3 + seed % 5) * torch.randn(tokens, 24, generator=generator)
+    pool = pool.double()
+    target = pool @ torch.randn(48, 5, dtype=torch.float64, generator=generator)
+    chosen = chosen_columns(pool.T @ pool, pool.T @ target, 30, block=block)
+    assert len(set(chosen)) == len(chosen) <= 30
+    fit = torch.linalg.lstsq(pool[:, chosen], target, driver="gelsd").solution
+    assert (pool[:, chosen] @ fit - target).norm() < 1e-3 * target.norm()

@@ -18,7 +18,7 @@ from hcsmoe_core.methods.factors import (
     stored_bytes,
 )
 from hcsmoe_core.moe import Neurons
-from hcsmoe_core.replace import put_experts
+from hcsmoe_core.replace import replace_experts
 
 
 def normal(*shape, seed=0, dtype=torch.float64):
@@ -409,7 +409,7 @@ def test_everything_kept_leaves_a_model_as_it_is(name):
             torch.testing.assert_close(layer.activate(expert, x), hidden, rtol=0, atol=1e-10)
             outputs = hidden @ expert.down.T + (0 if expert.offset is None else expert.offset)
             torch.testing.assert_close(outputs, layer.expert_output(e, hidden), rtol=0, atol=1e-10)
-        put_experts(layer, layer.stacked(made), list(range(len(made))))
+        replace_experts(layer, layer.stacked(made), list(range(len(made))))
     torch.testing.assert_close(logits(model, ids), before, rtol=0, atol=1e-10)
 
 

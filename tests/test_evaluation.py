@@ -105,7 +105,7 @@ class Failing:
 
 @pytest.mark.parametrize("applied", [False, True])
 @pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyboardInterrupt()])
-@pytest.mark.parametrize("where", ["forward", "block", "lift_experts", "put_experts", "lay_experts"])
+@pytest.mark.parametrize("where", ["forward", "block", "suspend_merge", "replace_experts", "resume_merge"])
 def test_a_failed_fidelity_leaves_the_model_as_it_was(applied, error, where, input_ids, monkeypatch):
     model, ids = tiny_model("qwen2_moe"), tokens(2, 12)
     stats = core.capture(model, input_ids, needs=("usage", "outputs", "sample"), progress=False)
@@ -125,7 +125,7 @@ def test_a_failed_fidelity_leaves_the_model_as_it_was(applied, error, where, inp
     for after in range(1, failing.calls + 1):
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, Failing(getattr(owner, name), error, after))
-            if where == "lay_experts" and after > failing.calls - 3:
+            if where == "resume_merge" and after > failing.calls - 3:
                 break  # these put the merged experts back
             with pytest.raises(type(error)):
                 fidelity(model, plan, ids, stats=stats, progress=False)

@@ -52,7 +52,9 @@ def written(model):
 
 def put(model, labels, rows):
     for layer in families.find_moe_layers(model):
-        replace.put_experts(layer, {n: t.detach()[rows].clone() for n, t in layer.tensors().items()}, labels)
+        replace.replace_experts(
+            layer, {n: t.detach()[rows].clone() for n, t in layer.tensors().items()}, labels
+        )
 
 
 @same_version
@@ -109,7 +111,7 @@ def test_twins_share_one_expert(family, implementation):
     assert (outputs(model, ids) - before).abs().max() <= 2e-5 * before.abs().max()
     assert text is None or torch.equal(written(model), text)
     for layer in layers:
-        replace.take_experts(layer)
+        replace.restore_experts(layer)
     assert torch.equal(outputs(model, ids), before)
 
 
@@ -238,11 +240,11 @@ def test_odd_layouts_are_read_and_written_neuron_by_neuron(family):
     for neurons, output in zip(shuffled, wanted, strict=True):
         offset = 0 if neurons.offset is None else neurons.offset
         torch.testing.assert_close(layer.activate(neurons, tokens) @ neurons.down.T + offset, output)
-    replace.put_experts(layer, layer.stacked(shuffled), list(range(EXPERTS)))
+    replace.replace_experts(layer, layer.stacked(shuffled), list(range(EXPERTS)))
     for expert, output in enumerate(wanted):
         torch.testing.assert_close(alone(layer.experts, expert, tokens), output)
     narrow = [neurons.take(order[:7]) for neurons in shuffled]
-    replace.take_experts(layer)
+    replace.restore_experts(layer)
     made = layer.stacked(narrow)
     assert {name: list(tensor.shape) for name, tensor in made.items()} == layer.shapes(EXPERTS, 7)
 

@@ -459,8 +459,8 @@ def test_parts_add_up_to_the_whole(family, cut, second, size, batch, domains):
     )
     for name, sums in whole.layers.items():
         parts = total.layers[name]
-        assert parts.held().keys() == sums.held().keys()
-        for key, wanted in sums.held().items():
+        assert parts.collected().keys() == sums.collected().keys()
+        for key, wanted in sums.collected().items():
             scale = float(wanted.abs().max())
             torch.testing.assert_close(getattr(parts, key), wanted, rtol=1e-12, atol=1e-12 * scale)
         for key in SAMPLED:
@@ -482,7 +482,7 @@ def test_parts_give_the_plans_of_the_whole(family, tmp_path):
     assert torch.equal(again.sampled, whole.sampled)
     assert (again.model, again.domains, again.needs) == (whole.model, whole.domains, whole.needs)
     for name, sums in whole.layers.items():
-        for key, value in sums.held().items():
+        for key, value in sums.collected().items():
             assert torch.equal(getattr(again.layers[name], key), value)
         assert all(
             torch.equal(getattr(again.layers[name].sample, k), getattr(sums.sample, k)) for k in SAMPLED

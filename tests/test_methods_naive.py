@@ -155,7 +155,7 @@ def test_norms_of_routed_tokens_alone_are_the_same(family):
 
 def test_chunks_do_not_change_grams_and_norms(monkeypatch):
     r = run("qwen2_moe")
-    monkeypatch.setattr(sys.modules["hcsmoe_core.collect"], "DENSE", 7 * E * 32)
+    monkeypatch.setattr(sys.modules["hcsmoe_core.collect"], "DENSE", {"cpu": 7 * E * 32})
     parts = capture(r.model, r.ids, needs=ALL_NEEDS, sample=50, batch_size=4, domains=DOMAINS)
     for name in r.names:
         for key, value in r.stats.layers[name].held().items():

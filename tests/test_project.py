@@ -45,9 +45,9 @@ def test_constraints_pin_every_direct_dependency():
 
 
 def floor_of(module):
-    """Floor of a module of the package, such as "hcsmoe_core.ui.cli"; of the package itself, none."""
+    """Floor of a module of the package, such as "hcsmoe_core.ui.cli"; the package itself stands above all."""
     first = module.split(".")[1:2]
-    return None if not first else first[0] if first[0] in FLOORS else "core"
+    return FLOORS[-1] if not first else first[0] if first[0] in FLOORS else "core"
 
 
 def imported(source, module):

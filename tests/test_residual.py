@@ -344,7 +344,7 @@ def test_the_same_plan_each_time_and_its_settings(mixtral):
 def test_what_cannot_be_solved_for_is_averaged(monkeypatch):
     model = tiny_model("mixtral")
     stats = captured(model)
-    monkeypatch.setattr(MoELayer, "unsolvable", "planted")
+    monkeypatch.setattr(MoELayer, "why_not_solvable", "planted")
     plan = recommended(model, stats, 3)
     assert all(layer.rules is None and layer.num_groups == 3 and layer.width is None for layer in plan.layers)
 

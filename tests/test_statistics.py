@@ -104,7 +104,7 @@ def test_ranks_share_a_capture(input_ids):
     for stats in shared:
         assert stats.identity() == alone.identity()
         for name, layer in alone.layers.items():
-            for key, value in layer.held().items():
+            for key, value in layer.collected().items():
                 torch.testing.assert_close(getattr(stats.layers[name], key), value, rtol=1e-12, atol=1e-12)
             assert torch.equal(stats.layers[name].sample.index, layer.sample.index)
             torch.testing.assert_close(stats.layers[name].sample.inputs, layer.sample.inputs)

@@ -669,7 +669,7 @@ def test_two_and_four_ranks_against_one(deep, tmp_path, load, counts):
         assert several.sequences == one.sequences
         assert torch.equal(several.sampled, one.sampled)
         for name, sums in one.layers.items():
-            for key, value in sums.held().items():
+            for key, value in sums.collected().items():
                 torch.testing.assert_close(
                     getattr(several.layers[name], key),
                     value,

@@ -58,8 +58,7 @@ def test_rounding_is_weighed_against_what_takes_no_more_bytes():
     ]
     assert said[3].endswith("trimming to 4, 4 bits, 14%, adds 0.250.")
     assert said[4] == (
-        "For 50% of the experts' operations, which rounding does not save: "
-        "trimming to 4, 16 bits adds 0.200."
+        "For 50% of the experts' operations, which rounding does not save: trimming to 4, 16 bits adds 0.200."
     )
 
 

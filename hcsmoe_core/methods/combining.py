@@ -493,7 +493,11 @@ def chosen_columns(gram, xty, width, *, block=None):
             rest = gram[near][:, near] - basis[near, :done] @ basis[near, :done].T
             best = near[chosen_columns(rest, xty[near], size, block=1)].tolist()
         columns = gram[:, best] - basis[:, :done] @ basis[best, :done].T
-        factor = torch.linalg.cholesky(columns[best])
+        while dependent := int((cholesky := torch.linalg.cholesky_ex(columns[best])).info):
+            # What the others of the block leave of one is rounding: it is not chosen, now or later.
+            columns = torch.cat([columns[:, : dependent - 1], columns[:, dependent:]], 1)
+            left[best.pop(dependent - 1)] = 0
+        factor = cholesky.L
         columns = torch.linalg.solve_triangular(factor, columns.T, upper=False).T
         xty.addmm_(columns, torch.linalg.solve_triangular(factor, xty[best], upper=False), alpha=-1)
         basis[:, done : done + len(best)] = columns

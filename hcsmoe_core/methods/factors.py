@@ -13,7 +13,7 @@ import torch
 
 from hcsmoe_core._util import InputError, check_count
 from hcsmoe_core.moe import Neurons, all_finite
-from hcsmoe_core.replace import set_rows
+from hcsmoe_core.replace import set_expert_tensors
 from hcsmoe_core.steps import compress as step
 
 RANK_SHARE = 0.5
@@ -295,5 +295,5 @@ def compress_layers(layers, plan, stats, *, share: float = 0.5, rank: int | None
         dense = layer.stacked([densified(layer.neurons(g), f) for g, f in enumerate(rounded)])
         if not all(all_finite(tensor) for tensor in dense.values()):
             raise InputError(f"{layer.name}: factors are not finite in {dtype}; load it with another dtype.")
-        set_rows(layer, dense)
+        set_expert_tensors(layer, dense)
         layer.experts._merged.compressed_bytes = stored_bytes(rounded, dtype)

@@ -217,7 +217,7 @@ class Scorer:
             torch.arange(len(decides)) < tokens
         )  # the sample is in the order of hashes: any part of it is one
         self.samples = [_rows(sums.sample, rows & ~decides), _rows(sums.sample, rows & decides)]
-        self.fits = not layer.unsolvable and layer.neurons_known
+        self.fits = not layer.why_not_solvable and layer.neurons_known
         self._best = {}
 
     @functools.cached_property

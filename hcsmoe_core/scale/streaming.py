@@ -59,7 +59,7 @@ from hcsmoe_core.checkpoint import (
 )
 from hcsmoe_core.collect import Tokens, forward_options, needs_of
 from hcsmoe_core.families import decoder_layers, find_moe_layers
-from hcsmoe_core.merging import apply_layer, check_appliable, restore
+from hcsmoe_core.merging import apply_layer, check_applicable, restore
 from hcsmoe_core.moe import check_loaded, fingerprint, source_of
 from hcsmoe_core.scale import ranks
 from hcsmoe_core.statistics import SAMPLE, Statistics, load_statistics
@@ -584,7 +584,7 @@ def _begin_merge(model, plan, work, stats, router, observer):
             "so that they must be in memory together: load the model whole (--load whole), or make a plan "
             'without "compress".'
         )
-    check_appliable(model, plan, stats)
+    check_applicable(model, plan, stats)
     target = target_of(model, plan, router)
     settings = {
         "plan": sha256_json([vars(layer_plan) for layer_plan in plan.layers]),

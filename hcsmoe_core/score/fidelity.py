@@ -15,7 +15,7 @@ from hcsmoe_core.collect import Tokens, check_tokens
 from hcsmoe_core.families import decoder_layers, find_moe_layers
 from hcsmoe_core.merging import apply_plan, restore
 from hcsmoe_core.plan import JOINED, odd_widths
-from hcsmoe_core.replace import lay_experts, lift_experts, put_experts, take_experts
+from hcsmoe_core.replace import replace_experts, restore_experts, resume_merge, suspend_merge
 from hcsmoe_core.scale.streaming import Outputs
 from hcsmoe_core.statistics import sequence_hashes
 
@@ -146,12 +146,12 @@ def _variants(layers, plan):
     with contextlib.ExitStack() as undo:
         for layer in layers:
             tensors, labels = layer.tensors(), layer.experts._merged.labels
-            variants[own][layer.name] = lift_experts(layer)
-            undo.callback(lay_experts, layer, variants[own][layer.name])
-            undo.callback(lambda layer=layer: layer.merged and take_experts(layer))  # where exact failed
+            variants[own][layer.name] = suspend_merge(layer)
+            undo.callback(resume_merge, layer, variants[own][layer.name])
+            undo.callback(lambda layer=layer: layer.merged and restore_experts(layer))  # where exact failed
             for name in exact:
-                put_experts(layer, tensors, labels)
-                variants[name][layer.name] = lift_experts(layer)
+                replace_experts(layer, tensors, labels)
+                variants[name][layer.name] = suspend_merge(layer)
         yield variants
 
 
@@ -160,8 +160,8 @@ def _in_place(layers, variant):
     """Layers compute what one merged model does during the block."""
     with contextlib.ExitStack() as undo:
         for layer in layers:
-            lay_experts(layer, variant[layer.name])
-            undo.callback(take_experts, layer)
+            resume_merge(layer, variant[layer.name])
+            undo.callback(restore_experts, layer)
         yield
 
 

@@ -24,7 +24,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from hcsmoe_core._util import held, is_held, read_json, sha256_file, write_json
+from hcsmoe_core._util import is_locked, locked, read_json, sha256_file, write_json
 from hcsmoe_core.studies import engines
 from hcsmoe_core.studies.cache import function_hash, key
 
@@ -75,7 +75,7 @@ def complete(cell: Cell, *, again: bool = False, threads: int | None = None) -> 
     done, part = cell.done, part_of(cell.done)
     failed = done.with_suffix(f".failed{done.suffix}")
     done.parent.mkdir(parents=True, exist_ok=True)
-    with held(done):
+    with locked(done):
         if done.exists() and not again:
             return done
         for path in (part, failed, done.with_suffix(".failed.txt")):  # of a run that failed or was killed
@@ -122,7 +122,7 @@ def state_of(done: Path) -> str:
     """One of :data:`STATES`; "interrupted" where the process that measured it is gone and left a part."""
     if done.exists():
         return "done"
-    if is_held(done):
+    if is_locked(done):
         return "running"
     if done.with_suffix(".failed.txt").exists():
         return "failed"
