@@ -143,13 +143,13 @@ def test_the_command_compares_lists_and_captures_for_methods(tmp_path):
     said = hcsmoe(*merge, "--statistics", tmp_path / "s.safetensors", "--out", tmp_path / "m")
     assert "plain; load it with any loader" in said
     assert "needs 'grams'" in hcsmoe(*plan, "--method", "sub-moe", "--out", tmp_path / "q.json", fails=True)
-    assert "--set takes name=value" in hcsmoe(
+    assert "takes name=value with a name of" in hcsmoe(
         *plan, "--set", "linkages=x", "--out", tmp_path / "q.json", fails=True
     )
     said = hcsmoe(
         "merge", "demo-mixtral", *size, "--experts", 4, "--method", "mc-smoe", "--out", tmp_path / "mc"
     )
-    assert "multiply-accumulates a token" in said
+    assert "4 experts" in said
     few = (
         "--methods",
         "reap",

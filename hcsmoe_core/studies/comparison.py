@@ -57,10 +57,8 @@ def compare(
     ----------
     model, text, dtype, device
         As for :func:`hcsmoe_core.load_model` and :func:`hcsmoe_core.evaluate`.
-    methods : list of str, optional
-        Names of :data:`hcsmoe_core.METHODS`; all by default.
-    experts : list of int, optional
-        Experts kept per layer; by default three quarters, a half and a quarter of them.
+    methods, experts : list, optional
+        By default all methods, and three quarters, a half and a quarter of the experts.
     seeds : sequence of int
         One calibration sample each; also the seed of methods that use chance.
     limit : int, optional
