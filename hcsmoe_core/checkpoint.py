@@ -270,8 +270,7 @@ def save_merged(
     Raises
     ------
     FileExistsError, InputError
-        If the folder exists; if the plan does not fit the model, another is applied to it, or it cannot be
-        written as asked.
+        If the folder exists; if the plan does not fit the model or cannot be written as asked.
     """
     plan, router = exported(plan, router)
     check_absent(folder)

@@ -204,7 +204,7 @@ def test_made_up_statistics_give_partitions_with_the_exact_total(stats, data):
     protected = (
         super_experts(stats) if resolve(method).steps["group"] != "fuzzy" and data.draw(st.booleans()) else {}
     )
-    min_experts = [min(len(p) + 1, size) for p, size in zip(protected.values(), sizes, strict=bool(protected))]
+    fewest = [min(len(p) + 1, size) for p, size in zip(protected.values(), sizes, strict=bool(protected))]
     if sum(fewest) > experts * len(sizes) or (budget == "uniform" and max(fewest, default=0) > experts):
         with pytest.raises(ValueError, match='"experts" argument'):
             make_plan(stats, guard=True, **how)

@@ -158,7 +158,7 @@ def test_chunks_do_not_change_grams_and_norms(monkeypatch):
     monkeypatch.setattr(sys.modules["hcsmoe_core.collect"], "DENSE", {"cpu": 7 * E * 32})
     parts = capture(r.model, r.ids, needs=ALL_NEEDS, sample=50, batch_size=4, domains=DOMAINS)
     for name in r.names:
-        for key, value in r.stats.layers[name].held().items():
+        for key, value in r.stats.layers[name].collected().items():
             close(getattr(parts.layers[name], key), value, rtol=1e-11, atol=1e-10)
 
 
