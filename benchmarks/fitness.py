@@ -48,9 +48,7 @@ def measure(name, limit):
         "usage": study.usage_table(stats).round(3).to_dict("records"),
         "versions": scores["versions"],
     }
-    families = study.family_agreement(
-        stats, model, linkages=LINKAGES, similarities=available(stats)
-    )
+    families = study.family_agreement(stats, model, linkages=LINKAGES, similarities=available(stats))
     if families is not None:
         found["adjusted Rand index to the true families"] = families.to_dict("records")
     return found

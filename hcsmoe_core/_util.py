@@ -49,8 +49,8 @@ class Table(UserDict):
     @property
     def data(self):
         """The entries, once all providers have registered theirs."""
-        while Table.providers:
-            importlib.import_module(Table.providers.pop(0))
+        for provider in Table.providers:
+            importlib.import_module(provider)  # waits where another thread is importing it
         return self._entries
 
     def __getitem__(self, name):

@@ -15,6 +15,7 @@ import numbers
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from hcsmoe_core._util import InputError, Table, check_choice, check_count
 
@@ -99,7 +100,11 @@ class StepTable(Table):
 class MethodTable(Table):
     """Methods by name; a row is added, or replaced, by ``METHODS[name] = Method(…)``."""
 
+    aliases: ClassVar[dict] = {}  # other names of methods, such as "recommended"
     __setitem__ = Table.add
+
+    def __getitem__(self, name):
+        return super().__getitem__(self.aliases.get(name, name))
 
 
 similarity = StepTable("similarity")

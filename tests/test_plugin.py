@@ -112,3 +112,8 @@ def test_entry_points_are_loaded_with_the_table(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.stdout == "True True\n", done.stderr
     assert "The methods of not_there could not be loaded" in done.stderr
+
+
+def test_the_recommended_method_is_looked_up_by_that_name():
+    assert METHODS["recommended"] is METHODS["least-residual"]
+    assert "recommended" not in list(METHODS)

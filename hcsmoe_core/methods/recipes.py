@@ -39,6 +39,7 @@ DEFAULTS = {
     "guard": False,
 }
 RECOMMENDED, POINTS_TO = "recommended", "least-residual"
+METHODS.aliases[RECOMMENDED] = POINTS_TO
 INTERNAL = ("width", "seed")  # options of rules that the planner sets
 
 
