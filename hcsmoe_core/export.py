@@ -204,7 +204,7 @@ def limits(plan, router, top_k, dtype):
     """What engines ask of a "plain" or "mapped" checkpoint, and what this one meets of it: lines of text."""
     if router != "plain":
         return [
-            "Not for vLLM, SGLang or llama.cpp, which know no map from a router's choice to fewer experts; vLLM "
+            "Not for vLLM, SGLang or llama.cpp, which know no map from E experts to fewer; vLLM "
             "opens it all the same, and serves noise."
         ]
     if widths := odd_widths(plan, dtype):
