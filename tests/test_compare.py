@@ -149,7 +149,7 @@ def test_the_command_compares_lists_and_captures_for_methods(tmp_path):
     said = hcsmoe(
         "merge", "demo-mixtral", *size, "--experts", 4, "--method", "mc-smoe", "--out", tmp_path / "mc"
     )
-    assert "4 experts" in said
+    assert "3 or 5 experts" in said
     few = (
         "--methods",
         "reap",
