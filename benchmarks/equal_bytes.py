@@ -287,7 +287,8 @@ def advice(points):
     beside, lines = at_equal_bytes(points), []
     smaller = points[points["method"] != ORIGINAL]
     for row in beside.to_dict("records"):
-        say = f"{row['bits']} bits, {row['bytes_share']:.0%} of the bytes: rounding all experts adds {row['added']:.3f} nats"
+        say = f"{row['bits']} bits, {row['bytes_share']:.0%} of the bytes: "
+        say += f"rounding all experts adds {row['added']:.3f} nats"
         if row["smaller"] != "-":
             say += f", the best smaller model that fits {row['smaller_added']:.3f} ({row['smaller']})"
         lines.append(f"{say}: {_VERDICTS[row['better']]}.")

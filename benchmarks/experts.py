@@ -1,12 +1,15 @@
-"""The dense expert pass beside transformers' own experts implementations, on the same products, as ratios within one run.
+"""The dense expert pass beside transformers' own experts implementations, on the same products, as ratios
+within one run.
 
     python benchmarks/experts.py                                 # CPU shapes, half a minute
-    python benchmarks/experts.py --device cuda --dtype bfloat16 --shapes 60x2048x1408,8x4096x14336 --tokens 4096
+    python benchmarks/experts.py --device cuda --dtype bfloat16 --shapes 60x2048x1408,8x4096x14336 --tokens
+    4096
 
-Every expert is applied to every token. transformers' experts modules are told so: k = E experts a token, each with weight 1/E;
-so they also project down and weight each output, which a capture needs not. Two of ours: ``hidden_sums``, which is what a
-capture for HC-SMoE calls (the down projection comes once an expert, afterwards), and ``outputs``, the very same products,
-every output projected down. Operations count what each has to do: by linearity, two thirds.
+Every expert is applied to every token. transformers' experts modules are told so: k = E experts a token, each
+with weight 1/E; so they also project down and weight each output, which a capture needs not. Two of ours:
+``hidden_sums``, which is what a capture for HC-SMoE calls (the down projection comes once an expert,
+afterwards), and ``outputs``, the very same products, every output projected down. Operations count what each
+has to do: by linearity, two thirds.
 """
 
 import argparse

@@ -1,16 +1,20 @@
-"""Are the embedded models fit for their purpose? Accuracy, loss, expert load, and what merging costs from E to E/4.
+"""Are the embedded models fit for their purpose? Accuracy, loss, expert load, and what merging costs from E
+to E/4.
 
     python benchmarks/fitness.py --out benchmarks/results/fitness.json      # about five minutes on two cores
 
-HC-SMoE (expert outputs, average linkage, frequency weights), calibrated on 96 × 256 tokens of the calibration split; all
-300 held-out items of each task, and held-out text of the ten procedural domains. The same digits on every run.
+HC-SMoE (expert outputs, average linkage, frequency weights), calibrated on 96 × 256 tokens of the calibration
+split; all 300 held-out items of each task, and held-out text of the ten procedural domains. The same digits
+on every run.
 """
 
 import argparse
 
 import hcsmoe_core as core
 from hcsmoe_core._util import write_json
+from hcsmoe_core.clustering import LINKAGES
 from hcsmoe_core.demo import models
+from hcsmoe_core.similarity import available
 from hcsmoe_core.studies import cache
 from hcsmoe_core.studies import tables as study
 
@@ -44,9 +48,7 @@ def measure(name, limit):
         "usage": study.usage_table(stats).round(3).to_dict("records"),
         "versions": scores["versions"],
     }
-    families = study.family_agreement(
-        stats, model, linkages=core.clustering.LINKAGES, similarities=core.similarity.available(stats)
-    )
+    families = study.family_agreement(stats, model, linkages=LINKAGES, similarities=available(stats))
     if families is not None:
         found["adjusted Rand index to the true families"] = families.to_dict("records")
     return found

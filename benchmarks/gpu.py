@@ -1,12 +1,14 @@
-"""The dense expert pass at the paper's layer shapes: share of the measured matmul ceiling, and peak memory beside the weights.
+"""The dense expert pass at the paper's layer shapes: share of the measured matmul ceiling, and peak memory
+beside the weights.
 
     python benchmarks/gpu.py                                          # on a GPU: two minutes
     python benchmarks/gpu.py --device cpu --shapes 6x64x48x2 --tokens 512 --dtype float32   # that it runs
 
-Random weights, 65,536 tokens. Shapes are experts x hidden x width x top-k: Qwen1.5-MoE-A2.7B and Mixtral-8x7B. The ceiling is
-the rate of one plain product of [chunk, D] and [D, N], the best of several N. "mean outputs" is what HC-SMoE's capture does;
-the operations that count are those of the up projections alone, as the down projection comes once an expert. "capture" is all
-default needs. Numbers of an H100 are in results/gpu.json.
+Random weights, 65,536 tokens. Shapes are experts x hidden x width x top-k: Qwen1.5-MoE-A2.7B and
+Mixtral-8x7B. The ceiling is the rate of one plain product of [chunk, D] and [D, N], the best of several N.
+"mean outputs" is what HC-SMoE's capture does; the operations that count are those of the up projections
+alone, as the down projection comes once an expert. "capture" is all default needs. Numbers of an H100 are in
+results/gpu.json.
 """
 
 import argparse
@@ -79,7 +81,7 @@ def measure(shape, arguments):
     def collect(needs):
         collector = _Collector(layer, 1, needs)
         collector.batch_domains = [0]
-        collector.take_experts(None, (tokens, index, weight), {})
+        collector.restore_experts(None, (tokens, index, weight), {})
         return collector.finish(torch.empty(0), 0)
 
     found = {"shape": shape, "weights, GB": weights / 1e9}

@@ -1,17 +1,20 @@
-"""What the library does on a GPU, in six minutes: that it works there, that it agrees with the CPU, and how fast it is.
+"""What the library does on a GPU, in six minutes: that it works there, that it agrees with the CPU, and how
+fast it is.
 
     python benchmarks/gpu_all.py --out benchmarks/results/gpu.json
     python benchmarks/gpu_all.py --device cpu --small                  # that it runs
 
-Each part is a process of its own with a limit of seconds; what fails is told in its place, and the rest goes on. The file is
-written anew after every part.
+Each part is a process of its own with a limit of seconds; what fails is told in its place, and the rest goes
+on. The file is written anew after every part.
 
 imports      which packages are missing, and that the library and an embedded model work without them
-correctness  tiny random models of several families in float32, on the CPU and on the GPU: relative differences of statistics,
-             of the same plan's merged logits, and whether each device's own plan has the same groups; what is saved and loaded
+correctness  tiny random models of several families in float32, on the CPU and on the GPU: relative
+differences of statistics,
+             of the same plan's merged logits, and whether each device's own plan has the same groups; what is
+             saved and loaded
 experts      benchmarks/gpu.py at the paper's two layer shapes
-capture      a random model of Qwen1.5-MoE's layer shape: tokens a second, beside the forward pass alone and the usual way
-throughput   benchmarks/throughput.py
+capture      a random model of Qwen1.5-MoE's layer shape: tokens a second, beside the forward pass alone and
+the usual way throughput   benchmarks/throughput.py
 plans        making and applying plans at that layer shape: HC-SMoE and the recommended method
 """
 
@@ -37,7 +40,8 @@ PARTS = {"imports": 60, "correctness": 80, "experts": 60, "capture": 80, "throug
 FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v3", "gpt_oss")
 METHODS = ("hc-smoe", "k-means", "m-smoe", "least-residual", "reap")
 NEEDS = ("usage", "outputs", "norms", "grams", "sample")
-# Of 10 experts: as much of the width stays a multiple of 16 bytes, which grouped products ask for; and of router groups.
+# Of 10 experts: as much of the width stays a multiple of 16 bytes, which grouped products ask for; and of
+# router groups.
 KEPT = dict.fromkeys(METHODS, 6) | {"least-residual": 5}
 
 
@@ -48,7 +52,9 @@ class Found:
         self.path, self.values = path, {}
 
     def step(self, name, function, *arguments, **keywords):
-        """Result of a call, kept under a name; where it fails, the end of its traceback is kept, and None is returned."""
+        """Result of a call, kept under a name; where it fails, the end of its traceback is kept, and None is
+        returned.
+        """
         try:
             result = function(*arguments, **keywords)
             self.values[name] = result
@@ -150,7 +156,7 @@ def compared(family, device):
     pairs = list(zip(stats["gpu"].layers.values(), stats["cpu"].layers.values(), strict=True))
     moved = sum(int((ours.usage_count - theirs.usage_count).abs().sum()) // 2 for ours, theirs in pairs)
     row["choices of an expert that differ"] = f"{moved} of {sum(int(c.usage_count.sum()) for _, c in pairs)}"
-    sums = [{k: difference(v, c.held()[k]) for k, v in g.held().items()} for g, c in pairs]
+    sums = [{k: difference(v, c.collected()[k]) for k, v in g.collected().items()} for g, c in pairs]
     row["statistics, largest over the layers"] = {key: max(layer[key] for layer in sums) for key in sums[0]}
     row["inputs of the sample"] = max(difference(g.sample.inputs, c.sample.inputs) for g, c in pairs)
     row["plans"] = {method: _planned(models, stats, ids, method) for method in METHODS}
@@ -254,7 +260,7 @@ def capture(found, arguments):
     def captured(**how):
         return lambda: core.capture(model, ids, batch_size=batch, progress=False, **how)
 
-    hc = core.needs_of("hc-smoe")
+    hc = core.METHODS["hc-smoe"].needs
     calls = {
         "forward pass alone": forward,
         "outputs only": captured(needs=hc),
@@ -326,7 +332,7 @@ def plans(found, arguments):
     count, length = (8, 64) if arguments.small else (16, 512)
     ids, needs = (
         torch.randint(0, 1024, (count, length)),
-        {*core.needs_of("hc-smoe"), *core.needs_of("least-residual")},
+        {*core.METHODS["hc-smoe"].needs, *core.METHODS["least-residual"].needs},
     )
     found.step(
         "settings",

@@ -1,7 +1,9 @@
-"""llama.cpp runs what is written for stock engines: logits and loss beside those of transformers on the same checkpoint.
+"""llama.cpp runs what is written for stock engines: logits and loss beside those of transformers on the same
+checkpoint.
 
-python -m venv /tmp/llama && /tmp/llama/bin/pip install llama-cpp-python==0.3.36    (builds llama.cpp; needs cmake and g++)
-python benchmarks/llama_cpp.py --python /tmp/llama/bin/python --out benchmarks/results/llama_cpp.json
+python -m venv /tmp/llama && /tmp/llama/bin/pip install llama-cpp-python==0.3.36    (builds llama.cpp; needs
+cmake and g++) python benchmarks/llama_cpp.py --python /tmp/llama/bin/python --out
+benchmarks/results/llama_cpp.json
 """
 
 import argparse
@@ -22,13 +24,15 @@ sys.path.insert(0, str(ROOT / "tests"))
 from test_converters import PACKAGE, convert, sources  # noqa: E402
 
 NEW = 32  # tokens written one by one
-# In the interpreter that has llama.cpp: logits of each sequence, and what it writes greedily after the first half.
+# In the interpreter that has llama.cpp: logits of each sequence, and what it writes greedily after the first
+# half.
 RUN = """
 import json, sys
 import llama_cpp, numpy
 gguf, ids, out, new = sys.argv[1:]
 rows = numpy.load(ids).tolist()
-model = llama_cpp.Llama(gguf, n_ctx=512, n_batch=512, n_threads=1, logits_all=True, type_k=0, type_v=0, verbose=False)
+options = dict(n_ctx=512, n_batch=512, n_threads=1, logits_all=True, type_k=0, type_v=0)
+model = llama_cpp.Llama(gguf, **options, verbose=False)
 logits, written = [], []
 for row in rows:
     model.reset()
@@ -77,7 +81,9 @@ def compared(folder, ids, llama_cpp, python, work):
 
 
 def fitted(name, folder):
-    """An embedded model as llama.cpp takes it: Qwen2-MoE with an output matrix of its own, and weights not normalised."""
+    """An embedded model as llama.cpp takes it: Qwen2-MoE with an output matrix of its own, and weights not
+    normalised.
+    """
     model, tokenizer = load_model(name)
     model.config.tie_word_embeddings = False
     if hasattr(model.config, "norm_topk_prob"):

@@ -12,7 +12,9 @@ from hcsmoe_core._util import versions
 
 
 def timed(device, function, *arguments, **keywords):
-    """Result of a call and its seconds: of the processor on a CPU, where other work counts less so; else until it is done."""
+    """Result of a call and its seconds: of the processor on a CPU, where other work counts less so; else
+    until it is done.
+    """
     on_gpu = str(device).startswith("cuda")
     clock = time.perf_counter if on_gpu else time.process_time
     if on_gpu:
@@ -25,7 +27,9 @@ def timed(device, function, *arguments, **keywords):
 
 
 def interleaved(device, functions, repeats):
-    """Least seconds of each of several calls, by name; taken in turns, so that what else runs meets all of them alike."""
+    """Least seconds of each of several calls, by name; taken in turns, so that what else runs meets all of
+    them alike.
+    """
     best = {}
     for _ in range(repeats):
         for name, function in functions.items():

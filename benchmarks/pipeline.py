@@ -1,20 +1,21 @@
 """Capture, plan, merge, export and evaluation beside the usual way, as ratios within one run.
 
-    python benchmarks/pipeline.py                                # a CPU-sized Qwen2-MoE-like model, the published 65,536 tokens
-    python benchmarks/pipeline.py --noise 1                      # groups that are not clear
-    python benchmarks/pipeline.py --tokens 8192 --families 0     # fewer tokens, unrelated experts
+    python benchmarks/pipeline.py                                # a CPU-sized Qwen2-MoE-like model, the
+    published 65,536 tokens python benchmarks/pipeline.py --noise 1                      # groups that are not
+    clear python benchmarks/pipeline.py --tokens 8192 --families 0     # fewer tokens, unrelated experts
     python benchmarks/pipeline.py --device cuda --hidden 2048 --width 1408 --tokens 65536 --dtype bfloat16
 
-"Usual" renders the published approach plainly: one pass over the calibration tokens for the expert usage and a second that
-keeps every layer's inputs, then every expert in full on all of them, one at a time; group distances summed again from the
-expert distances at every join, in Python; weights merged one tensor at a time and kept; the state dict pickled whole; each
-choice of a question scored by itself.
+"Usual" renders the published approach plainly: one pass over the calibration tokens for the expert usage and
+a second that keeps every layer's inputs, then every expert in full on all of them, one at a time; group
+distances summed again from the expert distances at every join, in Python; weights merged one tensor at a time
+and kept; the state dict pickled whole; each choice of a question scored by itself.
 
-Ours is timed on the same tokens ("same"), with the experts applied to each --every-th token ("every"), stopped when the groups
-of two halves agree ("stop") or cost as much ("excess"), and with both ("stop every", "excess every"). How far the groups of
-these are those of "same" is told by adjusted Rand index, and by how much more they spread. "study" is one capture of which
-many plans are made, where the published script starts anew. Weights are random, experts noisy copies in families: only the
-work, and whether groups are clear, matters. One JSON line is printed, and appended to --out.
+Ours is timed on the same tokens ("same"), with the experts applied to each --every-th token ("every"),
+stopped when the groups of two halves agree ("stop") or cost as much ("excess"), and with both ("stop every",
+"excess every"). How far the groups of these are those of "same" is told by adjusted Rand index, and by how
+much more they spread. "study" is one capture of which many plans are made, where the published script starts
+anew. Weights are random, experts noisy copies in families: only the work, and whether groups are clear,
+matters. One JSON line is printed, and appended to --out.
 """
 
 import argparse
@@ -28,8 +29,9 @@ from transformers import AutoModelForCausalLM, Qwen2MoeConfig
 
 import hcsmoe_core as core
 from hcsmoe_core.clustering import LINKAGES, by_first_appearance
+from hcsmoe_core.methods import make_plans, resolve
 from hcsmoe_core.score.evaluation import task_scores
-from hcsmoe_core.studies.stability import agreement, extra_spread
+from hcsmoe_core.studies.stability import agreement, capture_until_stable, extra_spread
 
 TASK = "demo_facts"
 WAYS = ("same", "every", "stop", "excess", "stop every", "excess every")
@@ -58,7 +60,9 @@ def build(arguments):
 
 
 def plant(tensor, size, noise):
-    """Make experts of a stacked tensor noisy copies, of one for every ``size``; noise is relative to the weights."""
+    """Make experts of a stacked tensor noisy copies, of one for every ``size``; noise is relative to the
+    weights.
+    """
     first = tensor[torch.arange(len(tensor)) // size * size]
     tensor.copy_((first + noise * tensor.std() * torch.randn_like(tensor)) / (1 + noise**2) ** 0.5)
 
@@ -136,7 +140,7 @@ def usual_merge(model, labels, counts):
 
 def steps_of(model, ids, arguments):
     """The calls that are timed, by name; what they give is left in ``found``."""
-    needs, batch, groups = core.needs_of("hc-smoe"), arguments.batch, arguments.experts // 2
+    needs, batch, groups = resolve("hc-smoe").needs, arguments.batch, arguments.experts // 2
     how, found = dict(needs=needs, batch_size=batch, progress=False), {}
     half = dict(experts=[groups], **how)
     stop, excess = dict(agreement=arguments.agreement, **half), dict(excess=arguments.excess, **half)
@@ -159,10 +163,10 @@ def steps_of(model, ids, arguments):
     ways = {
         "same": lambda: core.capture(model, ids, **how),
         "every": lambda: core.capture(model, ids, every=arguments.every, **how),
-        "stop": lambda: core.capture_until_stable(model, ids, **stop),
-        "excess": lambda: core.capture_until_stable(model, ids, **excess),
-        "stop every": lambda: core.capture_until_stable(model, ids, every=arguments.every, **stop),
-        "excess every": lambda: core.capture_until_stable(model, ids, every=arguments.every, **excess),
+        "stop": lambda: capture_until_stable(model, ids, **stop),
+        "excess": lambda: capture_until_stable(model, ids, **excess),
+        "stop every": lambda: capture_until_stable(model, ids, every=arguments.every, **stop),
+        "excess every": lambda: capture_until_stable(model, ids, every=arguments.every, **excess),
     }
     for name, function in ways.items():
         calls[f"{name} capture"] = keep(name, function)
@@ -172,7 +176,7 @@ def steps_of(model, ids, arguments):
         calls[f"{name} merge"] = lambda name=name: restored(name)
     every_r = range(arguments.experts // 8, arguments.experts, arguments.experts // 8)
     calls["study plans"] = keep(
-        "study", lambda: len(list(core.make_plans(found["same"], experts=every_r, linkages=LINKAGES)))
+        "study", lambda: len(list(make_plans(found["same"], experts=every_r, linkages=LINKAGES)))
     )
     return calls, found
 
@@ -192,7 +196,9 @@ def written(model, plan, repeats, device):
 
 
 def scored(items):
-    """Seconds that scoring an embedded task takes: a request a forward pass, and as ``evaluate`` does; and both scores."""
+    """Seconds that scoring an embedded task takes: a request a forward pass, and as ``evaluate`` does; and
+    both scores.
+    """
     model, tokenizer = core.load_model("demo-qwen", dtype="float32")
     found = {}
 
@@ -209,7 +215,9 @@ def scored(items):
 
 
 def ratios_of(best, plans):
-    """How many times as long the usual way takes, of each way and step; ``all`` is of capture, plan and merge together."""
+    """How many times as long the usual way takes, of each way and step; ``all`` is of capture, plan and
+    merge together.
+    """
     ratios = {step: best[f"usual {step}"] / best[step] for step in ("export", "evaluation")}
     usual = {step: best[f"usual {step}"] for step in ("capture", "plan", "merge")}
     for way in WAYS:
@@ -265,7 +273,7 @@ def main():
     model = build(arguments)
     ids = torch.randint(0, 1024, (arguments.tokens // arguments.length, arguments.length))
     few = ids[: max(2, arguments.batch)]  # warm up
-    core.capture_until_stable(model, few, needs=core.needs_of("hc-smoe"), progress=False)
+    capture_until_stable(model, few, needs=resolve("hc-smoe").needs, progress=False)
     calls, found = steps_of(model, ids, arguments)
     best = interleaved(arguments.device, calls, arguments.repeats)
     best |= written(model, found["plan same"], arguments.repeats, arguments.device)

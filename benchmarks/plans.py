@@ -2,9 +2,9 @@
 
     python benchmarks/plans.py --model demo-qwen --out benchmarks/results/plans.json
 
-Forward calls of the model and of its experts are counted, and must be none. Plans that look at the experts' weights are
-made with the model in memory; those by CKA and O-prune, which apply the experts to the sample, are timed one each and
-listed apart.
+Forward calls of the model and of its experts are counted, and must be none. Plans that look at the experts'
+weights are made with the model in memory; those by CKA and O-prune, which apply the experts to the sample,
+are timed one each and listed apart.
 
     python benchmarks/plans.py --large --out benchmarks/results/plans-large.json
 
@@ -22,28 +22,27 @@ from measuring import machine, tell, timed
 
 from hcsmoe_core import (
     METHODS,
-    LayerStatistics,
     Statistics,
     calibration_tokens,
     capture,
     distances,
-    domains_of,
     find_moe_layers,
     linkage,
     load_model,
     load_statistics,
     make_plan,
-    make_plans,
 )
 from hcsmoe_core._util import versions
 from hcsmoe_core.clustering import LINKAGES, cuts
-from hcsmoe_core.methods.planner import steps_of
-from hcsmoe_core.statistics import NEEDS
-from hcsmoe_core.studies.cache import calibration_of
+from hcsmoe_core.methods import make_plans, resolve
+from hcsmoe_core.statistics import NEEDS, LayerStatistics
+from hcsmoe_core.text.calibration import calibration_settings, domains_of
 
 
 def large(experts=512, layers=60, hidden=1024):
-    """Seconds of the steps that lead to every cut of every layer by every linkage, and of whole plans of some."""
+    """Seconds of the steps that lead to every cut of every layer by every linkage, and of whole plans of
+    some.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def layer():
@@ -85,7 +84,7 @@ def main():
         tell(large() | {"machine": machine()}, arguments.out)
         return
     model, tokenizer = load_model(arguments.model, dtype="float32")
-    source = calibration_of(arguments.model)
+    source = calibration_settings(arguments.model)
     sequences = source["sequences"]
     size = dict(sequences=sequences, length=source["length"])
     input_ids = calibration_tokens(source["calibration"], tokenizer, model=model, seed=0, **size)
@@ -99,7 +98,7 @@ def main():
     for module in (model, *(layer.experts for layer in find_moe_layers(model))):
         module.register_forward_pre_hook(lambda *_: calls.append(1))
 
-    slow = [name for name in METHODS if "sample" in steps_of(name).needs() and steps_of(name).needs_model()]
+    slow = [name for name in METHODS if "sample" in resolve(name).needs and resolve(name).needs_model]
     slow = [name for name in slow if name != "mergemoe"]  # whose sample is for merging
     quick = [(name, {}) for name in METHODS if name not in slow]
     similarities = ("expert-output", "router-logits", "weight", "functional")

@@ -1,12 +1,15 @@
-"""Choosing half of the neurons of two experts, up to Mixtral's width (a pool of 28,672 neurons): time and memory.
+"""Choosing half of the neurons of two experts, up to Mixtral's width (a pool of 28,672 neurons): time and
+memory.
 
     python benchmarks/pools.py --out benchmarks/results/pools.json     # half a minute on two cores
-    python benchmarks/pools.py --widths 14336                          # Mixtral's: 13 minutes on one core, 21 GB
+    python benchmarks/pools.py --widths 14336                          # Mixtral's: 13 minutes on one core, 21
+    GB
 
-Experts of hidden size 4,096 with random weights, in bfloat16, the second a noisy copy of the first, so that each choice leaves
-something to the next; tokens are random, and routed to either. "gram" is the normal equations of the pool, "choice" the blocks
-of greedy selection, "solve" the refit of what the chosen neurons write. At the smallest width the choice is also made neuron by
-neuron (--compare), and what both leave on tokens that neither saw is compared. Memory is the peak of the process.
+Experts of hidden size 4,096 with random weights, in bfloat16, the second a noisy copy of the first, so that
+each choice leaves something to the next; tokens are random, and routed to either. "gram" is the normal
+equations of the pool, "choice" the blocks of greedy selection, "solve" the refit of what the chosen neurons
+write. At the smallest width the choice is also made neuron by neuron (--compare), and what both leave on
+tokens that neither saw is compared. Memory is the peak of the process.
 """
 
 import argparse
@@ -18,7 +21,7 @@ from measuring import machine, tell, timed
 
 from hcsmoe_core import merging
 from hcsmoe_core.methods import combine as combining
-from hcsmoe_core.methods.residual import _left
+from hcsmoe_core.methods.residual import squared_error
 from hcsmoe_core.statistics import LayerSample
 
 HIDDEN, NOISE, RIDGE = 4096, 0.5, 0.01
@@ -63,7 +66,7 @@ def measure(width, arguments, compare):
     expert, seconds["solve"] = timed(arguments.device, merging.combine, group, rule)
     average = merging.combine(group, {"rule": "average"})
     held = merging.Group(layer, [0, 1], [0.5, 0.5], 0, sample_of(1024, 2))
-    energy, left = float(held.outputs().double().pow(2).sum()), _left(held, expert, rule)
+    energy, left = float(held.outputs().double().pow(2).sum()), squared_error(held, expert, rule)
     row = {
         "width": width,
         "pool": len(pool.up),
@@ -71,12 +74,14 @@ def measure(width, arguments, compare):
         "seconds": seconds,
     }
     row["relative squared error, new tokens"] = left / energy
-    row["the same of averages"] = _left(held, average, {"rule": "average"}) / energy
+    row["the same of averages"] = squared_error(held, average, {"rule": "average"}) / energy
     if compare:
         group._found[places], alone = timed(
             arguments.device, combining.chosen_columns, *found, width, block=1
         )
-        row["left by blocks / neuron by neuron"] = left / _left(held, merging.combine(group, rule), rule)
+        row["left by blocks / neuron by neuron"] = left / squared_error(
+            held, merging.combine(group, rule), rule
+        )
         row["time of blocks / neuron by neuron"] = seconds["choice"] / alone
     row["peak of the process, GB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     return row

@@ -1,14 +1,16 @@
-"""The recommended method beside the others at the same bytes, calibrated in distribution, on two domains, and on own text.
+"""The recommended method beside the others at the same bytes, calibrated in distribution, on two domains, and
+on own text.
 
-    python benchmarks/recipe.py --out benchmarks/results/recipe.csv            # an hour and a half on one core, resumable
-    python benchmarks/recipe.py --models demo-qwen --calibrated self --seeds 3
-    python benchmarks/recipe.py --models demo-qwen --calibrated "in distribution" --experts 28 24 20 12 4    # other sizes
-    python benchmarks/recipe.py --calibrated "in distribution" --sequences 32    # a third of the tokens
+    python benchmarks/recipe.py --out benchmarks/results/recipe.csv            # an hour and a half on one
+    core, resumable python benchmarks/recipe.py --models demo-qwen --calibrated self --seeds 3
+    python benchmarks/recipe.py --models demo-qwen --calibrated "in distribution" --experts 28 24 20 12 4    #
+    other sizes python benchmarks/recipe.py --calibrated "in distribution" --sequences 32    # a third of the
+    tokens
 
-Loss is nats a token on held-out text of the ten domains that are made by rule. "two" is calibrated on the other two, code and
-prose; "two and self" on those and on three times as much that the model writes itself. Accuracies are also compared item by
-item: "gain" is the recommended method's accuracy less another's on the same samples, each item's mean over them, with its
-standard error over the items.
+Loss is nats a token on held-out text of the ten domains that are made by rule. "two" is calibrated on the
+other two, code and prose; "two and self" on those and on three times as much that the model writes itself.
+Accuracies are also compared item by item: "gain" is the recommended method's accuracy less another's on the
+same samples, each item's mean over them, with its standard error over the items.
 """
 
 import argparse
@@ -19,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-import hcsmoe_core as core
+from hcsmoe_core._util import versions
 from hcsmoe_core.score.evaluation import paired
 from hcsmoe_core.studies.comparison import compare, newest_cells
 
@@ -71,7 +73,9 @@ def folder_of(arguments, name, seed):
 
 
 def gains(arguments):
-    """Accuracy of the recommended method less that of each other, item by item: by model, experts, calibration and method."""
+    """Accuracy of the recommended method less that of each other, item by item: by model, experts,
+    calibration and method.
+    """
     answers = {}
     for model, name, seed in cases(arguments):
         for (method, experts, _), cell in newest_cells(folder_of(arguments, name, seed), model).items():
@@ -98,7 +102,9 @@ def averaged(scores):
 
 
 def ratios(frame, gained):
-    """Loss that a method adds over that which HC-SMoE adds on the same sample, with a 95 % interval over samples; and gains."""
+    """Loss that a method adds over that which HC-SMoE adds on the same sample, with a 95 % interval over
+    samples; and gains.
+    """
     from scipy.stats import t
 
     original = frame[frame["method"] == "original"].groupby("model")[["loss", "accuracy"]].first()
@@ -143,7 +149,7 @@ def main():
     print(table.round(4).to_string(index=False))
     if arguments.out:
         table.round(5).to_csv(arguments.out, index=False)
-        about = {"versions": core.evaluation.versions(), "seeds": arguments.seeds, "limit": arguments.limit}
+        about = {"versions": versions(), "seeds": arguments.seeds, "limit": arguments.limit}
         arguments.out.with_suffix(".json").write_text(json.dumps(about, indent=2) + "\n")
 
 

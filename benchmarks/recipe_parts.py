@@ -1,9 +1,11 @@
 """What each part of the recommended method is worth: the loss added without it, calibrated in distribution.
 
-    python benchmarks/recipe_parts.py --out benchmarks/results/recipe-parts.csv     # a quarter of an hour on one core
+    python benchmarks/recipe_parts.py --out benchmarks/results/recipe-parts.csv     # a quarter of an hour on
+    one core
 
-Parts are taken away one at a time from the method without its last, which takes longest: fitting what neurons read. Beside them
-what was tried and left out: layers fitted one after another, each on what the merged ones before it hand on ("sequential").
+Parts are taken away one at a time from the method without its last, which takes longest: fitting what neurons
+read. Beside them what was tried and left out: layers fitted one after another, each on what the merged ones
+before it hand on ("sequential").
 """
 
 import argparse
@@ -17,8 +19,9 @@ import torch
 
 import hcsmoe_core as core
 from hcsmoe_core.merging import apply_layer
-from hcsmoe_core.methods import residual
+from hcsmoe_core.methods import residual, resolve
 from hcsmoe_core.statistics import LayerSample
+from hcsmoe_core.text.calibration import domains_of
 
 MODELS = {"demo-qwen": (16, 8), "demo-mixtral": (4, 2)}
 FEW = 4096
@@ -79,10 +82,8 @@ def main():
     for name in arguments.models:
         model, tokenizer = core.load_model(name, dtype="float32")
         input_ids = core.calibration_tokens("demo", tokenizer, sequences=96, length=256, seed=arguments.seed)
-        needs = core.needs_of("recommended")
-        stats = core.capture(
-            model, input_ids, needs=needs, domains=core.domains_of("demo", 96), progress=False
-        )
+        needs = resolve("recommended").needs
+        stats = core.capture(model, input_ids, needs=needs, domains=domains_of("demo", 96), progress=False)
         original = core.evaluate(model, tokenizer, tasks=[])["mean_loss"]
         for part in arguments.parts:
             constants, steps = PARTS[part]

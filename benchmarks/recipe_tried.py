@@ -1,18 +1,22 @@
-"""What was tried for the recommended method and left out: what each would be worth, before what neurons read is fitted.
+"""What was tried for the recommended method and left out: what each would be worth, before what neurons read
+is fitted.
 
-    python benchmarks/recipe_tried.py --out benchmarks/results/recipe-tried.csv     # a quarter of an hour on one core
+    python benchmarks/recipe_tried.py --out benchmarks/results/recipe-tried.csv     # a quarter of an hour on
+    one core
 
-"added" is the loss added in nats a token on held-out text of the ten domains that are made by rule; "left" the squared residual
-on held-out tokens of the sample, over that of the method.
+"added" is the loss added in nats a token on held-out text of the ten domains that are made by rule; "left"
+the squared residual on held-out tokens of the sample, over that of the method.
 
-pairs by matching: of all pairs of near experts (each expert's six nearest by weights and by outputs) those that leave least
+pairs by matching: of all pairs of near experts (each expert's six nearest by weights and by outputs) those
+that leave least
     together (minimum-weight perfect matching), beside the method's groups, taken where they leave less
 budgets: layers keep different numbers of bytes, so that the sum of their relative residuals is least
-other tokens: each expert is fitted to, and judged on, tokens that were not routed to it too, four for each of its neurons
-shared expert: its down projection takes up by ridge regression what the merged experts leave (demo-qwen)
-scales: each member's outputs are given by the merged expert times a number of its own, as routing weights could carry
-co-activation: experts that are often chosen for the same token join (cosine of who gets which token), where that leaves less
-router rows: the rows of the router that is kept move to take up what is left, one Gauss-Newton step by LSQR, damped and scaled
+other tokens: each expert is fitted to, and judged on, tokens that were not routed to it too, four for each of
+its neurons shared expert: its down projection takes up by ridge regression what the merged experts leave
+(demo-qwen) scales: each member's outputs are given by the merged expert times a number of its own, as routing
+weights could carry co-activation: experts that are often chosen for the same token join (cosine of who gets
+which token), where that leaves less router rows: the rows of the router that is kept move to take up what is
+left, one Gauss-Newton step by LSQR, damped and scaled
     as leaves least on the held-out tokens themselves; experts and rows are fitted to the other tokens
 low rank: an eighth of the neurons make way for a linear map of low rank for each member, as many numbers
 """
@@ -37,9 +41,10 @@ from hcsmoe_core.families import moe_layer
 from hcsmoe_core.merging import Group, group_and_options
 from hcsmoe_core.merging import combine_group as combine
 from hcsmoe_core.methods import grouping as clustering
-from hcsmoe_core.methods import residual
-from hcsmoe_core.methods.planner import _Maker, steps_of
+from hcsmoe_core.methods import residual, resolve
+from hcsmoe_core.methods.planner import Layer
 from hcsmoe_core.similarity import distances
+from hcsmoe_core.text.calibration import domains_of
 
 MODELS = {"demo-qwen": (16, 8), "demo-mixtral": (4, 2)}
 NEAR, OTHERS, RIDGE = 6, 4, 0.01
@@ -53,7 +58,7 @@ class Case:
     def __init__(self, name, source, seed):
         self.name, (self.model, self.tokenizer) = name, core.load_model(name, dtype="float32")
         ids = core.calibration_tokens(source, self.tokenizer, sequences=96, length=256, seed=seed)
-        how = dict(needs=core.needs_of("recommended"), domains=core.domains_of(source, 96), progress=False)
+        how = dict(needs=resolve("recommended").needs, domains=domains_of(source, 96), progress=False)
         self.stats = core.capture(self.model, ids, **how)
         self.decides = residual.held_out(self.stats.sampled, "auto", self.stats.domains)
         self.layers = core.find_moe_layers(self.model)
@@ -74,14 +79,15 @@ class Case:
 
     def judges(self):
         return [
-            residual.Judge(layer, self.stats.layers[layer.name], self.decides, "frequency")
+            residual.Scorer(layer, self.stats.layers[layer.name], self.decides, "frequency")
             for layer in self.layers
         ]
 
     def plan_of(self, ways, experts):
         """The plan that takes some way for each layer."""
-        maker = _Maker(self.stats, self.model, steps_of("recommended"), 0, False)
-        layers = [maker._of_way(layer.name, way) for layer, way in zip(self.layers, ways, strict=True)]
+        recipe = resolve("recommended")
+        seen = [Layer(self.stats, i, recipe, model=self.model) for i in range(len(self.layers))]
+        layers = [residual._planned(layer, way) for layer, way in zip(seen, ways, strict=True)]
         return replace(self.plan(experts), layers=layers)
 
 
@@ -102,21 +108,23 @@ def pairs(case, experts):
             for a, b in near - set(graph.edges):
                 shares = np.zeros(size)
                 shares[[a, b]] = judge.usage[[a, b]] / judge.usage[[a, b]].sum()
-                graph.add_edge(a, b, weight=-judge._judged([a, b], shares, width)[0])
+                graph.add_edge(a, b, weight=-judge._scored([a, b], shares, width)[0])
         labels = np.zeros(size, dtype=np.int64)
         for group, pair in enumerate(networkx.max_weight_matching(graph, maxcardinality=True)):
             labels[list(pair)] = group
         tried = [by_first_appearance(labels), *judge._groupings(case.stats, case.model, count)]
-        ways.append(min((judge.way(groups, width) for groups in tried), key=lambda way: way.residual))
+        ways.append(min((judge.candidate(groups, width) for groups in tried), key=lambda way: way.residual))
     return case.added(case.plan_of(ways, experts))
 
 
 def budgets(case, experts):
-    """Every layer's best way for each number of eighths kept, and of all that take the same bytes those that leave least."""
+    """Every layer's best way for each number of eighths kept, and of all that take the same bytes those that
+    leave least.
+    """
     size = case.layers[0].num_experts
     kept = [size * eighths // 8 for eighths in range(1, 8)]
     tables = [
-        {k: min(j.ways(case.stats, case.model, k).values(), key=lambda w: w.residual) for k in kept}
+        {k: min(j.candidates(case.stats, case.model, k).values(), key=lambda w: w.residual) for k in kept}
         for j in case.judges()
     ]
     choices = (c for c in itertools.product(kept, repeat=len(tables)) if sum(c) == experts * len(tables))
@@ -159,7 +167,9 @@ def other_tokens(case, experts):
 
 
 def _left_over(case, plan):
-    """What the merged experts leave of each layer's routed output, on all tokens of the sample, ``(T, D)`` each."""
+    """What the merged experts leave of each layer's routed output, on all tokens of the sample, ``(T, D)``
+    each.
+    """
     for layer, layer_plan in zip(case.layers, plan.layers, strict=True):
         sample, everyone = case.stats.layers[layer.name].sample, list(range(layer.num_experts))
         whole = Group(layer, everyone, [1 / len(everyone)] * len(everyone), 0, sample)
@@ -226,7 +236,7 @@ def remainders(case, experts, kind):
             fitted, rule = group_and_options(layer, layer_plan, place, residual._rows(sample, ~case.decides))
             held, _ = group_and_options(layer, layer_plan, place, residual._rows(sample, case.decides))
             left += (
-                residual._left(held, combine(fitted, rule), rule),
+                residual.squared_error(held, combine(fitted, rule), rule),
                 kind(layer, layer_plan, rule, fitted, held),
             )
     return left[1] / left[0]
@@ -272,7 +282,7 @@ def low_rank(layer, layer_plan, rule, fitted, held):
 
 def coactivation(case, experts):
     """Groups of experts that are chosen together, tried beside the method's."""
-    usual = residual.Judge._groupings
+    usual = residual.Scorer._groupings
 
     def groupings(judge, stats, model, count):
         found = usual(judge, stats, model, count)
@@ -284,12 +294,14 @@ def coactivation(case, experts):
             )
         return found
 
-    with mock.patch.object(residual.Judge, "_groupings", groupings):
+    with mock.patch.object(residual.Scorer, "_groupings", groupings):
         return case.added(case.plan(experts))
 
 
 class Routed:
-    """What a layer with merged experts gives on some tokens as a function of a change of its router's rows."""
+    """What a layer with merged experts gives on some tokens as a function of a change of its router's
+    rows.
+    """
 
     def __init__(self, layer, sample, made, labels):
         self.inputs, self.logits, self.k = (

@@ -13,7 +13,7 @@ from torch import nn
 
 from hcsmoe_core._util import InputError, check_choice
 from hcsmoe_core.families import find_moe_layers
-from hcsmoe_core.replace import set_rows
+from hcsmoe_core.replace import set_expert_tensors
 
 BITS = (16, 8, 4, 3, 2)
 
@@ -111,7 +111,7 @@ def rounded(model, bits):
         for layer in find_moe_layers(model):
             made = layer.stacked([_rounded_expert(layer, expert, bits) for expert in range(layer.num_stored)])
             before.append((layer, getattr(layer.experts, "_merged", None), _held(layer)))
-            set_rows(layer, made)
+            set_expert_tensors(layer, made)
         yield model
     finally:
         for layer, merged, held in before:

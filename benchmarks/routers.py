@@ -1,4 +1,5 @@
-"""What it costs to give each group of merged experts one router row: loss with each rule, on the embedded models.
+"""What it costs to give each group of merged experts one router row: loss with each rule, on the embedded
+models.
 
 python benchmarks/routers.py --out benchmarks/results/routers.json
 """
@@ -6,19 +7,12 @@ python benchmarks/routers.py --out benchmarks/results/routers.json
 import argparse
 from pathlib import Path
 
-from hcsmoe_core import (
-    apply_plan,
-    calibration_tokens,
-    capture,
-    domains_of,
-    load_model,
-    make_plan,
-    needs_of,
-    restore,
-)
+from hcsmoe_core import apply_plan, calibration_tokens, capture, load_model, make_plan, restore
 from hcsmoe_core._util import versions, write_json
+from hcsmoe_core.methods import resolve
 from hcsmoe_core.plan import with_router
 from hcsmoe_core.score.evaluation import perplexity
+from hcsmoe_core.text.calibration import domains_of
 
 CASES = [
     ("demo-qwen", "hc-smoe", 16),
@@ -46,7 +40,7 @@ def main():
         whole = loss()
         for seed in range(options.seeds):
             tokens = calibration_tokens("demo", tokenizer, sequences=96, length=256, seed=seed)
-            stats = capture(model, tokens, needs=needs_of(method, router="folded"), progress=False)
+            stats = capture(model, tokens, needs=resolve(method, router="folded").needs, progress=False)
             plan = make_plan(stats, model, experts=experts, method=method)
             for router in ROUTERS:
                 apply_plan(model, with_router(plan, router), stats)

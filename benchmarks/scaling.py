@@ -1,12 +1,13 @@
-"""How time and memory of a capture grow with tokens, experts, layers and ranks: log axes, slopes written beside.
+"""How time and memory of a capture grow with tokens, experts, layers and ranks: log axes, slopes written
+beside.
 
     python benchmarks/scaling.py --out benchmarks/results/scaling.json     # two minutes on an idle core
     python benchmarks/scaling.py --draw benchmarks/results/scaling.json    # the figure again
 
-Random Qwen2-MoE-shaped models on random tokens, HC-SMoE's needs. Each point is a process of its own: seconds of the processor
-that the capture takes (of the slowest rank, where there are several), and memory: the model's weights, and how far the peak is
-above what was held after a capture of a few tokens. The slope is that of a straight line through the logarithms: 1 is linear,
-0 does not grow, -1 halves with twice as many.
+Random Qwen2-MoE-shaped models on random tokens, HC-SMoE's needs. Each point is a process of its own: seconds
+of the processor that the capture takes (of the slowest rank, where there are several), and memory: the
+model's weights, and how far the peak is above what was held after a capture of a few tokens. The slope is
+that of a straight line through the logarithms: 1 is linear, 0 does not grow, -1 halves with twice as many.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from pipeline import build
 
 import hcsmoe_core as core
 from hcsmoe_core._util import read_json, replacing
+from hcsmoe_core.methods import resolve
 from hcsmoe_core.scale import ranks
 from hcsmoe_core.ui import figures
 
@@ -38,12 +40,14 @@ PICTURE = Path(__file__).parent.parent / "figures" / "benchmarks" / "scaling.png
 
 
 def run(tokens, experts, layers):
-    """One point, in this process, which may be one of several ranks; rank 0 prints what the largest of them took."""
+    """One point, in this process, which may be one of several ranks; rank 0 prints what the largest of them
+    took.
+    """
     ranks.started("cpu")
     how = dict(hidden=128, width=88, families=0, noise=0.0, dtype="float32", device="cpu")
     model = build(argparse.Namespace(experts=experts, layers=layers, **how))
     ids = torch.randint(0, 1024, (tokens // 256, 256), generator=torch.Generator().manual_seed(0))
-    options = dict(needs=core.needs_of("hc-smoe"), batch_size=2, progress=False)
+    options = dict(needs=resolve("hc-smoe").needs, batch_size=2, ranks=ranks, progress=False)
     core.capture(model, ids[: 2 * ranks.size()], **options)
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     before = memory("VmRSS")

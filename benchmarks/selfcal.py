@@ -1,6 +1,8 @@
-"""What calibrating on the model's own text costs beside text of the domains that it is scored on: embedded models, E/2.
+"""What calibrating on the model's own text costs beside text of the domains that it is scored on: embedded
+models, E/2.
 
-Loss is measured on held-out text, and on text of the training split ("trained"), by which settings may be chosen.
+Loss is measured on held-out text, and on text of the training split ("trained"), by which settings may be
+chosen.
 
 python benchmarks/selfcal.py --out benchmarks/results/selfcal.json        # goes on where it was interrupted
 python benchmarks/selfcal.py --cases "in distribution;bos, 288" --seeds 0,1,2
@@ -13,20 +15,13 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from hcsmoe_core import (
-    apply_plan,
-    calibration_tokens,
-    capture,
-    domains_of,
-    load_model,
-    make_plan,
-    needs_of,
-    restore,
-)
+from hcsmoe_core import apply_plan, calibration_tokens, capture, load_model, make_plan, restore
 from hcsmoe_core._util import read_json, versions, write_json
 from hcsmoe_core.demo import corpus
+from hcsmoe_core.methods import resolve
 from hcsmoe_core.score.evaluation import perplexity
 from hcsmoe_core.studies.tables import model_size
+from hcsmoe_core.text.calibration import domains_of
 from hcsmoe_core.text.own_text import repetition
 
 METHODS = ("trimming", "hc-least-squares", "mergemoe", "hc-smoe")
@@ -84,7 +79,7 @@ def measured(name, model, tokenizer, case, seed, loss):
     """Loss after each method of one model, case and seed."""
     source, sequences, length, sample = CASES[case]
     ids, domains = tokens_of(source, model, tokenizer, sequences=sequences, length=length, seed=seed)
-    needs = tuple(dict.fromkeys(need for method in METHODS for need in needs_of(method)))
+    needs = tuple(dict.fromkeys(need for method in METHODS for need in resolve(method).needs))
     stats = capture(model, ids, needs=needs, sample=sample, domains=domains, progress=False)
     experts = model_size(model)["num_experts"] // 2
     about = dict(

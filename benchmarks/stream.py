@@ -1,11 +1,13 @@
 """Merging a checkpoint that is larger than the memory given, beside merging one that fits whole and streamed.
 
-    python benchmarks/stream.py --out benchmarks/results/stream.json                 # 8.5 GB and 1.3 GB on disk, an hour or so
+    python benchmarks/stream.py --out benchmarks/results/stream.json                 # 8.5 GB and 1.3 GB on
+    disk, an hour or so
 
-Random Qwen2-MoE-shaped bfloat16 checkpoints are written shard by shard, without ever being held, then merged to half their
-experts by ``hcsmoe merge`` in a process of its own, on random token ids: weights and text mean nothing, only the work does. The
-large one is streamed under a cap; the small one is merged both ways, and the two checkpoints must be the same, byte for byte.
-Peak memory is what Linux tells of the process when it ends (VmHWM, in bytes, files mapped into memory included).
+Random Qwen2-MoE-shaped bfloat16 checkpoints are written shard by shard, without ever being held, then merged
+to half their experts by ``hcsmoe merge`` in a process of its own, on random token ids: weights and text mean
+nothing, only the work does. The large one is streamed under a cap; the small one is merged both ways, and the
+two checkpoints must be the same, byte for byte. Peak memory is what Linux tells of the process when it ends
+(VmHWM, in bytes, files mapped into memory included).
 """
 
 import argparse
@@ -23,8 +25,9 @@ import torch
 from safetensors.torch import save_file
 from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
-from hcsmoe_core._util import root, sha256_file, write_json
+from hcsmoe_core._util import sha256_file, write_json
 
+ROOT = Path(__file__).resolve().parents[1]
 EXPERTS = 60
 # In its own process, so that the peak is that of one merge.
 RUN = """
@@ -115,7 +118,7 @@ def merge(folder, ids, out, *options):
     began = time.perf_counter()
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", RUN, *words], cwd=root(), env=environment, capture_output=True, text=True
+        [sys.executable, "-c", RUN, *words], cwd=ROOT, env=environment, capture_output=True, text=True
     )
     if done.returncode:
         raise RuntimeError(done.stderr[-4000:])

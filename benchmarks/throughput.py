@@ -1,11 +1,14 @@
-"""The merged model beside the original: prefill and decoding throughput, and memory, mapped and plain, at equal batch.
+"""The merged model beside the original: prefill and decoding throughput, and memory, mapped and plain, at
+equal batch.
 
     python benchmarks/throughput.py                              # a random CPU-sized model, a minute
-    python benchmarks/throughput.py --device cuda --hidden 2048 --width 1408 --layers 24 --batch 16 --dtype bfloat16
+    python benchmarks/throughput.py --device cuda --hidden 2048 --width 1408 --layers 24 --batch 16 --dtype
+    bfloat16
 
-"mapped" keeps the router and sends what it chooses through the map; "plain" has one router row a group ("folded"), as stock
-engines load it. Both compute as many experts a token as the original, so that what is saved is memory, and the traffic of it.
-Each is measured as it is loaded from disk by a process of its own, so that the peak is its own too.
+"mapped" keeps the router and sends what it chooses through the map; "plain" has one router row a group
+("folded"), as stock engines load it. Both compute as many experts a token as the original, so that what is
+saved is memory, and the traffic of it. Each is measured as it is loaded from disk by a process of its own, so
+that the peak is its own too.
 """
 
 import argparse

@@ -1,4 +1,5 @@
-"""hcsmoe: see which experts of a sparse mixture-of-experts model compute the same, merge them, know what it cost.
+"""hcsmoe: see which experts of a sparse mixture-of-experts model compute the same, merge them, know what it
+cost.
 
 The verbs of the library, in the order of the work::
 
@@ -11,35 +12,33 @@ The verbs of the library, in the order of the work::
     restore(model)
     save_merged(model, plan, "merged")
 
-Each is imported when it is first used, so that ``import hcsmoe_core`` costs nothing. A folder of this package is a floor and
-imports only what lies below it: ``ui``, ``studies``, ``demo``, ``score``, ``text``, ``methods``, ``scale``, and the files
-beside this one.
+or all of it at once, measured and with a model card: ``shrink("demo-qwen", experts=16, out="merged")``.
+
+Each verb is imported when it is first used, so that ``import hcsmoe_core`` costs nothing. A folder of this
+package is a floor and imports only what lies below it: ``ui``, ``studies``, ``demo``, ``score``, ``text``,
+``methods``, ``scale``, and the files beside this one, the core. This file alone knows them all.
 
 Symbols: L layers, E experts, r experts kept, T tokens, D hidden size, I expert width, k experts per token.
 """
 
 import importlib
+from typing import Any
 
 from hcsmoe_core._util import Table
 from hcsmoe_core._version import __version__
 
-# Who fills the tables of steps, calibration sources and tasks that the lower floors look names up in.
+# Who fills the tables of steps, calibration sources and tasks, in which the lower floors look names up.
 Table.providers += ["hcsmoe_core.methods", "hcsmoe_core.demo"]
 
 _VERBS = {
-    "METHODS": "methods",
-    "LayerPlan": "plan",
-    "LayerStatistics": "statistics",
-    "MoELayer": "moe",
+    "METHODS": "steps",
     "Plan": "plan",
     "Statistics": "statistics",
     "apply_plan": "merging",
     "calibration_tokens": "text.calibration",
     "capture": "collect",
-    "capture_until_stable": "studies.stability",
     "cut": "clustering",
     "distances": "similarity",
-    "domains_of": "text.calibration",
     "evaluate": "score.evaluation",
     "find_moe_layers": "families",
     "linkage": "clustering",
@@ -48,25 +47,19 @@ _VERBS = {
     "load_plan": "plan",
     "load_statistics": "statistics",
     "make_plan": "methods",
-    "make_plans": "methods",
-    "merge_tree": "methods",
-    "open_model": "scale.streaming",
-    "paired": "score.evaluation",
     "restore": "merging",
     "save_merged": "checkpoint",
-    "stream_capture": "scale.streaming",
-    "stream_merged": "scale.streaming",
-    "stream_model": "scale.streaming",
+    "shrink": "studies.pipeline",
 }
 __all__ = ["__version__", *_VERBS]
 
 
-def __getattr__(name):
+def __getattr__(name: str) -> Any:
     if name not in _VERBS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    globals()[name] = value = getattr(importlib.import_module(f"{__name__}.{_VERBS[name]}"), name)
-    return value
+    globals()[name] = verb = getattr(importlib.import_module(f"{__name__}.{_VERBS[name]}"), name)
+    return verb
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return sorted({*globals(), *_VERBS})

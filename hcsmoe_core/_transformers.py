@@ -42,8 +42,12 @@ def auto_classes(config):
 
     names = ("CausalLM", "ImageTextToText", "MultimodalLM", "TokenClassification")
     autos = [getattr(transformers, f"AutoModelFor{name}") for name in names]
-    mappings = [(auto, auto._model_mapping) for auto in autos]
-    return [(auto, mapping[type(config)]) for auto, mapping in mappings if type(config) in mapping]
+    return [(auto, kind) for auto in autos if (kind := class_for(auto, type(config)))]
+
+
+def class_for(auto, config_class):
+    """The model class that an auto class makes of a configuration of some class, or None."""
+    return auto._model_mapping.get(config_class, None)
 
 
 def experts_implementation(model):
@@ -67,13 +71,8 @@ def forget_conversions(model):
 def class_with_loader(base, load):
     """A model class whose ``from_pretrained`` fills the model by a function of ours.
 
-    Parameters
-    ----------
-    base : type
-        The family's own class.
-    load : callable
-        ``(model, files, load_config, usual)``, which returns a report on the tensors that were loaded and an
-        index of offloaded ones (or None), as ``usual()``, transformers' own loading, does.
+    ``load(model, files, load_config, usual)`` returns a report on the tensors that were loaded and an index
+    of offloaded ones (or None), as ``usual()``, transformers' own loading, does.
     """
 
     class Loading(base):

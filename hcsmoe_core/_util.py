@@ -49,19 +49,24 @@ class Table(UserDict):
     @property
     def data(self):
         """The entries, once all providers have registered theirs."""
-        while Table.providers:
-            importlib.import_module(Table.providers.pop(0))
+        for provider in Table.providers:
+            importlib.import_module(provider)  # waits where another thread is importing it
         return self._entries
 
     def __getitem__(self, name):
         return self.data[check_choice(self.argument, name, self.data)]
 
 
+def require(condition, message: str):
+    """Raise InputError with a message unless a condition on the input holds."""
+    if not condition:
+        raise InputError(message)
+
+
 def check_choice(argument: str, value, choices):
     """``value``; InputError listing the choices if it is none of them."""
-    if value not in choices:
-        listed = ", ".join(f'"{c}"' for c in choices)
-        raise InputError(f'The "{argument}" argument must be one of {listed}; not {value!r}.')
+    listed = ", ".join(f'"{choice}"' for choice in choices)
+    require(value in choices, f'The "{argument}" argument must be one of {listed}; not {value!r}.')
     return value
 
 
@@ -71,9 +76,11 @@ def check_count(argument: str, value, low: int, high: int | None = None) -> int:
         count = low - 1 if isinstance(value, bool) else operator.index(value)
     except TypeError:
         count = low - 1
-    if count < low or (high is not None and count > high):
-        allowed = f"from {low} to {high}" if high is not None else f"of at least {low}"
-        raise InputError(f'The "{argument}" argument must be a whole number {allowed}; not {value!r}.')
+    allowed = f"from {low} to {high}" if high is not None else f"of at least {low}"
+    require(
+        low <= count <= (count if high is None else high),
+        f'The "{argument}" argument must be a whole number {allowed}; not {value!r}.',
+    )
     return count
 
 
@@ -196,45 +203,3 @@ def versions() -> dict:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             by_package[package] = importlib.metadata.version(package)
     return by_package
-
-
-# Until their last users are gone:
-held, is_held = locked, is_locked
-
-
-def lock_file(file, *, wait=False):
-    """Lock an open file; whether nobody else has it."""
-    import fcntl
-
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True
-    return True
-
-
-def root():
-    """Root of the repository, or the working directory."""
-    folder = Path(__file__).resolve().parents[1]
-    return folder if (folder / "notebooks").is_dir() else Path.cwd()
-
-
-def place(path):
-    """``path``, from the repository's root if it is relative."""
-    return root() / path
-
-
-def shown(path):
-    """``path`` relative to the repository's root."""
-    path = Path(path)
-    return path.relative_to(root()) if path.is_relative_to(root()) else path
-
-
-def kept(folder, about, measure):
-    """Result of ``measure`` under some settings, from its file in ``folder`` if there is one."""
-    path = Path(folder) / f"{sha256_json(about)[:12]}.json"
-    if not path.exists():
-        write_json(path, about | {"result": measure()})
-    return read_json(path)

@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from hcsmoe_core import _transformers, _util, export, moe, replace
 from hcsmoe_core._util import InputError, check_absent, check_choice, folder_of, read_json
-from hcsmoe_core.families import decoder_layers, find_moe_layers, other_experts
+from hcsmoe_core.families import decoder_layers, find_moe_layers, non_text_experts
 from hcsmoe_core.merging import apply_plan, check_fits, restore
 from hcsmoe_core.modeling_hcsmoe import VERSION, merged_class, room
 from hcsmoe_core.plan import JOINED, Plan, with_router
@@ -270,8 +270,7 @@ def save_merged(
     Raises
     ------
     FileExistsError, InputError
-        If the folder exists; if the plan does not fit the model, another is applied to it, or it cannot be
-        written as asked.
+        If the folder exists; if the plan does not fit the model or cannot be written as asked.
     """
     plan, router = exported(plan, router)
     check_absent(folder)
@@ -339,7 +338,7 @@ def target_of(model, plan, router=""):
         trimmed = any(layer.width and layer.joins for layer in plan.layers)
         remedy = '"mapped", or make the plan with shape "whole"' if trimmed else '"mapped"'
         raise InputError(f'The "router" argument cannot be "plain" for this plan: {reason}. Use {remedy}.')
-    as_on_hub = config is not None or not other_experts(model)
+    as_on_hub = config is not None or not non_text_experts(model)
     return Target(config, records, original, merged.num_parameters(), top_k, as_on_hub)
 
 
@@ -349,9 +348,9 @@ def _record(layer, layer_plan, names):
     shapes = layer.shapes(layer_plan.num_groups, layer_plan.width or layer.width)
     experts = {name: room(tensor, shapes[name]) for name, tensor in layer.tensors().items()}
     rows = None if rows is None else torch.from_numpy(rows)
-    replace.put_experts(layer, experts, layer_plan.labels, rows=rows, keep=False)
+    replace.replace_experts(layer, experts, layer_plan.labels, rows=rows)
     state, tensors, values = layer.experts._merged, {}, {}
-    for module, name in state.changed:
+    for module, name in state.originals:
         value = getattr(module, name)
         if torch.is_tensor(value):
             tensors[f"{names[module]}.{name}"] = list(value.shape)
@@ -379,9 +378,9 @@ def _plain_config(model, plan, merged):
     text = config.get_text_config()
     for name, holder in counted(config, len(plan.layers[0].labels)):
         setattr(holder, name, count)
-    caps = dict.fromkeys(moe.CHOICES, count)
+    caps = dict.fromkeys(moe.TOP_K_NAMES, find_moe_layers(merged)[0].top_k or count)
     if any(p.router in JOINED for p in plan.layers):
-        caps |= dict.fromkeys((*moe.ROUTER_GROUPS, *moe.GROUP_CHOICES), 1)
+        caps |= dict.fromkeys((*moe.GROUP_COUNT_NAMES, *moe.GROUP_TOP_K_NAMES), 1)
     for holder in _nested(text):
         present = {name: getattr(holder, name, None) for name in caps}
         holder.update({n: min(value, caps[n]) for n, value in present.items() if isinstance(value, int)})
@@ -407,7 +406,9 @@ def _plain_config(model, plan, merged):
 def counted(config, experts):
     """Where a configuration's text part gives the number of experts: ``[(name, configuration), …]``."""
     holders = _nested(config.get_text_config())
-    names = [(name, c) for c in holders for name in moe.COUNTS if name not in type(c).attribute_map]
+    names = [
+        (name, c) for c in holders for name in moe.EXPERT_COUNT_NAMES if name not in type(c).attribute_map
+    ]
     return [(name, holder) for name, holder in names if getattr(holder, name, None) == experts]
 
 
@@ -553,7 +554,4 @@ def load_merged(folder, *, dtype="auto", device="auto", experts_implementation=N
     if mapped != {layer.name: layer.num_experts for layer in find_moe_layers(load_skeleton(folder))}:
         raise InputError(f"{folder}: config.json maps other experts than the model has; merge again.")
     options = dict(dtype=dtype, device=device, experts_implementation=experts_implementation)
-    loaded = _load(folder, merged=True, **options)
-    for name in record["layers"]:
-        replace.adopt(loaded.get_submodule(name))
-    return loaded
+    return _load(folder, merged=True, **options)

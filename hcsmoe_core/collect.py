@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import torch
 from tqdm.auto import tqdm
 
-from hcsmoe_core._util import InputError, check_choice, check_count
+from hcsmoe_core._util import check_choice, check_count, require
 from hcsmoe_core.families import find_moe_layers, model_hash
 from hcsmoe_core.moe import check_loaded, router_logits
 from hcsmoe_core.statistics import (
@@ -27,7 +27,9 @@ from hcsmoe_core.steps import METHODS
 
 # Tokens that an expert is applied to at once: what stays in a CPU's caches, and what fills a GPU.
 CHUNK = {"cpu": 512, "cuda": 8192}
-DENSE = 1 << 25  # numbers of all experts' outputs in memory at once, where pairs of experts are compared
+# Numbers of all experts' outputs in memory at once, where pairs of experts are compared; small ones leave a
+# GPU idle.
+DENSE = {"cpu": 1 << 25, "cuda": 1 << 28}
 PAIRED = {"cpu": 1 << 20, "cuda": 1 << 26}  # of these, those in float64
 # Stands for the ranks where there is one process: see capture().
 ONE_PROCESS = SimpleNamespace(
@@ -82,31 +84,13 @@ def capture(
         Domain of each sequence; by default all are of one, ``"all"``.
     ranks : object, optional
         Processes that share the batches, as :mod:`hcsmoe_core.scale.ranks`; None for one process.
-    progress : bool
-        Show a progress bar.
-
-    Raises
-    ------
-    InputError
-        If the model has no MoE layers, is merged, offloaded or quantised, or holds NaN; if the tokens are not
-        of its vocabulary; if a method or a need is unknown.
     """
-    tokens = Tokens(
-        model,
-        input_ids,
-        needs=needs_of(methods, needs),
-        sample=sample,
-        every=every,
-        batch_size=batch_size,
-        domains=domains,
-        ranks=ranks,
-    )
+    needs, options = needs_of(methods, needs), {"sample": sample, "every": every, "batch_size": batch_size}
+    tokens = Tokens(model, input_ids, needs=needs, domains=domains, ranks=ranks, **options)
     layers = find_moe_layers(model)
+    merged = "This model is merged; capture on the original: restore(model), or load it again."
+    require(not any(layer.merged for layer in layers), merged)
     for layer in layers:
-        if layer.merged:
-            raise InputError(
-                "This model is merged; capture on the original: restore(model), or load it again."
-            )
         check_loaded(layer)
     was_training = model.training
     try:
@@ -136,11 +120,10 @@ class Tokens:
         self.batch_size, sample = check_count("batch_size", batch_size, 1), check_count("sample", sample, 1)
         self.needs = needs_of((), needs)
         names = ["all"] * count if domains is None else [str(name) for name in domains]
-        if len(names) != count:
-            raise InputError(
-                f'The "domains" argument must name the domain of each of the {count} sequences; got '
-                f"{len(names)}."
-            )
+        require(
+            len(names) == count,
+            f'The "domains" argument must name a domain for each of the {count} sequences; got {len(names)}.',
+        )
         self.domains = list(dict.fromkeys(names))
         self.of_sequence = [self.domains.index(name) for name in names]
         self.hashes = sequence_hashes(self.input_ids)
@@ -155,7 +138,7 @@ class Tokens:
         handles = []
         try:
             for collector in collectors:
-                handles += collector.layer.listen(collector.take_router, collector.take_experts)
+                handles += collector.layer.add_hooks(collector.take_router, collector.restore_experts)
             yield collectors
         finally:
             for handle in handles:
@@ -177,9 +160,8 @@ class Tokens:
 
     def bar(self, progress: bool):
         """Progress bar over this rank's tokens."""
-        sequences = sum(min(self.batch_size, len(self.input_ids) - start) for start in self.starts)
+        total = sum(self.input_ids[start : start + self.batch_size].numel() for start in self.starts)
         hidden = None if progress and self.ranks.rank() == 0 else True
-        total = sequences * self.input_ids.shape[1]
         return tqdm(total=total, desc="capture", unit="token", unit_scale=True, disable=hidden)
 
     def finished(self, collectors) -> dict:
@@ -192,11 +174,14 @@ class Tokens:
     def statistics(self, model, by_layer: dict) -> Statistics:
         """Statistics of a model from LayerStatistics by layer name."""
         layers = find_moe_layers(model)
-        record = {"name": model.name_or_path or type(model).__name__, "class": type(model).__name__}
-        record["hash"] = model_hash(model)
-        record["layers"] = {
-            layer.name: {"top_k": layer.top_k, "router_groups": layer.router_groups, "width": layer.width}
-            for layer in layers
+        record = {
+            "name": model.name_or_path or type(model).__name__,
+            "class": type(model).__name__,
+            "hash": model_hash(model),
+            "layers": {
+                layer.name: {"top_k": layer.top_k, "router_groups": layer.router_groups, "width": layer.width}
+                for layer in layers
+            },
         }
         if self.every > 1:
             record["every"] = self.every
@@ -219,18 +204,14 @@ class _Collector:
         experts, matrices = layer.num_experts, {"logit_gram", *NEEDS["grams"]}
         self.totals = {key: torch.zeros(domains, dtype=torch.int64) for key in ("tokens", "applied")}
         self.totals["usage_count"] = self._zeros(domains, experts, dtype=torch.int64)
-        for key in (
-            *NEEDS["usage"][2:],
-            *(k for n in ("norms", "grams") if n in self.needs for k in NEEDS[n]),
-        ):
+        wanted = [need for need in ("norms", "grams") if need in self.needs]
+        for key in (*NEEDS["usage"][2:], *(key for need in wanted for key in NEEDS[need])):
             self.totals[key] = self._zeros(domains, experts, *([experts] if key in matrices else []))
         if "outputs" in self.needs:  # of activations, where outputs are affine in them
-            self.totals["output_sum"] = self._zeros(
-                domains, experts, layer.width if layer.affine else layer.hidden_size
-            )
+            size = layer.width if layer.affine else layer.hidden_size
+            self.totals["output_sum"] = self._zeros(domains, experts, size)
         self.batch_domains = self.batch_rows = self.batch_applied = None
-        self.logits = self.scoring = None
-        self.sampled = []
+        self.logits, self.scoring, self.sampled = None, None, []
 
     def _zeros(self, *shape, dtype=torch.float64):
         return torch.zeros(*shape, dtype=dtype, device=self.device)
@@ -243,7 +224,7 @@ class _Collector:
             logits = self.logits[rows, :experts]
             self.totals["logit_gram"][domain] += logits.T @ logits
 
-    def take_experts(self, module, inputs, keywords):
+    def restore_experts(self, module, inputs, keywords):
         """Forward pre-hook of the experts: tokens [T, D], chosen experts [T, k] and their weights [T, k]."""
         tokens, index, weight = [*inputs, *keywords.values()][:3]
         tokens = tokens.reshape(-1, tokens.shape[-1])
@@ -253,7 +234,11 @@ class _Collector:
         index = index.clamp(max=self.layer.num_experts - 1)
         gates = self._zeros(len(tokens), self.layer.num_experts).scatter_add_(1, index, weight)
         for domain, rows in self._by_domain(len(tokens), tokens.device):
-            self._add_usage(domain, index[rows], weight[rows], gates[rows])
+            gate = gates[rows]
+            self.totals["tokens"][domain] += len(gate)
+            self.totals["routing_mass"][domain] += gate.sum(0)
+            chosen = (weight[rows] != 0).long()  # some routers send a skipped token to expert 0 with weight 0
+            self.totals["usage_count"][domain].index_add_(0, index[rows].flatten(), chosen.flatten())
             if self.logits is not None:
                 self._add_scores(domain, self.logits[rows], index[rows], weight[rows])
         if self.needs & {"outputs", "norms", "grams"}:
@@ -261,12 +246,6 @@ class _Collector:
                 self._apply(domain, tokens[rows], gates[rows])
         if "sample" in self.needs:
             self._add_sample(tokens, index, weight)
-
-    def _add_usage(self, domain, index, weight, gates):
-        self.totals["tokens"][domain] += len(gates)
-        self.totals["routing_mass"][domain] += gates.sum(0)
-        chosen = (weight != 0).long()  # some routers send a skipped token to expert 0 with weight zero
-        self.totals["usage_count"][domain].index_add_(0, index.flatten(), chosen.flatten())
 
     def _add_scores(self, domain, logits, index, weight):
         if self.scoring is None:
@@ -279,7 +258,7 @@ class _Collector:
         self.totals["applied"][domain] += len(tokens)
         size = CHUNK[_kind(tokens)]
         if "grams" in self.needs:
-            size = max(1, min(size, DENSE // (self.layer.num_experts * tokens.shape[1])))
+            size = max(1, min(size, DENSE[_kind(tokens)] // (self.layer.num_experts * tokens.shape[1])))
         for chunk in zip(tokens.split(size), gates.split(size), strict=True):
             self._add_outputs(domain, *chunk)
 
@@ -300,9 +279,8 @@ class _Collector:
             if "outputs" in self.needs:
                 sums.append((hidden if layer.affine else output).sum(0, dtype=torch.float64))
             if rows is not None and len(rows):
-                self._add_norms(
-                    domain, expert, output[rows] if whole and everywhere else output, gates[rows, expert]
-                )
+                own = output[rows] if whole and everywhere else output
+                self._add_norms(domain, expert, own, gates[rows, expert])
             if grams:
                 outputs.append(output)
         if "outputs" in self.needs:
@@ -314,8 +292,8 @@ class _Collector:
         norm = output.double().norm(dim=1)
         self.totals["norm_sum"][domain, expert] += norm.sum()
         self.totals["gated_norm_sum"][domain, expert] += gate @ norm
-        largest = self.totals["output_max"]
-        largest[domain, expert] = torch.maximum(largest[domain, expert], output.abs().max().double())
+        largest = self.totals["output_max"][domain]
+        largest[expert] = torch.maximum(largest[expert], output.abs().max().double())
 
     def _add_grams(self, domain, outputs, gates):
         """Inner products of all pairs of experts' outputs, ``E × [T, D]``, per token and summed."""
@@ -334,8 +312,8 @@ class _Collector:
         sequences, experts = len(self.batch_domains), self.layer.num_experts
         length = len(tokens) // sequences
         rows = self.batch_rows[:, 0] * length + self.batch_rows[:, 1]
-        if length * sequences != len(tokens) or (len(rows) and int(rows.max()) >= len(tokens)):
-            raise self._incomplete("without the sample")
+        complete = length * sequences == len(tokens) and (not len(rows) or int(rows.max()) < len(tokens))
+        self._require(complete, "without the sample")
         rows = rows.to(tokens.device)
         wide = torch.float64 if tokens.dtype == torch.float64 else torch.float32
         missing = self._zeros(len(tokens), experts).fill_(torch.nan)
@@ -346,57 +324,50 @@ class _Collector:
     def _by_domain(self, count, device, applied=None):
         """Domains of a batch of ``count`` tokens, each with its rows, of which only those ``applied``."""
         domains, sequences = sorted(set(self.batch_domains)), len(self.batch_domains)
-        if applied is not None and len(applied) != count:
-            raise self._incomplete("with every=1")
+        self._require(applied is None or len(applied) == count, "with every=1")
         if len(domains) == 1 and applied is None:
             return [(domains[0], slice(None))]
-        if count % sequences:
-            raise self._incomplete("without domains, or with batch_size=1")
+        self._require(count % sequences == 0, "without domains, or with batch_size=1")
         of_token = torch.tensor(self.batch_domains).repeat_interleave(count // sequences)
         wanted = torch.ones(count, dtype=torch.bool) if applied is None else applied
         return [(d, ((of_token == d) & wanted).nonzero()[:, 0].to(device)) for d in domains]
 
-    def _incomplete(self, remedy):
-        return InputError(f"{self.layer.name} does not get every token of a sequence; capture {remedy}.")
+    def _require(self, complete, remedy):
+        require(complete, f"{self.layer.name} does not get every token of a sequence; capture {remedy}.")
 
     @torch.no_grad()
     def finish(self, rows, size, ranks=ONE_PROCESS) -> LayerStatistics:
         """The sums over all ranks; this rank saw ``rows`` of the ``size`` tokens of the sample."""
-        if not int(self.totals["tokens"].sum()):
-            raise InputError(
-                f"{self.layer.name} was never called. Kernels that replace the whole MoE block and models "
-                "compiled before the capture hide it: load with use_kernels=False and do not compile."
-            )
+        require(
+            int(self.totals["tokens"].sum()),
+            f"{self.layer.name} was never called. Kernels that replace the whole MoE block and models "
+            "compiled before the capture hide it: load with use_kernels=False and do not compile.",
+        )
         totals = {key: ranks.total(value, largest=key == "output_max") for key, value in self.totals.items()}
-        self._scale(totals, totals["tokens"], totals.pop("applied"))
+        tokens, applied = totals["tokens"], totals.pop("applied")
+        if not torch.equal(applied, tokens):  # sums over every n-th token become estimates of those over all
+            share = (tokens.double() / applied.clamp(min=1)).to(self.device)
+            for key in totals.keys() & {"norm_sum", "gated_norm_sum", *NEEDS["grams"], "output_sum"}:
+                totals[key] *= share.reshape(-1, *[1] * (totals[key].ndim - 1))
         if "outputs" in self.needs and self.layer.affine:
             # mean_t W_down h_t = W_down mean_t h_t
-            tokens = totals["tokens"].to(self.device)[:, None, None]
-            means = totals["output_sum"] / tokens.clamp(min=1)
-            totals["output_sum"] = torch.stack([self.layer.down_project(mean) for mean in means]) * tokens
+            count = tokens.to(self.device)[:, None, None]
+            means = totals["output_sum"] / count.clamp(min=1)
+            totals["output_sum"] = torch.stack([self.layer.down_project(mean) for mean in means]) * count
         if self.logits is None:
             totals["logit_gram"].fill_(torch.nan)
             totals["score_mass"].fill_(torch.nan)
-        for key in ("output_sum", "norm_sum", "output_gram"):
-            if key in totals and not torch.isfinite(totals[key]).all():
-                raise InputError(
-                    f"{self.layer.name}: an expert's outputs are not finite on these tokens; the checkpoint "
-                    "is damaged, or its dtype overflows: load it with another dtype."
-                )
+        for key in totals.keys() & {"output_sum", "norm_sum", "output_gram"}:
+            require(
+                torch.isfinite(totals[key]).all(),
+                f"{self.layer.name}: an expert's outputs are not finite on these tokens; the checkpoint is "
+                "damaged, or its dtype overflows: load it with another dtype.",
+            )
         sample = None
         if "sample" in self.needs:
             columns = (torch.cat(chunks) for chunks in zip(*self.sampled, strict=True))
             sample = LayerSample(*(_gathered(column, rows, size, ranks) for column in columns))
         return LayerStatistics(**{key: value.cpu() for key, value in totals.items()}, sample=sample)
-
-    def _scale(self, totals, tokens, applied):
-        """Scale sums over the tokens that experts were applied to up to all tokens."""
-        if torch.equal(applied, tokens):
-            return
-        share = (tokens.double() / applied.clamp(min=1)).to(self.device)
-        for key in ("norm_sum", "gated_norm_sum", *NEEDS["grams"], "output_sum"):
-            if key in totals:
-                totals[key] *= share.reshape(-1, *[1] * (totals[key].ndim - 1))
 
 
 def _kind(tensor):
@@ -458,17 +429,17 @@ def expected_bytes(model, needs, *, domains: int, tokens: int, sample: int = SAM
 def check_tokens(input_ids, model) -> torch.Tensor:
     """Token ids ``[N, S]`` as int64 on the CPU; InputError unless they are of the model's vocabulary."""
     tensor = torch.is_tensor(input_ids)
-    if not tensor or input_ids.ndim != 2 or input_ids.is_floating_point() or not input_ids.numel():
-        given = f"{input_ids.dtype} of shape {tuple(input_ids.shape)}" if tensor else type(input_ids)
-        raise InputError(
-            f'The "input_ids" argument must be a tensor of token ids [sequences, length]; not {given}.'
-        )
+    shape = f"{input_ids.dtype} of shape {tuple(input_ids.shape)}" if tensor else type(input_ids)
+    require(
+        tensor and input_ids.ndim == 2 and not input_ids.is_floating_point() and input_ids.numel(),
+        f'The "input_ids" argument must be a tensor of token ids [sequences, length]; not {shape}.',
+    )
     input_ids = input_ids.to("cpu", torch.int64).contiguous()
     size = model.get_input_embeddings().num_embeddings
     low, high = int(input_ids.min()), int(input_ids.max())
-    if low < 0 or high >= size:
-        raise InputError(
-            f'The "input_ids" argument holds ids from {low} to {high}, but the model\'s vocabulary has ids '
-            f"from 0 to {size - 1}; encode the text with the model's own tokenizer."
-        )
+    require(
+        low >= 0 and high < size,
+        f'The "input_ids" argument holds ids from {low} to {high}, but the model\'s vocabulary has ids from '
+        f"0 to {size - 1}; encode the text with the model's own tokenizer.",
+    )
     return input_ids

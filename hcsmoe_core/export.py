@@ -203,8 +203,10 @@ def calibrated(plan):
 def limits(plan, router, top_k, dtype):
     """What engines ask of a "plain" or "mapped" checkpoint, and what this one meets of it: lines of text."""
     if router != "plain":
-        engines = "vLLM, SGLang and llama.cpp"
-        return [f"{engines} do not open it: they know no map from a router's choice to fewer experts."]
+        return [
+            "Not for vLLM, SGLang or llama.cpp, which know no map from E experts to fewer; vLLM "
+            "opens it all the same, and serves noise."
+        ]
     if widths := odd_widths(plan, dtype):
         return [
             f"Experts of {widths[0]} neurons are not a multiple of 16 bytes wide, which PyTorch's grouped "

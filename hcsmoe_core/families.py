@@ -1,4 +1,4 @@
-"""The sparse MoE layers of a transformers model, and the few families whose layers differ from the others'."""
+"""The sparse MoE layers of a transformers model, and the few families whose layers differ."""
 
 import hashlib
 import inspect
@@ -16,10 +16,6 @@ OTHER_PARTS = ("vision", "visual", "audio", "talker")
 
 def find_moe_layers(model) -> list[MoELayer]:
     """Sparse MoE layers of a model, in the order of its modules.
-
-    Parameters
-    ----------
-    model : transformers.PreTrainedModel
 
     Raises
     ------
@@ -41,8 +37,8 @@ def find_moe_layers(model) -> list[MoELayer]:
     if not layers:
         kind = type(model).__name__
         raise InputError(
-            f"No MoE layers found in {getattr(model, 'name_or_path', '') or kind} ({kind}): it is dense, or its "
-            "experts are not kept as the stacked tensors of transformers 5."
+            f"No MoE layers found in {getattr(model, 'name_or_path', '') or kind} ({kind}): it is dense, or "
+            "its experts are not kept as the stacked tensors of transformers 5."
         )
     return layers
 
@@ -66,13 +62,13 @@ def moe_layer(model, name: str) -> MoELayer:
 
 
 def decoder_layers(model) -> str:
-    """Name of the outermost list of decoder layers that the first MoE layer lies in; "" if it lies in none."""
+    """Name of the outermost list of decoder layers that holds the first MoE layer; "" if none does."""
     path = find_moe_layers(model)[0].name.split(".")
     names = [".".join(path[:i]) for i in range(1, len(path))]
     return next((name for name in names if isinstance(model.get_submodule(name), nn.ModuleList)), "")
 
 
-def other_experts(model) -> list[str]:
+def non_text_experts(model) -> list[str]:
     """Names of the experts modules that text never reaches, which are left as they are."""
     return [name for name, module in model.named_modules() if _layer_class(module) and _reads_no_text(name)]
 
@@ -113,7 +109,7 @@ def _is_experts(module):
 class _LongcatFlash(MoELayer):
     """LongCat: the up projection has rows for the identity experts too, which are never read."""
 
-    fewest = 2  # its experts' forward trips over a single choice
+    min_experts = 2  # its experts' forward trips over a single choice
 
     def tensors(self):
         up, down = self.experts.gate_up_proj, self.experts.down_proj
@@ -125,7 +121,7 @@ class _LongcatFlash(MoELayer):
 
 
 class _Dbrx(MoELayer):
-    """DBRX: gate, up and down projections of all experts flattened into ``[E·I, D]`` each, in a module below."""
+    """DBRX: each projection of all experts flattened into ``[E·I, D]``, in a module below."""
 
     up_name = "gate_proj"
     activation = "mlp.activation_fn"
@@ -182,38 +178,38 @@ class _JetMoe(MoELayer):
     def stored(self, tensors):
         return {"input_linear.weight": tensors["gate_up_proj"], "output_linear.weight": tensors["down_proj"]}
 
-    def listen(self, take_router, take_experts):
+    def add_hooks(self, take_router, restore_experts):
         def take(module, inputs, output):
             order, _, gates, sizes, logits = output
             index, weight = torch.empty_like(order), torch.empty_like(gates)
             index[order], weight[order] = repeated(sizes, order.device), gates
             tokens = inputs[0]
             take_router(module, inputs, logits)
-            take_experts(module, (tokens, *(t.reshape(len(tokens), -1) for t in (index, weight))), {})
+            restore_experts(module, (tokens, *(t.reshape(len(tokens), -1) for t in (index, weight))), {})
 
         return [self.experts.router.register_forward_hook(take)]
 
 
 class _Llama4(MoELayer):
-    """Llama 4: every expert gets every token, multiplied with the router's score (zero where it was not chosen)."""
+    """Llama 4: every expert gets every token times the router's score, zero where it was not chosen."""
 
-    unsolvable = "the router's score multiplies what experts read, not what they write"
+    why_not_solvable = "the router's score multiplies what experts read, not what they write"
     transposed = True
 
-    def listen(self, take_router, take_experts):
+    def add_hooks(self, take_router, restore_experts):
         def take(module, inputs, output):
             scores, logits = output
             index = logits.topk(module.top_k, dim=1).indices
             take_router(module, inputs, logits)
-            take_experts(module, (inputs[0], index, scores.gather(1, index)), {})
+            restore_experts(module, (inputs[0], index, scores.gather(1, index)), {})
 
         return [self.router.register_forward_hook(take)]
 
 
 class _Phimoe(MoELayer):
-    """PhiMoE: the router takes the best expert, then the best of the others, whatever its configuration says."""
+    """PhiMoE: the router takes the best expert, then the best of the others, whatever is configured."""
 
-    fewest = 2
+    min_experts = 2
 
 
 ENTRIES = {
@@ -226,6 +222,7 @@ ENTRIES = {
 UNSUPPORTED = {
     "DogeCDMoE": "its experts are single neurons, looked up by product keys",
     "NllbMoeExperts": "transformers one-hot encodes a mask there, so that only experts 0 and 1 are ever run",
-    "SwitchTransformersExperts": "its experts are modules of their own in an encoder and a decoder, and drop tokens "
-    "that come after others in a sequence, so that what an expert does for a token cannot be told from the token",
+    "SwitchTransformersExperts": "its experts are modules of their own in an encoder and a decoder, and "
+    "drop tokens that come after others in a sequence, so that what an expert does for a token cannot be "
+    "told from the token",
 }

@@ -3,11 +3,11 @@
 import torch
 from tqdm.auto import tqdm
 
-from hcsmoe_core._util import InputError, check_count
+from hcsmoe_core._util import InputError, check_count, require
 from hcsmoe_core.families import find_moe_layers, model_hash
 from hcsmoe_core.moe import Neurons, all_finite
 from hcsmoe_core.plan import check_layer
-from hcsmoe_core.replace import put_experts, take_experts
+from hcsmoe_core.replace import replace_experts, restore_experts
 from hcsmoe_core.steps import combine, compress, refine, router
 
 BLOCK = 1 << 16  # weights that are summed at once: wide sums of so many stay in a CPU's caches
@@ -25,8 +25,7 @@ def apply_plan(model, plan, stats=None):
     model : transformers.PreTrainedModel
     plan : Plan
     stats : Statistics, optional
-        Those that the plan was made from; needed where experts are combined, or router rows fitted, by the
-        sample of layer inputs.
+        Those that the plan was made from, where experts are combined, or router rows fitted, by their sample.
 
     Returns
     -------
@@ -39,7 +38,7 @@ def apply_plan(model, plan, stats=None):
         If the plan does not fit the model, needs statistics that are not given, the model is merged already,
         or a merged weight is not finite. The model is then as it was.
     """
-    layers = check_appliable(model, plan, stats)
+    layers = check_applicable(model, plan, stats)
     try:
         hidden = None if plan.needs_sample else True
         bar = tqdm(plan.layers, desc="merge", unit="layer", leave=False, disable=hidden)
@@ -60,124 +59,92 @@ def apply_layer(layer, layer_plan, stats=None):
     if layer_plan.router in router:
         rows, scales = router[layer_plan.router](layer_plan, sample), torch.from_numpy(rows)
     rows = None if rows is None else torch.from_numpy(rows)
-    put_experts(layer, tensors, layer_plan.labels, rows=rows, scales=scales)
+    replace_experts(layer, tensors, layer_plan.labels, rows=rows, scales=scales)
     layer.experts._merged.plan = layer_plan
 
 
 def restore(model):
-    """Put the original experts back, to the bit; a model that is not merged stays as it is.
-
-    Raises
-    ------
-    InputError
-        If the model was loaded merged.
-    """
+    """Put the original experts back, to the bit; InputError if the model was loaded merged."""
     for layer in find_moe_layers(model):
         if layer.merged:
-            take_experts(layer)
+            restore_experts(layer)
     return model
 
 
-def check_appliable(model, plan, stats=None) -> list:
+def check_applicable(model, plan, stats=None) -> list:
     """MoE layers of a model in the plan's order; InputError unless the plan can be applied to it."""
-    layers = check_fits(plan, model)
-    check_unmerged(layers)
-    if plan.model.get("hash") and plan.model["hash"] != model_hash(model):
-        raise InputError(
-            f"The plan was made for another model ({plan.model.get('name')}, {plan.model.get('class')}): "
-            "this one has the same shape but other weights. Make a plan from this model's statistics."
+    layers, record = check_fits(plan, model), plan.model
+    message = "This model is merged already; restore(model) first, or load the original."
+    require(not any(layer.merged for layer in layers), message)
+    require(
+        not record.get("hash") or record["hash"] == model_hash(model),
+        f"The plan was made for another model ({record.get('name')}, {record.get('class')}): this one has "
+        "the same shape but other weights. Make a plan from this model's statistics.",
+    )
+    if plan.needs_sample:
+        require(
+            stats is not None,
+            "This plan looks at the sample of layer inputs, by which experts are combined or routers folded; "
+            "give "
+            "the statistics it was made from: apply_plan(model, plan, stats), or --statistics FILE.",
         )
-    check_sample(plan, stats)
+        stats.check(("sample",), "This plan")
+        require(
+            stats.matches(plan.statistics),
+            f"The plan was made from other statistics ({plan.statistics}) than those given "
+            f"({stats.identity()}); give the ones it was made from, or make the plan again.",
+        )
     return layers
 
 
 def check_statistics(stats, model):
     """Raise InputError unless the statistics were captured on this model."""
-    if stats.model["hash"] != model_hash(model):
-        raise InputError(
-            f"These statistics were captured on another model ({stats.model['name']}, "
-            f"{stats.model['class']}) than the one given ({model.name_or_path or 'unnamed'}, "
-            f"{type(model).__name__}); capture on this one."
-        )
+    record = stats.model
+    require(
+        record["hash"] == model_hash(model),
+        f"These statistics were captured on another model ({record['name']}, {record['class']}) than the one "
+        f"given ({model.name_or_path or 'unnamed'}, {type(model).__name__}); capture on this one.",
+    )
 
 
 def check_fits(plan, model) -> list:
     """MoE layers of a model in the plan's order; InputError unless it is valid and fits their shapes."""
     layers = {layer.name: layer for layer in find_moe_layers(model)}
     planned = [layer.name for layer in plan.layers]
-    if planned != list(layers):
-        differing = next((n for n in (*layers, *planned) if (n in layers) != (n in planned)), "another order")
-        raise InputError(
-            f"The plan does not fit the model: it has {len(planned)} MoE layers and the model {len(layers)}; "
-            f"they differ in {differing}. Make a plan from this model's statistics."
-        )
+    differing = next((n for n in (*layers, *planned) if (n in layers) != (n in planned)), "another order")
+    misfit, remedy = "The plan does not fit the model:", "Make a plan from this model's statistics."
+    require(
+        planned == list(layers),
+        f"{misfit} it has {len(planned)} MoE layers and the model {len(layers)}; they differ in {differing}. "
+        f"{remedy}",
+    )
     for layer_plan in plan.layers:
-        layer = layers[layer_plan.name]
-        if len(layer_plan.labels) != layer.num_experts:
-            raise InputError(
-                f"The plan does not fit the model: {layer.name} has {layer.num_experts} experts, but the "
-                f"plan labels {len(layer_plan.labels)}. Make a plan from this model's statistics."
-            )
+        layer, labels = layers[layer_plan.name], len(layer_plan.labels)
+        require(
+            labels == layer.num_experts,
+            f"{misfit} {layer.name} has {layer.num_experts} experts, but the plan labels {labels}. {remedy}",
+        )
         check_layer(layer_plan)
-        if not layer.merged and (layer_plan.width or 0) > layer.width:
-            raise InputError(
-                f"The plan does not fit the model: {layer.name} has experts of width {layer.width}, but the "
-                f"plan one of {layer_plan.width}."
-            )
+        require(
+            layer.merged or (layer_plan.width or 0) <= layer.width,
+            f"{misfit} {layer.name} has experts of width {layer.width}, but the plan one of "
+            f"{layer_plan.width}.",
+        )
     return list(layers.values())
-
-
-def check_unmerged(layers):
-    """Raise InputError if a layer is merged."""
-    if any(layer.merged for layer in layers):
-        raise InputError("This model is merged already; restore(model) first, or load the original.")
-
-
-def check_sample(plan, stats):
-    """Raise InputError unless ``stats`` have the sample that the plan needs, and are those it is from."""
-    if not plan.needs_sample:
-        return
-    if stats is None:
-        raise InputError(
-            "This plan looks at the sample of layer inputs; give the statistics it was made from: "
-            "apply_plan(model, plan, stats), or --statistics FILE on the command line."
-        )
-    stats.check(("sample",), "This plan")
-    if not stats.matches(plan.statistics):
-        raise InputError(
-            f"The plan was made from other statistics ({plan.statistics}) than those given "
-            f"({stats.identity()}); give the ones it was made from, or make the plan again."
-        )
 
 
 @torch.no_grad()
 def merge_layer(layer, layer_plan, sample=None) -> dict:
-    """The r experts that a plan leaves of a layer.
+    """The r experts that a plan leaves of a layer: for each of :meth:`MoELayer.tensors` the same with r rows.
 
     Averages, ``W_g = Σ_{e in g} w_e W_e`` (HC-SMoE, arXiv 2410.08589, eq. 6), are summed in float32 (float64
-    for float32 weights) and rounded once to the weights' dtype; for other rules see :func:`combine_group`. An
-    expert that is alone in its group is copied, bit for bit, unless it is trimmed.
-
-    Parameters
-    ----------
-    layer : MoELayer
-    layer_plan : LayerPlan
-    sample : LayerSample, optional
-        Where the plan's rule looks at it.
-
-    Returns
-    -------
-    dict of str to tensor
-        For each of :meth:`MoELayer.tensors`, the same with r rows.
-
-    Raises
-    ------
-    InputError
-        If a merged weight is not finite, or the rule needs a sample that is not given.
+    for float32 weights) and rounded once to the weights' dtype; for other rules see :func:`combine_group`,
+    which may need the layer's sample. An expert that is alone in its group is copied, bit for bit, unless it
+    is trimmed. InputError if a merged weight is not finite.
     """
-    if sample is None and layer_plan.uses_sample:
-        rules = sorted({layer_plan.rule_of(group)["rule"] for group in range(layer_plan.num_groups)})
-        raise InputError(f'{layer.name}: rule {" and ".join(map(repr, rules))} needs the "sample" argument.')
+    names = {repr(layer_plan.rule_of(group)["rule"]) for group in range(layer_plan.num_groups)}
+    usable = sample is not None or not layer_plan.uses_sample
+    require(usable, f'{layer.name}: rule {" and ".join(sorted(names))} needs the "sample" argument.')
     rule, combined = layer_plan.combine, {}
     if (
         layer_plan.rules
@@ -224,13 +191,15 @@ def _averages(tensor, layer_plan):
 
 def _combined(layer, layer_plan, sample):
     """Projections and biases by the plan's rules."""
-    experts = []
-    for group, members in enumerate(layer_plan.groups()):
-        if len(members) == 1 and layer_plan.width in (None, layer.width):
-            experts.append(layer.neurons(members[0]))
-        else:
-            experts.append(combine_group(*group_and_options(layer, layer_plan, group, sample)))
-    return layer.stacked(experts)
+    whole = layer_plan.width in (None, layer.width)
+    return layer.stacked(
+        [
+            layer.neurons(members[0])
+            if len(members) == 1 and whole
+            else combine_group(*group_and_options(layer, layer_plan, group, sample))
+            for group, members in enumerate(layer_plan.groups())
+        ]
+    )
 
 
 def group_and_options(layer, layer_plan, group: int, sample):
@@ -246,8 +215,6 @@ class Group:
 
     Attributes
     ----------
-    layer : MoELayer
-        Not merged.
     members : list of n int
     weights : (n,) float64 tensor
         Of each member in the group; they sum to one.
@@ -284,9 +251,9 @@ class Group:
         def gather():
             gates = self.sample.gates[:, chosen]
             rows = (gates != 0).any(1)
-            return (x[rows].to(self.device, self.dtype) for x in (self.sample.inputs, gates))
+            return tuple(x[rows].to(self.device, self.dtype) for x in (self.sample.inputs, gates))
 
-        return self.once(("tokens", *chosen), lambda: tuple(gather()))
+        return self.once(("tokens", *chosen), gather)
 
     def outputs(self, offset=None) -> torch.Tensor:
         """Sum of the members' gated outputs on :meth:`tokens`, ``Σ_e g_e (f_e(x) − offset)``, ``(T, D)``."""
@@ -314,38 +281,30 @@ class Group:
 
 def mean_of(experts, weights) -> Neurons:
     """Weighted average of experts whose neurons are in the same order."""
-
-    def mean(*tensors):
-        if tensors[0] is None:
-            return None
-        return sum(float(w) * tensor for w, tensor in zip(weights, tensors, strict=True))
-
-    parts = ("up", "down", "bias", "offset")
-    return Neurons(*(mean(*(getattr(expert, part) for expert in experts)) for part in parts))
+    parts = zip(*((expert.up, expert.down, expert.bias, expert.offset) for expert in experts), strict=True)
+    return Neurons(
+        *(
+            None
+            if part[0] is None
+            else sum(float(w) * tensor for w, tensor in zip(weights, part, strict=True))
+            for part in parts
+        )
+    )
 
 
 def combine_group(group, options) -> Neurons:
-    """One expert from a group of several.
+    """One expert from a group, by ``options``: ``rule``, a step of ``steps.combine``, with its own options.
 
-    Parameters
-    ----------
-    group : Group
-    options : dict
-        ``rule``, a step of :data:`hcsmoe_core.steps.combine`, with its options; and ``refit``, rounds in
-        which what the expert's neurons read is fitted as well.
-
-    Raises
-    ------
-    InputError
-        If the rule is unknown, or solves for a projection where that is not possible.
+    With ``refit`` rounds, what the expert's neurons read is fitted as well. InputError if the rule is
+    unknown, or solves for a projection where that is not possible.
     """
     rule, rounds = combine[options["rule"]], check_count("refit", options.get("refit", 0), 0)
-    if group.layer.unsolvable and (rounds or rule.properties.get("solves")):
-        others = ", ".join(f'"{name}"' for name, step in combine.items() if not step.properties.get("solves"))
-        raise InputError(
-            f'{group.layer.name}: {group.layer.unsolvable}, so that combine "{rule.name}"'
-            f"{' with refit' if rounds else ''} has nothing to solve; use one of {others}, without refit."
-        )
+    others = ", ".join(f'"{name}"' for name, step in combine.items() if not step.properties.get("solves"))
+    require(
+        not group.layer.why_not_solvable or not (rounds or rule.properties.get("solves")),
+        f'{group.layer.name}: {group.layer.why_not_solvable}, so that combine "{rule.name}"'
+        f"{' with refit' if rounds else ''} has nothing to solve; use one of {others}, without refit.",
+    )
     neurons = rule(group, **{key: value for key, value in options.items() if key not in ("rule", "refit")})
     if not rounds:
         return neurons

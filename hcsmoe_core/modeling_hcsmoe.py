@@ -32,7 +32,7 @@ class ExpertMap:
 
     # What hcsmoe keeps of a merge that it made in memory: the layer's tensors, every value that was replaced
     # by module and name, the handle of the hook, what was decided, and the size of what would be compressed.
-    before = originals = handle = plan = factors = compressed_bytes = None
+    before = originals = handle = plan = compressed_bytes = None
 
     def __init__(self, labels, extra=0, mapped=True):
         self.labels, self.extra, self.mapped = list(labels), extra, mapped
@@ -43,11 +43,6 @@ class ExpertMap:
     def routed(self):
         """Experts that the router now chooses from."""
         return len(self.labels) if self.mapped else max(self.labels) + 1
-
-    @property
-    def changed(self):  # TODO: goes with its use in checkpoint
-        """Module and name of every value that was replaced."""
-        return list(self.originals)
 
     def lookup(self, device):
         """The map as a tensor on a device; experts without weights stay behind those that have some."""

@@ -23,24 +23,24 @@ DOWN = "down_proj"
 # Attribute names that transformers uses, of modules and of configurations: for groups of experts that a
 # router chooses among first, for how many of them it chooses, for the number of experts, for the experts per
 # token, for their width.
-ROUTER_GROUPS = ("num_group", "n_group")
-GROUP_CHOICES = ("topk_group",)
-COUNTS = (
+GROUP_COUNT_NAMES = ("num_group", "n_group")
+GROUP_TOP_K_NAMES = ("topk_group",)
+EXPERT_COUNT_NAMES = (
     *("num_experts", "num_local_experts", "n_routed_experts", "num_routed_experts", "moe_num_experts"),
     # With experts that have no weights, which some routers also choose from.
     *("total_experts", "n_total_experts", "num_router_classes"),
 )
-CHOICES = (
+TOP_K_NAMES = (
     *("top_k", "num_experts_per_tok", "num_experts_per_token", "top_k_experts"),
     *("moe_top_k", "moe_topk", "moe_k"),
 )
-WIDTHS = ("intermediate_dim", "intermediate_size", "expert_dim", "ffn_hidden_size")
+WIDTH_NAMES = ("intermediate_dim", "intermediate_size", "expert_dim", "ffn_hidden_size")
 
 PRODUCT_SIZE = 1 << 27  # numbers that the up projections of several experts give at once on a GPU
 
 
 def whole_numbers(holder, names) -> dict[str, int]:
-    """Attributes of a module or a configuration that are whole numbers, by name, in the order of ``names``."""
+    """Attributes of a module or a configuration that are whole numbers, by name, in the order given."""
     values = {name: getattr(holder, name, None) for name in names}
     return {name: value for name, value in values.items() if isinstance(value, int)}
 
@@ -87,19 +87,12 @@ class MoELayer:
         """The module that holds the experts and their router."""
         return model.get_submodule(name.rpartition(".")[0])
 
-    def listen(self, take_router, take_experts) -> list:
-        """Add hooks that are told what the router gives and what the experts get, whenever the layer runs.
+    def add_hooks(self, take_router, restore_experts) -> list:
+        """Add hooks that get what the router gives and what the experts get; returns handles.
 
-        Parameters
-        ----------
-        take_router : callable
-            Forward hook ``(module, inputs, output)``; :func:`router_logits` are in the output.
-        take_experts : callable
-            Forward pre-hook ``(module, inputs, keywords)``; the inputs are tokens, index and weight.
-
-        Returns
-        -------
-        list of handles
+        ``take_router`` is a forward hook ``(module, inputs, output)`` that gets :func:`router_logits`;
+        ``restore_experts`` a forward pre-hook ``(module, inputs, keywords)`` that gets tokens, index and
+        weight.
         """
         router_was_called = False
 
@@ -112,7 +105,7 @@ class MoELayer:
         # Some families read a router's weights without calling it; then the module that holds it is called.
         holders = [m for m in self.routing if m is not self.block and self._holds_router(m)]
         handles = [module.register_forward_hook(take) for module in holders]
-        return [*handles, self.experts.register_forward_pre_hook(take_experts, with_kwargs=True)]
+        return [*handles, self.experts.register_forward_pre_hook(restore_experts, with_kwargs=True)]
 
     def _holds_router(self, module):
         return any(self.router is inner for inner in module.modules())
@@ -160,27 +153,27 @@ class MoELayer:
         """k: experts per token, or None where neither the routing modules nor their configuration say."""
         modules = [*self.routing, self.experts, self.block]
         holders = [(m, ("top_k",)) for m in modules] + [
-            (getattr(m, "config", None), CHOICES) for m in modules
+            (getattr(m, "config", None), TOP_K_NAMES) for m in modules
         ]
         return next((k for holder in holders for k in whole_numbers(*holder).values()), None)
 
     @property
     def router_groups(self) -> int:
-        """Groups of neighbouring experts that a group-limited router chooses among first (DeepSeek-V3); else 1."""
-        return next((n for m in self.routing for n in whole_numbers(m, ROUTER_GROUPS).values()), 1)
+        """Groups of neighbouring experts that a router chooses among first (DeepSeek-V3); else 1."""
+        return next((n for m in self.routing for n in whole_numbers(m, GROUP_COUNT_NAMES).values()), 1)
 
     @property
-    def fewest(self) -> int:
-        """Experts that the router's rule needs: one that chooses groups adds up the two best scores of each."""
-        return 2 if any(whole_numbers(m, ROUTER_GROUPS) for m in self.routing) else 1
+    def min_experts(self) -> int:
+        """Experts that the router's rule needs: choosing groups adds up the two best scores of each."""
+        return 2 if any(whole_numbers(m, GROUP_COUNT_NAMES) for m in self.routing) else 1
 
     @property
     def affine(self) -> bool:
-        """Whether an expert's output is affine in its activations, so that means of one give means of the other."""
+        """Whether an expert's output is affine in its activations, so that their mean gives its mean."""
         return not getattr(self.experts, "has_post_expert_norm", False)
 
     @property
-    def unsolvable(self) -> str:
+    def why_not_solvable(self) -> str:
         """Why a projection of these experts cannot be solved for from what they put out; empty if it can."""
         return "" if self.affine else "each expert's output is normalised"
 
@@ -191,7 +184,7 @@ class MoELayer:
 
     @property
     def transposed(self) -> bool:
-        """Whether weights are stored as ``[E, D, 2I]`` and ``[E, I, D]``, not as ``[E, 2I, D]`` and ``[E, D, I]``."""
+        """Whether weights are ``[E, D, 2I]``, ``[E, I, D]`` rather than ``[E, 2I, D]``, ``[E, D, I]``."""
         return bool(getattr(self.experts, "is_transposed", False))
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -203,13 +196,6 @@ class MoELayer:
         """What the model stores for :meth:`tensors`, by dotted name from the experts module."""
         return tensors
 
-    # TODO: goes with the factored file.
-    @property
-    def projections(self):
-        """Stored projections, without biases, by their names in the model's state."""
-        matrices = {n: t for n, t in self.tensors().items() if not n.endswith("_bias")}
-        return {f"{self.name}.{n}": t for n, t in self.stored(matrices).items()}
-
     def shapes(self, stored: int, width: int) -> dict[str, list[int]]:
         """Shapes that :meth:`tensors` have with another number of experts and another width, by name."""
         up, rows = self.up_name, len(self.up_matrix(0)) // self.width
@@ -220,7 +206,7 @@ class MoELayer:
         return shapes
 
     def up_matrix(self, expert: int) -> torch.Tensor:
-        """Up projection of one expert, joined with the gate's where there is one: ``[2I, D]`` or ``[I, D]``."""
+        """Up projection of one expert, ``[2I, D]`` with the gate's, ``[I, D]`` where there is no gate."""
         up = self.tensors()[self.up_name][expert]
         return up.T if self.transposed else up
 
@@ -234,7 +220,7 @@ class MoELayer:
         return output if bias is None else output + bias[expert].flatten()
 
     def _activated(self, read):
-        """Activations ``[T, I]`` of what the up projection gave, ``[T, 2I]`` or, without a gate, ``[T, I]``."""
+        """Activations ``[T, I]`` of what the up projection gave, ``[T, 2I]`` or without a gate ``[T, I]``."""
         gated = getattr(self.experts, "has_gate", self.up_name != "up_proj")
         if gated and (family_function := gate_function(self.experts)):
             return family_function(read)
@@ -256,25 +242,16 @@ class MoELayer:
     def down_project(self, hidden: torch.Tensor) -> torch.Tensor:
         """Outputs ``[E, D]`` of one activation vector per expert ``[E, I]``, in float64.
 
-        The down projection is affine, so that this gives an expert's mean output from its mean activation.
+        The down projection is affine: mean activations give mean outputs.
         """
         downs = [self.down_matrix(e).double() for e in range(self.num_stored)]
         return torch.stack([self._with_bias(down @ hidden[e], DOWN, e) for e, down in enumerate(downs)])
 
     def hidden_sums(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Activations of every expert before its down projection, summed over all tokens.
+        """Activations of every expert, summed over tokens ``[T, D]``: ``[E, I]`` in float64.
 
         On a CPU expert by expert, so that what one gives stays in the caches; on a GPU several experts in one
-        product. Products are in the weights' dtype (16-bit ones with float32 accumulation), sums in float64;
-        nothing is copied to the host.
-
-        Parameters
-        ----------
-        tokens : (T, D) tensor
-
-        Returns
-        -------
-        (E, I) float64 tensor
+        product. Products are in the weights' dtype, sums in float64, and nothing is copied to the host.
         """
         experts = range(self.num_stored)
         if tokens.device.type == "cpu":
@@ -293,12 +270,9 @@ class MoELayer:
         return hidden.view(len(tokens), last - first, -1).sum(0, dtype=torch.float64)
 
     def neuron_rows(self, width: int | None = None) -> torch.Tensor:
-        """Rows of the up projection of each neuron, ``[I, p]``: its gate's and its own (p = 2), or its own (p = 1).
+        """Rows of the up projection per neuron, ``[I, p]``: its gate's and its own (p = 2), or its own.
 
-        Parameters
-        ----------
-        width : int, optional
-            Of an expert with another number of neurons in the same layout.
+        ``width`` is that of an expert with another number of neurons in the same layout.
 
         Raises
         ------
@@ -307,8 +281,8 @@ class MoELayer:
         """
         if not self.neurons_known:
             raise InputError(
-                f"{self.name}: which rows of {self.up_name} make which of the {self.width} neurons is not known, so "
-                'that neurons cannot be matched or chosen; use combine "average".'
+                f"{self.name}: which rows of {self.up_name} make which of the {self.width} neurons is not "
+                'known, so that neurons cannot be matched or chosen; use combine "average".'
             )
         return self._layout(self.width if width is None else width)
 
@@ -342,7 +316,7 @@ class MoELayer:
         return None
 
     def neurons(self, expert: int, dtype: torch.dtype | None = None) -> "Neurons":
-        """One expert neuron by neuron, whatever way the family stores it, by default in the weights' own dtype."""
+        """One expert neuron by neuron, however the family stores it; by default in the weights' dtype."""
         tensors, rows = self.tensors(), self.neuron_rows()
         bias, offset = (tensors.get(f"{name}_bias") for name in (self.up_name, DOWN))
         neurons = Neurons(
@@ -354,7 +328,7 @@ class MoELayer:
         return neurons.map(lambda tensor: tensor.detach().to(dtype or tensor.dtype))
 
     def _read(self, neurons, tokens):
-        """What neurons read of tokens, ``[T, p·I']``, in the order of the family's up projection, and that order."""
+        """What neurons read of tokens, ``[T, p·I']`` in the family's order, and that order."""
         rows = self.neuron_rows(len(neurons.up))
         up, bias = _by_row(neurons.up, rows), _by_row(neurons.bias, rows)
         return linear(tokens.to(up.dtype), up, bias), rows
@@ -364,7 +338,7 @@ class MoELayer:
         return self._activated(self._read(neurons, tokens)[0])
 
     def slopes(self, neurons: "Neurons", tokens: torch.Tensor) -> torch.Tensor:
-        """Derivatives ``[p, T, I']`` of activations by what each neuron reads: its gate's product and its own."""
+        """Derivatives ``[p, T, I']`` of activations by what neurons read: gates' products and their own."""
         read, rows = self._read(neurons, tokens)
         with torch.enable_grad():
             read = read.detach().requires_grad_()
@@ -372,13 +346,7 @@ class MoELayer:
         return torch.stack([slopes[:, part] for part in rows.T])
 
     def stacked(self, experts: list["Neurons"]) -> dict[str, torch.Tensor]:
-        """Stacked tensors, in the family's own layout, dtype and names, of r experts of one width I'.
-
-        Returns
-        -------
-        dict of str to tensor
-            Up and down projections and their biases, with r rows each.
-        """
+        """Stacked tensors of r experts of one width, in the family's own layout, dtype and names."""
         rows, own = self.neuron_rows(len(experts[0].up)), self.tensors()
         as_stored = torch.t if self.transposed else (lambda matrix: matrix)
         parts = {
@@ -427,12 +395,12 @@ def _by_row(parts, rows):
 
 
 def source_of(model):
-    """What reads the layers of a streamed model (:mod:`hcsmoe_core.scale.streaming`); None if it is in memory."""
+    """What reads the layers of a streamed model (:mod:`hcsmoe_core.scale`); None if it is in memory."""
     return getattr(model, "_source", None)
 
 
 def _find_router(block, experts, count):
-    """The innermost module of a block's router with one row for each of ``count`` experts, and its rows beyond them.
+    """The innermost module of a block's router with a row for each of ``count`` experts, and its other rows.
 
     It is looked for under its usual names first, then by its shape alone among the block's modules.
     """
@@ -450,7 +418,7 @@ def _matrix_rows(module):
 
 
 def router_logits(output, experts: int, extra: int = 0) -> torch.Tensor:
-    """Logits ``[T, E]`` among what a router returns, or ``[T, E + extra]`` where it has none of just the experts.
+    """Logits ``[T, E]`` among what a router returns, or ``[T, E + extra]`` where there are none of E columns.
 
     Raises
     ------
@@ -469,20 +437,21 @@ def router_logits(output, experts: int, extra: int = 0) -> torch.Tensor:
 
 
 def routing_tensors(layer: MoELayer, count: int) -> list[tuple[nn.Module, str, torch.Tensor]]:
-    """Tensors of a layer's routing that have one row for each of ``count`` experts: ``[(module, name, tensor), …]``.
+    """Tensors of a layer's routing with a row for each of ``count`` experts: ``[(module, name, tensor), …]``.
 
     Everything of that kind in the router and below it (also ``[1, E]``), and the vectors ``[E]`` of the
     modules that hold the router: some families keep a correction bias in the block. Rows beyond the experts'
     count along.
     """
-    tensors, inside = [], set(layer.router.modules())
-    for module in layer.routing:
-        for name, tensor in {**module._parameters, **module._buffers}.items():
-            shape = () if tensor is None else tuple(tensor.shape)
-            for rows in {count, count + layer.extra}:
-                if shape in ((rows,), (1, rows)) or (module in inside and shape[:1] == (rows,)):
-                    tensors.append((module, name, tensor))
-    return tensors
+    rows, inside = {count, count + layer.extra}, set(layer.router.modules())
+    own = [(m, name, t) for m in layer.routing for name, t in {**m._parameters, **m._buffers}.items()]
+    return [
+        (module, name, tensor)
+        for module, name, tensor in own
+        if tensor is not None and tensor.ndim
+        if (tensor.shape[0] in rows and (tensor.ndim == 1 or module in inside))
+        or (tensor.ndim == 2 and tensor.shape[0] == 1 and tensor.shape[1] in rows)
+    ]
 
 
 def original_tensors(layer: MoELayer) -> dict[str, torch.Tensor]:

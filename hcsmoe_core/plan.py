@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hcsmoe_core._util import InputError, check_choice, sha256_json, write_json
+from hcsmoe_core._util import InputError, check_choice, require, sha256_json, write_json
 from hcsmoe_core.clustering import by_first_appearance
 from hcsmoe_core.steps import combine, router
 
@@ -74,7 +74,8 @@ class LayerPlan:
     @property
     def uses_sample(self) -> bool:
         """Whether combining looks at the sample of layer inputs."""
-        return any(uses_sample(self.rule_of(group)) for group in range(self.num_groups))
+        rules = self.rules or [self.combine]
+        return any(r.get("refit") or "sample" in combine[r["rule"]].needs_for(r) for r in rules)
 
     def groups(self) -> list:
         """Members of each group, ``[[expert, …], …]``."""
@@ -127,9 +128,10 @@ class Plan:
     def save(self, path):
         """Write as JSON, in full or not at all, with a checksum that tells a damaged file."""
         content = {"format": FORMAT, "version": VERSION, **asdict(self)}
-        for layer in content["layers"]:
-            for key in [key for key, value in layer.items() if value == getattr(_USUAL, key)]:
-                del layer[key]
+        content["layers"] = [
+            {key: value for key, value in layer.items() if value != getattr(_USUAL, key)}
+            for layer in content["layers"]
+        ]
         write_json(path, content | {"sha256": sha256_json(content)})
 
 
@@ -142,32 +144,20 @@ def with_router(plan: Plan, router: str) -> Plan:
         If the plan drops experts, so that no other router is possible.
     """
     check_choice("router", router, tuple(name for name in ROUTERS if name != "dropped"))
-    if any(layer.router == "dropped" for layer in plan.layers):
-        raise InputError(
-            f'The "router" argument cannot be "{router}" for this plan: it drops experts, and their rows '
-            "with them."
-        )
+    require(
+        all(layer.router != "dropped" for layer in plan.layers),
+        f'The "router" argument cannot be "{router}" for this plan: it drops experts and their rows.',
+    )
     layers = [replace(layer, router=router if layer.joins else "mapped") for layer in plan.layers]
     return replace(plan, layers=layers, settings=plan.settings | {"router": router})
 
 
-def uses_sample(rule: dict) -> bool:
-    """Whether combining by a rule with its options looks at the sample of layer inputs."""
-    return bool(rule.get("refit")) or "sample" in combine[rule["rule"]].needs_for(rule)
-
-
 def load_plan(path) -> Plan:
-    """Read a plan.
+    """Read a plan; InputError if it is none, is cut short, was changed or is not consistent
+    (:func:`check_layer`).
 
-    A plan written by hand needs ``layers`` alone. One that was saved carries a checksum: after a deliberate
-    edit, remove its ``sha256`` line.
-
-    Raises
-    ------
-    FileNotFoundError
-        If there is no such file.
-    InputError
-        If it is not a plan, is cut short, was changed, or is not consistent: :func:`check_layer`.
+    One written by hand needs ``layers`` alone. A saved one carries a checksum: after a deliberate edit,
+    remove its ``sha256`` line.
     """
     path = Path(path)
     if not path.is_file():
@@ -180,19 +170,22 @@ def load_plan(path) -> Plan:
         raise InputError(
             f"{path} is not a readable plan ({error}); is it cut short? Make it again."
         ) from None
-    if not isinstance(content, dict) or not isinstance(content.get("layers"), list):
-        raise InputError(f'{path} is not a plan: it has no list "layers". Make one with: hcsmoe plan')
+    require(
+        isinstance(content, dict) and isinstance(content.get("layers"), list),
+        f'{path} is not a plan: it has no list "layers". Make one with: hcsmoe plan',
+    )
     digest = content.pop("sha256", None)
-    if digest is not None and digest != sha256_json(content):
-        raise InputError(
-            f'{path} was changed since it was written. Make it again, or remove its "sha256" to mean the '
-            "change."
-        )
-    if content.get("format", FORMAT) != FORMAT or content.get("version", VERSION) not in READABLE:
-        raise InputError(f"{path} is no plan of this version of hcsmoe ({FORMAT} {VERSION}); make it again.")
+    require(
+        digest in (None, sha256_json(content)),
+        f'{path} was changed since it was written. Make it again, or remove its "sha256" to mean the change.',
+    )
+    require(
+        content.get("format", FORMAT) == FORMAT and content.get("version", VERSION) in READABLE,
+        f"{path} is no plan of this version of hcsmoe ({FORMAT} {VERSION}); make it again.",
+    )
     try:
         layers = [LayerPlan(**layer) for layer in content["layers"]]
-        layers = [replace(x, router=FORMER_ROUTERS.get(x.router, x.router)) for x in layers]
+        layers = [replace(plan, router=FORMER_ROUTERS.get(plan.router, plan.router)) for plan in layers]
         for layer in layers:
             check_layer(layer)
     except (TypeError, ValueError) as error:
@@ -201,73 +194,64 @@ def load_plan(path) -> Plan:
     return Plan(layers, **records, compress=content.get("compress"))
 
 
-def check_layer(layer: LayerPlan):
+def check_layer(plan: LayerPlan):
     """Raise InputError unless a layer's plan is consistent in itself."""
-    for valid, rule in _requirements(layer):
-        if not valid:
-            raise InputError(f"{layer.name}: {rule}")
 
+    def check(valid, rule):
+        require(valid, f"{plan.name}: {rule}")
 
-def _requirements(layer):
-    """Whether each rule is met, and the rule; later ones presume that earlier ones are met."""
-    labels = layer.labels
-    kept = [label for label in labels if label != DROPPED]
-    numbers = all(isinstance(label, Integral) and not isinstance(label, bool) for label in labels)
-    yield (
-        numbers and kept and by_first_appearance(kept).tolist() == kept,
-        f"labels must be group numbers in order of first appearance (0, then 1, …), or {DROPPED} for an "
-        f"expert that is dropped; not {labels}.",
+    labels, kept = plan.labels, [label for label in plan.labels if label != DROPPED]
+    whole = all(isinstance(label, Integral) and not isinstance(label, bool) for label in labels)
+    check(
+        whole and kept and by_first_appearance(kept).tolist() == kept,
+        "labels must be group numbers in order of first appearance (0, then 1, …), or -1 for an expert that "
+        f"is dropped; not {labels}.",
     )
-    yield (
-        len(layer.weights) == len(labels) and _shares(layer.weights),
+    check(
+        len(plan.weights) == len(labels) and _shares(plan.weights),
         f"there must be one finite weight of at least 0 for each of the {len(labels)} experts.",
     )
-    sums = [math.fsum(layer.weights[e] for e in members) for members in layer.groups()]
-    yield (
+    sums = [math.fsum(plan.weights[e] for e in members) for members in plan.groups()]
+    check(
         np.allclose(sums, 1, rtol=0, atol=1e-6),
         f"the weights of each group must sum to one; they sum to {np.round(sums, 6).tolist()}.",
     )
-    check_choice(f"{layer.name}: router", layer.router, tuple(dict.fromkeys((*ROUTERS, *router))))
-    yield (
-        len(kept) == len(labels) or layer.router == "dropped",
-        f'experts are dropped, so that the router must be "dropped"; not {layer.router!r}.',
+    check_choice(f"{plan.name}: router", plan.router, tuple(dict.fromkeys((*ROUTERS, *router))))
+    check(
+        len(kept) == len(labels) or plan.router == "dropped",
+        f'experts are dropped, so that the router must be "dropped"; not {plan.router!r}.',
     )
-    yield _is_rule(layer.combine), f'"combine" must be an object with a "rule"; not {layer.combine!r}.'
-    count = layer.num_groups
-    yield (
-        layer.rules is None or (len(layer.rules) == count and all(map(_is_rule, layer.rules))),
-        f'"rules" must be one object with a "rule" for each of the {count} groups.',
+    count, rules = plan.num_groups, [plan.combine] if plan.rules is None else plan.rules
+    check(
+        all(isinstance(rule, dict) and "rule" in rule for rule in (plan.combine, *rules)),
+        f'"combine" and each of "rules" must be objects with a "rule"; not {plan.combine!r}, {plan.rules!r}.',
     )
-    yield (
-        layer.dominant is None or [labels[e] for e in layer.dominant] == list(range(count)),
-        f"there must be one dominant expert of each group, in order; not {layer.dominant}.",
+    check(plan.rules is None or len(rules) == count, f'"rules" must be one for each of the {count} groups.')
+    check(
+        plan.dominant is None or [labels[e] for e in plan.dominant] == list(range(count)),
+        f"there must be one dominant expert of each group, in order; not {plan.dominant}.",
     )
-    mixture = layer.mixture
-    shapes = mixture is None or (len(mixture) == count and {len(row) for row in mixture} == {len(labels)})
-    yield (
-        shapes
-        and (mixture is None or all(_shares(row) and abs(math.fsum(row) - 1) < 1e-6 for row in mixture)),
+    mixture = [] if plan.mixture is None else plan.mixture
+    check(
+        all(len(row) == len(labels) and _shares(row) and abs(math.fsum(row) - 1) < 1e-6 for row in mixture)
+        and len(mixture) == (0 if plan.mixture is None else count),
         f"the mixture must be one row of {len(labels)} weights of at least 0 that sum to one for each group.",
     )
-    if layer.width is not None:
-        yield (
-            isinstance(layer.width, Integral) and layer.width >= 1,
-            f"the width must be a whole number of at least 1; not {layer.width!r}.",
+    check(not any("width" in rule for rule in rules), 'a "width" is the layer\'s, not that of a rule.')
+    if plan.width is not None:
+        check(
+            isinstance(plan.width, Integral) and plan.width >= 1,
+            f"the width must be a whole number of at least 1; not {plan.width!r}.",
         )
         narrowing = [name for name, step in combine.items() if "width" in step.options]
-        yield (
-            mixture is None and all(layer.rule_of(group)["rule"] in narrowing for group in range(count)),
-            f"a width goes with rules that choose neurons ({', '.join(narrowing)}), not with "
-            f"{layer.combine} and rules {layer.rules}.",
+        check(
+            not mixture and all(rule["rule"] in narrowing for rule in rules),
+            f"a width goes with rules that choose neurons ({', '.join(narrowing)}), not with {rules}.",
         )
 
 
 def _shares(weights):
     return all(isinstance(w, Real) and 0 <= w < math.inf for w in weights)
-
-
-def _is_rule(rule):
-    return isinstance(rule, dict) and "rule" in rule and "width" not in rule
 
 
 def merge_weights(labels, layer_stats, merge: str) -> np.ndarray:
@@ -282,12 +266,11 @@ def merge_weights(labels, layer_stats, merge: str) -> np.ndarray:
         token was routed to is averaged with equal weights.
     """
     labels = np.asarray(labels)
-    if merge == "average":
-        share = np.ones(len(labels))
-    elif merge == "frequency":
-        share = layer_stats.usage_count.sum(0).double().numpy()
-    else:
-        share = layer_stats.routing_mass.sum(0).numpy().clip(min=0)
+    share = {
+        "average": lambda: np.ones(len(labels)),
+        "frequency": lambda: layer_stats.usage_count.sum(0).double().numpy(),
+        "routing-mass": lambda: layer_stats.routing_mass.sum(0).numpy().clip(min=0),
+    }[merge]()
     kept = labels != DROPPED
     total = np.bincount(labels[kept], share[kept])
     share = np.where(total[labels] > 0, share, 1.0)

@@ -9,19 +9,19 @@ from torch import nn
 from hcsmoe_core._util import InputError
 from hcsmoe_core.modeling_hcsmoe import ExpertMap, remap
 from hcsmoe_core.moe import (
-    CHOICES,
-    COUNTS,
     DOWN,
-    GROUP_CHOICES,
-    ROUTER_GROUPS,
-    WIDTHS,
+    EXPERT_COUNT_NAMES,
+    GROUP_COUNT_NAMES,
+    GROUP_TOP_K_NAMES,
+    TOP_K_NAMES,
+    WIDTH_NAMES,
     MoELayer,
     routing_tensors,
     whole_numbers,
 )
 
 
-def put_experts(layer: MoELayer, tensors, labels, *, rows=None, scales=None, keep=True) -> None:
+def replace_experts(layer: MoELayer, tensors, labels, *, rows=None, scales=None) -> None:
     """Replace a layer's E experts by r.
 
     Without ``rows`` the router keeps its E outputs and what it chooses goes through ``labels``. A token that
@@ -56,7 +56,7 @@ def put_experts(layer: MoELayer, tensors, labels, *, rows=None, scales=None, kee
     width = tensors[DOWN].shape[1 if layer.transposed else 2]
     new = _stored(layer, tensors)  # value by module and name
     for module in [module for module in experts.modules() if module not in layer.routing]:
-        widths = {name for name, value in whole_numbers(module, WIDTHS).items() if value == layer.width}
+        widths = {name for name, value in whole_numbers(module, WIDTH_NAMES).items() if value == layer.width}
         numbers = _resized(module, counts) | dict.fromkeys(widths, width)
         new |= {(module, name): value for name, value in numbers.items()}
     if rows is not None:
@@ -69,8 +69,9 @@ def put_experts(layer: MoELayer, tensors, labels, *, rows=None, scales=None, kee
 
 def _router_changes(layer, labels, rows, scales, counts, merged):
     """New values by module and name, with which a router has r outputs and chooses no more than r."""
-    kept, experts = rows.shape
+    experts = rows.shape[1]
     ungroup, new = not _keeps_groups(layer, labels, rows), {}
+    kept = _selectable(layer, len(rows), ungroup)
     for module, name, tensor in routing_tensors(layer, experts):
         weights = rows
         # Not part of the projection that makes the logits: used after it.
@@ -97,12 +98,24 @@ def _router_changes(layer, labels, rows, scales, counts, merged):
     return new
 
 
+def _selectable(layer, count, ungroup):
+    """Experts that a token can go to, of ``count``: those of the groups that a router chooses first."""
+    limits = [n for module in layer.routing for n in whole_numbers(module, GROUP_TOP_K_NAMES).values()]
+    return count if ungroup or not limits else count // layer.router_groups * limits[0]
+
+
 def _resized(holder, counts, top_k=None, ungroup=False):
-    """New values, by name, of the numbers of experts and of choices that a module or a configuration goes by."""
-    new = {name: counts[value] for name, value in whole_numbers(holder, COUNTS).items() if value in counts}
+    """New values, by name, of a module's or a configuration's numbers of experts and of choices."""
+    new = {
+        name: counts[value]
+        for name, value in whole_numbers(holder, EXPERT_COUNT_NAMES).items()
+        if value in counts
+    }
     if top_k is not None:
-        new |= {name: min(value, top_k) for name, value in whole_numbers(holder, CHOICES).items()}
-    return new | dict.fromkeys(whole_numbers(holder, ROUTER_GROUPS + GROUP_CHOICES) if ungroup else (), 1)
+        new |= {name: min(value, top_k) for name, value in whole_numbers(holder, TOP_K_NAMES).items()}
+    return new | dict.fromkeys(
+        whole_numbers(holder, GROUP_COUNT_NAMES + GROUP_TOP_K_NAMES) if ungroup else (), 1
+    )
 
 
 def _expert_tables(layer):
@@ -125,23 +138,24 @@ def mixed_rows(tensor: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
 
 
 def _keeps_groups(layer, labels, rows):
-    """Whether a router with other rows can still choose among groups of experts first; True where it never did."""
+    """Whether a router with other rows still chooses among groups of experts first, if it ever did."""
     if layer.router is None:
         raise InputError(
-            f"{layer.name}: no router was found, so that its rows cannot be dropped; use a method that merges."
+            f"{layer.name}: no router was found, so that no rows can be dropped; use a method that merges."
         )
-    if len(rows) < layer.fewest:
+    if len(rows) < layer.min_experts:
         raise InputError(
-            f"{layer.name}: its router's rule takes {layer.fewest} experts at least, and {len(rows)} would be left; "
-            'keep more, or let the router keep its rows (router "mapped").'
+            f"{layer.name}: its router's rule takes {layer.min_experts} experts at least, and {len(rows)} "
+            "would "
+            'be left; keep more, or let the router keep its rows (router "mapped").'
         )
     dropped = min(labels) < 0
     if dropped and (tables := _expert_tables(layer)):
         raise InputError(
-            f"{layer.name}: its router looks experts up in a table ({tables[0][1]}), token by token, so that none of "
-            "them can be dropped; use a method that merges."
+            f"{layer.name}: its router looks experts up in a table ({tables[0][1]}), token by token, so that "
+            "none of them can be dropped; use a method that merges."
         )
-    if not any(whole_numbers(module, ROUTER_GROUPS) for module in layer.routing):
+    if not any(whole_numbers(module, GROUP_COUNT_NAMES) for module in layer.routing):
         return True
     if not dropped:
         return False
@@ -150,15 +164,11 @@ def _keeps_groups(layer, labels, rows):
     # Such a router adds up the two best scores of each group.
     if len(set(kept)) > 1 or min(kept) < 2:
         raise InputError(
-            f"{layer.name}: its router chooses among {groups} groups of experts first, which must stay of one size and "
-            f"have two experts at least, but {kept} of them would be kept; drop as many of each, or use a method that "
-            "merges."
+            f"{layer.name}: its router chooses among {groups} groups of experts first, which must stay of "
+            f"one size and have two experts at least, but would keep {kept}; drop as many of each, or use a "
+            "method that merges."
         )
     return True
-
-
-def adopt(experts) -> None:  # TODO: goes with its call in checkpoint
-    """Nothing: a model that was loaded merged has all that is known of its merge."""
 
 
 def _exchange(new):
@@ -177,12 +187,12 @@ def _stored(layer, tensors):
     return {(layer.experts.get_submodule(owner), name): tensor for owner, name, tensor in parts}
 
 
-def set_rows(layer: MoELayer, tensors) -> None:
+def set_expert_tensors(layer: MoELayer, tensors) -> None:
     """Replace the tensors of a merged layer's experts by others of the same shapes."""
     _exchange(_stored(layer, tensors))
 
 
-def take_experts(layer: MoELayer) -> None:
+def restore_experts(layer: MoELayer) -> None:
     """Put the original experts and router of a merged layer back: the same tensors, to the bit.
 
     Raises
@@ -190,17 +200,11 @@ def take_experts(layer: MoELayer) -> None:
     InputError
         If they are not in memory: a model that was loaded merged never had them.
     """
-    lift_experts(layer)
+    suspend_merge(layer)
 
 
-def lift_experts(layer: MoELayer):
-    """Put the original experts back for a while; pass what is returned to :func:`lay_experts` to undo it.
-
-    Raises
-    ------
-    InputError
-        As :func:`take_experts`.
-    """
+def suspend_merge(layer: MoELayer):
+    """Put the original experts back for a while; :func:`resume_merge` undoes it, given what is returned."""
     merged = layer.experts._merged
     if merged.originals is None:
         raise InputError(
@@ -213,8 +217,8 @@ def lift_experts(layer: MoELayer):
     return merged, values
 
 
-def lay_experts(layer: MoELayer, lifted) -> None:
-    """Put the merged experts back that :func:`lift_experts` took out: the same tensors, without another merge."""
+def resume_merge(layer: MoELayer, lifted) -> None:
+    """Put the merged experts back that :func:`suspend_merge` took out: the same tensors."""
     merged, values = lifted
     _exchange(values)
     layer.experts._merged = merged
@@ -224,13 +228,9 @@ def lay_experts(layer: MoELayer, lifted) -> None:
 
 @contextlib.contextmanager
 def suspended(layers):
-    """Put the original experts of merged layers back during the block, and the merged ones after it, also on error.
+    """Put the original experts of merged layers back for the block, and the merged ones after it or an error.
 
     Layers that are not merged are left alone.
-
-    Parameters
-    ----------
-    layers : iterable of MoELayer
 
     Raises
     ------
@@ -240,5 +240,5 @@ def suspended(layers):
     with contextlib.ExitStack() as undo:
         for layer in layers:
             if layer.merged:
-                undo.callback(lay_experts, layer, lift_experts(layer))
+                undo.callback(resume_merge, layer, suspend_merge(layer))
         yield

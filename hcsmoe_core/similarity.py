@@ -24,7 +24,7 @@ import torch
 from scipy.spatial.distance import pdist, squareform
 
 from hcsmoe_core import steps
-from hcsmoe_core._util import InputError, check_choice
+from hcsmoe_core._util import check_choice, require
 from hcsmoe_core.families import moe_layer
 from hcsmoe_core.replace import suspended
 
@@ -38,31 +38,22 @@ CKA_BLOCK = 1 << 27  # float64 numbers of all experts' Gram matrices in memory a
 def parts_of(similarity: str) -> list:
     """The similarities in a weighted combination, ``[(name, weight), …]``; weights sum to one.
 
-    Parameters
-    ----------
-    similarity : str
-        One name, or several joined by ``+``, each with a weight before a ``*`` if it is not 1:
-        ``"expert-output+weight"``, ``"0.7*functional+0.3*router-logits"``.
-
-    Raises
-    ------
-    InputError
-        If a name is unknown or given twice, or a weight is no positive number.
+    Names are joined by ``+``, each with a positive weight before a ``*`` if it is not 1:
+    ``"expert-output+weight"``, ``"0.7*functional+0.3*router-logits"``.
     """
     parts = {}
     for term in str(similarity).split("+"):
         weight, star, name = (text.strip() for text in term.rpartition("*"))
         check_choice("similarity", name, steps.similarity)
-        if name in parts:
-            raise InputError(f'The "similarity" argument names one similarity twice: {similarity!r}.')
+        require(name not in parts, f'The "similarity" argument names one similarity twice: {similarity!r}.')
         try:
             parts[name] = float(weight) if star else 1.0
         except ValueError:
             parts[name] = 0.0
-        if not 0 < parts[name] < math.inf:
-            raise InputError(
-                f'The "similarity" argument weights {name} by {weight!r}; give a positive number.'
-            )
+        require(
+            0 < parts[name] < math.inf,
+            f'The "similarity" argument weights {name} by {weight!r}; give a positive number.',
+        )
     total = sum(parts.values())
     return [(name, weight / total) for name, weight in parts.items()]
 
@@ -73,9 +64,14 @@ def described(similarity: str) -> str:
     return "distance between experts' " + " and ".join(features)
 
 
+def needs_of(similarity: str) -> tuple:
+    """Names of :data:`hcsmoe_core.statistics.NEEDS` that a similarity looks at."""
+    return tuple(need for name, _ in parts_of(similarity) for need in steps.similarity[name].needs_for({}))
+
+
 def available(stats) -> list:
     """The similarities that statistics suffice for."""
-    return [name for name, step in steps.similarity.items() if {*step.needs_for({})} <= {*stats.needs}]
+    return [name for name in steps.similarity if {*needs_of(name)} <= {*stats.needs}]
 
 
 def allowed_linkages(similarity: str, linkages) -> list:
@@ -84,14 +80,10 @@ def allowed_linkages(similarity: str, linkages) -> list:
 
 
 def metric_of(similarity: str, metric: str = "") -> str:
-    """The metric of a similarity's distances: ``metric``, or the similarity's default.
+    """The metric of a similarity's distances: ``metric``, or the similarity's default; InputError if it has
+    no such.
 
     A combination is ``"euclidean"`` where all its parts are, else ``"mixed"``.
-
-    Raises
-    ------
-    InputError
-        If the similarity cannot be measured so.
     """
     names = [name for name, _ in parts_of(similarity)]
     allowed = [steps.similarity[name].properties["metrics"] for name in names]
@@ -101,10 +93,10 @@ def metric_of(similarity: str, metric: str = "") -> str:
     for name, metrics in zip(names, allowed, strict=True):
         if metric and metric not in metrics and len(metrics) > 1:
             check_choice("metric", metric, metrics)
-        if metric and metric not in metrics and len(names) == 1:
-            raise InputError(
-                f'The "metric" argument must be {metrics[0]!r} for similarity {name!r}; not {metric!r}.'
-            )
+        require(
+            not metric or metric in metrics or len(names) > 1,
+            f'The "metric" argument must be {metrics[0]!r} for similarity {name!r}; not {metric!r}.',
+        )
     used = {part_metric(name, metric) for name in names}
     return used.pop() if len(names) == 1 or used == {"euclidean"} else "mixed"
 
@@ -124,10 +116,10 @@ def distances(stats, layer, *, similarity: str = "expert-output", metric: str = 
     layer : int or str
         Number among the MoE layers, from 0, or name of the experts module.
     similarity : str
-        What experts are compared by: the functions below tell. Several joined by ``+`` are combined, each
+        What experts are compared by: see the functions below. Several joined by ``+`` are combined, each
         relative to its own mean over pairs: the root of the weighted sum of ``d² / mean(d²)`` where all are
         Euclidean (the distance between the joined, scaled features), else the weighted sum of ``d /
-        mean(d)``. Weights go before a ``*``: ``"0.7*functional+0.3*weight"``.
+        mean(d)``.
     metric : {"", "euclidean", "cosine"}
         By default the similarity's own. Cosine is ``1 − cos`` of the features.
     model : transformers.PreTrainedModel, optional
@@ -151,12 +143,12 @@ def distances(stats, layer, *, similarity: str = "expert-output", metric: str = 
         stats.check(step.needs_for({}), f"Similarity {part!r}")
         with _original_layer(step, model, name) as original:
             condensed = step(stats, name, own, original)
-        if not np.isfinite(condensed).all():
-            raise InputError(
-                f'{name}: some distances by "{part}" and "{own}" are not numbers (an expert whose features '
-                'are all zero has no cosine, no router no logits); use metric "euclidean", or check the '
-                "checkpoint for NaN."
-            )
+        require(
+            np.isfinite(condensed).all(),
+            f'{name}: some distances by "{part}" and "{own}" are not numbers (an expert whose features are '
+            'all zero has no cosine, no router no logits); use metric "euclidean", or check the checkpoint '
+            "for NaN.",
+        )
         terms.append((condensed, weight))
         euclidean &= own == "euclidean"
     if len(terms) == 1:
@@ -172,10 +164,8 @@ def _original_layer(step, model, name):
     if not step.properties.get("weights"):
         yield None
         return
-    if model is None:
-        raise InputError(
-            'Similarities "weight" and "cka" look at the experts themselves; give the "model" argument.'
-        )
+    message = 'Similarities "weight" and "cka" look at the experts themselves; give the "model" argument.'
+    require(model is not None, message)
     layer = moe_layer(model, name)
     with suspended([layer]), torch.no_grad():
         yield layer
@@ -201,29 +191,16 @@ def scale_of(stats, layer, *, similarity: str = "expert-output", metric: str = "
 
 
 def coordinates(condensed, metric: str) -> np.ndarray:
-    """Points whose Euclidean distances are those given: classical scaling, for what needs points.
+    """Points ``(E, m)``, m < E, whose Euclidean distances are those given: classical scaling.
 
-    Cosine and CKA distances ``1 − s`` are half the squared distance of points on a sphere.
-
-    Parameters
-    ----------
-    condensed : (E·(E−1)/2,) float64 array
-    metric : str
-
-    Returns
-    -------
-    (E, m) float64 array, m < E
-
-    Raises
-    ------
-    InputError
-        If the distances are not between points.
+    Cosine and CKA distances ``1 − s`` are half the squared distance of points on a sphere. InputError for
+    metrics whose distances are not between points.
     """
-    if metric not in EMBEDDED:
-        raise InputError(
-            f'These distances ("{metric}") are not distances between points, which k-means needs; use a '
-            'similarity with metric "euclidean" or "cosine", or group "hierarchical".'
-        )
+    require(
+        metric in EMBEDDED,
+        f'These distances ("{metric}") are not distances between points, which k-means needs; use a '
+        'similarity with metric "euclidean" or "cosine", or group "hierarchical".',
+    )
     square = squareform(condensed**2 if metric == "euclidean" else 2 * condensed)
     centred = square - square.mean(0) - square.mean(1)[:, None] + square.mean()
     value, vector = np.linalg.eigh(-centred / 2)
@@ -267,8 +244,8 @@ def by_mean_output(stats, name, metric, layer):
 def by_logits(stats, name, metric, layer):
     """Router logits over the calibration tokens, in R^T (M-SMoE, arXiv 2310.01334)."""
     gram = stats.layers[name].logit_gram.sum(0).numpy()
-    if np.isnan(gram).any():
-        raise InputError(f'{name}: no router was found, so that similarity "router-logits" is unavailable.')
+    message = f'{name}: no router was found, so that similarity "router-logits" is unavailable.'
+    require(not np.isnan(gram).any(), message)
     return _from_gram(gram, metric)
 
 
@@ -379,17 +356,3 @@ def by_cka(stats, name, metric, layer):
         inner += strip.flatten(1) @ strip.flatten(1).T
         first += size
     return _from_gram(inner.cpu().numpy(), "cosine")
-
-
-def __getattr__(name):
-    """Until the last users are gone of the tables that were here."""
-    table = steps.similarity
-    old = {
-        "SIMILARITIES": lambda: tuple(table),
-        "NEEDED": lambda: {name: step.needs_for({}) for name, step in table.items()},
-        "ALLOWED": lambda: {name: step.properties["metrics"] for name, step in table.items()},
-        "FROM_MODEL": lambda: tuple(n for n, step in table.items() if step.properties.get("weights")),
-    }
-    if name not in old:
-        raise AttributeError(name)
-    return old[name]()

@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from hcsmoe_core._util import InputError, check_count, replacing, sha256_json
+from hcsmoe_core._util import InputError, check_count, replacing, require, sha256_json
 
 FORMAT = "hcsmoe-statistics-2"
 # What can be collected, with the sums that each is made of.
@@ -99,7 +99,7 @@ class LayerStatistics:
         count = self.usage_count.sum(0).double()
         return count / count.sum()
 
-    def held(self) -> dict:
+    def collected(self) -> dict:
         """The collected sums by name."""
         return {key: getattr(self, key) for key in SUMS if getattr(self, key) is not None}
 
@@ -124,11 +124,10 @@ class Statistics:
     def layer_name(self, layer) -> str:
         """Name of a layer given by number or by name; InputError if there is none."""
         names = list(self.layers)
-        if isinstance(layer, str):
-            if layer not in self.layers:
-                raise InputError(f'The "layer" argument must be one of {", ".join(names)}; not {layer!r}.')
-            return layer
-        return names[check_count("layer", layer, 0, len(names) - 1)]
+        if not isinstance(layer, str):
+            return names[check_count("layer", layer, 0, len(names) - 1)]
+        require(layer in names, f'The "layer" argument must be one of {", ".join(names)}; not {layer!r}.')
+        return layer
 
     @property
     def num_tokens(self) -> int:
@@ -139,23 +138,27 @@ class Statistics:
     def needs(self) -> tuple:
         """Names of :data:`NEEDS` that were collected."""
         first = next(iter(self.layers.values()))
-        collected = {*first.held(), *(["sample"] if first.sample is not None else [])}
+        collected = {*first.collected(), *(["sample"] if first.sample is not None else [])}
         return tuple(need for need, keys in NEEDS.items() if collected.issuperset(keys or [need]))
 
     def check(self, needs, purpose: str):
         """Raise InputError unless everything that ``purpose`` needs was collected."""
         missing = [need for need in needs if need not in self.needs]
-        if missing:
-            raise InputError(
-                f"{purpose} needs {' and '.join(map(repr, missing))}, but these statistics hold "
-                f"{', '.join(self.needs)} only; capture again with needs={(*self.needs, *missing)}, or on "
-                "the command line: hcsmoe capture MODEL --for METHOD."
-            )
+        require(
+            not missing,
+            f"{purpose} needs {' and '.join(map(repr, missing))}, but these statistics hold "
+            f"{', '.join(self.needs)} only; capture again with needs={(*self.needs, *missing)}, or on the "
+            "command line: hcsmoe capture MODEL --for METHOD.",
+        )
 
     def identity(self) -> dict:
         """Tokens, in whatever order, and sample of these statistics, for the plans made from them."""
-        record = {"tokens": self.num_tokens, "domains": sorted(self.domains)}
-        record |= {"sequences": sha256_json(sorted(self.sequences)), "every": self.model.get("every", 1)}
+        record = {
+            "tokens": self.num_tokens,
+            "domains": sorted(self.domains),
+            "sequences": sha256_json(sorted(self.sequences)),
+            "every": self.model.get("every", 1),
+        }
         if self.sampled is not None:
             inputs = next(iter(self.layers.values())).sample.inputs
             record |= {"sample": len(self.sampled), "dtype": str(inputs.dtype).removeprefix("torch.")}
@@ -168,55 +171,49 @@ class Statistics:
         return all(own[key] == recorded[key] for key in own.keys() & recorded.keys())
 
     def __add__(self, other):
-        """Statistics of the tokens of both, which must be disjoint; of what both collected.
-
-        Raises
-        ------
-        InputError
-            If the two are of different models.
-        """
+        """Statistics of the tokens of both, which must be disjoint: of one model, and what both collected."""
         if not isinstance(other, Statistics):
             return NotImplemented
-        if self.model["hash"] != other.model["hash"]:
-            raise InputError(
-                f"These statistics are of different models: {self.model['name']} and {other.model['name']}. "
-                "Capture both on the same checkpoint."
-            )
-        shared = (Counter(self.sequences) & Counter(other.sequences)).total()
-        if shared:
-            warnings.warn(
-                f"{shared} calibration sequences are in both statistics and now count twice.", stacklevel=2
-            )
+        require(
+            self.model["hash"] == other.model["hash"],
+            f"These statistics are of different models: {self.model['name']} and {other.model['name']}. "
+            "Capture both on the same checkpoint.",
+        )
+        if shared := (Counter(self.sequences) & Counter(other.sequences)).total():
+            message = f"{shared} calibration sequences are in both statistics and now count twice."
+            warnings.warn(message, stacklevel=2)
         domains = list(dict.fromkeys(self.domains + other.domains))
         sequences = self.sequences + other.sequences
         sampled, order = _joined_sample(self, other, domains, sequences)
         layers = {}
         for name, first in self.layers.items():
             second = other.layers[name]
-            shares = {key: (value, second.held().get(key)) for key, value in first.held().items()}
             joined = {
-                key: _joined(self, other, key, a, b, domains)
-                for key, (a, b) in shares.items()
-                if b is not None
+                key: _joined(self, other, key, value, second.collected()[key], domains)
+                for key, value in first.collected().items()
+                if key in second.collected()
             }
             if sampled is not None:
                 pairs = [(getattr(first.sample, key), getattr(second.sample, key)) for key in SAMPLED]
                 joined["sample"] = LayerSample(*(torch.cat(pair)[order] for pair in pairs))
             layers[name] = LayerStatistics(**joined)
-        model = dict(self.model)
-        if every := max(s.model.get("every", 0) for s in (self, other)):
-            model["every"] = every
+        every = max(stats.model.get("every", 1) for stats in (self, other))
+        model = self.model | ({"every": every} if every > 1 else {})
         return Statistics(layers, domains, model, sequences, sampled)
 
     def save(self, path):
         """Write to a ``.safetensors`` file, in full or not at all."""
         tensors = {} if self.sampled is None else {"sampled": self.sampled}
         for name, layer in self.layers.items():
-            tensors |= {f"{name}/{key}": value for key, value in layer.held().items()}
+            tensors |= {f"{name}/{key}": value for key, value in layer.collected().items()}
             if self.sampled is not None:
                 tensors |= {f"{name}/sample/{key}": getattr(layer.sample, key) for key in SAMPLED}
-        record = {"model": self.model, "domains": self.domains, "sequences": self.sequences}
-        record["layers"] = list(self.layers)
+        record = {
+            "model": self.model,
+            "domains": self.domains,
+            "sequences": self.sequences,
+            "layers": list(self.layers),
+        }
         if self.stability is not None:
             record["stability"] = self.stability
         header = json.dumps({"format": FORMAT, "about": record, "sha256": _digest(tensors, record)})
@@ -262,11 +259,10 @@ def sample_keys(sequences, positions) -> np.ndarray:
 
 def _mixed(x):
     """The finaliser of splitmix64 (Steele, Lea and Flood, 2014)."""
-    with np.errstate(over="ignore"):
-        x = x + np.uint64(0x9E3779B97F4A7C15)
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return x ^ (x >> np.uint64(31))
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
 
 
 def sample_of(hashes, length: int, size: int) -> torch.Tensor:
@@ -286,15 +282,7 @@ def _digest(tensors, record):
 
 
 def load_statistics(path) -> Statistics:
-    """Read statistics that :meth:`Statistics.save` wrote.
-
-    Raises
-    ------
-    FileNotFoundError
-        If there is no such file.
-    InputError
-        If the file is of another kind, cut short, or was changed after it was written.
-    """
+    """Read statistics that :meth:`Statistics.save` wrote; InputError if the file is none, or is damaged."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(
@@ -306,11 +294,11 @@ def load_statistics(path) -> Statistics:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except SafetensorError as error:
         raise InputError(f"{path} is not a readable statistics file ({error}); capture again.") from None
-    if header.get("format") != FORMAT:
-        raise InputError(f"{path} is no statistics file of this version of hcsmoe ({FORMAT}); capture again.")
+    version = f"{path} is no statistics file of this version of hcsmoe ({FORMAT}); capture again."
+    require(header.get("format") == FORMAT, version)
     record = header["about"]
-    if _digest(tensors, record) != header["sha256"]:
-        raise InputError(f"{path} was changed since it was written; capture again.")
+    unchanged = _digest(tensors, record) == header["sha256"]
+    require(unchanged, f"{path} was changed since it was written; capture again.")
     layers, sampled = {}, tensors.get("sampled")
     for name in record["layers"]:
         values = {key: tensors[f"{name}/{key}"] for key in SUMS if f"{name}/{key}" in tensors}

@@ -15,8 +15,9 @@ import numbers
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import ClassVar
 
-from hcsmoe_core._util import InputError, Table, check_choice
+from hcsmoe_core._util import InputError, Table, check_choice, check_count
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,8 @@ class Step:
     choices : dict
         Allowed values of the options that have a ``Literal`` annotation.
     properties : dict
-        What else is said where the step is registered; see :mod:`hcsmoe_core.methods.recipes`.
+        What else is said where the step is registered: ``fractions``, names of the options that must be
+        above 0 and at most 1; and see :mod:`hcsmoe_core.methods.recipes`.
     """
 
     kind: str
@@ -48,28 +50,33 @@ class Step:
 
     def __call__(self, *arguments, **options):
         """Call the function, with options that are checked."""
-        for name, value in options.items():
-            self.check_option(name, value)
-        return self.function(*arguments, **options)
+        return self.function(*arguments, **{k: self.checked(k, v) for k, v in options.items()})
 
     def needs_for(self, options: dict) -> tuple:
         """Names of what the step needs of the statistics with these options."""
         return tuple(self.needs({**self.options, **options}) if callable(self.needs) else self.needs)
 
-    def check_option(self, name: str, value):
-        """Raise InputError if the step has no such option, or the option does not take that value."""
+    def checked(self, name: str, value):
+        """An option's value in the type of its default; InputError if there is no such option or value."""
         if name not in self.options:
             listed = ", ".join(self.options) or "none"
             raise InputError(f'{self.kind} "{self.name}" has no option {name!r}; its options: {listed}.')
         default = self.options[name]
         if name in self.choices:
-            check_choice(name, value, self.choices[name])
-        elif isinstance(default, int | float) and not _is_number(value):
-            raise InputError(f'The "{name}" argument must be a number; not {value!r}.')
-
-
-def _is_number(value):
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+            return check_choice(name, value, self.choices[name])
+        if isinstance(default, bool):
+            return bool(check_choice(name, value, (False, True)))
+        if isinstance(default, int):
+            return check_count(name, value, 0)
+        if isinstance(default, float):
+            if not isinstance(value, numbers.Real) or isinstance(value, bool):
+                raise InputError(f'The "{name}" argument must be a number; not {value!r}.')
+            if name in self.properties.get("fractions", ()) and not 0 < value <= 1:
+                raise InputError(f'The "{name}" argument must be above 0 and at most 1; not {value}.')
+            return float(value)
+        if isinstance(default, str) and not isinstance(value, str):
+            return [check_count(name, number, 0) for number in value]
+        return value
 
 
 class StepTable(Table):
@@ -93,7 +100,11 @@ class StepTable(Table):
 class MethodTable(Table):
     """Methods by name; a row is added, or replaced, by ``METHODS[name] = Method(…)``."""
 
+    aliases: ClassVar[dict] = {}  # other names of methods, such as "recommended"
     __setitem__ = Table.add
+
+    def __getitem__(self, name):
+        return super().__getitem__(self.aliases.get(name, name))
 
 
 similarity = StepTable("similarity")

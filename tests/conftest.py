@@ -69,8 +69,8 @@ def tiny_model(family, dtype=torch.float32, seed=0, implementation="eager"):
         "olmoe": lambda: t.OlmoeConfig(
             intermediate_size=24, num_experts=EXPERTS, num_experts_per_tok=2, **TINY
         ),
-        # Beyond the four that are proven: a sigmoid router with a correction bias, groups and a dense first layer, and
-        # transposed projections with biases, a clamp and interleaved halves.
+        # Beyond the four that are proven: a sigmoid router with a correction bias, groups and a dense first
+        # layer, and transposed projections with biases, a clamp and interleaved halves.
         "deepseek_v3": lambda: t.DeepseekV3Config(
             **TINY | {"num_key_value_heads": 4},
             intermediate_size=48,

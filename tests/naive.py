@@ -73,12 +73,16 @@ def merged(tensor, labels, weights):
 
 
 def multiple_choice(model, tokenizer, items):
-    """Share of items whose right choice has the largest log-likelihood, and the largest per byte; one choice at a time."""
+    """Share of items whose right choice has the largest log-likelihood, and the largest per byte; one choice
+    at a time.
+    """
     return tuple(np.mean(found) for found in hits(model, tokenizer, items))
 
 
 def hits(model, tokenizer, items, delimiter=""):
-    """Which items are right by the largest log-likelihood, and by the largest per letter; a prompt may differ by choice."""
+    """Which items are right by the largest log-likelihood, and by the largest per letter; a prompt may
+    differ by choice.
+    """
     found, normed = [], []
     for item in items:
         scores, choices = [], item["choices"]
@@ -116,7 +120,9 @@ def scores(logits, sigmoid=False):
 
 
 def sums(f, g, chosen, p):
-    """Sums over tokens from all outputs f [E, T, D], gates g, choices and scores p [T, E], one pair of experts a time."""
+    """Sums over tokens from all outputs f [E, T, D], gates g, choices and scores p [T, E], one pair of
+    experts a time.
+    """
     experts, tokens = f.shape[:2]
     found = {"score_mass": p.sum(0)}
     for key in ("norm_sum", "gated_norm_sum", "output_max"):
@@ -140,7 +146,9 @@ def sums(f, g, chosen, p):
 
 
 def token_key(sequence, position):
-    """Hash by which the tokens of a sample are chosen, in whole numbers: splitmix64 of the sequence's and the position's."""
+    """Hash by which the tokens of a sample are chosen, in whole numbers: splitmix64 of the sequence's and
+    the position's.
+    """
     mask = 2**64 - 1
 
     def mix(x):
@@ -155,7 +163,8 @@ def token_key(sequence, position):
 def routed(logits, kept, rule):
     """``{expert: weight}`` for one token's logits if the others' were −inf, by the rule of the family.
 
-    ``rule`` has the family, ``top_k``, and of DeepSeek-V3 ``bias``, ``groups``, ``chosen_groups`` and ``scale``.
+    ``rule`` has the family, ``top_k``, and of DeepSeek-V3 ``bias``, ``groups``, ``chosen_groups`` and
+    ``scale``.
     """
     kept = sorted(kept)
     k = min(rule["top_k"], len(kept))
@@ -225,7 +234,9 @@ def packable(sizes, bins, largest):
 
 
 def agglomerated(square, groups, largest, linkage):
-    """The closest two groups that may be joined are, distances between groups taken anew from those of their members."""
+    """The closest two groups that may be joined are, distances between groups taken anew from those of their
+    members.
+    """
     clusters = [[e] for e in range(len(square))]
     reduce = {"average": np.mean, "single": np.min, "complete": np.max}[linkage]
     while len(clusters) > groups:
@@ -248,7 +259,9 @@ def agglomerated(square, groups, largest, linkage):
 
 
 def single_shot(similarity, usage, groups, limit):
-    """Groups around the most used, as HC-SMoE's published code makes them: in index order, the least similar evicted."""
+    """Groups around the most used, as HC-SMoE's published code makes them: in index order, the least similar
+    evicted.
+    """
     similarity = np.array(similarity, dtype=np.float64)
     cores = sorted(range(len(usage)), key=lambda e: -usage[e])[:groups]
     members = {core: [core] for core in cores}
@@ -271,7 +284,9 @@ def single_shot(similarity, usage, groups, limit):
 
 
 def grape(similarities, total, least):
-    """The greedy without its guard: the layer with most redundancy joins its most similar two, and loses their share."""
+    """The greedy without its guard: the layer with most redundancy joins its most similar two, and loses
+    their share.
+    """
     labels = [list(range(len(s))) for s in similarities]
     redundancy = [sum(s[i, j] for i in range(len(s)) for j in range(len(s)) if i != j) for s in similarities]
     joined = []
@@ -290,8 +305,9 @@ def grape(similarities, total, least):
 def written(model, numbers, temperature, begin, ends, turn=()):
     """One row of a model's own text, the whole prefix read again for every token.
 
-    ``begin(number)`` gives the tokens that a document begins with; ``turn`` is what follows the user's turn, whose first token
-    ends it. There is one random number for each place, and small ones stand for small tokens.
+    ``begin(number)`` gives the tokens that a document begins with; ``turn`` is what follows the user's turn,
+    whose first token ends it. There is one random number for each place, and small ones stand for small
+    tokens.
     """
     ids, given, mine, asking = [], list(begin(numbers[0])), False, bool(turn)
     while len(ids) < len(numbers):

@@ -1,4 +1,4 @@
-"""A few rows of our own in the schema of each data set behind the paper's tasks, as the datasets cache would hold them."""
+"""A few rows of our own in the schemas of the data sets of the paper's tasks, as datasets caches them."""
 
 import datasets
 import yaml

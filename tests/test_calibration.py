@@ -8,10 +8,10 @@ import torch
 from conftest import tiny_model  # noqa: F401 (shared fixtures)
 from safetensors.torch import save_file
 
-from hcsmoe_core import calibration_tokens, domains_of
+from hcsmoe_core import calibration_tokens
 from hcsmoe_core._util import InputError
 from hcsmoe_core.demo import corpus, models
-from hcsmoe_core.text.calibration import SOURCES, calibration_settings, local_files, scoring_of
+from hcsmoe_core.text.calibration import SOURCES, calibration_settings, domains_of, local_files, scoring_of
 
 
 @pytest.fixture(scope="module")

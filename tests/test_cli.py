@@ -11,7 +11,6 @@ from conftest import ROOT, logits, tiny_model
 from safetensors.torch import save_file
 
 import hcsmoe_core as core
-import hcsmoe_core.families
 
 
 def hcsmoe(*arguments, fails=False, **environment):
@@ -190,7 +189,7 @@ def test_evaluate_an_embedded_model_with_a_plan(tmp_path):
         ),
         (("merge", "{model}", "--plan", "{cut}", "--out", "{new}"), "not a readable plan"),
         (("merge", "{model}", "--experts", 4, "--out", "{model}"), "exists; remove it"),
-        (("merge", "{model}", "--out", "{new}"), "Give either --plan PLAN or --experts R"),
+        (("merge", "{model}", "--out", "{new}"), "Give either a plan (--plan FILE) or the number of experts"),
         (
             (
                 "merge",
@@ -204,7 +203,7 @@ def test_evaluate_an_embedded_model_with_a_plan(tmp_path):
                 "--out",
                 "{new}",
             ),
-            "have no part in method",
+            "linkage",
         ),
         (("merge", "{model}", "--experts", 99, "--out", "{new}"), "from 1 to 8; not 99"),
         (("merge", "{dense}", "--experts", 4, "--out", "{new}"), "No MoE layers found in"),
@@ -241,7 +240,7 @@ def test_evaluate_an_embedded_model_with_a_plan(tmp_path):
         ),
         (
             ("sweep", "linkage", "--model", "demo-qwen", "--slurm", "--workers", 2),
-            "Give one of --workers, --scheduler and",
+            "Give only one of --workers, --scheduler and",
         ),
     ],
 )
@@ -286,14 +285,66 @@ def test_help_names_every_verb():
     assert all(verb in said for verb in ("capture", "plan", "merge", "evaluate", "demo"))
 
 
+def test_families_are_listed():
+    table = hcsmoe("families", "mixtral", "doge")
+    assert "mapped, folded, pruned" in table
+    assert "single neurons" in table
+    assert "one of" in hcsmoe("families", "gpt2", fails=True)
+
+
+SCRIPT = """
+import sys
+import hcsmoe_core.methods
+from hcsmoe_core.ui.cli import main
+
+def fails():
+    raise {error}
+
+hcsmoe_core.methods.table = fails
+sys.argv = ["hcsmoe", "methods"]
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "traceback", "message"),
+    [
+        ("ValueError('a bug of ours')", 1, True, "a bug of ours"),
+        ("KeyError('a bug of ours')", 1, True, "a bug of ours"),
+        ("hcsmoe_core._util.InputError('what to do')", 2, False, "hcsmoe: what to do"),
+        ("FileNotFoundError('no file')", 2, False, "hcsmoe: no file"),
+        ("MemoryError()", 2, False, "Lower --batch-size"),
+        ("__import__('torch').OutOfMemoryError('CUDA out of memory')", 2, False, "Lower --batch-size"),
+    ],
+)
+def test_a_bug_shows_its_traceback_and_bad_input_does_not(error, code, traceback, message):
+    script = SCRIPT.format(error=error)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == code
+    assert ("Traceback" in done.stderr) == traceback
+    assert message in done.stderr
+
+
 @pytest.mark.slow
-def test_families_are_listed_and_tried_out(tmp_path):
-    said = hcsmoe("families")
-    assert "its experts are single neurons" in " ".join(said.split())
-    assert "mixtral                  mapped, folded, pruned" in said
-    tried = hcsmoe("families", "mixtral", "doge", "--check", "--out", tmp_path / "table.json")
-    assert tried.count("\n") < said.count("\n")
-    listed = {row["family"]: row for row in core.families.committed()[1]}
-    content = json.loads((tmp_path / "table.json").read_text())
-    assert content["families"] == [listed["doge"], listed["mixtral"]]
-    assert '"names" argument must be one of "afmoe", ' in hcsmoe("families", "mixtrall", fails=True)
+def test_a_method_of_ones_own_on_the_command_line(work, tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "import numpy\n"
+        "from hcsmoe_core.methods import METHODS, Method, group\n\n"
+        "@group('alternating')\n"
+        "def alternating(layer, count):\n"
+        "    return numpy.arange(len(layer.free)) % count\n\n"
+        "METHODS['alternating'] = Method('mine', title='every r-th expert joined', group='alternating')\n"
+    )
+    plugin = ("--plugin", tmp_path / "mine.py")
+    assert "every r-th expert joined" in hcsmoe("methods", *plugin)
+    options = ("--experts", 4, "--method", "alternating")
+    assert (
+        '"alternating"'
+        not in hcsmoe("plan", work / "s.safetensors", *options, "--out", tmp_path / "p", fails=True)[60:]
+    )
+    hcsmoe("plan", work / "s.safetensors", *options, *plugin, "--out", tmp_path / "p.json")
+    assert core.load_plan(tmp_path / "p.json").layers[0].labels == [0, 1, 2, 3, 0, 1, 2, 3]
+    source = ("--calibration", work / "ids.safetensors", "--sequences", 6, "--length", 20)
+    said = hcsmoe("merge", work / "model", *options, *source, *plugin, "--out", tmp_path / "merged")
+    assert "4 experts" in said
+    assert core.load_merged(tmp_path / "merged") is not None

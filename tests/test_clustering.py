@@ -43,7 +43,9 @@ def test_ties_still_give_the_number_asked_for():
 
 
 def test_average_is_not_wards():
-    """Points of the reference notes on which an unsquared Ward joins 10 with 13 and Ward's own criterion does not."""
+    """Points of the reference notes on which an unsquared Ward joins 10 with 13 and Ward's own criterion
+    does not.
+    """
     points = np.array([0, 0.01, 0.02, 0.03, 0.04, 1, 1.01, 1.02, 1.03, 1.04, 10, 13])[:, None]
     assert cut(linkage(pdist(points), "ward"), 3).tolist() == [0] * 10 + [1, 2]
 

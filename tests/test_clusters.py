@@ -1,4 +1,6 @@
-"""Sweeps on Dask workers and in SLURM jobs of which some are killed: all cells done, none twice, and what they say is right."""
+"""Sweeps on Dask workers and in SLURM jobs of which some are killed: all cells done, none twice, and what
+they say is right.
+"""
 
 import getpass
 import json
@@ -264,7 +266,8 @@ def slurm(monkeypatch):
     if absent:
         say = pytest.fail if os.environ.get("HCSMOE_REQUIRE_SLURM") == "1" else pytest.skip
         say(
-            f"SLURM NOT TESTED: there is no {', '.join(absent)} on this machine (apt-get install slurm-wlm munge)"
+            f"SLURM NOT TESTED: there is no {', '.join(absent)} on this machine (apt-get install slurm-wlm "
+            "munge)"
         )
     folder, free = Path(tempfile.mkdtemp(prefix="hcsmoe-")), [socket.socket() for _ in range(2)]
     for port in free:

@@ -1,6 +1,7 @@
 """Every rule by which experts become one, against loops and NumPy written from the formulas, in float64."""
 
 import itertools
+import zlib
 from dataclasses import dataclass
 
 import naive
@@ -12,8 +13,9 @@ from scipy.optimize import linear_sum_assignment
 
 from hcsmoe_core import apply_plan, capture, make_plan, restore
 from hcsmoe_core.families import find_moe_layers
+from hcsmoe_core.methods.combining import chosen_columns
 from hcsmoe_core.plan import LayerPlan, Plan
-from hcsmoe_core.steps import combine as COMBINE
+from hcsmoe_core.steps import combine as COMBINE  # noqa: N812
 
 NEEDS = ("usage", "outputs", "norms", "grams", "sample")
 ROUTER = {"gpt_oss": "router"}  # beside the experts; "gate" elsewhere
@@ -25,10 +27,13 @@ RULES = [
     {"rule": "joint-svd", "align": "none", "rank": 1.0},
     {"rule": "joint-svd", "align": "activations", "rank": 0.4},
     {"rule": "selection", "ridge": 0.02},
+    {"rule": "ties", "density": 0.2},
+    {"rule": "ties", "density": 0.7},
+    {"rule": "ties", "density": 1.0},
 ]
 
 
-# --- the naive side ---------------------------------------------------------------------------------------------------
+# --- the naive side ---------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -162,7 +167,7 @@ def zipit(group, features):
 
 
 def regression(group, offset):
-    """Tokens routed to any member, the members' summed gates, and the sum of their gated outputs less the offset's part."""
+    """Tokens routed to any member, summed gates, and summed gated outputs less the offset's part."""
     rows = (group.gates > 0).any(1)
     x, gates = group.x[rows], group.gates[rows]
     target = np.zeros_like(x)
@@ -220,18 +225,51 @@ def selection(group, ridge, width=None):
     return made
 
 
+def flat(expert):
+    """All weights of an expert in a row: what neurons read, what they write, biases."""
+    parts = [np.stack([expert.gate, expert.up], 1), expert.down]
+    if expert.offset is not None:
+        parts += [np.stack([expert.gate_bias, expert.up_bias], 1), expert.offset]
+    return np.concatenate([part.ravel() for part in parts])
+
+
+def unflat(row, like):
+    parts = np.split(row, np.cumsum([2 * like.gate.size, like.down.size, 2 * len(like.gate)]))
+    gate, up = parts[0].reshape(len(like.gate), 2, -1).transpose(1, 0, 2)
+    biases = () if like.offset is None else (*parts[2].reshape(-1, 2).T, parts[3])
+    return Expert(gate, up, parts[1].reshape(like.down.shape), *biases)
+
+
+def ties(group, density):
+    """Trim, elect a sign and average what agrees, weight by weight."""
+    rows = np.array([flat(e) for e in group.experts])
+    mean, changes = rows.mean(0), rows - rows.mean(0)
+    for change in changes:
+        smallest = np.sort(np.abs(change))[::-1][max(1, round(density * len(change))) - 1]
+        change[np.abs(change) < smallest] = 0
+    made = mean.copy()
+    for p, column in enumerate(changes.T):
+        total = sum(w * c for w, c in zip(group.weights, column, strict=True))
+        size = sum(w * abs(c) for w, c in zip(group.weights, column, strict=True))
+        agree = [(w, c) for w, c in zip(group.weights, column, strict=True) if w * c * total > 0]
+        if abs(total) > 1e-9 * size:
+            made[p] += sum(w * c for w, c in agree) / sum(w for w, _ in agree)
+    return unflat(made, group.experts[0])
+
+
 def combined(group, rule, **options):
     if rule == "average":
         return group.mean(aligned(group, options.get("align", "none")))
     rules = {"fix-dom": fix_dom, "zipit": zipit, "least-squares": least_squares, "joint-svd": joint_svd}
+    rules["ties"] = ties
     return (rules | {"selection": selection, "trimming": selection})[rule](group, **options)
 
 
-# --- fixtures ---------------------------------------------------------------------------------------------------------
+# --- fixtures ---------------------------------------------------------------------------------------------
 
 
 class Case:
-    """A model in float64, its statistics, and the same found naively: tokens, gates and experts of each layer."""
+    """A model in float64, its statistics, and tokens, gates and experts of each layer, found naively."""
 
     def __init__(self, family):
         self.family, self.model, ids = family, tiny_model(family, torch.float64), tokens()
@@ -303,7 +341,7 @@ def same_expert(got, wanted, relative=1e-6):
         close(got.offset, wanted.offset, relative)
 
 
-# --- tests ------------------------------------------------------------------------------------------------------------
+# --- tests ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("combine", RULES, ids=lambda c: "-".join(map(str, c.values())))
@@ -397,7 +435,7 @@ def test_trimming_equals_naive_selection_of_one(case, width):
 
 
 def test_the_ridge_is_relative_and_pulls_to_the_average(case):
-    """With a large ridge least squares are the plain average; with none the residual is the smallest there is."""
+    """With a large ridge least squares are the average; with none the residual is the smallest there is."""
     name, labels = case.names[0], [0] * 8
     group = case.group(name, list(range(8)), 7, labels)
     x, gate, target = regression(group, group.mean().offset)
@@ -441,7 +479,7 @@ def test_soft_groups_mix_every_expert(case):
 
 
 def test_fuzzy_plans_hold_memberships_times_weights(case):
-    """``share_ge ∝ u_ge · count_e``: of two groups the memberships can be told from the plan, and mix what is written."""
+    """``share_ge ∝ u_ge · count_e``: of two groups memberships follow from the plan, and mix the weights."""
     plan = make_plan(case.stats, case.model, experts=3, method="fuzzy")
     apply_plan(case.model, plan, case.stats)
     for layer in plan.layers:
@@ -451,7 +489,8 @@ def test_fuzzy_plans_hold_memberships_times_weights(case):
         same_expert(expert_of(held(case.model, layer.name), 1), group.mean())
         features = np.stack([naive_mean(e, case.x[layer.name]) for e in case.experts[layer.name]])
         membership = mixture / case.count[layer.name]
-        # Bezdek's condition: u_ge is the share of ‖x_e − c_g‖^-2, c_g the u²-weighted mean; u is known up to a scale a group.
+        # Bezdek's condition: u_ge is the share of ‖x_e − c_g‖^-2, c_g the u²-weighted mean; u is known up to
+        # a scale per group.
         scale = np.linalg.lstsq(membership.T, np.ones(8), rcond=None)[0]
         membership = membership * scale[:, None]
         np.testing.assert_allclose(membership.sum(0), 1, rtol=1e-6)
@@ -469,7 +508,7 @@ def naive_mean(expert, x):
 
 @pytest.mark.parametrize("family", [*FAMILIES, "gpt_oss"])
 def test_averaged_routers_are_those_of_a_smaller_model(family):
-    """DEK: the model computes what one that was made with r experts does, whose rows and experts are the means."""
+    """DEK: the model computes what one with r experts does, whose rows and experts are the means."""
     from transformers import AutoModelForCausalLM
 
     model, ids = tiny_model(family, torch.float64), tokens()
@@ -577,3 +616,62 @@ def test_an_unknown_rule_is_named(case):
     with pytest.raises(ValueError, match='"rank" argument must be above 0'):
         apply_plan(case.model, case.plan({"rule": "joint-svd", "rank": 0.0}), case.stats)
     assert not any(layer.merged for layer in find_moe_layers(case.model))
+
+
+def test_dare_equals_the_naive_one(case):
+    rule = {"rule": "dare", "density": 0.3, "seed": 5}
+    apply_plan(case.model, case.plan(rule), case.stats)
+    for name in case.names:
+        for g, dominant in enumerate(case.dominant(LABELS)):
+            members = [e for e in range(8) if LABELS[e] == g]
+            if len(members) > 1:
+                group = case.group(name, members, dominant)
+                rows = np.array([flat(e) for e in group.experts])
+                made = rows.mean(0)
+                for weight, row, e in zip(group.weights, rows, members, strict=True):
+                    state = np.random.SeedSequence([5, zlib.crc32(name.encode()), e]).generate_state(1)[0]
+                    draws = torch.rand(
+                        len(row), generator=torch.Generator().manual_seed(int(state)), dtype=torch.float64
+                    )
+                    for p, draw in enumerate(draws.tolist()):
+                        if draw < 0.3:
+                            made[p] += weight / 0.3 * (row[p] - rows[:, p].mean())
+                got = expert_of(held(case.model, name), g)
+                close(flat(got), made, 1e-12)
+    restore(case.model)
+    merged = []
+    for combine in ({"rule": "dare", "density": 1.0, "seed": 1}, {"rule": "average"}):
+        apply_plan(case.model, case.plan(combine), case.stats)
+        merged.append(logits(case.model, tokens()))
+        restore(case.model)
+    torch.testing.assert_close(*merged)
+
+
+def test_what_dare_draws_depends_on_the_plan_seed(case):
+    plans = [make_plan(case.stats, experts=3, combine="dare", density=0.4, seed=seed) for seed in (0, 0, 1)]
+    assert plans[0] == plans[1]
+    assert plans[0].layers[0].combine == {"rule": "dare", "density": 0.4, "seed": 0}
+    made = []
+    for plan in plans:
+        apply_plan(case.model, plan)
+        made.append(logits(case.model, tokens()))
+        restore(case.model)
+    assert torch.equal(made[0], made[1])
+    assert not torch.allclose(made[0], made[2])
+    with pytest.raises(ValueError, match='"density" argument must be above 0 and at most 1'):
+        make_plan(case.stats, experts=3, combine="ties", density=0)
+
+
+@pytest.mark.parametrize(("seed", "tokens", "block"), [(95, 17, 5), (305, 20, 3), (366, 18, 4), (371, 14, 5)])
+def test_a_block_leaves_out_neurons_that_are_sums_of_others(seed, tokens, block):
+    """With fewer tokens than neurons, what the others of a block leave of some is rounding."""
+    generator = torch.Generator().manual_seed(seed)
+    pool = torch.randn(tokens, 48, generator=generator)
+    pool += 10 ** -(seed % 6) * torch.randn(tokens, 48, generator=generator)
+    pool[:, 24:] = pool[:, :24] + 10 ** -(3 + seed % 5) * torch.randn(tokens, 24, generator=generator)
+    pool = pool.double()
+    target = pool @ torch.randn(48, 5, dtype=torch.float64, generator=generator)
+    chosen = chosen_columns(pool.T @ pool, pool.T @ target, 30, block=block)
+    assert len(set(chosen)) == len(chosen) <= 30
+    fit = torch.linalg.lstsq(pool[:, chosen], target, driver="gelsd").solution
+    assert (pool[:, chosen] @ fit - target).norm() < 1e-3 * target.norm()

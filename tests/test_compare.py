@@ -1,4 +1,6 @@
-"""Methods side by side: cells that resume, verdicts that follow from the samples, a table that says what was refused."""
+"""Methods side by side: cells that resume, verdicts that follow from the samples, a table that says what was
+refused.
+"""
 
 import json
 import math
@@ -7,7 +9,9 @@ import pandas as pd
 import pytest
 from test_cli import hcsmoe
 
+from hcsmoe_core._util import InputError
 from hcsmoe_core.studies import comparison, sweep
+from hcsmoe_core.studies.runner import CellsError
 from hcsmoe_core.ui import figures
 
 SMALL = dict(limit=2, sequences=12, length=64, dtype="float32")
@@ -97,7 +101,7 @@ def test_cells_are_measured_once_and_shown_in_the_notebook(tmp_path, monkeypatch
     original, trimmed = (first[first["method"] == m].iloc[0] for m in ("original", "trimming"))
     assert trimmed["loss"] > original["loss"]
     assert trimmed["expert_bytes"] * 2 == original["expert_bytes"]
-    monkeypatch.setattr(comparison, "_measured", lambda *_, **__: pytest.fail("measured twice"))
+    monkeypatch.setattr(comparison, "evaluate", lambda *_, **__: pytest.fail("measured twice"))
     again = comparison.compare("demo-mixtral", **how, **SMALL)
     assert json.loads(again.to_json()) == json.loads(first.to_json())
     parameters = {
@@ -139,13 +143,13 @@ def test_the_command_compares_lists_and_captures_for_methods(tmp_path):
     said = hcsmoe(*merge, "--statistics", tmp_path / "s.safetensors", "--out", tmp_path / "m")
     assert "plain; load it with any loader" in said
     assert "needs 'grams'" in hcsmoe(*plan, "--method", "sub-moe", "--out", tmp_path / "q.json", fails=True)
-    assert "--set takes name=value" in hcsmoe(
+    assert "takes name=value with a name of" in hcsmoe(
         *plan, "--set", "linkages=x", "--out", tmp_path / "q.json", fails=True
     )
     said = hcsmoe(
         "merge", "demo-mixtral", *size, "--experts", 4, "--method", "mc-smoe", "--out", tmp_path / "mc"
     )
-    assert "multiply-accumulates a token" in said
+    assert "3 or 5 experts" in said
     few = (
         "--methods",
         "reap",
@@ -163,3 +167,27 @@ def test_the_command_compares_lists_and_captures_for_methods(tmp_path):
     said = hcsmoe("compare", "demo-mixtral", *few, "--dtype", "float32", "--out", tmp_path / "c")
     assert "4 experts per layer" in said
     assert (tmp_path / "c" / "demo-mixtral.csv").exists()
+
+
+def test_only_bad_input_is_a_refusal_and_a_bug_is_not_kept(tmp_path, monkeypatch):
+    options = dict(methods=["hc-smoe"], experts=[4], seeds=(0,), folder=tmp_path, **SMALL)
+    real = comparison.make_plan
+
+    def raises(error):
+        def make_plan(*args, **options):
+            raise error
+
+        return make_plan
+
+    scores = {"mean_acc": 0.5, "mean_acc_stderr": 0.1, "mean_loss": 1.0}
+    monkeypatch.setattr(comparison, "evaluate", lambda *_, **__: scores)
+    monkeypatch.setattr(comparison, "make_plan", raises(ValueError("a bug")))
+    with pytest.raises(CellsError, match=r"1 of 2 cells failed.*\n.*hc-smoe.*a bug"):
+        comparison.compare("demo-mixtral", **options)
+    assert len(comparison.cells(tmp_path, "demo-mixtral")) == 1
+    monkeypatch.setattr(comparison, "make_plan", real)
+    frame = comparison.compare("demo-mixtral", **options)
+    assert frame["loss"].tolist() == [1.0, 1.0]
+    monkeypatch.setattr(comparison, "make_plan", raises(InputError("no such budget")))
+    frame = comparison.compare("demo-mixtral", **options | {"experts": [3]})
+    assert frame["refused"].dropna().tolist() == ["no such budget"]

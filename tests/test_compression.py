@@ -18,7 +18,7 @@ from hcsmoe_core.methods.factors import (
     stored_bytes,
 )
 from hcsmoe_core.moe import Neurons
-from hcsmoe_core.replace import put_experts
+from hcsmoe_core.replace import replace_experts
 
 
 def normal(*shape, seed=0, dtype=torch.float64):
@@ -50,8 +50,8 @@ def random_layer(experts=2, hidden=8, width=5, parts=2, tokens=30, seed=0, scale
     return made, inputs, gated
 
 
-# Slow and plain, in numpy, by the symmetric square root and projections instead of the Cholesky factor and the product's
-# two halves.
+# Slow and plain, in numpy, by the symmetric square root and projections instead of the Cholesky factor and
+# the product's two halves.
 
 
 def naive_moment(inputs, ridge=1e-3):
@@ -81,7 +81,7 @@ def naive_matrices(neurons):
 
 
 def naive_compress(layers, budget, rank, ridge=1e-3, by_cost=True):
-    """Dense ``A B + S`` and rows of every matrix, by (layer, expert, name); and what is left of the budget."""
+    """Dense ``A B + S`` and rows of every matrix, by (layer, expert, name); and the rest of the budget."""
     weights, products, scored = {}, {}, []
     for at, (experts, tokens, activate) in enumerate(layers):
         for g, (expert, x) in enumerate(zip(experts, tokens, strict=True)):
@@ -218,7 +218,7 @@ def test_full_rank_or_all_rows_give_the_matrix_back(shape):
 
 
 def uneven_layers():
-    """Layers of different sizes and scales, one without a gate, one expert without tokens; rows of 12, 9, 5 and 4."""
+    """Layers of different sizes, one without a gate, one expert without tokens; rows of 12, 9, 5 and 4."""
     first = random_layer(experts=3, hidden=12, width=5, seed=1)
     second = random_layer(experts=2, hidden=9, width=4, parts=1, seed=2, scale=0.8)
     first[1][1] = first[1][1][:0]
@@ -320,8 +320,9 @@ def test_ties_go_to_the_first():
     up[::3] = 2
     expert = Neurons(up, torch.ones(8, 50))
     made = flat(compress([([expert, expert], [torch.zeros(0, 8)] * 2, gated)], share=0.6, rank=0))
-    # Of 1440 numbers, 68 · 8 go to the rows of twos. The others are worth 1 a number: 66 · 8 to the first expert's gate
-    # and up, 7 · 50 to its down, of which no other row fits in the 18 left, and 2 · 8 to the second expert's gate.
+    # Of 1440 numbers, 68 · 8 go to the rows of twos. The others are worth 1 a number: 66 · 8 to the first
+    # expert's gate and up, 7 · 50 to its down, of which no other row fits in the 18 left, and 2 · 8 to the
+    # second expert's gate.
     twos, every = list(range(0, 50, 3)), list(range(50))
     assert [f.rows.tolist() for f in made.values()] == [
         every,
@@ -408,7 +409,7 @@ def test_everything_kept_leaves_a_model_as_it_is(name):
             torch.testing.assert_close(layer.activate(expert, x), hidden, rtol=0, atol=1e-10)
             outputs = hidden @ expert.down.T + (0 if expert.offset is None else expert.offset)
             torch.testing.assert_close(outputs, layer.expert_output(e, hidden), rtol=0, atol=1e-10)
-        put_experts(layer, layer.stacked(made), list(range(len(made))))
+        replace_experts(layer, layer.stacked(made), list(range(len(made))))
     torch.testing.assert_close(logits(model, ids), before, rtol=0, atol=1e-10)
 
 

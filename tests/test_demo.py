@@ -11,7 +11,9 @@ from sklearn.metrics import adjusted_rand_score, mutual_info_score
 
 import hcsmoe_core as core
 from hcsmoe_core.demo import corpus, models, tasks
+from hcsmoe_core.methods import merge_tree
 from hcsmoe_core.studies import tables as study
+from hcsmoe_core.text.calibration import domains_of
 from tools import models as shapes
 from tools import train
 from tools.tasks import make_items, write_items
@@ -105,7 +107,7 @@ def embedded(request):
         request.param,
         model,
         tokenizer,
-        core.capture(model, input_ids, domains=core.domains_of("demo", 96)),
+        core.capture(model, input_ids, domains=domains_of("demo", 96)),
     )
 
 
@@ -223,6 +225,6 @@ def test_the_planted_families_are_found(embedded):
             assert min(by_layer) > 0.8
         elif row["groups"] == 16:
             assert min(by_layer) > 0.2
-    family, labels = models.families("demo-qwen")[16], core.cut(core.merge_tree(stats, 1), 16)
+    family, labels = models.families("demo-qwen")[16], core.cut(merge_tree(stats, 1), 16)
     row = table[(table["similarity"] == "expert-output") & (table["groups"] == 16)].iloc[0]
     assert row["layer 1"] == round(adjusted_rand_score(family, labels), 2)

@@ -11,7 +11,15 @@ import hcsmoe_core as core
 from hcsmoe_core.demo import tasks
 from hcsmoe_core.score import evaluation
 from hcsmoe_core.score import fidelity as measuring
-from hcsmoe_core.score.evaluation import TASKS, TaskSource, paired_table, perplexity, score_table, task_scores
+from hcsmoe_core.score.evaluation import (
+    TASKS,
+    TaskSource,
+    paired,
+    paired_table,
+    perplexity,
+    score_table,
+    task_scores,
+)
 from hcsmoe_core.score.fidelity import fidelity
 
 
@@ -97,7 +105,7 @@ class Failing:
 
 @pytest.mark.parametrize("applied", [False, True])
 @pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyboardInterrupt()])
-@pytest.mark.parametrize("where", ["forward", "block", "lift_experts", "put_experts", "lay_experts"])
+@pytest.mark.parametrize("where", ["forward", "block", "suspend_merge", "replace_experts", "resume_merge"])
 def test_a_failed_fidelity_leaves_the_model_as_it_was(applied, error, where, input_ids, monkeypatch):
     model, ids = tiny_model("qwen2_moe"), tokens(2, 12)
     stats = core.capture(model, input_ids, needs=("usage", "outputs", "sample"), progress=False)
@@ -117,7 +125,7 @@ def test_a_failed_fidelity_leaves_the_model_as_it_was(applied, error, where, inp
     for after in range(1, failing.calls + 1):
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, Failing(getattr(owner, name), error, after))
-            if where == "lay_experts" and after > failing.calls - 3:
+            if where == "resume_merge" and after > failing.calls - 3:
                 break  # these put the merged experts back
             with pytest.raises(type(error)):
                 fidelity(model, plan, ids, stats=stats, progress=False)
@@ -176,7 +184,7 @@ def test_paired_differences_equal_naive_ones():
     one, other = ({task: rng.integers(0, 2, n).tolist() for task, n in sizes.items()} for _ in range(2))
     one["a"] = [x if rng.random() < 0.9 else 1 - x for x in other["a"]]  # mostly the same items right
     groups = {"g": {"tasks": ["g1", "g2"], "by_size": True}, "h": {"tasks": ["h1", "h2"], "by_size": False}}
-    table = core.paired(made_up(one, groups=groups), made_up(other, groups=groups)).set_index("task")
+    table = paired(made_up(one, groups=groups), made_up(other, groups=groups)).set_index("task")
     change = {task: np.array(one[task]) - np.array(other[task]) for task in sizes}
     error = {task: np.std(c, ddof=1) / np.sqrt(len(c)) for task, c in change.items()}
     for task in "ab":
@@ -203,9 +211,9 @@ def test_paired_differences_equal_naive_ones():
 def test_only_the_same_items_are_paired():
     scores = made_up({"a": [0, 1, 1], "b": [1, 0]})
     with pytest.raises(ValueError, match="a was scored on 3 items here and on 4, or on others, there"):
-        core.paired(scores, made_up({"a": [0, 1, 1, 1]}, of="2"))
+        paired(scores, made_up({"a": [0, 1, 1, 1]}, of="2"))
     with pytest.raises(ValueError, match="one has tasks a, b, the other c"):
-        core.paired(scores, made_up({"c": [0, 1]}))
+        paired(scores, made_up({"c": [0, 1]}))
 
 
 def test_a_model_is_asked_once_and_answers_are_kept_by_what_they_depend_on(embedded, tmp_path, monkeypatch):
@@ -238,7 +246,7 @@ def test_a_model_is_asked_once_and_answers_are_kept_by_what_they_depend_on(embed
     merged = core.evaluate(model, tokenizer, names, **how)
     core.restore(model)
     assert len(list(folder.rglob("*.json"))) == 4
-    assert "±" in paired_table(core.paired(merged, first))
+    assert "±" in paired_table(paired(merged, first))
 
     monkeypatch.setattr(HFLM, "_loglikelihood_tokens", lambda *_, **__: pytest.fail("asked again"))
     assert core.evaluate(model, tokenizer, names, **how)["items"] == first["items"]

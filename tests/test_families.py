@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 
-from hcsmoe_core import capture, make_plan, needs_of, replace, save_merged
+from hcsmoe_core import capture, make_plan, replace, save_merged
 from hcsmoe_core.ui import family_table
 from tools import family_table as families
 from tools.family_table import EXPERTS, KEPT, outputs, tiny_model, tiny_tokens
@@ -52,7 +52,9 @@ def written(model):
 
 def put(model, labels, rows):
     for layer in families.find_moe_layers(model):
-        replace.put_experts(layer, {n: t.detach()[rows].clone() for n, t in layer.tensors().items()}, labels)
+        replace.replace_experts(
+            layer, {n: t.detach()[rows].clone() for n, t in layer.tensors().items()}, labels
+        )
 
 
 @same_version
@@ -92,8 +94,9 @@ def test_identity_changes_no_bit(family, implementation):
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("family", SUPPORTED)
 def test_twins_share_one_expert(family, implementation):
-    # Merged experts get their tokens in one product instead of two, which rounds otherwise: see it in float64 where there is
-    # a kernel for it. Some families go through float32 inside whatever they are given, and Inkling 2 takes nothing wider.
+    # Merged experts get their tokens in one product instead of two, which rounds otherwise: see it in float64
+    # where there is a kernel for it. Some families go through float32 inside whatever they are given, and
+    # Inkling 2 takes nothing wider.
     wide = implementation != "grouped_mm" and family != "inkling2"
     model = built(family, torch.float64 if wide else torch.float32, implementation)
     ids = tiny_tokens()
@@ -108,12 +111,12 @@ def test_twins_share_one_expert(family, implementation):
     assert (outputs(model, ids) - before).abs().max() <= 2e-5 * before.abs().max()
     assert text is None or torch.equal(written(model), text)
     for layer in layers:
-        replace.take_experts(layer)
+        replace.restore_experts(layer)
     assert torch.equal(outputs(model, ids), before)
 
 
 class Trace:
-    """What reaches every experts module, and a naive dense pass over it: each expert alone on every token, in float64."""
+    """What reaches every experts module: tokens, and which experts they are sent to."""
 
     def __init__(self, model, ids):
         self.tokens, self.chosen, handles = {}, {}, []
@@ -237,11 +240,11 @@ def test_odd_layouts_are_read_and_written_neuron_by_neuron(family):
     for neurons, output in zip(shuffled, wanted, strict=True):
         offset = 0 if neurons.offset is None else neurons.offset
         torch.testing.assert_close(layer.activate(neurons, tokens) @ neurons.down.T + offset, output)
-    replace.put_experts(layer, layer.stacked(shuffled), list(range(EXPERTS)))
+    replace.replace_experts(layer, layer.stacked(shuffled), list(range(EXPERTS)))
     for expert, output in enumerate(wanted):
         torch.testing.assert_close(alone(layer.experts, expert, tokens), output)
     narrow = [neurons.take(order[:7]) for neurons in shuffled]
-    replace.take_experts(layer)
+    replace.restore_experts(layer)
     made = layer.stacked(narrow)
     assert {name: list(tensor.shape) for name, tensor in made.items()} == layer.shapes(EXPERTS, 7)
 
@@ -250,7 +253,7 @@ def test_odd_layouts_are_read_and_written_neuron_by_neuron(family):
 @pytest.mark.parametrize("family", ["dbrx", "jetmoe", "longcat_flash", "gpt_oss", "nemotron_h"])
 def test_odd_layouts_are_combined_and_saved(family, method, tmp_path):
     model, ids = tiny_model(family), tiny_tokens(16)
-    stats = capture(model, ids, needs=needs_of(method), progress=False)
+    stats = capture(model, ids, methods=(method,), progress=False)
     plan = make_plan(stats, model, experts=EXPERTS // 2, method=method)
     save_merged(model, plan, tmp_path / "merged", stats=stats, router="mapped")
     families.apply_plan(model, plan, stats)
@@ -270,3 +273,22 @@ def test_a_router_that_takes_two_experts_is_not_left_with_one(family, tmp_path):
     save_merged(model, mapped, tmp_path / "m")
     live = outputs(families.apply_plan(model, mapped), ids)
     assert torch.equal(outputs(families.aligned(families.load_merged(tmp_path / "m")), ids), live)
+
+
+def test_families_are_tried_out_by_their_tool(tmp_path, capsys):
+    families.main(["mixtral", "doge", "--out", str(tmp_path / "table.json")])
+    content = json.loads((tmp_path / "table.json").read_text())
+    listed = {row["family"]: row for row in ROWS}
+    assert content["transformers"] == transformers.__version__
+    assert [row["family"] for row in content["families"]] == ["doge", "mixtral"]
+    if transformers.__version__ == VERSION:
+        assert content["families"] == [listed["doge"], listed["mixtral"]]
+    printed = capsys.readouterr().out.strip().splitlines()
+    assert printed[:-1] == family_table.table(content["families"]).splitlines()
+    assert printed[-1] == str(tmp_path / "table.json")
+
+
+def test_the_tool_names_the_families_where_one_is_misspelt(capsys):
+    with pytest.raises(SystemExit):
+        families.main(["mixtrall"])
+    assert "mixtrall is none of the families: afmoe, " in capsys.readouterr().err

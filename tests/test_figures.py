@@ -14,7 +14,7 @@ from scipy.cluster import hierarchy
 from hcsmoe_core import capture, cut, distances, find_moe_layers, linkage, load_plan, make_plan
 from hcsmoe_core.clustering import by_first_appearance
 from hcsmoe_core.methods import merge_tree
-from hcsmoe_core.statistics import LayerStatistics, Statistics
+from hcsmoe_core.statistics import DEFAULT_NEEDS, LayerStatistics, Statistics
 from hcsmoe_core.studies import tables as study
 from hcsmoe_core.ui import figures
 from hcsmoe_core.ui import widgets as explore
@@ -24,7 +24,7 @@ from hcsmoe_core.ui.notebook import Record
 @pytest.fixture(scope="module")
 def measured():
     model = tiny_model("qwen2_moe")
-    return model, capture(model, tokens(6), domains=list("ababab"))
+    return model, capture(model, tokens(6), needs=DEFAULT_NEEDS, domains=list("ababab"))
 
 
 def drawn(stats):
@@ -151,7 +151,7 @@ def test_picture_and_note_are_outputs_of_the_cell_that_are_replaced(measured):
     assert [output.update for output in shown.outputs] == [False, False, False, True, True]
 
 
-def test_a_combination_that_does_not_exist_is_message_and_the_picture_stays(measured):
+def test_a_combination_that_does_not_exist_is_reported_and_the_picture_stays(measured):
     model, stats = measured
     similar = explore.similarity_explorer(stats, model, similarity="pairwise-cosine")
     before = similar.picture

@@ -1,4 +1,4 @@
-"""Against what the authors' own code computed on a small Mixtral: counts, features, groups, merged weights, logits."""
+"""Against what the authors' code computed on a small Mixtral: counts, features, groups, weights, logits."""
 
 import json
 
@@ -144,7 +144,7 @@ COSINE = ("expert-output", "router-logits", "weight")
 
 
 def test_similarities_are_half_of_one_plus_the_cosine(measured, goldens):
-    """Three of the authors' six: Kullback-Leibler, Wasserstein and the cosine of router rows are not offered."""
+    """Three of the authors' six: the others (Kullback-Leibler, Wasserstein, router rows) are not offered."""
     model, stats, _ = measured
     wanted, compared = load_file(goldens / "similarities.safetensors"), 0
     for base in COSINE:
@@ -158,8 +158,9 @@ def test_similarities_are_half_of_one_plus_the_cosine(measured, goldens):
 
 
 def test_single_shot_groups_are_the_authors(measured, goldens):
-    """By their similarities and their numbers of groups, all six bases; then by ours from end to end, where a layer's number
-    of groups is ours too: theirs (``u ≥ the value at place r·L``) come to more than r·L in all, ours to exactly that.
+    """By their similarities and their numbers of groups, all six bases; then by ours from end to end, where a
+    layer's number of groups is ours too: theirs (``u ≥ the value at place r·L``) come to more than r·L in
+    all, ours to exactly that.
 
     Left out: records with an error (their loop does not end: groups · limit < E), those by routing score (all
     similarities are zero there), random ones, and "no+dynamic_group", which is clustering.
@@ -200,8 +201,9 @@ def test_single_shot_groups_are_the_authors(measured, goldens):
 def test_kmeans_is_lloyds_and_not_the_authors(measured, goldens):
     """From the initial centres that the authors recorded, in all three of their modes that end in k-means.
 
-    Theirs standardises the distances to each centre over the experts before it takes the nearest, which no k-means does:
-    shown, not reproduced. From the same centres Lloyd's algorithm ends in their groups in 25 records of 108.
+    Theirs standardises the distances to each centre over the experts before it takes the nearest, which no
+    k-means does: shown, not reproduced. From the same centres Lloyd's algorithm ends in their groups in 25
+    records of 108.
 
     Left out: several bases joined, of which theirs adds up standardised distances.
     """
@@ -224,7 +226,7 @@ def test_kmeans_is_lloyds_and_not_the_authors(measured, goldens):
 
 
 def _lloyd(points, init, standardised=0):
-    """Assign to the nearest centre and average, in turns; the authors' way where the size of their features is given."""
+    """Assign to the nearest centre and average, in turns; the authors' way if the features' size is given."""
     centres = points[init]
     for _ in range(100):
         distance = np.linalg.norm(points[:, None] - centres, axis=2)
@@ -246,7 +248,7 @@ def sampled(measured):
 
 
 def _plan_of(record, stats, combine, weight):
-    """A plan by the authors' groups and dominant experts; ``weight(sums, expert, dominant)`` is shared out in each group."""
+    """A plan by the authors' groups and dominant experts; ``weight(sums, expert, dominant)`` per group."""
     layers = []
     for sums, (name, labels, dominant) in zip(
         stats.layers.values(),
@@ -288,9 +290,10 @@ ZIPPED = {"zipit_normal_act": ACT, "zipit_normal_weight": WEIGHT, "zipit_normal_
 def test_weighted_and_fixed_dominant_weights_are_the_authors(measured, sampled, goldens, case):
     """Their matrix of the fixed-dominant merge is float16, so that weights agree to 2e-3.
 
-    Left out: "activation-with-router-logits" and "all" (router weights on the inputs before an expert is applied),
-    "cluster" (a neuron that moved counts twice), tokens cut at random ("datalimit50"), "partition3" (merges layer after
-    layer), and fix-dom, update and unmerge, which do not align (they change an expert merged with its own twin).
+    Left out: "activation-with-router-logits" and "all" (router weights on the inputs before an expert is
+    applied), "cluster" (a neuron that moved counts twice), tokens cut at random ("datalimit50"), "partition3"
+    (merges layer after layer), and fix-dom, update and unmerge, which do not align (they change an expert
+    merged with its own twin).
     """
     model, _, data = measured
     record = json.loads((goldens / "merged.json").read_text())[case]
@@ -323,8 +326,9 @@ def test_weighted_and_fixed_dominant_weights_are_the_authors(measured, sampled, 
 def test_zipped_experts_compute_what_the_authors_do(measured, sampled, goldens, case):
     """By what they give on probes: the order of their neurons is arbitrary.
 
-    Left out: "activation-with-router-logits" (router weights on the inputs), "input-weight" and "all" (an error, and for
-    pairs the plain mean), "cluster" and "unmerge" (no alignment), "random" (no dominant experts; groups as any other).
+    Left out: "activation-with-router-logits" (router weights on the inputs), "input-weight" and "all" (an
+    error, and for pairs the plain mean), "cluster" and "unmerge" (no alignment), "random" (no dominant
+    experts; groups as any other).
     """
     model, _, data = measured
     record = json.loads((goldens / "merged.json").read_text())[case]

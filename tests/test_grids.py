@@ -37,7 +37,9 @@ def test_the_projects_studies_can_be_run(name, model):
 @pytest.mark.parametrize("model", ["demo-qwen", "demo-mixtral"])
 def test_together_they_have_all_that_the_papers_tables_compare(model):
     def key(cell):
-        return json.dumps([cell["experts"], cell["experts"] and sweep.recipe_of(cell).settings], sort_keys=True)
+        return json.dumps(
+            [cell["experts"], cell["experts"] and sweep.recipe_of(cell).settings], sort_keys=True
+        )
 
     have = {key(cell.given) for _, _, cells in grids.plans(["all"], [model]) for cell in cells}
     assert {key(cell) for cell in paper.wanted(32 if model == "demo-qwen" else 8)} <= have
@@ -56,7 +58,8 @@ def test_cells_are_every_combination_for_every_sample_with_the_unmerged_model_on
     study = grids.load(written(tmp_path, axes=axes, exclude=excluded, seeds=[1, 2], base={"limit": 7}))
     cells = grids.cells_of(study, "demo-mixtral", {"text": "none"})
     found = [
-        tuple(c.given.get(k, "") for k in ("experts", "linkage", "method", "merge", "calibration_seed")) for c in cells
+        tuple(c.given.get(k, "") for k in ("experts", "linkage", "method", "merge", "calibration_seed"))
+        for c in cells
     ]
     wanted = itertools.product((6, 4), ("average", "ward"), (("", "average"), ("zipit", "")), (1, 2))
     wanted = [(r, linkage, *how, seed) for r, linkage, how, seed in wanted]
@@ -93,24 +96,62 @@ def test_shares_are_of_the_models_experts_and_of_the_sources_sequences(tmp_path)
         ({"title": None}, "some.yml, title: is missing"),
         ({"axes": {}}, "some.yml, axes: Dictionary should have at least 1 item"),
         ({"axes": ["experts"]}, "some.yml, axes: must be a valid dictionary; not"),
-        ({"axes": {"experts": ["1/2"], "linkge": ["ward"]}}, "axes.linkge: 'linkge' is unknown; allowed are .*linkage"),
-        ({"axes": {"experts": ["1/2"], "linkage": ["wrad"]}}, '"linkage" argument must be one of "average", .*\'wrad\''),
-        ({"axes": {"experts": ["1/2"], "method": ["hcsmoe"]}}, "axes.method: 'hcsmoe' is unknown; allowed are hc-smoe"),
+        (
+            {"axes": {"experts": ["1/2"], "linkge": ["ward"]}},
+            "axes.linkge: 'linkge' is unknown; allowed are .*linkage",
+        ),
+        (
+            {"axes": {"experts": ["1/2"], "linkage": ["wrad"]}},
+            '"linkage" argument must be one of "average", .*\'wrad\'',
+        ),
+        (
+            {"axes": {"experts": ["1/2"], "method": ["hcsmoe"]}},
+            "axes.method: 'hcsmoe' is unknown; allowed are hc-smoe",
+        ),
         ({"axes": {"experts": ["1/2"], "linkage": []}}, "axes.linkage: List should have at least 1 item"),
         ({"axes": {"experts": ["1/2", "1/2"]}}, "axes.experts: has '1/2' twice"),
-        ({"axes": {"experts": ["3/2"]}}, "axes.experts: experts must be a share below 1 such as 1/4 or 25%, or a whole number from 1; not '3/2'"),
-        ({"axes": {"experts": [0.5]}}, "axes.experts: experts must be a share below 1 such as 1/4 or 25%, or a whole number from 1; not 0.5"),
-        ({"axes": {"reduction": [3]}}, "axes.reduction: reduction must be a share below 1 such as 1/4 or 25%; not 3"),
+        (
+            {"axes": {"experts": ["3/2"]}},
+            "axes.experts: experts must be a share below 1 such as 1/4 or 25%, or a whole number from 1; not "
+            "'3/2'",
+        ),
+        (
+            {"axes": {"experts": [0.5]}},
+            "axes.experts: experts must be a share below 1 such as 1/4 or 25%, or a whole number from 1; not "
+            "0.5",
+        ),
+        (
+            {"axes": {"reduction": [3]}},
+            "axes.reduction: reduction must be a share below 1 such as 1/4 or 25%; not 3",
+        ),
         ({"axes": {"linkage": ["ward"]}}, "axes: needs experts or reduction, and not both"),
         ({"axes": {"experts": [2], "reduction": ["1/2"]}}, "axes: needs experts or reduction, and not both"),
-        ({"axes": {"experts": [2], "limit": ["many"]}}, "axes.limit: limit must be of the kind of (0|None); not 'many'"),
-        ({"axes": {"experts": [2], "guard": ["on"]}}, "axes.guard: must be of the kind of False; not 'on'"),
-        ({"axes": {"experts": [2], "calibration": ["notes.txt"]}}, "axes.calibration: there is no file notes.txt"),
+        (
+            {"axes": {"experts": [2], "limit": ["many"]}},
+            "axes.limit: limit must be of the kind of (0|None); not 'many'",
+        ),
+        ({"axes": {"experts": [2], "guard": ["on"]}}, 'axes: .*"guard" argument must be one of .*; not .on.'),
+        (
+            {"axes": {"experts": [2], "calibration": ["notes.txt"]}},
+            "axes.calibration: there is no file notes.txt",
+        ),
         ({"axes": {"experts": [2], "calibration": ["x*c4+math"]}}, "axes.calibration: .*mixture"),
-        ({"axes": {"experts": [2], "calibration": ["demo:cod"]}}, 'axes.calibration: .*must be one of "code", "prose"'),
-        ({"axes": {"experts": [2], "settings": [{"linkge": 1}]}}, "axes.settings: 'linkge' is unknown; allowed are"),
-        ({"axes": {"experts": [2], "settings": [{"experts": 4}]}}, "axes: 'experts' is set in experts and in settings"),
-        ({"axes": {"experts": [2], "linkage": ["ward"], "similarity": ["cka"]}}, 'linkage "ward" needs Euclidean distances'),
+        (
+            {"axes": {"experts": [2], "calibration": ["demo:cod"]}},
+            'axes.calibration: .*must be one of "code", "prose"',
+        ),
+        (
+            {"axes": {"experts": [2], "settings": [{"linkge": 1}]}},
+            "axes.settings: 'linkge' is unknown; allowed are",
+        ),
+        (
+            {"axes": {"experts": [2], "settings": [{"experts": 4}]}},
+            "axes: 'experts' is set in experts and in settings",
+        ),
+        (
+            {"axes": {"experts": [2], "linkage": ["ward"], "similarity": ["cka"]}},
+            'linkage "ward" needs Euclidean distances',
+        ),
         ({"base": {"linkage": "ward"}}, "axes: 'linkage' is set in base and in linkage"),
         ({"base": {"lmit": 3}}, "base: 'lmit' is unknown"),
         ({"exclude": [{"linkage": "single"}]}, "exclude: {'linkage': 'single'} matches no cell"),
@@ -118,12 +159,15 @@ def test_shares_are_of_the_models_experts_and_of_the_sources_sequences(tmp_path)
         ({"exclude": [{"experts": "1/2"}]}, "exclude: excludes every cell"),
         ({"seeds": [1, "two"]}, "seeds.1: must be a valid integer; not 'two'"),
         ({"paper": ["tabel"]}, "paper.0: must be 'qwen', 'mixtral'.*; not 'tabel'"),
-        ({"embedded": {"calibration": ["demo"]}}, "embedded: 'calibration' is unknown; allowed are experts, linkage"),
+        (
+            {"embedded": {"calibration": ["demo"]}},
+            "embedded: 'calibration' is unknown; allowed are experts, linkage",
+        ),
         ({"read": {"y": "loss"}}, "read.y: must be 'where', 'x'.*; not 'y'"),
         ({"notebook": "05_acuracy"}, "notebook: there is no notebook"),
         ({"notebook": "04_merge"}, "notebook: 04_merge.ipynb has not the parameters of 05_accuracy"),
     ],
-)  # fmt: skip
+)
 def test_what_is_wrong_is_told_before_anything_runs(tmp_path, content, message):
     with pytest.raises(ValueError, match=message):
         grids.plans([written(tmp_path, **content)], ["demo-mixtral"])
@@ -267,14 +311,14 @@ def test_the_table_has_every_setting_and_what_is_missing_is_told_against_the_gri
 
 
 def test_a_process_that_died_is_told_from_one_that_runs(tmp_path):
-    from hcsmoe_core._util import held
+    from hcsmoe_core._util import locked
 
     done = tmp_path / "05_accuracy-a.ipynb"
     part = tmp_path / ".05_accuracy-a.part.ipynb"
     part.touch()
     (tmp_path / ".05_accuracy-a.ipynb.lock").touch()  # as SIGKILL leaves it
     assert sweep.state_of(done) == "interrupted"
-    with held(done):
+    with locked(done):
         assert sweep.state_of(done) == "running"
     assert not (tmp_path / ".05_accuracy-a.ipynb.lock").exists()
     part.unlink()

@@ -1,4 +1,4 @@
-"""What holds whatever the numbers are: partitions, exact budgets, twins, relabelling, parts that add up, ways back."""
+"""What holds for any numbers: partitions, exact budgets, twins, relabelling, sums, ways back."""
 
 import dataclasses
 import itertools
@@ -19,8 +19,8 @@ from hcsmoe_core.methods.pruning import super_experts
 from hcsmoe_core.moe import Neurons
 from hcsmoe_core.plan import DROPPED, LayerPlan, Plan
 from hcsmoe_core.statistics import SAMPLED, LayerStatistics, Statistics
-from hcsmoe_core.steps import budget as BUDGETS
-from hcsmoe_core.steps import combine as COMBINE
+from hcsmoe_core.steps import budget as BUDGETS  # noqa: N812
+from hcsmoe_core.steps import combine as COMBINE  # noqa: N812
 
 NEEDS = ("usage", "outputs", "norms", "grams", "sample")
 IDS = {
@@ -63,8 +63,9 @@ _measured = {}
 
 
 def measured(family):
-    """A model in float64 and its statistics, with everything there is to collect; no two experts of a layer are used as
-    often, so that numbers decide nothing."""
+    """A model in float64 and its statistics, with everything there is to collect.
+
+    No two experts of a layer are used as often, so that numbers decide nothing."""
     if family not in _measured:
         model = tiny_model(family, torch.float64)
         _measured[family] = model, capture(model, IDS[family], needs=NEEDS)
@@ -218,7 +219,7 @@ def test_made_up_statistics_give_partitions_with_the_exact_total(stats, data):
             assert layer.labels[e] != DROPPED
 
 
-# --- twins ------------------------------------------------------------------------------------------------------------
+# --- twins ------------------------------------------------------------------------------------------------
 
 
 def copy_expert(layer, source, target, order):
@@ -276,8 +277,10 @@ def test_an_expert_and_its_shuffled_twin_merge_without_error(family, order, weig
     seed=st.integers(0, 5),
 )
 def test_merging_identical_experts_changes_no_logit(family, labels, seed):
-    """Zipit for pairs alone: by its definition two neurons that are joined hardly correlate with a third that is the same,
-    so that three equal experts do not come out as one.
+    """Zipit for pairs alone.
+
+    By its definition two neurons that are joined hardly correlate with a third that is the same, so that
+    three equal experts do not come out as one.
     """
     model, ids = tiny_model(family, torch.float64, seed=seed), tokens(seed=seed)
     for layer in find_moe_layers(model):
@@ -324,7 +327,7 @@ def test_selection_of_few_tokens_keeps_a_whole_expert():
             assert (got - wanted).norm() <= 1e-8 * wanted.norm(), (rule, dominant)
 
 
-# --- relabelling ------------------------------------------------------------------------------------------------------
+# --- relabelling ------------------------------------------------------------------------------------------
 
 
 def relabelled(family, order):
@@ -403,12 +406,12 @@ def test_relabelling_experts_relabels_the_plan_and_nothing_else(family, method):
 
 
 def _undecided(mixture, *layers):
-    """Whether two centres of fuzzy c-means fall together: then the memberships, and what is written, are the same."""
+    """Whether two centres of fuzzy c-means fall together: then memberships and weights are the same."""
     gaps = np.abs(mixture[:, None] - mixture).max(2) + np.eye(len(mixture))
     return gaps.min() < 1e-4
 
 
-# --- parts that add up, and files -------------------------------------------------------------------------------------
+# --- parts that add up, and files -------------------------------------------------------------------------
 
 
 def make(method, stats, model, experts=4):
@@ -456,8 +459,8 @@ def test_parts_add_up_to_the_whole(family, cut, second, size, batch, domains):
     )
     for name, sums in whole.layers.items():
         parts = total.layers[name]
-        assert parts.held().keys() == sums.held().keys()
-        for key, wanted in sums.held().items():
+        assert parts.collected().keys() == sums.collected().keys()
+        for key, wanted in sums.collected().items():
             scale = float(wanted.abs().max())
             torch.testing.assert_close(getattr(parts, key), wanted, rtol=1e-12, atol=1e-12 * scale)
         for key in SAMPLED:
@@ -479,7 +482,7 @@ def test_parts_give_the_plans_of_the_whole(family, tmp_path):
     assert torch.equal(again.sampled, whole.sampled)
     assert (again.model, again.domains, again.needs) == (whole.model, whole.domains, whole.needs)
     for name, sums in whole.layers.items():
-        for key, value in sums.held().items():
+        for key, value in sums.collected().items():
             assert torch.equal(getattr(again.layers[name], key), value)
         assert all(
             torch.equal(getattr(again.layers[name].sample, k), getattr(sums.sample, k)) for k in SAMPLED

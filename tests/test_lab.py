@@ -1,4 +1,4 @@
-"""JupyterLab under a headless Chromium: controls by keyboard, pictures that follow them and outlive the kernel."""
+"""JupyterLab in a headless Chromium: controls by keyboard; pictures follow them and outlive the kernel."""
 
 import json
 import os
@@ -31,7 +31,7 @@ PATIENCE = 240  # seconds: a notebook on two busy cores
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
-    """JupyterLab as ``./run lab`` starts it, on copies of two notebooks with small parameters and no user settings."""
+    """JupyterLab as ``./run lab`` starts it, on copies of two notebooks with small parameters."""
     if CHROMIUM is None:
         say = pytest.fail if os.environ.get("HCSMOE_REQUIRE_BROWSER") == "1" else pytest.skip
         say("JUPYTERLAB NOT TESTED: there is no chromium, chromium-browser or google-chrome on this machine")
@@ -105,7 +105,7 @@ def _answers(lab):
 
 @contextmanager
 def window(lab, name):
-    """A notebook, opened in a browser that knows nothing and with a kernel that has run nothing; nothing may complain."""
+    """A notebook, opened in a fresh browser and with a fresh kernel; the browser may report no error."""
     from playwright.sync_api import expect, sync_playwright
 
     for session in _ask(lab, "/api/sessions"):
@@ -149,7 +149,8 @@ def run_all(page):
     error = page.locator('[data-mime-type="application/vnd.jupyter.error"]')
     page.wait_for_function(
         """() => document.querySelector('[data-mime-type="application/vnd.jupyter.error"]')
-            || [...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].every(e => /[0-9]/.test(e.textContent))"""
+            || [...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')]
+                .every(e => /[0-9]/.test(e.textContent))"""
     )
     assert error.all_inner_texts() == []
 
@@ -167,7 +168,7 @@ def explorer(page, label):
 
 
 def slider(cell, label):
-    # ipywidgets puts a label before a slider, and does not tie it to the handle: by role alone it has no name.
+    # ipywidgets does not tie a slider's label to its handle: by role alone it has no name.
     return cell.locator(".widget-slider", has_text=re.compile(rf"^{label}\s*[\d.]+$")).get_by_role("slider")
 
 

@@ -5,8 +5,10 @@ import pytest
 import torch
 from conftest import FAMILIES, OTHERS, logits, tiny_model
 
-from hcsmoe_core import apply_plan, capture, load_plan, make_plan, restore
+from hcsmoe_core import apply_plan, capture, load_plan, make_plan, merging, restore, save_merged
+from hcsmoe_core._util import InputError
 from hcsmoe_core.families import find_moe_layers
+from hcsmoe_core.merging import Group
 from hcsmoe_core.methods.summary import summarise
 from hcsmoe_core.plan import LayerPlan, Plan
 
@@ -72,7 +74,7 @@ def test_bfloat16_is_rounded_once():
     apply_plan(model, Plan(layers))
     exact = sum(w * original[e].double() for e, w in enumerate([0.2, 0.3, 0.5]))
     got = model.model.layers[0].mlp.experts.down_proj[0].detach()
-    # Sums are float32: a value may lie so close to the middle of two bfloat16 numbers that the last bit differs.
+    # Sums are float32: values close to the middle of two bfloat16 numbers may differ in the last bit.
     assert (got == exact.to(torch.bfloat16)).float().mean() > 0.99
     assert ((got.double() - exact).abs() <= exact.abs() * 2**-8).all()
 
@@ -191,6 +193,121 @@ def test_damaged_plans_are_refused(mixtral, input_ids, tmp_path):
         path.write_text(bad)
         with pytest.raises(ValueError, match=r"not a (valid )?plan|no plan of this version"):
             load_plan(path)
+
+
+ALONE = list(range(8))
+PAIRS = [0, 0, 1, 1, 2, 2, 3, 3]
+SELECTION = {"rule": "selection"}
+BAD = {  # what is wrong with one layer's plan: the layer, and what the error says
+    "a width of averages": (dict(labels=PAIRS, width=8), "a width goes with rules that choose neurons"),
+    "a width of one group's averages": (
+        dict(labels=PAIRS, width=8, rules=[SELECTION] * 3 + [{"rule": "average"}]),
+        "a width goes with rules that choose neurons",
+    ),
+    "a width within the rule": (
+        dict(labels=PAIRS, combine=SELECTION | {"width": 8}),
+        "is the layer's, not that of a rule",
+    ),
+    "no neurons": (dict(labels=ALONE, combine={"rule": "trimming"}, width=0), "whole number of at least 1"),
+    "half a neuron": (
+        dict(labels=ALONE, combine={"rule": "trimming"}, width=8.5),
+        "whole number of at least 1",
+    ),
+    "a negative weight": (dict(labels=PAIRS, weights=[1.5, -0.5] * 4), "finite weight of at least 0"),
+    "no number": (dict(labels=PAIRS, weights=[float("nan")] * 8), "finite weight of at least 0"),
+    "an infinite weight": (dict(labels=PAIRS, weights=[float("inf")] * 8), "finite weight of at least 0"),
+    "a negative mixture": (
+        dict(labels=PAIRS, mixture=[[1.5, -0.5, 0, 0, 0, 0, 0, 0]] * 4),
+        "weights of at least 0 that sum to one",
+    ),
+    "an infinite mixture": (
+        dict(labels=PAIRS, mixture=[[float("inf"), -float("inf"), 1, 0, 0, 0, 0, 0]] * 4),
+        "weights of at least 0 that sum to one",
+    ),
+    "a short mixture": (dict(labels=PAIRS, mixture=[[1.0] * 8] * 3), "weights of at least 0 that sum to one"),
+    "an unknown router": (dict(labels=PAIRS, router="x"), "router.* must be one of"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_plans_are_refused_when_read_applied_and_written(case, mixtral, input_ids, tmp_path):
+    changed, message = BAD[case]
+    stats = capture(mixtral, input_ids, methods=("selection",))
+    weights = [0.5] * 8 if changed["labels"] == PAIRS else [1.0] * 8
+    layers = [{"name": n, "weights": weights} | changed for n in stats.layers]
+    path = tmp_path / "p.json"
+    path.write_text(json.dumps({"layers": layers}))
+    plan = Plan([LayerPlan(**layer) for layer in layers])
+    for attempt in (
+        lambda: load_plan(path),
+        lambda: apply_plan(mixtral, plan, stats),
+        lambda: save_merged(mixtral, plan, tmp_path / "m", stats=stats),
+    ):
+        with pytest.raises(InputError, match=message):
+            attempt()
+    assert not any(layer.merged for layer in find_moe_layers(mixtral))
+    assert not (tmp_path / "m").exists()
+
+
+def test_experts_cannot_be_wider_than_before(mixtral, input_ids, tmp_path):
+    stats = capture(mixtral, input_ids, methods=("trimming",))
+    rule = {"rule": "trimming"}
+    for width, fits in ((1, True), (24, True), (25, False), (9999, False)):
+        layers = [LayerPlan(name, ALONE, [1.0] * 8, rule, width=width) for name in stats.layers]
+        Plan(layers).save(tmp_path / "p.json")
+        plan = load_plan(tmp_path / "p.json")
+        if fits:
+            apply_plan(mixtral, plan, stats)
+            assert {layer.width for layer in find_moe_layers(mixtral)} == {width}
+            restore(mixtral)
+        else:
+            with pytest.raises(InputError, match=f"experts of width 24, but the plan one of {width}"):
+                apply_plan(mixtral, plan, stats)
+
+
+@pytest.mark.parametrize("version", [1, 2, 3, 4])
+def test_plans_of_every_version_are_read(mixtral, input_ids, tmp_path, version):
+    plan = make_plan(capture(mixtral, input_ids), mixtral, experts=4, router="averaged")
+    plan.save(tmp_path / "p.json")
+    content = json.loads((tmp_path / "p.json").read_text())
+    assert content["version"] == 4
+    del content["sha256"]
+    if version < 4:
+        content["layers"] = [layer | {"router": "average"} for layer in content["layers"]]
+    (tmp_path / "p.json").write_text(json.dumps(content | {"version": version}))
+    assert load_plan(tmp_path / "p.json").layers == plan.layers
+
+
+@pytest.mark.parametrize("method", ["selection", "hc-least-squares", "trimming", "fix-dom"])
+def test_only_what_the_rule_needs_is_computed(mixtral, input_ids, method, monkeypatch):
+    stats = capture(mixtral, input_ids, methods=(method,), sample=100)
+    plan, gathered, averaged = make_plan(stats, mixtral, experts=4, method=method), [], []
+    average, sample = merging._averages, stats.layer(0).sample
+
+    class Inputs:
+        def __getitem__(self, rows):
+            gathered.append(1)
+            return sample.inputs[rows]
+
+    monkeypatch.setattr(merging, "_averages", lambda *a: averaged.append(1) or average(*a))
+    group = Group(
+        find_moe_layers(mixtral)[0],
+        [1, 4, 6],
+        [1 / 3] * 8,
+        4,
+        type(sample)(Inputs(), *list(vars(sample).values())[1:4]),
+    )
+    for _ in range(3):
+        rows, gates = group.tokens()
+        assert len(rows) == len(gates) == int((sample.gates[:, [1, 4, 6]] != 0).any(1).sum())
+        group.outputs()
+    assert len(gathered) == 1
+    pair = group.tokens([0, 2])[0]
+    assert len(pair) == int((sample.gates[:, [1, 6]] != 0).any(1).sum())
+    group.tokens([0, 2])
+    assert len(gathered) == 2
+    apply_plan(mixtral, plan, stats)
+    assert averaged == []
 
 
 def test_bad_settings_are_named(mixtral, input_ids):

@@ -3,6 +3,7 @@
 import json
 
 import naive
+import numpy as np
 import pytest
 import torch
 from conftest import FAMILIES, OTHERS, TINY, logits, tiny_model, tokens
@@ -16,19 +17,30 @@ from hcsmoe_core import (
     load_model,
     load_plan,
     make_plan,
-    make_plans,
     restore,
     save_merged,
 )
 from hcsmoe_core.collect import expected_bytes
 from hcsmoe_core.families import find_moe_layers
-from hcsmoe_core.methods import resolve, table
+from hcsmoe_core.methods import (
+    format_settings,
+    make_plans,
+    merge_tree,
+    option_names,
+    parse_settings,
+    resolve,
+    table,
+)
 from hcsmoe_core.methods.summary import summarise
 from hcsmoe_core.moe import routing_tensors
 from hcsmoe_core.statistics import NEEDS
 
 ALL = tuple(NEEDS)
-PLAIN = [name for name in METHODS if resolve(name).kind in ("prunes", "trims") or resolve(name).steps["router"] != "mapped"]
+PLAIN = [
+    name
+    for name in METHODS
+    if resolve(name).kind in ("prunes", "trims") or resolve(name).steps["router"] != "mapped"
+]
 OPTIONS = {"o-prune": {"subsets": 50}}
 
 
@@ -173,12 +185,16 @@ def test_factors_take_fewer_bytes_and_are_written_dense(measured, tmp_path):
     for layer in find_moe_layers(model):
         dense = sum(t.numel() for t in layer.tensors().values()) * 2
         assert dense * 0.4 < layer.experts._merged.compressed_bytes
-    numbers = 3 * 4 * 3 * 32 * 24 // 2  # half of the weights at 2 bytes each, and 8 bytes for each row that is stored
+    numbers = (
+        3 * 4 * 3 * 32 * 24 // 2
+    )  # half of the weights at 2 bytes each, and 8 bytes for each row that is stored
     stored = sum(layer.experts._merged.compressed_bytes for layer in find_moe_layers(model))
     assert 2 * (numbers - 32) < stored < 2 * numbers + 8 * 3 * 4 * (24 + 24 + 32)
     save_merged(model, plan, tmp_path / "m", stats=stats)
     restore(model)
-    assert torch.equal(logits(load_merged(tmp_path / "m", experts_implementation="eager"), tokens(seed=2)), live)
+    assert torch.equal(
+        logits(load_merged(tmp_path / "m", experts_implementation="eager"), tokens(seed=2)), live
+    )
 
 
 def test_two_plans_of_the_same_groups_are_told_apart(measured, tmp_path):
@@ -210,7 +226,7 @@ def test_steps_that_do_not_go_together_are_refused():
         "keeps the router and every expert at one width": dict(method="trimming", guard=True),
         '"method" argument must be one of "hc-smoe"': dict(method="hcsmoe"),
         '"setting" argument must be one of "align"': dict(method="hc-smoe", linkages="ward"),
-        '"share" argument must be above 0 and below 1': dict(method="mc-smoe", share=1.5),
+        '"share" argument must be above 0 and at most 1': dict(method="mc-smoe", share=1.5),
         "names one similarity twice": dict(method="hc-smoe", similarity="weight+weight"),
         "weights weight by 'x'": dict(method="hc-smoe", similarity="x*weight"),
     }
@@ -255,6 +271,108 @@ def test_the_guard_is_stated_and_kept(measured):
         assert make_plan(stats, model, experts=3).settings["guard"] is False
     finally:
         sums.output_max[0, 5] /= 1e3
+
+
+@pytest.mark.parametrize("applied", ["hc-smoe", "trimming", "reap"])
+def test_a_merged_model_is_planned_for_as_it_was_before(applied, measured):
+    model, stats = measured("mixtral")
+    settings = [dict(method=m) for m in METHODS if resolve(m).needs_model]
+    settings += [dict(similarity="weight+functional"), dict(method="reap", budget="grape", similarity="cka")]
+    assert len(settings) >= 7
+    wanted = [make_plan(stats, model, experts=4, **s, **OPTIONS.get(s.get("method"), {})) for s in settings]
+    tree = merge_tree(stats, 0, similarity="weight", model=model)
+    apply_plan(model, make_plan(stats, model, experts=3, method=applied), stats)
+    live = logits(model, tokens(seed=2))
+    for wish, plan in zip(settings, wanted, strict=True):
+        assert make_plan(stats, model, experts=4, **wish, **OPTIONS.get(wish.get("method"), {})) == plan, wish
+        assert all(layer.merged for layer in find_moe_layers(model))
+    assert (merge_tree(stats, 0, similarity="weight", model=model) == tree).all()
+    with pytest.raises(ValueError, match="only where budget"):
+        make_plan(stats, model, experts=[4, 4, 4], method="least-residual")
+    assert torch.equal(logits(model, tokens(seed=2)), live)
+    restore(model)
+
+
+def test_numbers_of_experts_may_be_of_any_kind(measured):
+    stats = measured("mixtral")[1]
+    plan, lists = make_plan(stats, experts=4), make_plan(stats, experts=[2, 8, 5])
+    assert make_plan(stats, experts=np.int64(4)) == plan
+    assert make_plan(stats, experts=torch.tensor(4)) == plan
+    for experts in ((2, 8, 5), np.array([2, 8, 5]), [np.int64(2), 8, np.int32(5)], torch.tensor([2, 8, 5])):
+        made = make_plan(stats, experts=experts)
+        assert made == lists
+        assert json.loads(json.dumps(made.settings)) == made.settings
+    for experts in (True, 4.0, "4", [2, 8, 5.0], [2, True, 5], None):
+        with pytest.raises(ValueError, match='"experts" argument'):
+            make_plan(stats, experts=experts)
+
+
+def test_fewer_experts_than_the_guard_protects_are_refused_by_name(measured, monkeypatch):
+    stats = measured("mixtral")[1]
+    monkeypatch.setattr(
+        "hcsmoe_core.methods.pruning.super_experts", lambda stats: {n: [0, 1, 2] for n in stats.layers}
+    )
+    for experts in ([4, 2, 8], [4, 3, 8]):
+        with pytest.raises(
+            ValueError, match=f"leaves {experts[1]} experts in .*layers.1.* from 4 to 8 must be"
+        ):
+            make_plan(stats, experts=experts, guard=True)
+    assert [p.num_groups for p in make_plan(stats, experts=[4, 8, 5], guard=True).layers] == [4, 8, 5]
+
+
+def test_an_option_that_no_step_takes_is_refused_with_those_that_do():
+    for method, settings, takers in (
+        ("reap", {"linkage": "ward"}, 'group "hierarchical" and budget "merge-cost" and budget "silhouette"'),
+        ("hc-smoe", {"ridge": 0.1}, 'combine "least-squares" and combine "trimming" and combine "selection"'),
+        ("hc-smoe", {"share": 0.5}, 'compress "low-rank"'),
+        ("hc-smoe", {"saliency": "ean"}, 'budget "saliency" and group "prune"'),
+        ("random", {"metric": "cosine"}, 'group "hierarchical"'),
+        ("random", {"similarity": "weight"}, 'group "hierarchical"'),
+        ("reap", {"merge": "average"}, 'group "hierarchical"'),
+    ):
+        with pytest.raises(ValueError, match="setting is taken by") as caught:
+            resolve(method, **settings)
+        for taker in takers.split(" and "):
+            assert taker in str(caught.value)
+    # what a row sets for a step that is then set otherwise is no fault of the user's
+    assert resolve("grape", group="k-means").steps["group"] == "k-means"
+
+
+def test_equal_plans_have_equal_settings():
+    for one, other in (
+        (dict(method="k-means"), dict(method="hc-smoe", group="k-means")),
+        (dict(method="hc-smoe"), dict(method="hc-smoe", linkage="average", metric="euclidean", guard=False)),
+        (dict(method="recommended"), dict(method="least-residual", refit=2)),
+        (dict(similarity="2*weight"), dict(similarity="weight")),
+        (dict(similarity="functional + weight"), dict(similarity="0.5*functional+0.5*weight")),
+        (dict(method="k-means", centres=(0, np.int64(3))), dict(method="k-means", centres=[0, 3])),
+        (dict(method="sub-moe", rank=1), dict(method="sub-moe", rank=1.0)),
+        (dict(method="uncurl"), dict(similarity="router-logits", metric="cosine", align="weights")),
+        (dict(method="simsmoe"), dict(similarity="cka")),
+        (dict(method="mc-smoe"), dict(method="m-smoe", compress="low-rank", share=0.5)),
+    ):
+        first, second = resolve(**one).settings, resolve(**other).settings
+        assert first == second
+        assert json.dumps(first, sort_keys=True) == json.dumps(second, sort_keys=True)
+    every = [json.dumps(resolve(m).settings, sort_keys=True) for m in METHODS]
+    assert len(set(every)) == len(every)
+    assert (
+        resolve(similarity="functional+pairwise-cosine").settings
+        != resolve(similarity="functional+pairwise-cosine", metric="cosine").settings
+    )
+
+
+def test_settings_are_written_and_read():
+    text = "align=weights centres=0,3 guard=on linkage=ward ridge=0.1 similarity=0.7*functional+0.3*weight"
+    settings = parse_settings(text.split())
+    assert settings["centres"] == [0, 3]
+    assert settings["guard"] is True
+    assert settings["ridge"] == 0.1
+    assert format_settings(settings) == text
+    assert set(settings) <= set(option_names())
+    for item in ("guard=maybe", "linkge=ward", "ridge=little", "ward"):
+        with pytest.raises(ValueError, match="steps"):
+            parse_settings([item], option="steps")
 
 
 def test_the_table_names_every_method():
@@ -307,7 +425,7 @@ def test_predicted_errors_are_those_of_the_mean_output(family):
 
 @pytest.mark.parametrize("family", ["Ernie4_5_Moe", "MiniMaxM2", "Lfm2Moe"])
 def test_correction_biases_are_dropped_wherever_a_family_keeps_them(family, tmp_path):
-    """In a module of their own, or in the block; an expert that its bias keeps from being chosen is one that is not there."""
+    """In a module of their own, or in the block; a bias that keeps an expert from being chosen drops it."""
     import transformers as t
 
     sizes = dict(num_experts_per_tok=2, moe_intermediate_size=24, intermediate_size=24, head_dim=8)
@@ -354,11 +472,10 @@ def test_correction_biases_are_dropped_wherever_a_family_keeps_them(family, tmp_
 )
 def test_many_plans_are_those_made_one_by_one(settings, measured):
     model, stats = measured("mixtral")
-    linkages = ["average", "ward"]
+    linkages = None if settings.get("method") == "k-means" else ["average", "ward"]
     counts = [3, 5] if "budget" in settings else [3, 5, [6, 4, 8]]
     made = list(make_plans(stats, model, experts=counts, linkages=linkages, **settings))
-    alone = [
-        make_plan(stats, model, experts=n, linkage=link, **settings) for link in linkages for n in counts
-    ]
+    varied = [{}] if linkages is None else [{"linkage": link} for link in linkages]
+    alone = [make_plan(stats, model, experts=n, **link, **settings) for link in varied for n in counts]
     assert made == alone
-    assert len(made) == 2 * len(counts)
+    assert len(made) == len(varied) * len(counts)

@@ -1,4 +1,4 @@
-"""Statistics, similarities, groups, budgets and prunings against slow versions written from the formulas, in float64."""
+"""Statistics, similarities, groups, budgets and prunings against slow versions in float64."""
 
 import dataclasses
 import functools
@@ -20,7 +20,6 @@ from sklearn.metrics import silhouette_score
 from test_capture import router_name
 
 from hcsmoe_core import (
-    LayerPlan,
     Plan,
     apply_plan,
     capture,
@@ -43,6 +42,7 @@ from hcsmoe_core.methods.pruning import (
     saliency,
     super_experts,
 )
+from hcsmoe_core.plan import LayerPlan
 from hcsmoe_core.similarity import coordinates, metric_of, parts_of, scale_of
 from hcsmoe_core.statistics import DEFAULT_NEEDS, NEEDS, LayerStatistics, Statistics
 
@@ -112,7 +112,7 @@ def partition(labels):
     )
 
 
-# --- sums -------------------------------------------------------------------------------------------------------------
+# --- sums -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", RUN)
@@ -140,7 +140,7 @@ def test_sums_equal_naive_ones_in_every_domain(family):
 def test_norms_of_routed_tokens_alone_are_the_same(family):
     r = run(family)
     alone = capture(r.model, r.ids, needs=("usage", "norms"), batch_size=r.batch_size, domains=DOMAINS)
-    usual = capture(r.model, r.ids, batch_size=r.batch_size, domains=DOMAINS)
+    usual = capture(r.model, r.ids, needs=DEFAULT_NEEDS, batch_size=r.batch_size, domains=DOMAINS)
     assert alone.needs == ("usage", "norms")
     assert usual.needs == DEFAULT_NEEDS == ("usage", "outputs", "norms", "grams")
     for name in r.names:
@@ -155,14 +155,14 @@ def test_norms_of_routed_tokens_alone_are_the_same(family):
 
 def test_chunks_do_not_change_grams_and_norms(monkeypatch):
     r = run("qwen2_moe")
-    monkeypatch.setattr(sys.modules["hcsmoe_core.collect"], "DENSE", 7 * E * 32)
+    monkeypatch.setattr(sys.modules["hcsmoe_core.collect"], "DENSE", {"cpu": 7 * E * 32})
     parts = capture(r.model, r.ids, needs=ALL_NEEDS, sample=50, batch_size=4, domains=DOMAINS)
     for name in r.names:
-        for key, value in r.stats.layers[name].held().items():
+        for key, value in r.stats.layers[name].collected().items():
             close(getattr(parts.layers[name], key), value, rtol=1e-11, atol=1e-10)
 
 
-# --- the sample -------------------------------------------------------------------------------------------------------
+# --- the sample -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", RUN)
@@ -226,7 +226,7 @@ def test_samples_of_parts_are_the_sample_of_all(first, second, tmp_path):
                 close(got, wanted, rtol=1e-6, atol=1e-9)
 
 
-# --- similarities -----------------------------------------------------------------------------------------------------
+# --- similarities -----------------------------------------------------------------------------------------
 
 
 def naive_features(r, name, similarity):
@@ -314,7 +314,7 @@ def test_experts_that_no_token_is_routed_to_are_compared_unweighted():
     with torch.no_grad():
         for layer in find_moe_layers(model):
             layer.router.bias[[2, 6]] = -1e4
-    stats = capture(model, ids)
+    stats = capture(model, ids, needs=DEFAULT_NEEDS)
     place = list(itertools.combinations(range(E), 2)).index((2, 6))
     for name in stats.layers:
         assert (stats.layers[name].usage_count[:, [2, 6]] == 0).all()
@@ -479,7 +479,7 @@ def test_what_is_missing_is_named():
         make_plan(r.stats, experts=4, method="o-prune")
 
 
-# --- groups -----------------------------------------------------------------------------------------------------------
+# --- groups -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", ["average", "single", "complete"])
@@ -669,7 +669,7 @@ def test_fuzzy_groups_of_equal_experts():
             fuzzy_cmeans(np.eye(4), 2, fuzzifier=bad)
 
 
-# --- budgets ----------------------------------------------------------------------------------------------------------
+# --- budgets ----------------------------------------------------------------------------------------------
 
 
 @st.composite
@@ -763,7 +763,7 @@ def test_grape_where_the_guard_has_no_cause_is_the_naive_greedy():
 
 
 def test_grapes_guard_keeps_the_entropy():
-    """A layer that is much more redundant than the others takes all joins without the guard, but not with it."""
+    """A layer that is much more redundant than others takes all joins without the guard, not with it."""
     rng = np.random.default_rng(1)
     similarities = [np.ones((8, 8))] + [0.1 * cosines(rng, 8) for _ in range(3)]
     assert budgets.grape(similarities, 25, [1] * 4, gamma=1) == [1, 8, 8, 8]
@@ -868,7 +868,7 @@ def test_plans_keep_exactly_the_total(budget):
         assert all(layer.num_groups >= 1 for layer in plan.layers)
 
 
-# --- prunings ---------------------------------------------------------------------------------------------------------
+# --- prunings ---------------------------------------------------------------------------------------------
 
 
 def naive_saliency(seen, name, family):
@@ -955,7 +955,7 @@ def test_random_pruning_goes_by_the_seed():
 
 
 def drop_cases(r, name, size):
-    """The first tokens of the sample of a layer: loss function, and what the naive run saw of the same tokens."""
+    """The first tokens of a layer's sample: loss function, and what the naive run saw of these tokens."""
     layer = next(layer for layer in find_moe_layers(r.model) if layer.name == name)
     sample = r.stats.layers[name].sample
     part = type(sample)(**{f.name: getattr(sample, f.name)[:size] for f in dataclasses.fields(sample)})
@@ -964,7 +964,7 @@ def drop_cases(r, name, size):
 
 
 def naive_losses(seen, rows, kept, sequences):
-    """Sum of squared differences of the layer's outputs, and the sum over sequences of the root of each one's."""
+    """Summed squared differences of the layer's outputs, and the sum over sequences of the root of each."""
     g = naive.rerouted(seen.l[rows], kept, seen.rule)
     square = ((np.einsum("te,etd->td", g, seen.f[:, rows]) - seen.y[rows]) ** 2).sum(1)
     return square.sum(), sum(np.sqrt(square[sequences == s].sum()) for s in set(sequences.tolist()))
@@ -1014,7 +1014,7 @@ def test_drop_loss_in_float32_is_near():
 
 
 def test_experts_that_are_never_chosen_are_not_kept_alone():
-    """A logit far below all others: whoever keeps its expert alone sends every token there, with weight one."""
+    """A logit far below all others: who keeps its expert alone sends every token there, with weight one."""
     model, ids = family_model("gpt_oss"), tokens(2)
     with torch.no_grad():
         for layer in find_moe_layers(model):
@@ -1158,7 +1158,7 @@ def test_only_protected_experts_can_be_kept(experts):
 
 
 def test_a_search_over_more_than_16_experts_in_a_plan():
-    """Twenty experts in a synthetic layer: as good as the best swap from anywhere, with Grams of random outputs."""
+    """Twenty experts in a synthetic layer: as good as the best swap from anywhere, random outputs."""
     generator = torch.Generator().manual_seed(0)
     f = torch.randn(40, 20, 6, generator=generator, dtype=torch.float64)
     logits_ = torch.randn(40, 20, generator=generator, dtype=torch.float64) * 2
@@ -1221,11 +1221,11 @@ def test_group_limited_routers_keep_as_many_of_each_group():
             make_plan(r.stats, r.model, experts=3, method=method, budget="uniform")
 
 
-# --- super experts ----------------------------------------------------------------------------------------------------
+# --- super experts ----------------------------------------------------------------------------------------
 
 
 def with_largest(largest):
-    """Statistics of which nothing but the outputs' largest values means anything; ``largest`` is ``[L, E]``."""
+    """Statistics of which only the outputs' largest values mean anything; ``largest`` is ``[L, E]``."""
     layers, experts = largest.shape
     zeros = torch.zeros(2, experts, dtype=torch.float64)
     made = {}
@@ -1246,7 +1246,7 @@ def test_planted_super_experts_are_found():
         largest[place] = value
     found = super_experts(with_largest(largest))
     assert list(found) == [f"layer.{a}" for a in range(8)]
-    # 512 values: the 99.5th percentile lies below the three largest; the last quarter of the layers is not looked at
+    # 512 values: the 99.5th percentile lies below the three largest; the last quarter of layers counts not
     assert {name: experts for name, experts in found.items() if experts} == {"layer.1": [10], "layer.2": [3]}
     largest[2, 3] = 90.0  # less than a tenth of the largest
     assert {n: e for n, e in super_experts(with_largest(largest)).items() if e} == {"layer.1": [10]}
@@ -1281,7 +1281,7 @@ def test_a_super_expert_planted_in_a_model_is_found_and_left_alone():
     model, ids = family_model("mixtral"), tokens()
     with torch.no_grad():
         find_moe_layers(model)[1].experts.down_proj[6] *= 100
-    stats = capture(model, ids)
+    stats = capture(model, ids, needs=DEFAULT_NEEDS)
     name = list(stats.layers)[1]
     assert super_experts(stats) == {n: [6] if n == name else [] for n in stats.layers}
     plan = make_plan(stats, model, experts=3, guard=True)
@@ -1291,7 +1291,7 @@ def test_a_super_expert_planted_in_a_model_is_found_and_left_alone():
         super_experts(capture(model, ids[:1], needs=("usage",)))
 
 
-# --- pruned models ----------------------------------------------------------------------------------------------------
+# --- pruned models ----------------------------------------------------------------------------------------
 
 
 def drop_plan(names, kept):

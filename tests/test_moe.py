@@ -1,9 +1,12 @@
+import json
+
 import pytest
 import torch
 from conftest import FAMILIES, OTHERS, logits, tiny_model, tokens
 
-from hcsmoe_core import families, moe, replace
+from hcsmoe_core import apply_plan, capture, families, find_moe_layers, make_plan, moe, replace, save_merged
 from hcsmoe_core._util import InputError
+from tools import family_table
 
 
 @pytest.mark.parametrize("name", FAMILIES + OTHERS)
@@ -35,7 +38,7 @@ def test_identity_map_changes_no_bit(name, implementation):
     model, ids = tiny_model(name, implementation=implementation), tokens()
     before = logits(model, ids)
     for layer in families.find_moe_layers(model):
-        replace.put_experts(
+        replace.replace_experts(
             layer, {n: t.detach().clone() for n, t in layer.tensors().items()}, list(range(8))
         )
     assert torch.equal(logits(model, ids), before)
@@ -53,12 +56,12 @@ def test_twins_share_one_expert_and_nothing_changes(name):
     originals = [dict(layer.tensors()) for layer in layers]
     labels, kept = [0, 1, 2, 1, 3, 4, 0, 5], [0, 1, 2, 4, 5, 7]
     for layer in layers:
-        replace.put_experts(layer, {n: t.detach()[kept] for n, t in layer.tensors().items()}, labels)
+        replace.replace_experts(layer, {n: t.detach()[kept] for n, t in layer.tensors().items()}, labels)
         assert (layer.num_stored, layer.num_experts) == (6, 8)
     # gpt-oss computes parts of its attention in float32.
     torch.testing.assert_close(logits(model, ids), before, rtol=0, atol=1e-12 if name != "gpt_oss" else 1e-5)
     for layer, original in zip(layers, originals, strict=True):
-        replace.take_experts(layer)
+        replace.restore_experts(layer)
         assert all(t is original[n] for n, t in layer.tensors().items())
     assert torch.equal(logits(model, ids), before)
 
@@ -68,7 +71,7 @@ def test_generate_with_a_cache_goes_through_the_map(family):
     options = dict(max_new_tokens=8, do_sample=False, attention_mask=torch.ones_like(ids), eos_token_id=None)
     for layer in families.find_moe_layers(model):
         new = {n: t.detach()[[0, 1, 2, 3]] for n, t in layer.tensors().items()}
-        replace.put_experts(layer, new, [0, 1, 2, 3, 0, 1, 2, 3])
+        replace.replace_experts(layer, new, [0, 1, 2, 3, 0, 1, 2, 3])
     written = model.generate(ids, **options)
     step_by_step = ids
     for _ in range(8):
@@ -99,7 +102,9 @@ def parts(model):
     """Every tensor, every number of experts and every map of a model, by where it is."""
     found = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     for name, module in model.named_modules():
-        numbers = moe.whole_numbers(module, (*moe.COUNTS, *moe.CHOICES, *moe.WIDTHS, *moe.ROUTER_GROUPS))
+        numbers = moe.whole_numbers(
+            module, (*moe.EXPERT_COUNT_NAMES, *moe.TOP_K_NAMES, *moe.WIDTH_NAMES, *moe.GROUP_COUNT_NAMES)
+        )
         found |= {f"{name}.{key}": torch.tensor(value) for key, value in numbers.items()}
         if hasattr(module, "_merged"):
             found[f"{name} labels"] = torch.tensor(module._merged.labels)
@@ -117,7 +122,7 @@ def merge_some(model):
     layers, kept = families.find_moe_layers(model), [0, 1, 2, 3]
     for layer, rows in zip(layers[-2:], (None, torch.eye(8)[kept]), strict=True):
         new = {name: tensor.detach()[kept] * 2 for name, tensor in layer.tensors().items()}
-        replace.put_experts(layer, new, [0, 1, 2, 3, 3, 2, 1, 0], rows=rows)
+        replace.replace_experts(layer, new, [0, 1, 2, 3, 3, 2, 1, 0], rows=rows)
     return layers
 
 
@@ -136,7 +141,7 @@ def test_suspended_layers_have_their_originals_and_then_what_was_merged(name):
     assert same(parts(model), merged)
     assert torch.equal(logits(model, ids), after)
     for layer in layers[-2:]:
-        replace.take_experts(layer)
+        replace.restore_experts(layer)
     assert same(parts(model), original)
     assert torch.equal(logits(model, ids), before)
 
@@ -158,7 +163,7 @@ def test_suspended_layers_are_merged_again_after_an_error(mixtral):
 
 def test_changes_of_merged_tensors_outlive_a_suspension(mixtral):
     layer = merge_some(mixtral)[-2]
-    replace.set_rows(layer, {name: tensor.detach() + 1 for name, tensor in layer.tensors().items()})
+    replace.set_expert_tensors(layer, {name: tensor.detach() + 1 for name, tensor in layer.tensors().items()})
     merged = parts(mixtral)
     with replace.suspended([layer]):
         pass
@@ -177,3 +182,21 @@ def test_layers_without_their_originals_are_not_suspended(mixtral):
     ):
         raise AssertionError
     assert same(parts(mixtral), merged)
+
+
+def test_a_pruned_router_of_groups_chooses_no_more_experts_than_it_can_reach(tmp_path):
+    """Ten experts in two groups, one of which a token chooses: of six left, three can be reached, and k was
+    4.
+    """
+    model, ids = family_table.tiny_model("deepseek_v3"), family_table.tiny_tokens()
+    stats = capture(model, ids, methods=["reap"], progress=False)
+    plan = make_plan(stats, model, experts=6, method="reap")
+    save_merged(model, plan, tmp_path / "pruned", router="plain")
+    assert json.loads((tmp_path / "pruned/config.json").read_text())["num_experts_per_tok"] == 3
+    apply_plan(model, plan)
+    seen = []
+    for layer in find_moe_layers(model):
+        layer.experts.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[1]))
+    model(input_ids=ids, use_cache=False)
+    assert all(index.shape[-1] == 3 for index in seen)
+    assert all(((index // 3) == (index // 3)[..., :1]).all() for index in seen)  # all of one group

@@ -10,12 +10,12 @@ from naive import written
 from safetensors.torch import load_file, save_file
 from scipy.stats import chisquare
 
-from hcsmoe_core import apply_plan, calibration_tokens, capture, domains_of, evaluate, make_plan
+from hcsmoe_core import apply_plan, calibration_tokens, capture, evaluate, make_plan
 from hcsmoe_core.scale.streaming import stream_model
 from hcsmoe_core.score.evaluation import perplexity
 from hcsmoe_core.studies import cache, cost
 from hcsmoe_core.text import own_text as owntext
-from hcsmoe_core.text.calibration import calibration_settings
+from hcsmoe_core.text.calibration import calibration_settings, domains_of
 from hcsmoe_core.text.own_text import LOOP, PERIOD, own_text, repetition, writing_of
 
 WORDS = [f"w{i}" for i in range(84)]
@@ -276,7 +276,7 @@ def test_notebooks_take_it(tmp_path, monkeypatch):
     model.save_pretrained(tmp_path / "m")
     model.name_or_path = str(tmp_path / "m")
     source = dict(calibration="self:batch=4", sequences=6, length=20)
-    stats = cache.statistics(model, None, folder=tmp_path / "s", seed=9, **source)
+    stats = cache.cached_statistics(model, None, folder=tmp_path / "s", seed=9, **source)
     wanted = capture(
         model, own_text(model, sequences=6, length=20, seed=9, batch=4, folder=None), progress=False
     )

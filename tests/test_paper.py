@@ -20,7 +20,13 @@ def cell(model, experts, score, *, calibration_seed=42, tasks=None, **steps):
     """A results.json of 05_accuracy as it would be; ``tasks`` are all scored the same."""
     tasks = tasks or (demo_tasks.NAMES if model.startswith("demo") else paper.table_of("qwen")["tasks"])
     parameters = dict(
-        model=model, dtype="float32", calibration="", sequences=0, length=0, calibration_seed=calibration_seed, experts=experts
+        model=model,
+        dtype="float32",
+        calibration="",
+        sequences=0,
+        length=0,
+        calibration_seed=calibration_seed,
+        experts=experts,
     )
     parameters |= (
         dict(method="hc-smoe", similarity="", linkage="", merge="", tasks="", limit=0, text="demo") | steps

@@ -1,4 +1,4 @@
-"""Fitting what the neurons of a merged expert read: slopes, one step, and rounds of them, against dense float64 arithmetic."""
+"""Fitting what the neurons of a merged expert read, against dense float64 arithmetic."""
 
 import numpy as np
 import pytest
@@ -9,8 +9,7 @@ import hcsmoe_core as core
 from hcsmoe_core.families import moe_layer
 from hcsmoe_core.merging import Group
 from hcsmoe_core.merging import combine_group as combine
-from hcsmoe_core.methods import combining
-from hcsmoe_core.methods import residual
+from hcsmoe_core.methods import combining, residual
 from hcsmoe_core.statistics import LayerSample
 
 FAMILIES = ("mixtral", "qwen2_moe", *OTHERS)
@@ -121,7 +120,7 @@ def test_in_16_bits_it_is_near_that_in_64():
     assert left < 0.95 * plain
 
 
-# --- plans ------------------------------------------------------------------------------------------------------------
+# --- plans ------------------------------------------------------------------------------------------------
 
 
 def captured(model, sequences=24):

@@ -1,4 +1,6 @@
-"""The paper's tables in one line: costs that follow from the models' shapes alone, cells that are measured once."""
+"""The paper's tables in one line: costs that follow from the models' shapes alone, cells that are measured
+once.
+"""
 
 import json
 
@@ -6,11 +8,12 @@ import pytest
 from test_cli import hcsmoe
 
 import hcsmoe_core as core
+from hcsmoe_core.score.evaluation import paired
 from hcsmoe_core.studies import paper, reproduce, sweep
 
 TOKENS = 32 * 2048
-# Of the two models: layers, experts, hidden size, expert width, experts a token; weights of one layer's attention, and of
-# what else it has beside its experts and two norms; vocabulary.
+# Of the two models: layers, experts, hidden size, expert width, experts a token; weights of one layer's
+# attention, and of what else it has beside its experts and two norms; vocabulary.
 SHAPES = {
     "mixtral-8x7b": dict(layers=32, experts=8, hidden=4096, width=14336, chosen=2, vocabulary=32000)
     | dict(attention=2 * 4096 * 4096 + 2 * 4096 * 1024, shared=0),
@@ -161,7 +164,8 @@ def test_cells_are_measured_once_whole_or_streamed(tmp_path, monkeypatch):
 
     monkeypatch.setattr(reproduce, "make_plan", planned)
     with pytest.raises(
-        RuntimeError, match=r"2 of 13 cells failed; run again to retry them.\n  s-prune, 6 of 8 experts: not today\n"
+        RuntimeError,
+        match=r"2 of 13 cells failed; run again to retry them.\n  s-prune, 6 of 8 experts: not today\n",
     ):
         reproduce.run("mixtral-8x7b", **SMALL, folder=tmp_path / "whole")
     out = reproduce.run("mixtral-8x7b", **SMALL, folder=tmp_path / "whole")
@@ -180,7 +184,7 @@ def test_cells_are_measured_once_whole_or_streamed(tmp_path, monkeypatch):
     frame = paper.line_up(sweep.collect(out, model="demo-mixtral"), "mixtral")
     assert frame["ours"].notna().all()
     said = reproduce.report("mixtral-8x7b", out, "demo-mixtral")
-    row = core.paired(whole["o-prune4"], whole["original0"], metrics=("acc",)).iloc[-1]
+    row = paired(whole["o-prune4"], whole["original0"], metrics=("acc",)).iloc[-1]
     assert f"{100 * row['difference']:+.2f} ± {100 * row['error']:.2f}" in said
     assert "demo-mixtral is not Mixtral-8x7B-v0.1" in said
 

@@ -10,13 +10,18 @@ from conftest import EXPERTS, OTHERS, tiny_model, tokens
 import hcsmoe_core as core
 from hcsmoe_core.families import moe_layer
 from hcsmoe_core.merging import merge_layer
-from hcsmoe_core.methods import combining
-from hcsmoe_core.methods import residual
-from hcsmoe_core.methods.combining import chosen_columns, forward_selection
+from hcsmoe_core.methods import combining, residual
+from hcsmoe_core.methods.combining import chosen_columns
 from hcsmoe_core.moe import MoELayer
 from hcsmoe_core.plan import LayerPlan
 
 NEEDS = ("usage", "outputs", "grams", "sample")
+
+
+def forward_selection(pool, target, width, *, block=None):
+    """Columns of a regression chosen from the columns themselves, ``(T, N)`` and ``(T, D)``."""
+    pool = pool.double()
+    return chosen_columns(pool.T @ pool, pool.T @ target.double(), width, block=block)
 
 
 def captured(model, sequences=12, domains=None):
@@ -27,7 +32,7 @@ def recommended(model, stats, experts, **settings):
     return core.make_plan(stats, model, experts=experts, method="recommended", progress=False, **settings)
 
 
-# --- shapes, and what is held out -----------------------------------------------------------------------------------
+# --- shapes, and what is held out -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -92,13 +97,13 @@ def test_of_few_domains_some_are_held_out_unless_one_is_own_text(mixtral, domain
     )
 
 
-# --- the residual itself ----------------------------------------------------------------------------------------------
+# --- the residual itself ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", *OTHERS])
 @pytest.mark.parametrize("experts", [8, 4, 2])
 def test_the_residual_is_that_of_the_layer_made_so(family, experts):
-    """Of groups that share no token it is exact; beside others errors add up, so each group is looked at by itself."""
+    """Of groups that share no token it is exact; beside others errors add up, so each is looked at alone."""
     model = tiny_model(family, torch.float64)
     stats = captured(model)
     name = list(stats.layers)[1]
@@ -136,7 +141,9 @@ def test_no_more_tokens_decide_than_tell_the_neurons_apart(mixtral):
     stats = captured(mixtral, sequences=40)
     sums = next(iter(stats.layers.values()))
     decides = residual.held_out(stats.sampled, "sequences")
-    few = residual.Scorer(moe_layer(mixtral, next(iter(stats.layers))), sums, decides, "frequency", tokens=100)
+    few = residual.Scorer(
+        moe_layer(mixtral, next(iter(stats.layers))), sums, decides, "frequency", tokens=100
+    )
     assert sum(len(sample.inputs) for sample in few.samples) == 24 * residual.EACH * EXPERTS // 2
     assert torch.equal(few.samples[0].inputs, sums.sample.inputs[:384][~decides[:384]])
 
@@ -172,7 +179,7 @@ def test_the_uniform_shape_leaves_least_in_all_and_layers_of_their_own_no_more(m
     assert [layer.labels for layer in by_layer.layers] == [way.labels.tolist() for way in own]
 
 
-# --- planted truths ---------------------------------------------------------------------------------------------------
+# --- planted truths ---------------------------------------------------------------------------------------
 
 
 def twins(family, permuted=False):
@@ -234,7 +241,7 @@ def test_experts_with_idle_neurons_are_trimmed():
     assert float(((after - before).norm() / before.norm()).detach()) < 1e-3
 
 
-# --- the greedy choice in blocks ------------------------------------------------------------------------------------
+# --- the greedy choice in blocks --------------------------------------------------------------------------
 
 
 def _residual(pool, target, chosen):
@@ -292,7 +299,7 @@ def test_greedy_steps_are_those_of_a_naive_search():
     assert forward_selection(pool, target, 6, block=1) == naive
 
 
-# --- as a method ------------------------------------------------------------------------------------------------------
+# --- as a method ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "olmoe", *OTHERS])
@@ -337,7 +344,7 @@ def test_the_same_plan_each_time_and_its_settings(mixtral):
 def test_what_cannot_be_solved_for_is_averaged(monkeypatch):
     model = tiny_model("mixtral")
     stats = captured(model)
-    monkeypatch.setattr(MoELayer, "unsolvable", "planted")
+    monkeypatch.setattr(MoELayer, "why_not_solvable", "planted")
     plan = recommended(model, stats, 3)
     assert all(layer.rules is None and layer.num_groups == 3 and layer.width is None for layer in plan.layers)
 
@@ -361,7 +368,7 @@ def test_it_wants_the_model_and_the_sample(mixtral):
     stats = captured(mixtral)
     with pytest.raises(ValueError, match='give the "model" argument'):
         core.make_plan(stats, experts=4, method="recommended")
-    bare = core.capture(mixtral, tokens(), progress=False)
+    bare = core.capture(mixtral, tokens(), needs=NEEDS[:-1], progress=False)
     with pytest.raises(ValueError, match="needs 'sample'"):
         recommended(mixtral, bare, 4)
     with pytest.raises(ValueError, match="may be a list only"):

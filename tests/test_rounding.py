@@ -7,8 +7,8 @@ import pytest
 import torch
 from conftest import FAMILIES, OTHERS, logits, tiny_model, tokens
 
-from hcsmoe_core import apply_plan, capture, find_moe_layers, make_plan, restore
 from benchmarks.rounding import expert_bytes, expert_flops, rounded, rounded_weights
+from hcsmoe_core import apply_plan, capture, find_moe_layers, make_plan, restore
 
 
 def naive(row, bits):

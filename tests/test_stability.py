@@ -9,16 +9,10 @@ from conftest import tiny_model, tokens
 from safetensors.torch import save_file
 from scipy.spatial.distance import pdist, squareform
 
-from hcsmoe_core import (
-    calibration_tokens,
-    capture,
-    cut,
-    distances,
-    find_moe_layers,
-    load_statistics,
-    merge_tree,
-)
+from hcsmoe_core import calibration_tokens, capture, cut, distances, find_moe_layers, load_statistics
 from hcsmoe_core.clustering import LINKAGES
+from hcsmoe_core.methods import merge_tree
+from hcsmoe_core.statistics import DEFAULT_NEEDS
 from hcsmoe_core.studies import stability
 from hcsmoe_core.ui import figures
 
@@ -26,7 +20,7 @@ from hcsmoe_core.ui import figures
 @pytest.fixture(scope="module")
 def measured():
     model = tiny_model("mixtral")
-    return model, capture(model, tokens())
+    return model, capture(model, tokens(), needs=DEFAULT_NEEDS)
 
 
 def naive_cophenetic(tree, condensed):
@@ -158,7 +152,8 @@ def test_a_tanglegram_draws_each_expert_once_and_says_what_crosses(measured):
     assert figures.tanglegram(trees[0], trees[0]).axes[1].get_title() == "0 crossings"
 
 
-# --- stopping once the groups no longer move ----------------------------------------------------------------------------
+# --- stopping once the groups no longer move
+# ----------------------------------------------------------------------------
 
 
 def families_model():

@@ -1,4 +1,4 @@
-"""Layer by layer gives what the whole model gives, to the byte; interrupted it goes on, broken it says why."""
+"""Layer by layer gives what the whole model gives, to the byte; interrupted it goes on, or says why not."""
 
 import filecmp
 import json
@@ -18,21 +18,18 @@ from safetensors.torch import load_file, save_file
 
 from hcsmoe_core import (
     capture,
-    capture_until_stable,
     find_moe_layers,
     load_merged,
     load_model,
     load_statistics,
     make_plan,
-    open_model,
     save_merged,
-    stream_capture,
-    stream_merged,
-    stream_model,
 )
 from hcsmoe_core.plan import with_router
 from hcsmoe_core.scale import streaming
+from hcsmoe_core.scale.streaming import open_model, stream_capture, stream_merged, stream_model
 from hcsmoe_core.score.fidelity import fidelity, observer
+from hcsmoe_core.studies.stability import capture_until_stable
 from hcsmoe_core.ui import family_table
 from tools import family_table as families
 
@@ -259,9 +256,7 @@ def test_a_full_disk_is_told_and_writing_goes_on(stored, input_ids, tmp_path, mo
         usual(*arguments, **options)
 
     monkeypatch.setattr(modeling_utils, "safe_save_file", full)
-    with pytest.raises(
-        OSError, match="cannot be written .*No space left on device.* is the disk full"
-    ):
+    with pytest.raises(OSError, match="cannot be written .*No space left on device.* is the disk full"):
         stream_merged(model, plan, tmp_path / "b", tmp_path / "work-b")
     assert not (tmp_path / "b").exists()
     assert not any(layer.merged for layer in find_moe_layers(model))
@@ -429,11 +424,11 @@ def test_what_layers_hand_on_survives_the_disk(tmp_path):
         outputs.write(5, 0, {"output": {1}})
 
 
-# --- quantised checkpoints ----------------------------------------------------------------------------------------------
+# --- quantised checkpoints --------------------------------------------------------------------------------
 
 
 def quantised(folder, how, tensors):
-    """Write tensors in place of those of a stored model, with what its configuration says of their quantisation."""
+    """Write tensors in place of those of a stored model, and say how they are quantised."""
     for file in folder.glob("*.safetensors"):
         file.unlink()
     (folder / "model.safetensors.index.json").unlink()
@@ -523,7 +518,7 @@ def test_other_quantisations_are_refused_with_the_reason(how, stored):
             load(stored)
 
 
-# --- the command: killed, out of disk, on several ranks -----------------------------------------------------------------
+# --- the command: killed, out of disk, on several ranks --------------------------------------------------
 
 QUIET = {"TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
@@ -674,7 +669,7 @@ def test_two_and_four_ranks_against_one(deep, tmp_path, load, counts):
         assert several.sequences == one.sequences
         assert torch.equal(several.sampled, one.sampled)
         for name, sums in one.layers.items():
-            for key, value in sums.held().items():
+            for key, value in sums.collected().items():
                 torch.testing.assert_close(
                     getattr(several.layers[name], key),
                     value,

@@ -10,8 +10,8 @@ import torch
 from conftest import ROOT
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
+from hcsmoe_core._util import folder_of
 from hcsmoe_core.checkpoint import load_tokenizer
-from hcsmoe_core.demo import models
 from hcsmoe_core.studies import cache, engines, sweep
 
 SMALL = {"calibration": "demo", "sequences": 12, "length": 64}
@@ -63,9 +63,11 @@ SCORE = """
 import json, pathlib
 pathlib.Path(results + ".runs").open("a").write("x")
 assert experts != 3 or pathlib.Path(results).parent.joinpath("go").exists(), "three"
-scores = dict(tasks={"t": {"acc": experts / 10}}, mean_acc=experts / 10, mean_acc_stderr=0.1, mean_loss=1.0, loss={"d": 1.0})
+scores = dict(tasks={"t": {"acc": experts / 10}}, mean_acc=experts / 10, mean_acc_stderr=0.1)
+scores |= dict(mean_loss=1.0, loss={"d": 1.0})
 size = dict(num_experts=8, weights=experts, expert_weights=experts)
-pathlib.Path(results).write_text(json.dumps(dict(parameters=dict(model=model, experts=experts), scores=scores, size=size)))
+parameters = dict(model=model, experts=experts)
+pathlib.Path(results).write_text(json.dumps(dict(parameters=parameters, scores=scores, size=size)))
 """
 
 
@@ -99,7 +101,8 @@ def test_done_cells_are_kept_and_failed_ones_run_again(tmp_path):
 
 DIE = """
 import os, pathlib, signal
-if experts == 2 and len(pathlib.Path(results + ".runs").read_text()) <= pathlib.Path(results).parent.name.count("x"):
+runs = len(pathlib.Path(results + ".runs").read_text())
+if experts == 2 and runs <= pathlib.Path(results).parent.name.count("x"):
     os.kill(os.getppid(), signal.SIGKILL)
 """
 
@@ -136,7 +139,7 @@ def readers(model, figures, cells, where="", seed=42, **changed):
     shared = {"model": model, "figures": str(figures)}
     return [
         (sweep.notebook_path("06_ablation"), shared | {"sweep": str(cells), "where": where} | changed),
-        (sweep.notebook_path("07_paper"), shared | SMALL | {"sweep": str(cells), "seed": seed}),
+        (sweep.notebook_path("07_paper"), shared | SMALL | {"sweep": str(cells), "calibration_seed": seed}),
         *((sweep.notebook_path(name), shared) for name in ("08_methods", "09_bytes", "10_theory")),
     ]
 
@@ -164,7 +167,11 @@ def test_notebooks_run_with_default_and_with_changed_parameters_and_draw_the_sam
     scored = [
         {"experts": r, "linkage": linkage} for r, linkage in ((4, "average"), (2, "average"), (4, "single"))
     ]
-    scored += [{"experts": 4, "method": "reap"}, {"experts": 4, "linkage": "average", "calibration_seed": 43}, {}]
+    scored += [
+        {"experts": 4, "method": "reap"},
+        {"experts": 4, "linkage": "average", "calibration_seed": 43},
+        {},
+    ]
     out, first, second, other = (tmp_path / name for name in ("runs", "first", "second", "other"))
     reading = {
         "where": 'linkage == "average"',
@@ -224,9 +231,11 @@ def test_notebooks_run_with_default_and_with_changed_parameters_and_draw_the_sam
 
 @pytest.mark.slow
 def test_notebooks_run_on_any_model_folder(tmp_path):
-    """Another family with a dense first layer, calibrated on a text file; and a sweep without the unmerged model."""
+    """Another family with a dense first layer, calibrated on a text file; and a sweep without the unmerged
+    model.
+    """
     config = Qwen3MoeConfig(
-        vocab_size=models.VOCABULARY,
+        vocab_size=1024,
         hidden_size=32,
         moe_intermediate_size=24,
         num_hidden_layers=3,
@@ -240,7 +249,7 @@ def test_notebooks_run_on_any_model_folder(tmp_path):
     torch.manual_seed(0)
     folder, text = tmp_path / "some-moe", tmp_path / "text.txt"
     Qwen3MoeForCausalLM(config).save_pretrained(folder)
-    load_tokenizer(models.folder("demo-qwen")).save_pretrained(folder)
+    load_tokenizer(folder_of("demo-qwen")).save_pretrained(folder)
     text.write_text("\n".join(f"Line {i} of a text that says {i * 7 % 13} things." for i in range(3000)))
     shared = {"model": str(folder), "figures": str(tmp_path / "figures")}
     source = {"calibration": str(text), "sequences": 8, "length": 64}

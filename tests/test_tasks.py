@@ -1,4 +1,4 @@
-"""The paper's tasks through the harness' own task code, offline, on a few rows of our own in the data sets' own schemas."""
+"""The paper's tasks through the harness' own code, offline, on rows of ours in the data sets' schemas."""
 
 import json
 import math
@@ -12,7 +12,7 @@ import torch
 from test_cli import hcsmoe
 
 import hcsmoe_core as core
-from hcsmoe_core.score.evaluation import PAPER_TASKS
+from hcsmoe_core.score.evaluation import PAPER_TASKS, paired
 
 SUBJECTS = 57
 
@@ -87,7 +87,8 @@ def asked():
         topic = subject.replace("_", " ")
         found[f"mmlu_{subject}"] = [
             (
-                f"The following are multiple choice questions (with answers) about {topic}.\n\n{row['question'].strip()}\n"
+                f"The following are multiple choice questions (with answers) about {topic}.\n\n"
+                + f"{row['question'].strip()}\n"
                 + "\n".join(
                     f"{letter}. {choice}" for letter, choice in zip(letters, row["choices"], strict=True)
                 )
@@ -140,7 +141,7 @@ def test_a_group_counts_every_item_alike_and_pools_its_errors(results):
     assert found["items"] == count
     within = sum(((i - i.mean()) ** 2).sum() for i in items) / (count - SUBJECTS)
     assert found["acc_stderr"] == pytest.approx(math.sqrt(within / count))
-    table = core.paired(merged, original).set_index(["metric", "task"])
+    table = paired(merged, original).set_index(["metric", "task"])
     changes = [
         np.array(merged["items"][task]["acc"]) - np.array(original["items"][task]["acc"]) for task in subjects
     ]
@@ -158,7 +159,7 @@ def test_word_perplexity_is_that_of_the_pages(results):
     model, tokenizer = core.load_model("demo-mixtral", dtype="float32", device="cpu")
     loss, words, letters = 0, 0, 0
     for i in range(3):
-        text = f" = Page {i} =\nA page of {i} words, and of-signs.\n"  # without the spaces and signs of the raw page
+        text = f" = Page {i} =\nA page of {i} words, and of-signs.\n"  # the raw page, less spaces and signs
         ids = [
             tokenizer.bos_token_id,
             *tokenizer(text)["input_ids"],

@@ -1,4 +1,6 @@
-"""Predicted errors of layers: against every expert run by hand, and against losses made by the formula itself."""
+"""Predicted errors of layers: against every expert run by hand, and against losses made by the formula
+itself.
+"""
 
 import numpy as np
 import pandas as pd
@@ -7,10 +9,9 @@ import torch
 from conftest import tiny_model, tokens
 from naive import expert
 
+from benchmarks import figures, theory
 from hcsmoe_core import apply_plan, capture, find_moe_layers, make_plan, restore
-from benchmarks import theory
 from hcsmoe_core.studies.pipeline import layer_outputs, split_sample
-from hcsmoe_core.ui import figures
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +48,7 @@ def test_samples_are_split_by_sequences(captured):
     name = next(iter(stats.layers))
     rows = torch.isin(stats.sampled[:, 0], judge.sampled[:, 0])
     assert torch.equal(judge.layers[name].sample.inputs, stats.layers[name].sample.inputs[rows])
-    assert fit.identity() == stats.identity()
+    assert fit.identity() | {"sample": 0} == stats.identity() | {"sample": 0}
 
 
 COSTS = (4.0, 0.5, 2.0)

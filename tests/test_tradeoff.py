@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from benchmarks import equal_bytes as tradeoff
-from hcsmoe_core.ui import figures
+from benchmarks import figures
 
 
 def cells(points):
@@ -57,9 +57,8 @@ def test_rounding_is_weighed_against_what_takes_no_more_bytes():
         "make it smaller.",
     ]
     assert said[3].endswith("trimming to 4, 4 bits, 14%, adds 0.250.")
-    assert (
-        said[4]
-        == "For 50% of the experts' operations, which rounding does not save: trimming to 4, 16 bits adds 0.200."
+    assert said[4] == (
+        "For 50% of the experts' operations, which rounding does not save: trimming to 4, 16 bits adds 0.200."
     )
 
 

@@ -1,5 +1,11 @@
-"""The MoE families of the installed transformers: which there are, a tiny random model of each, and what works on it."""
+"""The MoE families of the installed transformers: which there are, a tiny model of each, what works on it.
 
+``python -m tools.family_table [--out FILE] [NAME…]`` tries families out (minutes for all) and prints the
+table; with ``--out hcsmoe_core/ui/families.json`` it makes the committed one, which ``hcsmoe families``
+prints.
+"""
+
+import argparse
 import contextlib
 import dataclasses
 import importlib.util
@@ -9,14 +15,17 @@ from functools import cache
 from pathlib import Path
 
 import torch
+import transformers
 
-from hcsmoe_core._util import check_choice
+from hcsmoe_core._transformers import class_for
+from hcsmoe_core._util import InputError, check_choice, write_json
 from hcsmoe_core.checkpoint import counted, load_merged, save_merged
 from hcsmoe_core.collect import capture
 from hcsmoe_core.families import find_moe_layers
 from hcsmoe_core.merging import apply_plan, restore
-from hcsmoe_core.methods.planner import make_plan
-from hcsmoe_core.methods.saliency import routing_rule
+from hcsmoe_core.methods import make_plan
+from hcsmoe_core.methods.pruning import routing_rule
+from hcsmoe_core.ui.family_table import table
 
 # A family's modelling file defines experts or a MoE block under one of these names.
 CLASSES = re.compile(r"^class (\w*(?:Expert|MoE|Moe)\w*)\(", re.MULTILINE)
@@ -25,8 +34,8 @@ CLASSES = re.compile(r"^class (\w*(?:Expert|MoE|Moe)\w*)\(", re.MULTILINE)
 VOCABULARY, EXPERTS, KEPT, CHOSEN = 97, 10, 6, 4
 
 
-# Sizes of a tiny model, under every name that some family gives them. E differs from all others, so that nothing is taken
-# for a row an expert by chance.
+# Sizes of a tiny model, under every name that some family gives them. E differs from all others, so that no
+# other tensor seems to have one row per expert.
 TINY = dict(
     vocab_size=VOCABULARY,
     vocab_size_per_layer_input=VOCABULARY,
@@ -126,29 +135,17 @@ TINY_OTHER = dict(
     fullatt_block_indexes=[0],
     deepstack_visual_indexes=[0],
 )
-
-
 MLA = dict(num_key_value_heads=4)  # latent attention has as many key heads as others
-
-
 SPARSE = dict(mlp_layer_types=["dense", "sparse", "sparse"])
-
-
 LINEAR = dict(num_hidden_layers=4, layer_types=["linear_attention", "full_attention"] * 2)
-
-
 SPARSE_4 = dict(mlp_layer_types=["dense", "sparse", "sparse", "sparse"])
-
-
 ENCODER_DECODER = dict(
     d_model=32, d_ff=40, d_kv=8, encoder_layers=2, decoder_layers=2, encoder_ffn_dim=40, decoder_ffn_dim=40
 )
-
-
 ROPE = dict(rope_type="default", rope_theta=1e4)
 
 
-# What else a family's configuration wants; of the part that reads text.
+# What else a family's configuration needs, for the part that reads text.
 OVERRIDES = {
     "axk1": MLA,
     "axk2": MLA,
@@ -220,7 +217,7 @@ OVERRIDES = {
 }
 
 
-# What else its other parts want, and the configuration that holds all (under no name).
+# What else its other parts need, and (under "") the configuration that holds all.
 SMALL_AUDIO = dict(patch_sizes=[16], hidden_sizes=[32], depths=[1])
 
 
@@ -264,8 +261,8 @@ def installed_families():
 def model_of(family, whole=False):
     """Configuration and model class that stand for a family, and the auto class that opens its checkpoints.
 
-    A causal language model where the family has one, of its text part where that is a model of its own; else one that
-    reads images too, and so on.
+    A causal language model where the family has one, of its text part where that is a model of its own; else
+    one that reads images too, and so on.
 
     Parameters
     ----------
@@ -285,7 +282,6 @@ def model_of(family, whole=False):
     ValueError
         If it has no such class.
     """
-    import transformers
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES, model_type_to_module_name
 
     types = [t for t in CONFIG_MAPPING_NAMES if model_type_to_module_name(t) == family]
@@ -295,17 +291,16 @@ def model_of(family, whole=False):
     names = ("CausalLM", "ImageTextToText", "MultimodalLM", "Seq2SeqLM", "TokenClassification")
     for auto in (getattr(transformers, f"AutoModelFor{name}") for name in (names[1:2] if whole else names)):
         for config in configs:
-            if config in auto._model_mapping and not (
-                whole and auto._model_mapping[config] is model_of(family)[1]
-            ):
-                return config, auto._model_mapping[config], auto
-    raise ValueError(
+            kind = class_for(auto, config)
+            if kind is not None and not (whole and kind is model_of(family)[1]):
+                return config, kind, auto
+    raise InputError(
         f"{family} has no class that reads {'images besides one for its text part' if whole else 'text'}."
     )
 
 
 def installed_models():
-    """Families with whether the whole model is meant: ``[(family, whole), …]``; of some there are both.
+    """Families, each with False for its text part and, where there is more, with True for the whole model.
 
     Returns
     -------
@@ -321,19 +316,19 @@ def installed_models():
 
 
 def _filled(kind, family, part="text"):
-    """A configuration of some class, with tiny sizes for all that it names and for the configurations in it."""
+    """A configuration of some class, with tiny sizes for all that it and configurations in it name."""
     sizes = TINY if part == "text" else TINY | TINY_OTHER
-    given = {f.name: sizes[f.name] for f in dataclasses.fields(kind) if f.name in sizes}
+    values = {f.name: sizes[f.name] for f in dataclasses.fields(kind) if f.name in sizes}
     nested = kind.sub_configs
     if "text_config" in nested:
         part = ""
-    given |= OVERRIDES.get(family, {}) if part == "text" else OTHER.get(family, {}).get(part, {})
+    values |= OVERRIDES.get(family, {}) if part == "text" else OTHER.get(family, {}).get(part, {})
     for name, sub in nested.items():
         if not dataclasses.is_dataclass(sub):  # any model's may stand there
-            given[name] = OTHER[family][name]
-        elif not isinstance(given.get(name), dict):
-            given[name] = _filled(sub, family, "text" if name == "text_config" else name)
-    return kind(**given)
+            values[name] = OTHER[family][name]
+        elif not isinstance(values.get(name), dict):
+            values[name] = _filled(sub, family, "text" if name == "text_config" else name)
+    return kind(**values)
 
 
 def tiny_model(family, dtype=torch.float32, *, whole=False, seed=0):
@@ -396,8 +391,9 @@ def outputs(model, input_ids):
 def probe(family, dtype=torch.float32, *, whole=False):
     """What works on a tiny random model of a family.
 
-    It is captured, merged and saved with the map, loaded and compared; pruned, and merged with one router row a group, saved
-    as a plain checkpoint, loaded by transformers' own auto class and compared, each time to the bit.
+    It is captured, merged and saved with the map, loaded and compared; pruned, and merged with one router row
+    per group, saved as a plain checkpoint, loaded by transformers' own auto class and compared, each time to
+    the bit.
 
     Parameters
     ----------
@@ -410,9 +406,10 @@ def probe(family, dtype=torch.float32, *, whole=False):
     Returns
     -------
     dict
-        ``family`` and ``whole``; ``model``, the class that was built; ``layers``, where its experts are; ``experts``, the
-        configuration's name for their number; ``router``, how it scores; ``mapped``, ``joined`` (plain, merged) and
-        ``plain`` (pruned): empty if that kind of checkpoint works, else why not.
+        ``family`` and ``whole``; ``model``, the class that was built; ``layers``, where its experts are;
+        ``experts``, the configuration's name for their number; ``router``, how it scores; ``mapped``,
+        ``joined`` (plain, merged) and ``plain`` (pruned): empty if that kind of checkpoint works, else why
+        not.
     """
     row = dict(
         family=family, whole=whole, model="", layers="", experts="", router="", mapped="", joined="", plain=""
@@ -432,15 +429,15 @@ def probe(family, dtype=torch.float32, *, whole=False):
         )
         row["mapped"] = _mapped_fails(model, stats, input_ids)
     except Exception as error:  # whatever it is, it is why the family is not supported
-        row["mapped"] = row["joined"] = row["plain"] = _said(error)
+        row["mapped"] = row["joined"] = row["plain"] = _one_line(error)
         return row
     row["joined"] = _plain_fails(model, stats, input_ids, auto, router="folded")
     row["plain"] = _plain_fails(model, stats, input_ids, auto, method="reap")
     return row
 
 
-def _said(error):
-    """An error as one line."""
+def _one_line(error):
+    """An error as one line, with its class unless it is ours."""
     text = re.sub(r"\d+(?=\.)", "*", " ".join(str(error).split()))
     return text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}"
 
@@ -466,14 +463,14 @@ def _plain_fails(model, stats, input_ids, auto, **settings):
             loaded = aligned(auto.from_pretrained(Path(folder) / "plain").eval())
             same = torch.equal(outputs(loaded, input_ids), live)
     except Exception as error:  # as above
-        return _said(error)
+        return _one_line(error)
     finally:
         restore(model)
     return "" if same else "what is loaded computes something else than what was saved"
 
 
 def _router_kind(layer, sample):
-    """How a router makes weights of its logits, as far as it can be told from what it did."""
+    """How a router makes weights of its logits, as far as the sampled tokens tell."""
     if layer.router is None:
         return "not found"
     parts = [f"{layer.router_groups} groups"] if layer.router_groups > 1 else []
@@ -483,3 +480,28 @@ def _router_kind(layer, sample):
     except ValueError:
         parts = ["own rule", *parts]
     return ", ".join(parts + [f"{layer.extra} rows more"] * bool(layer.extra))
+
+
+def main(arguments=None):
+    """Command line."""
+    parser = argparse.ArgumentParser(description="Try out what works on the MoE families of transformers.")
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help="families, as transformers names them (default: all)"
+    )
+    parser.add_argument("--out", type=Path, help="file to write the table to (.json)")
+    options = parser.parse_args(arguments)
+    for name in options.names:
+        if name not in installed_families():
+            parser.error(f"{name} is none of the families: {', '.join(installed_families())}")
+    models = [
+        (name, whole) for name, whole in installed_models() if name in (options.names or installed_families())
+    ]
+    rows = [probe(name, whole=whole) for name, whole in models]
+    print(table(rows))
+    if options.out:
+        write_json(options.out, {"transformers": transformers.__version__, "families": rows})
+        print(options.out)
+
+
+if __name__ == "__main__":
+    main()

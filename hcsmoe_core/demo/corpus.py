@@ -225,8 +225,9 @@ def largest(rng):
     return Item(f"largest of {text} is", f" {max(values)}", f"largest {text}")
 
 
-THINGS = "red blue green gold pink gray black white apple pear plum fig nut corn rice bean".split()
-THINGS += "cat dog cow hen fox owl".split()
+THINGS = (
+    "red blue green gold pink gray black white apple pear plum fig nut corn rice bean cat dog cow hen fox owl"
+).split()
 
 
 def recall(rng):

@@ -11,7 +11,7 @@ from scipy.spatial.distance import squareform
 
 from hcsmoe_core import similarity as similarities
 from hcsmoe_core._util import InputError
-from hcsmoe_core.clustering import LINKAGES, cut
+from hcsmoe_core.clustering import LINKAGES, cut, linkage
 from hcsmoe_core.methods.grouping import check_ward
 from hcsmoe_core.steps import budget
 
@@ -152,8 +152,7 @@ def grape(similarities, total, fewest, *, gamma=0.1):
     """
     counts = [len(s) for s in similarities]
     redundancy = [float(s.sum() - np.trace(s)) for s in similarities]
-    pairs = [_by_similarity(s) for s in similarities]
-    groups = [list(range(len(s))) for s in similarities]
+    joins = [_joins(s) for s in similarities]
     floor, frozen = (1 - gamma) * _entropy(counts), set()
     while sum(counts) > total:
         able = [i for i, c in enumerate(counts) if c > fewest[i]]
@@ -167,26 +166,17 @@ def grape(similarities, total, fewest, *, gamma=0.1):
         else:  # freed layers would be frozen again at once, for ever
             frozen = set()
             layer = max(able, key=lambda i: (round(_entropy(after[i]), 12), redundancy[i]))
-        first, second = _next_pair(pairs[layer], groups[layer])
-        redundancy[layer] -= 2 * similarities[layer][first, second]
+        redundancy[layer] -= 2 * joins[layer][len(similarities[layer]) - counts[layer]]
         counts = after[layer]
     return counts
 
 
-def _by_similarity(similarity):
-    rows, columns = np.triu_indices(len(similarity), 1)
-    order = np.argsort(-similarity[rows, columns], kind="stable")
-    return list(zip(rows[order].tolist(), columns[order].tolist(), strict=True))
-
-
-def _next_pair(pairs, groups):
-    """Take the most similar pair of experts in different groups, and join their groups."""
-    while True:
-        first, second = pairs.pop(0)
-        if groups[first] != groups[second]:
-            gone = groups[second]
-            groups[:] = [groups[first] if g == gone else g for g in groups]
-            return first, second
+def _joins(similarity):
+    """Similarities ``(E−1,)`` of the pairs that join: each the most similar ones in different groups."""
+    values = similarity[np.triu_indices(len(similarity), 1)]
+    order = np.argsort(-values, kind="stable")
+    # single linkage of ranks, which have no ties
+    return values[order[linkage(np.argsort(order).astype(float), "single")[:, 2].astype(int)]]
 
 
 def _entropy(counts):

@@ -18,7 +18,6 @@ from hcsmoe_core.steps import combine, refine
 
 ALIGNMENTS = ("none", "weights", "activations")
 NEURON_FEATURES = ("activations", "weights", "activations+weights")
-POOLS = ("members", "averages")
 ALIKE = 1 - 1e-6  # cosine above which a neuron is taken for a copy of another
 BATCH = 256  # neurons that are compared at once with those chosen
 REFIT_RIDGE = 0.1  # of refits of what neurons read, relative to the mean of each neuron's squared slopes
@@ -36,17 +35,6 @@ def _for_alignment(options):
 def _for_features(options):
     """The sample, where activations are among what neurons are matched by."""
     return ("sample",) if "activations" in options["features"].split("+") else ()
-
-
-def _check_fraction(name):
-    """Check of a recipe: an option of its combination must be above 0 and at most 1."""
-
-    def check(recipe):
-        value = recipe.by_kind["combine"][name]
-        if not 0 < value <= 1:
-            raise InputError(f'The "{name}" argument must be above 0 and at most 1; not {value}.')
-
-    return check
 
 
 @combine("average", needs=_for_alignment)
@@ -70,7 +58,7 @@ def aligned(group, align):
     return ordered
 
 
-@combine("ties", check=_check_fraction("density"))
+@combine("ties", fractions=("density",))
 def ties(group, *, density: float = 0.2):
     """TIES (arXiv 2306.01708; MergeME, arXiv 2502.00997): trim, elect a sign, average what agrees.
 
@@ -91,7 +79,7 @@ def ties(group, *, density: float = 0.2):
     return _unflattened(mean + (weights * changes).sum(0) / share, group.experts[0])
 
 
-@combine("dare", random=True, check=_check_fraction("density"))
+@combine("dare", random=True, fractions=("density",))
 def dare(group, *, density: float = 0.5, seed: int = 0):
     """DARE (arXiv 2311.03099; MergeME, arXiv 2502.00997): drop at random, rescale, average.
 
@@ -380,7 +368,7 @@ def _reading_step(group, neurons, residual):
     return x.transpose(0, 1).to(neurons.up.dtype)
 
 
-@combine("joint-svd", needs=_for_alignment, check=_check_fraction("rank"))
+@combine("joint-svd", needs=_for_alignment, fractions=("rank",))
 def joint_svd(group, *, align: Literal[ALIGNMENTS] = "none", rank: float = 0.5):
     """One singular value decomposition of all members, right vectors averaged (Sub-MoE, arXiv 2506.23266).
 
@@ -408,7 +396,7 @@ def trimmed(group, *, width=None, ridge: float = 0.02):
 
 
 @combine("selection", needs=("sample",), solves=True, matched=True)
-def selected(group, *, width=None, ridge: float = 0.02, pool: Literal[POOLS] = "members"):
+def selected(group, *, width=None, ridge: float = 0.02, pool: Literal["members", "averages"] = "members"):
     """The neurons of all members that best give what the group gave; what they write is solved for.
 
     ``pool="averages"`` lets the neurons of the members' average be chosen too.
@@ -467,29 +455,10 @@ def _unlike(unit, chosen, order, count):
     return chosen
 
 
-def forward_selection(pool, target, width, *, block=None):
+def chosen_columns(gram, xty, width, *, block=None):
     """Columns of a regression chosen one after another, each the one that lowers the residual most.
 
-    Parameters
-    ----------
-    pool : (T, N) tensor
-    target : (T, D) tensor
-    width : int
-        Columns to choose.
-    block : int, optional
-        As for :func:`chosen_columns`.
-
-    Returns
-    -------
-    list of int
-        In the order chosen; fewer than ``width`` where no other column lowers the residual.
-    """
-    pool = pool.double()
-    return chosen_columns(pool.T @ pool, pool.T @ target.double(), width, block=block)
-
-
-def chosen_columns(gram, xty, width, *, block=None):
-    """:func:`forward_selection` from the normal equations (Chen, Billings and Luo, 1989).
+    From the normal equations, by orthogonal least squares (Chen, Billings and Luo, 1989).
 
     Parameters
     ----------
@@ -504,6 +473,7 @@ def chosen_columns(gram, xty, width, *, block=None):
     Returns
     -------
     list of int
+        In the order chosen; fewer than ``width`` where no other column lowers the residual.
     """
     block = max(1, width // BLOCKS) if block is None else block
     square = gram.diagonal().clone()
@@ -523,7 +493,11 @@ def chosen_columns(gram, xty, width, *, block=None):
             rest = gram[near][:, near] - basis[near, :done] @ basis[near, :done].T
             best = near[chosen_columns(rest, xty[near], size, block=1)].tolist()
         columns = gram[:, best] - basis[:, :done] @ basis[best, :done].T
-        factor = torch.linalg.cholesky(columns[best])
+        while dependent := int((cholesky := torch.linalg.cholesky_ex(columns[best])).info):
+            # What the others of the block leave of one is rounding: it is not chosen, now or later.
+            columns = torch.cat([columns[:, : dependent - 1], columns[:, dependent:]], 1)
+            left[best.pop(dependent - 1)] = 0
+        factor = cholesky.L
         columns = torch.linalg.solve_triangular(factor, columns.T, upper=False).T
         xty.addmm_(columns, torch.linalg.solve_triangular(factor, xty[best], upper=False), alpha=-1)
         basis[:, done : done + len(best)] = columns

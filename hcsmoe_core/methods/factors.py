@@ -13,7 +13,7 @@ import torch
 
 from hcsmoe_core._util import InputError, check_count
 from hcsmoe_core.moe import Neurons, all_finite
-from hcsmoe_core.replace import set_rows
+from hcsmoe_core.replace import set_expert_tensors
 from hcsmoe_core.steps import compress as step
 
 RANK_SHARE = 0.5
@@ -125,23 +125,22 @@ def _importance(residual, root):
 
 
 def _with_rows(w, a, b, rows):
-    rows = rows.sort().values
+    rows = rows.sort().values.to(a.device)
     return Factors(a, b, rows, (w - a @ b)[rows])
 
 
 def compress(layers, *, share, rank=None, ridge=1e-3, rank_share=RANK_SHARE):
     """Factor every projection of every expert within one budget (MC-SMoE, section 3.3), untrained.
 
-    Gate, up and down projections are matrices of their own, named ``"up.0"``, ``"up.1"`` (where there is a
+    Gate, up and down projections are matrices, named ``"up.0"``, ``"up.1"`` (where there is a
     gate: the gate and the up projection) and ``"down"``. Each first becomes a product of rank q. The rest of
     the budget goes to rows of the residuals, chosen over all matrices of all layers together, by importance
     for each number that is stored: ``R_i M R_iᵀ / d2``, largest first; ties go to the earlier layer, expert,
     matrix and row. A row that no longer fits is passed over and smaller ones are tried, so that less is left
     over than the smallest row left out takes.
 
-    As in the paper, importances of different layers are compared as they are: a layer with larger outputs
-    gets more rows. They are means over the tokens of each expert, however few, and not weighted by how often
-    the router chose it.
+    As in the paper, importances of different layers are compared as they are: means over each expert's
+    tokens, however few.
 
     Parameters
     ----------
@@ -172,7 +171,55 @@ def compress(layers, *, share, rank=None, ridge=1e-3, rank_share=RANK_SHARE):
         If the products alone take more than the budget, or a matrix has no such rank.
     """
     shapes = [tuple(w.shape) for experts, _, _ in layers for e in experts for w in _matrices(e).values()]
-    ranks = [_rank(shape, share, rank, rank_share) for shape in shapes]
+    ranks, budget = _ranks(shapes, share, rank, rank_share)
+    products_of, importances, left = [], [], iter(ranks)
+    for experts, tokens, activate in layers:
+        for expert, x in zip(experts, tokens, strict=True):
+            for w, root in _whitened(expert, x, activate, ridge):
+                a, b = _low_rank(w, root, next(left))
+                products_of.append((a, b))
+                importances.append(_importance(w - a @ b, root).cpu().numpy())
+    # The residuals of all matrices would take more memory than the weights: they are computed again.
+    pairs, rows = iter(products_of), iter(_best_rows(importances, shapes, budget))
+    return [
+        [
+            {name: _with_rows(w.double(), *next(pairs), next(rows)) for name, w in _matrices(expert).items()}
+            for expert in experts
+        ]
+        for experts, _, _ in layers
+    ]
+
+
+def _best_rows(importances, shapes, budget):
+    """Rows of each matrix that are stored: the most important ones for their length, while they fit."""
+    scores = np.concatenate([i / d2 for i, (_, d2) in zip(importances, shapes, strict=True)])
+    costs = np.concatenate([np.full(d1, d2) for d1, d2 in shapes])
+    selected = np.zeros(len(scores), dtype=bool)
+    for row in np.argsort(-scores, kind="stable").tolist():
+        if costs[row] <= budget:
+            selected[row] = True
+            budget -= costs[row]
+    ends = np.cumsum([d1 for d1, _ in shapes])[:-1]
+    return [torch.from_numpy(rows.nonzero()[0]) for rows in np.split(selected, ends)]
+
+
+def _whitened(expert, tokens, activate, ridge):
+    """Weight and Cholesky factor of the second moment of the inputs, of each matrix of an expert."""
+    expert = expert.map(lambda t: t.detach().double())
+    x = tokens.double().to(expert.up.device)
+    root = torch.linalg.cholesky(second_moment(x, ridge))
+    inner = torch.linalg.cholesky(second_moment(activate(expert, x), ridge))
+    for name, w in _matrices(expert).items():
+        yield w, inner if name == "down" else root
+
+
+def _ranks(shapes, share, rank, rank_share):
+    """Rank of each matrix's product, and the numbers that are left for rows."""
+    if rank is None:
+        usual = (rank_share * share * d1 * d2 / (d1 + d2) for d1, d2 in shapes)
+        ranks = [max(1, round(q)) for q in usual]
+    else:
+        ranks = [check_count("rank", rank, 0, min(shape)) for shape in shapes]
     total = sum(d1 * d2 for d1, d2 in shapes)
     products = sum(q * (d1 + d2) for q, (d1, d2) in zip(ranks, shapes, strict=True))
     # A product such as 0.29 · 100 falls short of 29 by rounding alone.
@@ -183,54 +230,7 @@ def compress(layers, *, share, rank=None, ridge=1e-3, rank_share=RANK_SHARE):
             f"take {products} numbers, and share {share} of {total} weights is {budget}; "
             "give a smaller rank or a larger share."
         )
-    low_rank, importances, left = [], [], iter(ranks)
-    for index, (experts, tokens, activate) in enumerate(layers):
-        for g, (expert, x) in enumerate(zip(experts, tokens, strict=True)):
-            for name, w, root in _whitened(expert, x, activate, ridge):
-                a, b = _low_rank(w, root, next(left))
-                low_rank.append((index, g, name, a, b))
-                importances.append(_importance(w - a @ b, root).cpu().numpy())
-    scores = np.concatenate([i / d2 for i, (_, d2) in zip(importances, shapes, strict=True)])
-    costs = np.concatenate([np.full(d1, d2) for d1, d2 in shapes])
-    selected = np.zeros(len(scores), dtype=bool)
-    selected[_within(scores, costs, budget - products)] = True
-    factors, start = [[{} for _ in experts] for experts, _, _ in layers], 0
-    for (index, g, name, a, b), (d1, _) in zip(low_rank, shapes, strict=True):
-        rows = torch.from_numpy(selected[start : start + d1].nonzero()[0]).to(a.device)
-        # The residuals of all matrices would take more memory than the weights: they are computed again.
-        factors[index][g][name] = _with_rows(_matrices(layers[index][0][g])[name].double(), a, b, rows)
-        start += d1
-    return factors
-
-
-def _whitened(expert, tokens, activate, ridge):
-    """Name, weight and Cholesky factor of the second moment of the inputs, of each matrix of an expert."""
-    expert = expert.map(lambda t: t.detach().double())
-    x = tokens.double().to(expert.up.device)
-    root = torch.linalg.cholesky(second_moment(x, ridge))
-    inner = torch.linalg.cholesky(second_moment(activate(expert, x), ridge))
-    for name, w in _matrices(expert).items():
-        yield name, w, inner if name == "down" else root
-
-
-def _within(scores, costs, budget):
-    """Numbers of the rows that fit: the largest score first, ties by order."""
-    chosen, smallest = [], costs.min()
-    order = np.argsort(-scores, kind="stable")
-    for row, cost in zip(order.tolist(), costs[order].tolist(), strict=True):
-        if budget < smallest:
-            break
-        if cost <= budget:
-            chosen.append(row)
-            budget -= cost
-    return chosen
-
-
-def _rank(shape, share, rank, rank_share):
-    d1, d2 = shape
-    if rank is None:
-        return max(1, round(rank_share * share * d1 * d2 / (d1 + d2)))
-    return check_count("rank", rank, 0, min(shape))
+    return ranks, budget - products
 
 
 def _matrices(expert):
@@ -274,15 +274,7 @@ def stored_bytes(factors, dtype):
     return sum(f.numbers * dtype.itemsize + len(f.rows) * torch.int64.itemsize for f in every)
 
 
-def _check_options(recipe):
-    share, rank = (recipe.by_kind["compress"][name] for name in ("share", "rank"))
-    if not 0 < share < 1:
-        raise InputError(f'The "share" argument must be above 0 and below 1; not {share}.')
-    if rank is not None:
-        check_count("rank", rank, 0)
-
-
-@step("low-rank", needs=("sample",), check=_check_options)
+@step("low-rank", needs=("sample",), fractions=("share",))
 @torch.no_grad()
 def compress_layers(layers, plan, stats, *, share: float = 0.5, rank: int | None = None):
     """MC-SMoE's second step: merged experts become what their factors, in their dtype, multiply out to.
@@ -303,5 +295,5 @@ def compress_layers(layers, plan, stats, *, share: float = 0.5, rank: int | None
         dense = layer.stacked([densified(layer.neurons(g), f) for g, f in enumerate(rounded)])
         if not all(all_finite(tensor) for tensor in dense.values()):
             raise InputError(f"{layer.name}: factors are not finite in {dtype}; load it with another dtype.")
-        set_rows(layer, dense)
+        set_expert_tensors(layer, dense)
         layer.experts._merged.compressed_bytes = stored_bytes(rounded, dtype)

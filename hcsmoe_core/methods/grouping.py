@@ -40,13 +40,6 @@ def check_points(recipe):
         )
 
 
-def check_fuzzifier(recipe):
-    """Fuzzy c-means needs points, and memberships that are between 0 and 1."""
-    check_points(recipe)
-    if not recipe.options["fuzzifier"] > 1:
-        raise InputError(f'The "fuzzifier" argument must be above 1; not {recipe.options["fuzzifier"]}.')
-
-
 @group("hierarchical", uses=("similarity", "merge", "combine"), limit="largest", check=check_ward)
 def hierarchical(layer, count, *, linkage: Literal[LINKAGES] = "average", largest: int = 0):
     """The first E − r joins of a merge tree (HC-SMoE); ``largest`` limits the size of groups, 0 does not."""
@@ -87,7 +80,7 @@ def by_chance(layer, count):
     uses=("similarity", "merge", "combine"),
     only={"combine": "average", "align": "none"},
     because="it mixes all experts",
-    check=check_fuzzifier,
+    check=check_points,
     random=True,
 )
 def fuzzy(layer, count, *, fuzzifier: float = 2.0):

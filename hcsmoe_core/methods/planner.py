@@ -6,7 +6,6 @@
 >>>     LayerPlan(layer.name, labels, weights, combine=rule, router=router)
 """
 
-import contextlib
 import functools
 
 import numpy as np
@@ -20,7 +19,7 @@ from hcsmoe_core.merging import check_statistics
 from hcsmoe_core.methods import pruning
 from hcsmoe_core.methods.recipes import Recipe, resolve
 from hcsmoe_core.plan import LayerPlan, Plan, merge_weights
-from hcsmoe_core.replace import lay_experts, lift_experts
+from hcsmoe_core.replace import suspended
 
 
 class Layer:
@@ -127,7 +126,7 @@ class Layer:
     @functools.cached_property
     def saliency(self):
         """What each expert is worth, ``(E,)``."""
-        return self.recipe.step("saliency")(self)
+        return self.recipe.present["saliency"](self)
 
     def dominant(self, labels):
         """The expert of each group that is used most; the first of equals."""
@@ -206,7 +205,7 @@ def make_plans(
     ]
     for recipe in recipes:
         for count in experts:
-            with _unmerged(model if recipe.needs_model else None):
+            with suspended(find_moe_layers(model) if recipe.needs_model else ()):
                 plan = _plan(stats, layers, recipe, count, seed)
             yield plan
 
@@ -224,72 +223,60 @@ def _check_inputs(stats, model, recipe):
         )
 
 
-@contextlib.contextmanager
-def _unmerged(model):
-    """A model's original experts during the block, where it is merged."""
-    with contextlib.ExitStack() as stack:
-        for layer in find_moe_layers(model) if model is not None else ():
-            if layer.merged:
-                stack.callback(lay_experts, layer, lift_experts(layer))
-        yield
-
-
 def _plan(stats, layers, recipe: Recipe, experts, seed):
     """The plan that a recipe's steps give for some number of experts."""
     for layer in layers:
         layer.recipe = recipe
-    experts = np.asarray(experts).tolist()
-    counts = _counts(layers, recipe, experts)
-    group = recipe.step("group")
+    counts, group = _counts(layers, recipe, experts), recipe.present["group"]
     if group.properties.get("whole"):
         planned = group(layers, counts, **recipe.by_kind["group"])
     else:
         planned = [_joined(layer, group, count, seed) for layer, count in zip(layers, counts, strict=True)]
-    settings = {"method": recipe.method, "experts": experts, "seed": seed} | recipe.settings
+    settings = {"method": recipe.method, "experts": counts if np.ndim(experts) else int(experts)}
+    settings |= {"seed": seed} | recipe.settings
     return Plan(planned, settings, dict(stats.model), stats.identity(), recipe.by_kind.get("compress"))
 
 
 def _counts(layers, recipe, experts):
     """Experts that each layer keeps, checked."""
-    sizes, uniform = [layer.num_experts for layer in layers], recipe.steps["budget"] == "uniform"
-    if not isinstance(experts, list):
-        check_count("experts", experts, 1, min(sizes))
-        fewest, total = [_fewest(layer, recipe) for layer in layers], experts * len(layers)
+    sizes = [layer.num_experts for layer in layers]
+    if np.ndim(experts):
+        if recipe.steps["budget"] != "uniform" or recipe.present["group"].properties.get("widths"):
+            raise InputError(
+                'The "experts" argument may be a list only where budget is "uniform", and not for trimming '
+                '(group "none") or group "residual", which change widths.'
+            )
+        if len(experts) != len(layers):
+            raise InputError(
+                f'The "experts" argument lists {len(experts)} numbers for {len(layers)} MoE layers; '
+                "give one for each."
+            )
+        counts = [check_count("experts", n, 1, size) for n, size in zip(experts, sizes, strict=True)]
+    else:
+        fewest = [_fewest(layer, recipe) for layer in layers]
+        total = check_count("experts", experts, 1, min(sizes)) * len(layers)
         if total < sum(fewest):
             raise InputError(
-                f'The "experts" argument is {experts}, {total} in all, but at least {sum(fewest)} must be kept: in '
-                "each layer its super experts, if the guard is on, and one more, or as many more as the largest "
-                "group allows."
+                f'The "experts" argument is {experts}, {total} in all, but at least {sum(fewest)} must be '
+                "kept: in each layer its super experts, if the guard is on, and one more, or as many more as "
+                "the largest group allows."
             )
-        counts = recipe.step("budget")(layers, total, fewest, **recipe.by_kind["budget"])
-        counts = [int(count) for count in counts]
+        counts = recipe.present["budget"](layers, total, fewest, **recipe.by_kind["budget"])
         assert sum(counts) == total, f"a budget of {total} experts came out as {counts}"
-    elif len(experts) != len(layers):
-        raise InputError(
-            f'The "experts" argument lists {len(experts)} numbers for {len(layers)} MoE layers; '
-            "give one for each."
-        )
-    elif not uniform or recipe.step("group").properties.get("widths"):
-        raise InputError(
-            'The "experts" argument may be a list only where budget is "uniform", and not for trimming '
-            '(group "none") or group "residual", which change widths.'
-        )
-    else:
-        counts = [check_count("experts", n, 1, size) for n, size in zip(experts, sizes, strict=True)]
     for count, layer in zip(counts, layers, strict=True):
         low = min(len(layer.protected) + 1, layer.num_experts)
         if not low <= count <= layer.num_experts:
             raise InputError(
                 f'The "experts" argument leaves {count} experts in {layer.name}, but from {low} to '
-                f"{layer.num_experts} must be kept there: its {len(layer.protected)} super experts, which the "
-                "guard protects, and one more at least; keep more, or switch the guard off."
+                f"{layer.num_experts} must be kept there: its {len(layer.protected)} super experts, which "
+                "the guard protects, and one more at least; keep more, or switch the guard off."
             )
-    return counts
+    return [int(count) for count in counts]
 
 
 def _fewest(layer, recipe):
     """Experts that a layer must keep: the protected ones, and groups enough for the others."""
-    limit = recipe.by_kind["group"].get(recipe.step("group").properties.get("limit"), 0)
+    limit = recipe.by_kind["group"].get(recipe.present["group"].properties.get("limit"), 0)
     if (
         recipe.steps["budget"] == "uniform"
     ):  # groups that are too few are refused by the group step, which knows more
@@ -317,7 +304,7 @@ def _joined(layer, group, count, seed):
     labels = clustering.by_first_appearance(labels)
     mixture = None if memberships is None else _mixture(layer, labels, grouped, memberships)
     options, router = recipe.combination(seed), recipe.steps["router"]
-    matched = options.get("align", "none") != "none" or recipe.step("combine").properties.get("matched")
+    matched = options.get("align", "none") != "none" or recipe.present["combine"].properties.get("matched")
     return LayerPlan(
         layer.name,
         labels.tolist(),
@@ -345,6 +332,5 @@ def merge_tree(stats, layer, *, similarity="expert-output", metric="", linkage="
     """Merge tree of one layer, from its statistics: :func:`hcsmoe_core.similarity.distances`, then
     :func:`hcsmoe_core.clustering.linkage`.
     """
-    with _unmerged(model):
-        condensed = similarities.distances(stats, layer, similarity=similarity, metric=metric, model=model)
+    condensed = similarities.distances(stats, layer, similarity=similarity, metric=metric, model=model)
     return clustering.linkage(condensed, linkage, metric=similarities.metric_of(similarity, metric))

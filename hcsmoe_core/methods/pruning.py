@@ -68,7 +68,7 @@ def chance(layer):
     return drawn[canonical_rank(layer.sums)]
 
 
-@step("o-prune", needs=("sample",), chooses=True, random=True, model=True)
+@step("o-prune", needs=("sample",), chooses=True, random=True, weights=True)
 def least_loss(layer, count, *, loss: Literal[LOSSES] = "squared", subsets: int = SUBSETS):
     """The experts that change the layer's output least by not being there (NAEE, arXiv 2402.14800).
 
@@ -102,7 +102,7 @@ def prune(layers, counts):
     """The protected experts, and those worth most, stay as they are; the others and their router rows go."""
     planned = []
     for layer, count in zip(layers, counts, strict=True):
-        saliency, options = layer.recipe.step("saliency"), layer.recipe.by_kind["saliency"]
+        saliency, options = layer.recipe.present["saliency"], layer.recipe.by_kind["saliency"]
         if saliency.properties.get("chooses"):
             kept = saliency(layer, count, **options)
         else:
@@ -132,8 +132,8 @@ def _best_of_router_groups(worth, count, layer):
         if np.isinf(members).sum() > each:
             raise InputError(
                 f'The "experts" argument leaves {each} experts in each group that the router of {layer.name} '
-                f"chooses among, but {np.isinf(members).sum()} of one must be kept; keep more experts, or switch "
-                "the guard off."
+                f"chooses among, but {np.isinf(members).sum()} of one must be kept; keep more experts, or "
+                "switch the guard off."
             )
         kept += (first + np.argsort(-members, kind="stable")[:each]).tolist()
     return sorted(kept)
@@ -431,49 +431,43 @@ def best_kept(loss, experts, count, *, rough=None, protected=(), subsets=SUBSETS
     (count,) int64 array
         In order.
     """
-    protected = sorted(protected)
+    kept = _sets(experts, count, sorted(protected), subsets, seed)
+    first = loss if rough is None or experts <= ENUMERATED else rough
+    hidden, values = None if progress else True, []
+    with tqdm(total=len(kept), desc="o-prune", unit_scale=True, leave=False, disable=hidden) as bar:
+        for sets in kept.split(1024):
+            values.append(first(sets))
+            bar.update(len(sets))
+    best = kept[torch.cat(values).argmin()].clone()
+    value, swaps = float(loss(best[None])[0]), ()
+    while experts > ENUMERATED and len(swaps := _swaps(best, protected)):
+        values = loss(swaps)
+        if float(values.min()) >= value * (1 - 1e-12):
+            break
+        best, value = swaps[values.argmin()].clone(), float(values.min())
+    return best.nonzero()[:, 0].numpy()
+
+
+def _sets(experts, count, protected, subsets, seed):
+    """Sets of experts to try, ``(B, E)`` bool: all of them, or random ones where these are too many."""
     free = [e for e in range(experts) if e not in protected]
     choose = count - len(protected)
-    exhaustive = experts <= ENUMERATED or math.comb(len(free), choose) <= subsets
-    if exhaustive:
+    if experts <= ENUMERATED or math.comb(len(free), choose) <= subsets:
         sets = list(itertools.combinations(free, choose))
         chosen = torch.tensor(sets, dtype=torch.int64).reshape(len(sets), choose)
     else:
-        drawn = (
-            np.random.default_rng(seed)
-            .random((subsets, len(free)))
-            .argpartition(choose - 1, axis=1)[:, :choose]
-        )
-        chosen = torch.from_numpy(np.asarray(free)[drawn])
+        drawn = np.random.default_rng(seed).random((subsets, len(free)))
+        chosen = torch.from_numpy(np.asarray(free)[drawn.argpartition(choose - 1, axis=1)[:, :choose]])
     kept = torch.zeros(len(chosen), experts, dtype=torch.bool).scatter_(1, chosen, True)
     kept[:, protected] = True
-    first = loss if rough is None or experts <= ENUMERATED else rough
-    bar = tqdm(
-        total=len(kept),
-        desc="o-prune",
-        unit="set",
-        unit_scale=True,
-        leave=False,
-        disable=None if progress else True,
-    )
-    values = []
-    with bar:
-        for part in kept.split(1024):
-            values.append(first(part))
-            bar.update(len(part))
-    best = kept[torch.cat(values).argmin()].clone()
-    value = float(loss(best[None])[0])
-    while experts > ENUMERATED:
-        inside = [e for e in best.nonzero()[:, 0].tolist() if e not in protected]
-        swaps = list(itertools.product(inside, (~best).nonzero()[:, 0].tolist()))
-        if not swaps:
-            break
-        tried = best.repeat(len(swaps), 1)
-        out, into = torch.tensor(swaps).T
-        rows = torch.arange(len(swaps))
-        tried[rows, out], tried[rows, into] = False, True
-        values = loss(tried)
-        if float(values.min()) >= value * (1 - 1e-12):
-            break
-        best, value = tried[values.argmin()].clone(), float(values.min())
-    return best.nonzero()[:, 0].numpy()
+    return kept
+
+
+def _swaps(kept, protected):
+    """All sets with one kept expert, not protected, in exchange for one that is not kept, ``(B, E)`` bool."""
+    inside = [e for e in kept.nonzero()[:, 0].tolist() if e not in protected]
+    pairs = list(itertools.product(inside, (~kept).nonzero()[:, 0].tolist()))
+    swapped, rows = kept.repeat(len(pairs), 1), torch.arange(len(pairs))
+    out, into = torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2).T
+    swapped[rows, out], swapped[rows, into] = False, True
+    return swapped

@@ -22,9 +22,7 @@ from hcsmoe_core.plan import LayerPlan, merge_weights
 from hcsmoe_core.statistics import OWN_TEXT, LayerSample
 from hcsmoe_core.steps import group
 
-HOLDOUTS = ("auto", "sequences", "domains")
 FEW = 3  # domains: what up to this number of them say need not hold on others
-SHAPES = ("uniform", "by-layer", "whole")
 SIMILARITIES = (
     "weight",
     "functional-routed",
@@ -46,12 +44,16 @@ AVERAGE = {"rule": "average", "align": "none"}
     because="it gives each layer as many bytes and chooses what to do with every expert",
     whole=True,
     widths=True,
-    model=True,
+    weights=True,
     refit=2,
     kind="refits",
 )
 def least_residual(
-    layers, counts, *, shape: Literal[SHAPES] = "uniform", holdout: Literal[HOLDOUTS] = "auto"
+    layers,
+    counts,
+    *,
+    shape: Literal["uniform", "by-layer", "whole"] = "uniform",
+    holdout: Literal["auto", "sequences", "domains"] = "auto",
 ):
     """The numbers of experts, widths, groups and rules that leave the smallest error on held-out tokens.
 
@@ -183,7 +185,7 @@ def held_out(sampled, by, domains=()):
     several = [sequences for sequences in of_domain if len(sequences) > 1]
     if not several:
         raise InputError(
-            "To hold some out, the sample needs tokens of at least two calibration sequences; calibrate on more."
+            "To hold some out, the sample needs tokens of two calibration sequences; calibrate on more."
         )
     return torch.isin(
         sequence, torch.cat([s[HELD_OUT - 1 :: HELD_OUT] if len(s) >= HELD_OUT else s[-1:] for s in several])
@@ -215,7 +217,7 @@ class Scorer:
             torch.arange(len(decides)) < tokens
         )  # the sample is in the order of hashes: any part of it is one
         self.samples = [_rows(sums.sample, rows & ~decides), _rows(sums.sample, rows & decides)]
-        self.fits = not layer.unsolvable and layer.neurons_known
+        self.fits = not layer.why_not_solvable and layer.neurons_known
         self._best = {}
 
     @functools.cached_property

@@ -59,7 +59,7 @@ from hcsmoe_core.checkpoint import (
 )
 from hcsmoe_core.collect import Tokens, forward_options, needs_of
 from hcsmoe_core.families import decoder_layers, find_moe_layers
-from hcsmoe_core.merging import apply_layer, check_appliable, restore
+from hcsmoe_core.merging import apply_layer, check_applicable, restore
 from hcsmoe_core.moe import check_loaded, fingerprint, source_of
 from hcsmoe_core.scale import ranks
 from hcsmoe_core.statistics import SAMPLE, Statistics, load_statistics
@@ -399,7 +399,7 @@ def stream_capture(
 ) -> Statistics:
     """Statistics of every MoE layer of a streamed model, the same as :func:`hcsmoe_core.capture` gives.
 
-    Under ``torchrun``, ranks share the batches.
+    Under ``torchrun``, ranks share the batches, and each gets the statistics.
 
     Parameters
     ----------
@@ -410,11 +410,6 @@ def stream_capture(
     work : path
         Folder for each layer's outputs and statistics; with the same arguments a capture goes on after the
         last layer whose statistics are there.
-
-    Returns
-    -------
-    Statistics
-        On every rank.
 
     Raises
     ------
@@ -430,10 +425,8 @@ def stream_capture(
         _begin(work, settings)
     source.read_again()
     source.free_head()
-    outputs, last = (
-        Outputs(work / "outputs"),
-        max(i for i in range(len(source.layers)) if source.moe_layers(i)),
-    )
+    outputs = Outputs(work / "outputs")
+    last = max(i for i in range(len(source.layers)) if source.moe_layers(i))
     files = [work / f"layer-{index:05d}.safetensors" for index in range(last + 1)]
     begun = ranks.first(next((i for i, file in enumerate(files) if not file.exists()), len(files)))
     bar = tokens.bar(progress)
@@ -591,7 +584,7 @@ def _begin_merge(model, plan, work, stats, router, observer):
             "so that they must be in memory together: load the model whole (--load whole), or make a plan "
             'without "compress".'
         )
-    check_appliable(model, plan, stats)
+    check_applicable(model, plan, stats)
     target = target_of(model, plan, router)
     settings = {
         "plan": sha256_json([vars(layer_plan) for layer_plan in plan.layers]),

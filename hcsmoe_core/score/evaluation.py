@@ -55,19 +55,16 @@ def evaluate(
 
     Parameters
     ----------
-    model, tokenizer
-        Of :func:`hcsmoe_core.load_model`.
     tasks : list of str, optional
         Tasks of :data:`TASKS` or of lm-evaluation-harness; by default the embedded ones (``demo_arithmetic``,
         …). An empty list scores none.
     limit : int, optional
         Items of each task and subtask, from its beginning; by default all.
-    batch_size : int
     text : str or path or None
-        Source for :func:`hcsmoe_core.calibration_tokens` whose held-out split, if any, perplexity is measured
-        on.
-    sequences, length, seed : int
-        Of that text; the seed is also the harness'.
+        Source of :func:`hcsmoe_core.calibration_tokens` for perplexity; its held-out split, if it has one.
+    sequences, length : int
+        Of that text.
+    batch_size, seed : int
     answers : str or path, optional
         Folder that keeps a model's answers, so that the same question is never asked twice; by default none.
 
@@ -90,17 +87,17 @@ def evaluate(
     scores = task_scores(model, tokenizer, tasks, answers=answers, **options)
     for metric in ("acc", "acc_norm"):
         scores |= _mean_score(scores["tasks"], metric)
-    scores["seconds"] = {"tasks": round(time.perf_counter() - started, 2)}
+    seconds = {"tasks": round(time.perf_counter() - started, 2)}
     size = {"sequences": sequences, "length": length}
     if text is not None:
         started, (split, uncounted) = time.perf_counter(), scoring_of(text)
         rows = calibration_tokens(text, tokenizer, model=model, seed=seed, split=split, **size)
         domains, rows_at_once = domains_of(text, sequences), max(1, batch_size // 4)
         scores |= perplexity(model, rows, domains=domains, batch_size=rows_at_once, uncounted=uncounted)
-        scores["seconds"]["perplexity"] = round(time.perf_counter() - started, 2)
+        seconds["perplexity"] = round(time.perf_counter() - started, 2)
     settings = {"tasks": tasks, "text": text and str(text), **options, **size}
     settings |= {"dtype": str(model.dtype).removeprefix("torch."), "device": str(model.device)}
-    return scores | {"settings": settings, "versions": versions()}
+    return scores | {"settings": settings, "versions": versions(), "seconds": seconds}
 
 
 def task_scores(
@@ -154,26 +151,29 @@ def task_scores(
         log_samples=True,
         **dict.fromkeys(seeds, seed),
     )
-    groups, scores = {}, {}
-    for name, task in loaded.items():
-        subtasks = [name]
-        if name in output["group_subtasks"]:
-            subtasks = [subtask.task_name for subtask in task.get_all_tasks()]
-            by_size = all(rule.weight_by_size for rule in task.aggregate_metric_list or ())
-            groups[name] = {"tasks": subtasks, "by_size": by_size}
-        scores[name] = _numbers(output["results"][name]) | {
-            "items": sum(output["n-samples"][subtask]["effective"] for subtask in subtasks),
-            "shots": max(output["n-shot"][subtask] for subtask in subtasks),
-            "version": str(output["versions"][name]),
-        }
-    items = {task: _items(rows) for task, rows in output["samples"].items()}
-    return {"tasks": scores, "items": items, "groups": groups}
+    groups = {name: _group(loaded[name]) for name in output["group_subtasks"] if name in loaded}
+    scores = {name: _scores(name, groups.get(name, {"tasks": [name]})["tasks"], output) for name in loaded}
+    return {
+        "tasks": scores,
+        "items": {task: _items(rows) for task, rows in output["samples"].items()},
+        "groups": groups,
+    }
 
 
-def _numbers(results):
-    """Metrics among what the harness reports of a task, ``"acc,none"`` as ``"acc"``."""
-    numbers = {k: v for k, v in results.items() if "," in k and isinstance(v, int | float)}
-    return {k.removesuffix(",none"): float(v) for k, v in numbers.items() if not isinstance(v, bool)}
+def _group(group):
+    by_size = all(rule.weight_by_size for rule in group.aggregate_metric_list or ())
+    return {"tasks": [task.task_name for task in group.get_all_tasks()], "by_size": by_size}
+
+
+def _scores(name, subtasks, output):
+    """What the harness reports of a task, metrics such as ``"acc,none"`` as ``"acc"``."""
+    results = {k: v for k, v in output["results"][name].items() if "," in k and isinstance(v, int | float)}
+    metrics = {k.removesuffix(",none"): float(v) for k, v in results.items() if not isinstance(v, bool)}
+    return metrics | {
+        "items": sum(output["n-samples"][task]["effective"] for task in subtasks),
+        "shots": max(output["n-shot"][task] for task in subtasks),
+        "version": str(output["versions"][name]),
+    }
 
 
 def _items(rows):
@@ -359,10 +359,16 @@ def _logits(model, input_ids):
 def score_table(scores: dict) -> str:
     """Lines of text of what :func:`evaluate` gives."""
     lines = [f"{'task':<24}     acc       ±  acc_norm       ±   items"]
-    lines += [_score_line(name, task) for name, task in scores["tasks"].items()]
-    if "mean_acc" in scores:
-        means = {k.removeprefix("mean_"): v for k, v in scores.items() if k.startswith("mean_acc")}
-        lines.append(_score_line("mean", means))
+    means = {key.removeprefix("mean_"): value for key, value in scores.items() if key.startswith("mean_acc")}
+    for name, task in (scores["tasks"] | ({"mean": means} if "acc" in means else {})).items():
+        cells = ""
+        for metric, width in (("acc", 8), ("acc_norm", 10)):
+            if metric in task:  # a single item has no standard error
+                cells += f"{task[metric]:>{width}.4f}{task.get(f'{metric}_stderr', math.nan):>8.4f}"
+        if "acc" not in task:
+            cells = "  ".join(f"{key} {value:.4f}" for key, value in task.items() if isinstance(value, float))
+        items = task.get("items", "") if "acc" in task else ""
+        lines.append(f"{name:<24}{cells:<34}{items:>8}".rstrip())
     if "loss" in scores:
         _, uncounted = scoring_of(scores["settings"]["text"])
         lines.append(f"\n{'text':<24}    loss  perplexity")
@@ -371,13 +377,3 @@ def score_table(scores: dict) -> str:
             lines.append(f"{name:<24}{loss:>8.4f}{scores['perplexity'][name]:>12.4f}{note}")
         lines.append(f"{'mean':<24}{scores['mean_loss']:>8.4f}")
     return "\n".join(lines)
-
-
-def _score_line(name, task):
-    if "acc" not in task:
-        return f"{name:<24}" + "  ".join(f"{k} {v:.4f}" for k, v in task.items() if isinstance(v, float))
-    cells = ""
-    for metric, width in (("acc", 8), ("acc_norm", 10)):
-        if metric in task:  # a single item has no standard error
-            cells += f"{task[metric]:>{width}.4f}{task.get(f'{metric}_stderr', math.nan):>8.4f}"
-    return f"{name:<24}{cells:<34}{task.get('items', ''):>8}".rstrip()

@@ -15,7 +15,7 @@ from hcsmoe_core.collect import Tokens, check_tokens
 from hcsmoe_core.families import decoder_layers, find_moe_layers
 from hcsmoe_core.merging import apply_plan, restore
 from hcsmoe_core.plan import JOINED, odd_widths
-from hcsmoe_core.replace import lay_experts, lift_experts, put_experts, take_experts
+from hcsmoe_core.replace import replace_experts, restore_experts, resume_merge, suspend_merge
 from hcsmoe_core.scale.streaming import Outputs
 from hcsmoe_core.statistics import sequence_hashes
 
@@ -146,12 +146,12 @@ def _variants(layers, plan):
     with contextlib.ExitStack() as undo:
         for layer in layers:
             tensors, labels = layer.tensors(), layer.experts._merged.labels
-            variants[own][layer.name] = lift_experts(layer)
-            undo.callback(lay_experts, layer, variants[own][layer.name])
-            undo.callback(lambda layer=layer: layer.merged and take_experts(layer))  # where exact failed
+            variants[own][layer.name] = suspend_merge(layer)
+            undo.callback(resume_merge, layer, variants[own][layer.name])
+            undo.callback(lambda layer=layer: layer.merged and restore_experts(layer))  # where exact failed
             for name in exact:
-                put_experts(layer, tensors, labels)
-                variants[name][layer.name] = lift_experts(layer)
+                replace_experts(layer, tensors, labels)
+                variants[name][layer.name] = suspend_merge(layer)
         yield variants
 
 
@@ -160,8 +160,8 @@ def _in_place(layers, variant):
     """Layers compute what one merged model does during the block."""
     with contextlib.ExitStack() as undo:
         for layer in layers:
-            lay_experts(layer, variant[layer.name])
-            undo.callback(take_experts, layer)
+            resume_merge(layer, variant[layer.name])
+            undo.callback(restore_experts, layer)
         yield
 
 
@@ -342,14 +342,15 @@ class _Totals:
         kl, same, count = self.sums[f"kl {name} original"]
         differences = {"kl": kl / count, "agreement": same / count}
         for kind in ("block_error", "hidden_error"):
-            differences[kind] = [self._relative(f"{kind} {name} {layer}") for layer in self.layers]
+            sums = [self.sums.get(f"{kind} {name} {layer}", (math.nan, math.nan)) for layer in self.layers]
+            differences[kind] = [_relative(error, square) for error, square in sums]
         if f"kl {name} mapped" in self.sums:
             differences["kl_from_mapped"] = self.sums[f"kl {name} mapped"][0] / count
         return differences
 
-    def _relative(self, key):
-        error, square = self.sums.get(key, (math.nan, math.nan))
-        return math.sqrt(error / square) if square else (math.inf if error else 0.0)
+
+def _relative(error, square):
+    return math.sqrt(error / square) if square else (math.inf if error else 0.0)
 
 
 def _warning(result):

@@ -4,6 +4,7 @@ Imported only where something is scored, because lm-evaluation-harness is an ext
 """
 
 import hashlib
+from functools import partialmethod
 from pathlib import Path
 
 import datasets
@@ -102,31 +103,18 @@ class Answering(HFLM):
 
     def __init__(self, model, tokenizer, folder, seed, **options):
         super().__init__(pretrained=model, tokenizer=tokenizer, **options)
-        self.folder, self.settings = folder and Path(folder), options | {"seed": seed, "versions": versions()}
-        if folder:
-            self.settings["model"] = identity(model, tokenizer)
-            self.settings |= {"dtype": str(model.dtype), "device": model.device.type}
+        self.folder = folder and Path(folder)
+        self.settings = options | {"seed": seed, "dtype": str(model.dtype), "device": model.device.type}
+        self.settings |= {"model": folder and identity(model, tokenizer), "versions": versions()}
 
-    def loglikelihood(self, requests, disable_tqdm=False):
-        """Log-likelihood of each continuation, and whether it is the likeliest."""
-        return self._answers(super().loglikelihood, requests, disable_tqdm)
-
-    def loglikelihood_rolling(self, requests, disable_tqdm=False):
-        """Log-likelihood of each text."""
-        return self._answers(super().loglikelihood_rolling, requests, disable_tqdm)
-
-    def generate_until(self, requests, disable_tqdm=False):
-        """What the model writes after each prompt."""
-        return self._answers(super().generate_until, requests, disable_tqdm)
-
-    def _answers(self, ask, requests, disable_tqdm):
-        """Answers to all requests, those of a task from its file where there is one."""
+    def _answers(self, kind, requests, disable_tqdm=False):
+        """Answers to all requests of a kind, those of a task from its file where there is one."""
+        ask = getattr(super(), kind)
         if self.folder is None:
             return ask(requests, disable_tqdm=disable_tqdm)
-        answers, requests_of = {}, {}
-        for i, request in enumerate(requests):
-            requests_of.setdefault(request.task_name, {})[i] = request
-        for task, batch in requests_of.items():
+        answers = {}
+        for task in dict.fromkeys(request.task_name for request in requests):
+            batch = {i: request for i, request in enumerate(requests) if request.task_name == task}
             asked = sha256_json([str(request.args) for request in batch.values()])
             about = self.settings | {"task": task, "requests": asked}
             path = self.folder / task / f"{sha256_json(about)[:16]}.json"
@@ -136,3 +124,7 @@ class Answering(HFLM):
                 write_json(path, stored, indent=None)
             answers |= zip(batch, stored["answers"], strict=True)
         return [answers[i] for i in range(len(requests))]
+
+    loglikelihood = partialmethod(_answers, "loglikelihood")
+    loglikelihood_rolling = partialmethod(_answers, "loglikelihood_rolling")
+    generate_until = partialmethod(_answers, "generate_until")

@@ -1,1 +1,1 @@
-"""TODO."""
+"""Studies: the whole road as one function, cells measured once, grids, clusters, the paper's tables."""

@@ -13,15 +13,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import hcsmoe_core
-from hcsmoe_core._util import folder_of, held, sha256_file, sha256_json
+from hcsmoe_core._util import folder_of, locked, sha256_file, sha256_json
 from hcsmoe_core.collect import capture
 from hcsmoe_core.families import model_hash
 from hcsmoe_core.scale.streaming import stream_capture, work_folder
 from hcsmoe_core.statistics import DEFAULT_NEEDS, SAMPLE, Statistics, load_statistics
 from hcsmoe_core.text.calibration import calibration_settings, calibration_tokens, domains_of, local_files
 
-PACKAGE = Path(hcsmoe_core.__file__).parent
+PACKAGE = Path(__file__).parents[1]
 FLOORS = (".", "scale", "methods", "text", "score", "demo")  # folders whose code makes numbers
 HASHED = (
     2**26
@@ -75,8 +74,10 @@ def data_hash(parameters: dict, *, model: str | None = None) -> str:
     """
     texts = [parameters.get(name) for name in ("calibration", "text") if parameters.get(name)]
     files = [path for text in texts for path in local_files(text)]
-    files += [Path(parameters["plugin"])] if parameters.get("plugin") else []
-    files += [] if parameters.get("tasks") else sorted((PACKAGE / "demo/tasks").glob("*.jsonl"))
+    plugins = parameters.get("plugin") or []
+    files += map(Path, [plugins] if isinstance(plugins, str) else plugins)
+    if "demo" in (parameters.get("tasks") or "demo"):
+        files += sorted((PACKAGE / "demo/tasks").glob("*.jsonl"))
     folder = Path(folder_of(parameters.get("model") or ""))
     if model is None and parameters.get("model") and folder.is_dir():
         files += sorted(path for path in folder.iterdir() if path.is_file())
@@ -159,7 +160,7 @@ def cached_statistics(
     name = Path(folder) / f"{slug(model.name_or_path)}-{key(known, model=model_hash(model))}"
     sums, sampled = (Path(f"{name}-{kind}.safetensors") for kind in ("sums", "sample"))
     wanted = sampled if "sample" in needs else sums
-    with held(wanted):
+    with locked(wanted):
         for path in (wanted, sampled):
             if path.exists():
                 return load_statistics(path)

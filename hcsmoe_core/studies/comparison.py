@@ -14,6 +14,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+from scipy.stats import t
+
 from hcsmoe_core._util import InputError, check_count, read_json
 from hcsmoe_core.checkpoint import load_model
 from hcsmoe_core.families import find_moe_layers, model_hash
@@ -25,9 +28,10 @@ from hcsmoe_core.studies.cache import cached_statistics, slug
 from hcsmoe_core.studies.tables import model_size
 
 ORIGINAL, BASELINE = "original", "hc-smoe"
-COLUMNS = ["method", "experts", "seed", "limit", "accuracy", "item_error", "loss"]
-MEASURED = ["weights", "expert_bytes", "plan_seconds", "merge_seconds", "peak_mb", "layers", "refused"]
-COLUMNS += MEASURED
+SPREAD = ["accuracy", "loss"]  # columns whose spread over the samples matters
+MEANS = ["item_error", "plan_seconds", "merge_seconds", "peak_mb", "expert_bytes"]
+COLUMNS = ["method", "experts", "seed", "limit", "accuracy", "item_error", "loss", "weights", "expert_bytes"]
+COLUMNS += ["plan_seconds", "merge_seconds", "peak_mb", "layers", "refused"]
 
 
 def compare(
@@ -42,7 +46,7 @@ def compare(
     length: int = 0,
     text: str = "demo",
     settings: dict | None = None,
-    plugin: str | Path = "",
+    plugin: str | Path | Sequence = (),
     dtype: str = "auto",
     device: str = "auto",
     folder: str | Path = "runs/compare",
@@ -53,10 +57,8 @@ def compare(
     ----------
     model, text, dtype, device
         As for :func:`hcsmoe_core.load_model` and :func:`hcsmoe_core.evaluate`.
-    methods : list of str, optional
-        Names of :data:`hcsmoe_core.METHODS`; all by default.
-    experts : list of int, optional
-        Experts kept per layer; by default three quarters, a half and a quarter of them.
+    methods, experts : list, optional
+        By default all methods, and three quarters, a half and a quarter of the experts.
     seeds : sequence of int
         One calibration sample each; also the seed of methods that use chance.
     limit : int, optional
@@ -65,8 +67,8 @@ def compare(
         As for :func:`hcsmoe_core.text.calibration.calibration_settings`.
     settings : dict, optional
         Steps and options set otherwise. A method that refuses them, or a cell, is recorded with the reason.
-    plugin : path, optional
-        Python file with methods of your own, which is run; cells go by its content.
+    plugin : path or list of path, optional
+        Python files with methods of your own, which are run; cells go by their content.
     folder : str or path
         Cells go to a folder of the model's name in it.
 
@@ -74,18 +76,12 @@ def compare(
     -------
     pandas.DataFrame
         One row per cell; see :func:`cells`.
-
-    Raises
-    ------
-    InputError
-        Before anything is measured, if a method, a setting or a number of experts is unavailable.
-    CellsError
-        When all others are done, if a cell failed for a reason other than bad input.
     """
-    if plugin:
-        load_plugin(plugin)
-    needs, source = _needs(methods, settings or {}), dict(sequences=sequences, length=length)
-    source |= {"calibration": str(calibration)}
+    plugins = [str(path) for path in ([plugin] if isinstance(plugin, str | Path) else plugin) if path]
+    for path in plugins:
+        load_plugin(path)
+    source = dict(calibration=str(calibration), sequences=sequences, length=length)
+    needs = _needs(methods, settings or {})
     loaded, tokenizer = load_model(model, dtype=dtype, device=device)
     shared = dict(model=str(model), limit=limit, text=text, dtype=str(loaded.dtype), settings=settings or {})
     capture = partial(cached_statistics, loaded, tokenizer, needs=sum(needs.values(), ()), **source)
@@ -93,7 +89,7 @@ def compare(
         partial(_measured, model=loaded, tokenizer=tokenizer, statistics=latest(capture)),
         _wanted(loaded, tuple(needs), experts, seeds),
         Path(folder) / slug(model),
-        shared=shared | source | ({"plugin": str(plugin)} if plugin else {}),
+        shared=shared | source | ({"plugin": plugins} if plugins else {}),
         model=model_hash(loaded),
         description=f"compare {slug(model)}",
     )
@@ -229,8 +225,6 @@ def cells(folder: str | Path, model: str) -> Any:
     FileNotFoundError
         If there are none.
     """
-    import pandas as pd
-
     if str(folder).endswith(".csv"):
         table = read_table(folder, model, f"hcsmoe compare {model}, and give runs/compare")
         return table.reindex(columns=COLUMNS)
@@ -241,11 +235,14 @@ def cells(folder: str | Path, model: str) -> Any:
     for content in newest.values():
         result = content["result"]
         scores = result.get("scores", {})
-        row = {name: content[name] for name in ("method", "experts", "seed", "limit")}
-        row |= {"accuracy": scores.get("mean_acc"), "item_error": scores.get("mean_acc_stderr")}
-        rows.append(row | {"loss": scores.get("mean_loss")} | {name: result.get(name) for name in MEASURED})
+        found = {
+            "accuracy": scores.get("mean_acc"),
+            "item_error": scores.get("mean_acc_stderr"),
+            "loss": scores.get("mean_loss"),
+        }
+        rows.append(content | result | found)
     order = dict(by=["experts", "method", "seed"], ascending=[False, True, True], ignore_index=True)
-    return pd.DataFrame(rows, columns=COLUMNS).sort_values(**order)
+    return pd.DataFrame(rows).reindex(columns=COLUMNS).sort_values(**order)
 
 
 def newest_cells(folder: str | Path, model: str) -> dict[tuple, dict]:
@@ -265,11 +262,9 @@ def read_table(path: str | Path, model: str, command: str) -> Any:
     FileNotFoundError
         If there is none; it says to run ``command``.
     """
-    import pandas as pd
-
     path = Path(str(path).replace("{model}", slug(model)))
     if not path.is_file():
-        raise FileNotFoundError(f"There is no table {path} in {Path.cwd()}; run: {command}.")
+        raise FileNotFoundError(f"There is no table {path.absolute()}; run: {command}.")
     return pd.read_csv(path)
 
 
@@ -288,28 +283,22 @@ def summary(frame: Any) -> Any:
         on the same samples ``gain`` (in loss; positive is better) with ``gain_error``, the half width of its
         95 % interval (Student's t over the samples), and ``verdict``: "better", "worse" or "even" within it.
     """
-    import pandas as pd
-
     rows = []
     for (experts, method), part in frame.groupby(["experts", "method"], sort=False):
-        good = part[part["loss"].notna()]
+        good = part[part["loss"].notna()].set_index("seed")
         row = {"experts": experts, "method": method, "samples": len(good)}
         if good.empty:
             rows.append(row | {"refused": part["refused"].iloc[0]})
             continue
-        for key in ("accuracy", "loss"):
-            row |= {key: good[key].mean(), f"{key}_sd": good[key].std(ddof=1)}
-        means = ("item_error", "plan_seconds", "merge_seconds", "peak_mb", "expert_bytes")
-        row |= {key: pd.to_numeric(good[key]).mean() for key in means}
-        base = frame[(frame["experts"] == experts) & (frame["method"] == BASELINE)]
-        gains = (base.set_index("seed")["loss"] - good.set_index("seed")["loss"]).dropna()
-        rows.append(row | (_verdict(gains) if method not in (BASELINE, ORIGINAL) and len(gains) > 1 else {}))
+        means = good[[*SPREAD, *MEANS]].apply(pd.to_numeric).mean()
+        base = frame[(frame["experts"] == experts) & (frame["method"] == BASELINE)].set_index("seed")
+        gains = (base["loss"] - good["loss"]).dropna()
+        verdict = _verdict(gains) if method not in (BASELINE, ORIGINAL) and len(gains) > 1 else {}
+        rows.append({**row, **means, **good[SPREAD].std(ddof=1).add_suffix("_sd"), **verdict})
     return pd.DataFrame(rows)
 
 
 def _verdict(gains):
-    from scipy.stats import t
-
     half = float(t.ppf(0.975, len(gains) - 1) * gains.sem(ddof=1))
     verdict = "even" if abs(gains.mean()) <= half else "better" if gains.mean() > 0 else "worse"
     return {"gain": gains.mean(), "gain_error": half, "verdict": verdict}

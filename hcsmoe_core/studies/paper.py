@@ -14,6 +14,8 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from hcsmoe_core._util import InputError, check_choice, sha256_json
 from hcsmoe_core.studies.cache import slug
 from hcsmoe_core.studies.sweep import SAMPLES, SOURCE, recipe_of, setting_name
@@ -71,23 +73,19 @@ def title(name: str, model: str) -> str:
     lines.
     """
     table = published()["efficiency"] if name == "efficiency" else table_of(name)
-    number, about = table["number"], table["title"]
-    lines = [
-        f"{number}: {about}" if number.startswith("Table") else f"{about} ({number})",
-        f"Remark: {table['remark']}.",
-    ]
-    others = [
-        m for m in ([table["model"]] if "model" in table else published()["models"]) if not is_model(model, m)
-    ]
+    number, models = table["number"], [table["model"]] if "model" in table else published()["models"]
+    text = f"{number}: {table['title']}" if number.startswith("Table") else f"{table['title']} ({number})"
+    text += f"\nRemark: {table['remark']}."
+    others = " or ".join(other for other in models if not is_model(model, other))
     if others:
-        lines.append(
-            f"The models differ: {slug(model)} is not {' or '.join(others)}. Only the shape compares: rows "
-            "by share of "
-            "experts kept, relative to the unmerged model; where a task of the table was not scored, ours is "
-            "over all "
-            "that were."
+        text += (
+            f"\nThe models differ: {slug(model)} is not {others}. Only the shape compares: rows by share of "
+            "experts "
+            "kept, relative to the unmerged model; where a task of the table was not scored, ours is over "
+            "all that "
+            "were."
         )
-    return "\n".join(lines)
+    return text
 
 
 def of_source(cells: Any, calibration: str = "", sequences: int = 0, length: int = 0) -> Any:
@@ -134,8 +132,6 @@ def line_up(cells: Any, name: str) -> Any:
     InputError
         If there is no such table, or the cells are of several models or studies.
     """
-    import pandas as pd
-
     table = table_of(name)
     model, size, runs = _runs(cells)
     same, before = is_model(model, table["model"]), _published_unmerged(table)
@@ -151,13 +147,24 @@ def line_up(cells: Any, name: str) -> Any:
         found = _measured(runs, setting, experts)
         mean, sd, seeds = _score(found, columns)
         between = "published: {} to {} over the rules".format(*line["between"]) if "between" in line else ""
-        row = {"experts": line["experts"], "method": line["method"], "our_experts": experts}
-        row["setting"] = "-" if setting is None else setting_name({"experts": bool(setting)} | setting)
-        row |= {"kept": float(kept), "published": average, "ours": mean, "sd": sd, "seeds": seeds}
-        row |= {"difference": mean - average if same and table["tasks"] else NAN}
-        row |= {"published_retained": average / before, "retained": mean / ours_before}
-        row |= {"retained_sd": sd / ours_before, "missing": _missing(line, mean, setting, found, ours_before)}
-        rows.append(row | {"remark": "; ".join(filter(None, (between, remark)))})
+        row = {
+            "experts": line["experts"],
+            "method": line["method"],
+            "our_experts": experts,
+            "setting": "-" if setting is None else setting_name({"experts": bool(setting)} | setting),
+            "kept": float(kept),
+            "published": average,
+            "ours": mean,
+            "sd": sd,
+            "seeds": seeds,
+            "difference": mean - average if same and table["tasks"] else NAN,
+            "published_retained": average / before,
+            "retained": mean / ours_before,
+            "retained_sd": sd / ours_before,
+            "missing": _missing(line, mean, setting, found, ours_before),
+            "remark": "; ".join(filter(None, (between, remark))),
+        }
+        rows.append(row)
     return pd.DataFrame(rows)
 
 
@@ -178,8 +185,6 @@ def by_task(cells: Any, name: str) -> Any:
     pandas.DataFrame
         A column a task, and ``average``; indexed by ``experts``, ``method`` and ``value``.
     """
-    import pandas as pd
-
     table = table_of(name)
     model, _, runs = _runs(cells)
     same, rows = is_model(model, table["model"]), []
@@ -209,30 +214,32 @@ def efficiency(cells: Any) -> Any:
         10⁹), gigabytes (2³⁰ bytes) and share of the parameters kept, published and ours; published seconds
         and peak memory, and the seconds of ours where cells have them (``compress_seconds``).
     """
-    import pandas as pd
-
     model, size, runs = _runs(cells)
     whole, rows, full = _first(runs.get(None), "weights"), [], {}
     for line in published()["efficiency"]["rows"]:
-        of, theirs = line["model"], line["params_b"]
+        of, theirs, seconds = line["model"], line["params_b"], line["compress_seconds"]
         kept = Fraction(line["experts"], published()["models"][of]["experts"])
         found = _measured(runs, {} if kept == 1 else OURS["hc-smoe-average"][0], round(kept * size))
         weights, held = _first(found, "weights"), _first(found, "bytes")
+        absent = "not measured" if math.isnan(weights) else "bytes not recorded" if math.isnan(held) else ""
         row = {
             "model": of,
             "experts": line["experts"],
             "kept": float(kept),
             "our_experts": round(kept * size),
+            "published_params_b": theirs,
+            "params_b": weights / 1e9,
+            "published_gb": line["checkpoint_gb"],
+            "gb": held / 2**30,
+            "published_share": theirs / full.setdefault(of, theirs),
+            "share": weights / whole,
+            "published_seconds": f"{seconds[0]} to {seconds[-1]}" if seconds else "",
+            "seconds": _first(found, "compress_seconds"),
+            "published_peak_gb": _number(line["compress_peak_gb"]),
+            "same_model": is_model(model, of),
+            "missing": absent and f"ours: {absent}",
         }
-        row |= {"published_params_b": theirs, "params_b": weights / 1e9}
-        row |= {"published_gb": line["checkpoint_gb"], "gb": held / 2**30}
-        row |= {"published_share": theirs / full.setdefault(of, theirs), "share": weights / whole}
-        seconds = line["compress_seconds"]
-        row |= {"published_seconds": f"{seconds[0]} to {seconds[-1]}" if seconds else ""}
-        row |= {"seconds": _first(found, "compress_seconds")}
-        row |= {"published_peak_gb": _number(line["compress_peak_gb"]), "same_model": is_model(model, of)}
-        absent = "not measured" if math.isnan(weights) else "bytes not recorded" if math.isnan(held) else ""
-        rows.append(row | {"missing": absent and f"ours: {absent}"})
+        rows.append(row)
     return pd.DataFrame(rows)
 
 
@@ -263,8 +270,6 @@ def wanted(num_experts: int, tables: Sequence[str] | None = None) -> list[dict]:
 
 def unmeasured(cells: Any) -> Any:
     """The cells of :func:`wanted` that are not among these, one row each, as a pandas.DataFrame."""
-    import pandas as pd
-
     _, size, runs = _runs(cells)
     absent = [
         cell
@@ -324,8 +329,6 @@ def _columns(cells, table, same):
 
 def _score(rows, columns):
     """Mean and standard deviation over the seeds of the mean over some columns, and the number of seeds."""
-    import pandas as pd
-
     scores = pd.DataFrame(rows or [], dtype=object).reindex(columns=columns).astype(float)
     scores = scores.mean(axis=1, skipna=False).dropna()
     return float(scores.mean()), float(scores.std()), len(scores)

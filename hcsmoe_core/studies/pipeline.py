@@ -27,7 +27,7 @@
 
 import contextlib
 import sys
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +46,8 @@ from hcsmoe_core.plan import JOINED, Plan, load_plan
 from hcsmoe_core.scale import ranks
 from hcsmoe_core.scale.streaming import open_model, stream_capture, stream_merged, tidied, work_folder
 from hcsmoe_core.score import fidelity as scoring
-from hcsmoe_core.statistics import SAMPLE, LayerSample, Statistics, load_statistics, sequence_hashes
-from hcsmoe_core.studies.stability import capture_until_stable, stability_table
+from hcsmoe_core.statistics import SAMPLE, Statistics, load_statistics, sequence_hashes
+from hcsmoe_core.studies.stability import capture_until_stable, stability_table, with_rows
 from hcsmoe_core.studies.tables import model_size
 from hcsmoe_core.text.calibration import calibration_settings, calibration_tokens, domains_of, own_sequences
 from hcsmoe_core.text.own_text import GRAM, NAME, repetition
@@ -156,7 +156,8 @@ def capture_to_file(
     str, or None on every rank but the first
         What was written, in a line.
     """
-    needs = _needs(tuple(METHODS) if tuple(methods) == ("all",) else methods or ("hc-smoe",))
+    names = list(METHODS) if list(methods) == ["all"] else methods or ["hc-smoe"]
+    needs = tuple(dict.fromkeys(need for name in names for need in METHODS[resolve(name).method].needs))
     until = _until(until_stable, until_excess, stable_at)
     device = ranks.started(device)
     loaded, tokenizer = open_model(model, dtype=dtype, device=device, load=load, memory=memory)
@@ -178,18 +179,13 @@ def _checked(plan, experts, method, router, settings):
         raise InputError(
             "Give either a plan (--plan FILE) or the number of experts kept per layer (--experts, from 1 to "
             "the "
-            "model's number of experts), and not both."
+            "model's number), and not both."
         )
     if plan is not None:
         return settings
     settings = settings | ({"router": router} if router in JOINED else {})
     resolve(method, **settings)
     return settings
-
-
-def _needs(methods):
-    """What several methods need of the statistics, in all."""
-    return tuple(dict.fromkeys(need for method in methods for need in resolve(method).needs))
 
 
 def _read(value, load):
@@ -310,13 +306,14 @@ def _written(model, tokenizer, plan, stats, text, out, work, router, card):
     if out is not None:
         target_of(model, plan, router)  # what cannot be written is refused before it is measured
     apply_plan(model, plan, stats)
-    measured = None if heldout is None else scoring.fidelity(model, plan, heldout)
-    if out is None:
-        return {"model": model, "tokenizer": tokenizer, "fidelity": measured}
     try:
+        measured = None if heldout is None else scoring.fidelity(model, plan, heldout)
+        if out is None:
+            return {"model": model, "tokenizer": tokenizer, "fidelity": measured}
         return save_merged(model, plan, out, router=router, fidelity=measured, **options)
     finally:
-        restore(model)
+        if out is not None:
+            restore(model)
 
 
 def _advice(model, stats, recipe):
@@ -382,15 +379,7 @@ def split_sample(stats: Statistics) -> tuple[Statistics, Statistics]:
     """
     domains, sequences = stats.sampled[:, 2].unique(), stats.sampled[:, [0, 2]].unique(dim=0)
     judges = held_out(stats.sampled, "sequences" if len(sequences) > len(domains) else "domains")
-
-    def part(rows):
-        def some(sample):
-            return LayerSample(*(getattr(sample, f.name)[rows] for f in fields(sample)))
-
-        layers = {name: replace(layer, sample=some(layer.sample)) for name, layer in stats.layers.items()}
-        return replace(stats, layers=layers, sampled=stats.sampled[rows])
-
-    return part(~judges), part(judges)
+    return with_rows(stats, ~judges), with_rows(stats, judges)
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from hcsmoe_core.demo import tasks as demo_tasks
 from hcsmoe_core.families import find_moe_layers, model_hash
 from hcsmoe_core.merging import apply_plan, restore
 from hcsmoe_core.methods import make_plan, resolve
-from hcsmoe_core.methods.saliency import ENUMERATED, TOKENS
+from hcsmoe_core.methods.pruning import ENUMERATED, TOKENS
 from hcsmoe_core.moe import source_of
 from hcsmoe_core.scale.streaming import LAYER, WHOLE, free_memory, open_model, stream_merged, work_folder
 from hcsmoe_core.score.evaluation import evaluate, paired
@@ -280,11 +280,6 @@ def run(
     -------
     Path
         Folder of the cells, for :func:`hcsmoe_core.studies.sweep.collect`.
-
-    Raises
-    ------
-    CellsError
-        When all others are done, if some cells could not be measured; it names them.
     """
     table = _table(name)
     loaded, tokenizer = open_model(model or _hub(table), dtype=dtype, device=device, load=load, memory=memory)

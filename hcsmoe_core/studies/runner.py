@@ -24,7 +24,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from hcsmoe_core._util import held, is_held, read_json, sha256_file, write_json
+from hcsmoe_core._util import is_locked, locked, read_json, sha256_file, write_json
 from hcsmoe_core.studies import engines
 from hcsmoe_core.studies.cache import function_hash, key
 
@@ -75,7 +75,7 @@ def complete(cell: Cell, *, again: bool = False, threads: int | None = None) -> 
     done, part = cell.done, part_of(cell.done)
     failed = done.with_suffix(f".failed{done.suffix}")
     done.parent.mkdir(parents=True, exist_ok=True)
-    with held(done):
+    with locked(done):
         if done.exists() and not again:
             return done
         for path in (part, failed, done.with_suffix(".failed.txt")):  # of a run that failed or was killed
@@ -122,7 +122,7 @@ def state_of(done: Path) -> str:
     """One of :data:`STATES`; "interrupted" where the process that measured it is gone and left a part."""
     if done.exists():
         return "done"
-    if is_held(done):
+    if is_locked(done):
         return "running"
     if done.with_suffix(".failed.txt").exists():
         return "failed"
@@ -138,7 +138,7 @@ def run(
     after: dict | None = None,
     description: str = "cells",
 ) -> list[Path]:
-    """Measure all cells that are not done, and go on past those that fail.
+    """Measure all cells that are not done, past those that fail; the files of all cells, in their order.
 
     Parameters
     ----------
@@ -155,11 +155,6 @@ def run(
     description : str
         Of the progress bar.
 
-    Returns
-    -------
-    list of Path
-        Files of the cells, in their order.
-
     Raises
     ------
     CellsError
@@ -172,8 +167,8 @@ def run(
     with tqdm(total=len(cells), initial=len(done), desc=description, unit="cell") as bar:
         while ready or running:
             while ready and len(running) < (engine.window or len(cells)):
-                options = dict(again=again, threads=engine.threads)
-                running[engine.executor.submit(complete, cells[ready[0]], **options)] = ready.pop(0)
+                i, options = ready.pop(0), dict(again=again, threads=engine.threads)
+                running[engine.executor.submit(complete, cells[i], **options)] = i
             finished = concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED).done
             for i, error in ((running.pop(future), _error_of(future)) for future in finished):
                 tries[i] += 1

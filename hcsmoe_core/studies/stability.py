@@ -6,10 +6,11 @@ import functools
 import itertools
 import operator
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from scipy.cluster import hierarchy
 from scipy.spatial.distance import squareform
@@ -24,14 +25,13 @@ from hcsmoe_core.methods import merge_tree
 from hcsmoe_core.moe import source_of
 from hcsmoe_core.similarity import (
     EMBEDDED,
-    NEEDED,
     allowed_linkages,
     coordinates,
     distances,
     metric_of,
-    parts_of,
+    needs_of,
 )
-from hcsmoe_core.statistics import SAMPLE, Statistics
+from hcsmoe_core.statistics import DEFAULT_NEEDS, SAMPLE, Statistics
 from hcsmoe_core.text.calibration import calibration_tokens, domains_of
 
 
@@ -58,8 +58,6 @@ def quality_table(
         (1979), smaller is better, NaN where the distances are not between points; ``largest`` group and
         ``alone``, the experts joined with none.
     """
-    import pandas as pd
-
     rows, metric = [], metric_of(similarity)
     for layer in stats.layers:
         condensed = distances(stats, layer, similarity=similarity, model=model)
@@ -68,12 +66,17 @@ def quality_table(
             tree = tree_of(condensed, method, metric=metric)
             labels = cut(tree, groups)
             sizes, defined = np.bincount(labels), 1 < groups < len(labels)
-            row = {"layer": layer, "linkage": method}
-            row["cophenetic correlation"] = hierarchy.cophenet(tree, condensed)[0]
-            row["silhouette"] = silhouette_score(square, labels, metric="precomputed") if defined else np.nan
             scored = defined and points is not None
-            row["Davies-Bouldin"] = davies_bouldin_score(points, labels) if scored else np.nan
-            rows.append(row | {"largest": int(sizes.max()), "alone": int((sizes == 1).sum())})
+            row = {
+                "layer": layer,
+                "linkage": method,
+                "cophenetic correlation": hierarchy.cophenet(tree, condensed)[0],
+                "silhouette": silhouette_score(square, labels, metric="precomputed") if defined else np.nan,
+                "Davies-Bouldin": davies_bouldin_score(points, labels) if scored else np.nan,
+                "largest": int(sizes.max()),
+                "alone": int((sizes == 1).sum()),
+            }
+            rows.append(row)
     return pd.DataFrame(rows)
 
 
@@ -110,8 +113,6 @@ def agreement_over_samples(
     pandas.DataFrame
         ``linkage``, ``layer``, ``samples`` and ``agreement``, the adjusted Rand index.
     """
-    import pandas as pd
-
     rows = []
     for method in allowed_linkages(similarity, linkages):
         found = [partitions(s, model, similarity=similarity, linkage=method, groups=groups) for s in samples]
@@ -149,8 +150,8 @@ def growing(
     ends = sorted({max(1, round(sequences / 2**step)) for step in range(steps)})
     captured = []
     for before, end in itertools.pairwise([0, *ends]):
-        part = capture(model, input_ids[before:end], batch_size=batch_size, domains=domains[before:end])
-        captured.append(part)
+        options = dict(needs=DEFAULT_NEEDS, batch_size=batch_size, domains=domains[before:end])
+        captured.append(capture(model, input_ids[before:end], **options))
     return list(itertools.accumulate(captured))
 
 
@@ -174,17 +175,20 @@ def agreement_over_size(
         part, and ``excess``, how much more the part's groups :func:`spread` than those, by the distances of
         the last part.
     """
-    import pandas as pd
-
     rows, metric = [], metric_of(similarity)
     for layer, name in enumerate(parts[-1].layers):
         between = [distances(stats, name, similarity=similarity, model=model) for stats in parts]
         for method in allowed_linkages(similarity, linkages):
             *found, whole = [cut(tree_of(condensed, method, metric=metric), groups) for condensed in between]
             for stats, labels in zip(parts, found, strict=False):
-                row = {"linkage": method, "layer": layer, "tokens": stats.num_tokens}
-                row["agreement"] = float(adjusted_rand_score(labels, whole))
-                rows.append(row | {"excess": extra_spread(labels, whole, between[-1], metric)})
+                row = {
+                    "linkage": method,
+                    "layer": layer,
+                    "tokens": stats.num_tokens,
+                    "agreement": float(adjusted_rand_score(labels, whole)),
+                    "excess": extra_spread(labels, whole, between[-1], metric),
+                }
+                rows.append(row)
     order = ["linkage", "tokens", "layer"]
     return pd.DataFrame(rows).sort_values(order, key=_by_appearance, ignore_index=True)
 
@@ -212,10 +216,9 @@ def capture_until_stable(
 ) -> Statistics:
     """Capture only as many of the calibration tokens as it takes for the groups to become stable.
 
-    The sequences of each domain are dealt to two halves in turn. One sequence of each half is captured, then
-    one more, then two, four and so on; each time, every layer's tree is made from either half alone and cut.
-    It stops once the two partitions of every layer agree at every cut. The result is of both halves: twice
-    the tokens of those that agree.
+    Of two halves alike in domains, one sequence each is captured, then one more, then two, four and so on;
+    each time, every layer's tree is made from either half alone and cut. It stops once the two partitions of
+    every layer agree at every cut. The result is of both halves together.
 
     Parameters
     ----------
@@ -231,10 +234,7 @@ def capture_until_stable(
     model, needs, sample, domains, batch_size, ranks, **options
         As for :func:`hcsmoe_core.capture`.
 
-    Returns
-    -------
-    Statistics
-        With ``stability``; see :func:`stability_table`.
+    The statistics have ``stability``; see :func:`stability_table`.
     """
     cuts = _checked_cuts(model, len(input_ids), agreement, excess, experts, similarity, needs)
     trees = dict(similarity=similarity, metric=metric_of(similarity, metric), linkage=linkage)
@@ -255,7 +255,7 @@ def capture_until_stable(
             break
     limit = {"agreement": float(agreement)} if excess is None else {"excess": float(excess)}
     stability = limit | trees | _summary(looks, cuts, agreement, excess)
-    return replace(_first_rows(stats[0] + stats[1], sample), stability=stability)
+    return replace(with_rows(stats[0] + stats[1], slice(sample)), stability=stability)
 
 
 def spread(labels: np.ndarray, condensed: np.ndarray, metric: str) -> float:
@@ -318,7 +318,7 @@ def _checked_cuts(model, sequences, agreement, excess, experts, similarity, need
     if excess is not None and not excess > 0:
         raise InputError(f'The "excess" argument must be above 0; not {excess}.')
     check_count("input_ids", sequences, 2)
-    needed = {need for name, _ in parts_of(similarity) for need in NEEDED[name]}
+    needed = set(needs_of(similarity))
     if needs is not None and needed - set(needs):
         missing = " and ".join(sorted(needed - set(needs)))
         raise InputError(f'Trees by {similarity!r} need {missing}; add it to the "needs" argument.')
@@ -384,15 +384,17 @@ def _summary(looks, cuts, agreement, excess):
     return {"tokens": list(tokens), "stable": stable, "layers": layers}
 
 
-def _first_rows(stats, size):
-    """Statistics with the first ``size`` tokens of their sample: two small samples may add up to more."""
+def with_rows(stats: Statistics, rows: Any) -> Statistics:
+    """Statistics with some rows of their sample, if they have one, given as an index."""
     if stats.sampled is None:
         return stats
     layers = {}
     for name, layer in stats.layers.items():
-        rows = {key: value[:size] for key, value in vars(layer.sample).items()}
-        layers[name] = replace(layer, sample=type(layer.sample)(**rows))
-    return replace(stats, layers=layers, sampled=stats.sampled[:size])
+        sample = replace(
+            layer.sample, **{f.name: getattr(layer.sample, f.name)[rows] for f in fields(layer.sample)}
+        )
+        layers[name] = replace(layer, sample=sample)
+    return replace(stats, layers=layers, sampled=stats.sampled[rows])
 
 
 def stability_table(stats: Statistics) -> Any:
@@ -412,8 +414,6 @@ def stability_table(stats: Statistics) -> Any:
         ``layer``, ``cuts``, ``tokens needed`` (missing where its groups still changed), ``agreement`` and
         ``excess`` of the halves at the end.
     """
-    import pandas as pd
-
     rows = []
     for name, layer in stats.stability["layers"].items():
         row = {"layer": name, "cuts": ", ".join(map(str, layer["experts"])), "tokens needed": layer["needed"]}

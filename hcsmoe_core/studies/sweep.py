@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from hcsmoe_core._util import InputError, sha256_json, write_json
 from hcsmoe_core.methods import METHODS, format_settings, option_names, parse_settings, resolve
 from hcsmoe_core.studies import engines, runner
@@ -256,8 +258,6 @@ def status(folder: str | Path, names: str = "", model: str | None = None) -> Any
     -------
     pandas.DataFrame
     """
-    import pandas as pd
-
     rows = []
     for entry in grids_of(folder, names, model):
         states = [state_of(done) for done in _done_of(folder, entry)]
@@ -268,8 +268,6 @@ def status(folder: str | Path, names: str = "", model: str | None = None) -> Any
 
 def status_text(folder: str | Path, names: str = "", models: Sequence = (None,)) -> str:
     """:func:`status` and :func:`failures` of some models, in lines."""
-    import pandas as pd
-
     tables, lines = [], []
     for model in models:
         try:
@@ -297,8 +295,6 @@ def table_of(folder: str | Path, names: str = "", models: Sequence = (None,)) ->
     -------
     pandas.DataFrame
     """
-    import pandas as pd
-
     entries = [entry for model in models for entry in grids_of(folder, names, model)]
     frames = []
     for entry in entries:
@@ -335,8 +331,6 @@ def collect(
     FileNotFoundError
         If there are none.
     """
-    import pandas as pd
-
     if grid:
         declared = cells_of(folder, grid, model).items()
         contents = [(results_of(done), given) for done, given in declared if done.exists()]
@@ -425,8 +419,6 @@ def over_samples(cells: Any) -> Any:
 
 def missing_cells(frame: Any, *axes: str) -> Any:
     """Combinations of the axes' values that no cell has, as a pandas.DataFrame."""
-    import pandas as pd
-
     wanted = itertools.product(*(sorted(frame[axis].unique()) for axis in axes))
     measured = set(frame[list(axes)].itertuples(index=False, name=None))
     return pd.DataFrame([values for values in wanted if values not in measured], columns=list(axes))
@@ -436,8 +428,6 @@ def missing_of(folder: str | Path, names: str, model: str | None = None) -> Any:
     """Cells of grids that are not done, as the grids have them, with their ``state``, as a
     pandas.DataFrame.
     """
-    import pandas as pd
-
     rows = [{"state": state_of(done)} | given for done, given in cells_of(folder, names, model).items()]
     frame = pd.DataFrame([row for row in rows if row["state"] != "done"])
     return frame.drop(columns="model", errors="ignore").fillna("")

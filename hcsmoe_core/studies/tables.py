@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
+from sklearn.metrics import adjusted_rand_score, mutual_info_score
 
 from hcsmoe_core._util import check_choice, replacing
 from hcsmoe_core.clustering import cut
@@ -17,8 +19,6 @@ from hcsmoe_core.similarity import allowed_linkages
 
 def layer_table(model: Any) -> Any:
     """What is in a model: one row per MoE layer, as a pandas.DataFrame."""
-    import pandas as pd
-
     rows = []
     for layer in find_moe_layers(model):
         size = sum(t.numel() * t.element_size() for t in layer.tensors().values())
@@ -38,9 +38,6 @@ def usage_table(stats: Any) -> Any:
         number of experts that no token was routed to; ``information, nats``, the mutual information of expert
         and domain over routed pairs (0: routing does not depend on the domain).
     """
-    import pandas as pd
-    from sklearn.metrics import mutual_info_score
-
     rows = []
     for name, layer in stats.layers.items():
         share = layer.frequency * len(layer.frequency)
@@ -84,8 +81,6 @@ def cut_table(stats: Any, plan: Any) -> Any:
 
     See :func:`hcsmoe_core.methods.summary.summarise`.
     """
-    import pandas as pd
-
     rows = [{"layer": layer.name} | summarise(stats, layer.name, layer.labels) for layer in plan.layers]
     return pd.DataFrame(rows).rename(columns=CUT_COLUMNS)
 
@@ -139,9 +134,6 @@ def family_agreement(stats: Any, model: Any, *, linkages: Sequence[str], similar
     pandas.DataFrame or None
         None where the families are not known.
     """
-    import pandas as pd
-    from sklearn.metrics import adjusted_rand_score
-
     families = demo.families(model.name_or_path)
     if families is None:
         return None
@@ -178,6 +170,4 @@ def write_table(frame: Any, path: str | Path) -> Path:
 
 def stacked(tables: dict, name: str) -> Any:
     """Several data frames below each other, with a column of a name for the key of each."""
-    import pandas as pd
-
     return pd.concat([table.assign(**{name: key}) for key, table in tables.items()], ignore_index=True)

@@ -131,8 +131,7 @@ def domains_of(source: str | Path, sequences: int) -> list[str] | None:
     parts = _parts(source, sequences)
     if len(parts) == 1 and not _entry(parts[0][0]).domains:
         return None
-    labels = [(_labels(name), count) for name, count in parts]
-    return [names[i % len(names)] for names, count in labels for i in range(count)]
+    return [labels[i % len(labels)] for name, n in parts for labels in [_labels(name)] for i in range(n)]
 
 
 def scoring_of(source: str | Path) -> tuple[str | None, tuple[str, ...]]:
@@ -161,16 +160,10 @@ def own_sequences(source: str | Path, sequences: int) -> int:
     return sum(math.ceil(count / batch) * batch for count, batch in own)
 
 
-def is_demo(source: str | Path) -> bool:
-    """Whether a source is the embedded corpus, or some of its domains."""
-    return str(source).partition(":")[0] == "demo"
-
-
 def _weights(source):
     """Parts of a source and their weights; a source that is no mixture is one part."""
-    if isinstance(source, Path) and not source.is_absolute():
-        source = f"./{source}"
-    source = str(source)
+    relative = isinstance(source, Path) and not source.is_absolute()
+    source = f"./{source}" if relative else str(source)
     if Path(source).exists() or not set("+*") & set(source):
         return [(source, 1.0)]
     parts = []

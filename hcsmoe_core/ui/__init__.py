@@ -1,1 +1,1 @@
-"""TODO."""
+"""Figures, widgets, the notebooks' record and the command line."""

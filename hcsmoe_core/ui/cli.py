@@ -427,86 +427,91 @@ def reproduce(
         print(f"\n{study.report(name, cells, model)}\n\n{cells}")
 
 
+GRIDS = Annotated[
+    list[str] | None, typer.Argument(help="Grids by name, .yml files, or all; listed by default.")
+]
+PARAMETER = Annotated[
+    list[str] | None,
+    _option("Another parameter of all cells, as name=value; may be repeated.", "--parameter", "-p"),
+]
+SCHEDULER = Annotated[str, _option("Address of a Dask scheduler whose workers run the cells: tcp://…")]
+JOBS = Annotated[int, _option("SLURM jobs side by side, each of which runs one cell at a time.")]
+SLURM_OPTIONS = Annotated[
+    list[str] | None,
+    _option(
+        "Option of a SLURM job, as name=value; may be repeated: queue, account, walltime, memory, cores, "
+        "gpus, "
+        "directives, prologue, directory, interface, python."
+    ),
+]
+TABLE = Annotated[list[Path] | None, _option("File for all finished cells, .csv or .tex; may be repeated.")]
+DRAWN = Annotated[Path | None, _option("Folder to draw each grid into, by 06_ablation; by default none.")]
+
+
 @app.command()
 def sweep(
-    grid: Annotated[
-        list[str] | None, typer.Argument(help="Grids by name, .yml files, or all; listed by default.")
-    ] = None,
+    grid: GRIDS = None,
     model: Annotated[list[str] | None, _option("Model; may be repeated.")] = None,
     limit: LIMIT = None,
-    parameter: Annotated[
-        list[str] | None,
-        _option("Another parameter of all cells, as name=value; may be repeated.", "--parameter", "-p"),
-    ] = None,
+    parameter: PARAMETER = None,
     workers: WORKERS = 0,
-    scheduler: Annotated[
-        str, _option("Address of a Dask scheduler whose workers run the cells: tcp://…")
-    ] = "",
+    scheduler: SCHEDULER = "",
     slurm: Annotated[bool, _option("Run the cells in SLURM jobs.", "--slurm")] = False,
-    jobs: Annotated[int, _option("SLURM jobs side by side, each of which runs one cell at a time.")] = 2,
-    slurm_options: Annotated[
-        list[str] | None,
-        _option(
-            "Option of a SLURM job, as name=value; may be repeated: queue, account, walltime, memory, cores, "
-            "gpus, "
-            "directives, prologue, directory, interface, python."
-        ),
-    ] = None,
+    jobs: JOBS = 2,
+    slurm_options: SLURM_OPTIONS = None,
     retries: Annotated[int, _option("How often a failed cell is tried again.")] = 0,
-    status: Annotated[
-        bool, _option("Run nothing; tell how far grids are, and which cells failed.", "--status")
-    ] = False,
-    table: Annotated[
-        list[Path] | None, _option("File to write all finished cells to, .csv or .tex; may be repeated.")
-    ] = None,
-    figures: Annotated[
-        Path | None, _option("Folder to draw each grid into, by 06_ablation; by default none.")
-    ] = None,
+    status: Annotated[bool, _option("Run nothing; show finished and failed cells.", "--status")] = False,
+    table: TABLE = None,
+    figures: DRAWN = None,
     out: CELLS = Path("runs/sweep"),
     plugin: PLUGIN = None,
 ):
-    """Measure every cell of a grid, here or on a cluster; finished cells are kept, and the same command
-    continues.
+    """Measure every cell of a grid, here or on a cluster; finished cells are kept: run it again to
+    continue.
     """
     from hcsmoe_core.studies import grids
     from hcsmoe_core.studies import sweep as cells
     from hcsmoe_core.studies.tables import write_table
-    from hcsmoe_core.ui.showcase import draw
 
     if not grid and not status:
         print(grids.table(grids.names()))
         return
     names = [name for entry in grid or () for name in (grids.names() if entry == "all" else [entry])]
     read, models = ",".join(Path(name).stem for name in names), model or [None]
-    if status:
-        print(cells.status_text(out, read, models))
-    else:
-        if not model:
-            raise InputError("sweep needs a model: give --model MODEL (only --status works without).")
+    if not status and not model:
+        raise InputError("Give the models with --model MODEL; --status alone needs none.")
+    if not status:
         overrides = ({"limit": limit} if limit else {}) | grids.overrides_from(parameter or ())
         overrides |= {"plugin": str(plugin[0].resolve())} if plugin else {}
-        planned = grids.plans(
-            names, model, overrides
-        )  # errors are told before a cluster is asked for anything
+        # What is wrong with a grid is told before a cluster is asked for anything.
+        planned = grids.plans(names, model, overrides)
         with _engine(workers, scheduler, slurm, jobs, slurm_options or (), out) as engine:
             _print(engine.dashboard and f"dashboard {engine.dashboard}")
             try:
                 grids.run(planned, out, engine=engine, retries=retries)
             finally:
                 print(cells.status_text(out, read, models))
+    else:
+        print(cells.status_text(out, read, models))
     for path in table or ():
         print(write_table(cells.table_of(out, read, models), path))
     if figures:
-        swept = [entry for name in models for entry in cells.grids_of(out, read, name)]
-        chosen = names or dict.fromkeys(entry["grid"] for entry in swept)
-        draw(
-            list(chosen),
-            list(dict.fromkeys(entry["model"] for entry in swept)),
+        _draw(
+            [entry for name in models for entry in cells.grids_of(out, read, name)],
+            names,
             out,
             figures,
-            _workers(workers),
+            workers,
         )
-        print(f"figures {figures}")
+
+
+def _draw(swept: list[dict], names: list[str], out: Path, figures: Path, workers: int) -> None:
+    """Draw grids that were measured."""
+    from hcsmoe_core.ui.showcase import draw
+
+    grids = list(names or dict.fromkeys(entry["grid"] for entry in swept))
+    draw(grids, list(dict.fromkeys(entry["model"] for entry in swept)), out, figures, _workers(workers))
+    print(f"figures {figures}")
 
 
 def _workers(workers: int) -> int:

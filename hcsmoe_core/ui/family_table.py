@@ -1,47 +1,62 @@
-"""TODO."""
+"""The committed table of what works on each MoE family of transformers (made by ``tools.family_table``)."""
 
 import textwrap
 from pathlib import Path
 
-from hcsmoe_core._util import read_json
+from hcsmoe_core._util import check_choice, read_json
 
 TABLE = Path(__file__).with_name("families.json")
 
-
-KINDS = {
-    "mapped": "mapped",
-    "joined": "folded",
-    "plain": "pruned",
-}  # of checkpoints, and what the table calls them
+# Kinds of checkpoint that were tried out, as rows and the printed table name them.
+KINDS = {"mapped": "mapped", "joined": "folded", "plain": "pruned"}
 
 
-def committed():
-    """The table of all families that :func:`probe` made, and the version of transformers it was made with.
+def committed() -> tuple[str, list[dict]]:
+    """The version of transformers that families were tried out with, and one row per family, alphabetically.
 
-    Returns
-    -------
-    version : str
-    rows : list of dict
+    A row has ``family`` and ``whole`` (a model that reads images too), ``model``, ``layers``, ``experts``
+    (the configuration's name for their number), ``router``, and for each of ``KINDS`` why it does not work
+    ("" if it does).
     """
     content = read_json(TABLE)
     return content["transformers"], content["families"]
 
 
-def table(rows):
-    """Rows of :func:`probe` as text."""
+def text(names=None) -> str:
+    """The committed table of some families, by default of all, and whether another transformers is installed.
+
+    Raises
+    ------
+    InputError
+        If there is no family of some name.
+    """
+    import transformers
+
+    version, rows = committed()
+    for name in names or ():
+        check_choice("names", name, sorted({row["family"] for row in rows}))
+    lines = [table([row for row in rows if not names or row["family"] in names])]
+    if version != transformers.__version__:
+        lines.append(f"tried out with transformers {version}; {transformers.__version__} is installed")
+    return "\n".join(lines)
+
+
+def table(rows: list[dict]) -> str:
+    """Rows as text."""
     lines = []
     for row in rows:
         name = row["family"] + " (whole)" * row["whole"]
-        what = ", ".join(shown for kind, shown in KINDS.items() if not row[kind]) or "no"
-        lines.append(f"{name:24} {what:22} {row['experts'] or '-':38} {row['router'] or '-'}")
-        for why in dict.fromkeys(row[kind] for kind in KINDS if row[kind]):
-            lines += textwrap.wrap(why, 110, initial_indent=" " * 25, subsequent_indent=" " * 25)
-    parts = [row for row in rows if not row["whole"]]
-    works = [sum(not row[kind] for row in parts) for kind in KINDS]
+        works = ", ".join(label for kind, label in KINDS.items() if not row[kind]) or "no"
+        lines.append(f"{name:24} {works:22} {row['experts'] or '-':38} {row['router'] or '-'}")
+        for reason in dict.fromkeys(row[kind] for kind in KINDS if row[kind]):
+            lines += textwrap.wrap(reason, 110, initial_indent=" " * 25, subsequent_indent=" " * 25)
+    families = [row for row in rows if not row["whole"]]
+    counts = [sum(not row[kind] for row in families) for kind in KINDS]
     lines.append(
-        f"{len(parts)} of transformers' families: {works[0]} can be merged with the router as it was (mapped), {works[1]} "
-        f"merged and {works[2]} pruned to checkpoints that stock engines open (folded or row-kept, pruned)"
+        f"{len(families)} of transformers' families: {counts[0]} can be merged with the router as it was "
+        f"(mapped), {counts[1]} merged and {counts[2]} pruned to checkpoints that stock engines open "
+        "(folded or row-kept, pruned)"
     )
-    if len(parts) < len(rows):
+    if len(families) < len(rows):
         lines.append('"whole" is a model that reads images too; the line above it is its text part alone')
     return "\n".join(lines)
