@@ -25,7 +25,14 @@ from hcsmoe_core.studies import tables as study
 
 pytestmark = pytest.mark.slow
 MODEL = "demo-mixtral"
-SMALL = {"tasks": "demo_sorting,demo_units", "limit": 20, "text": "none", "sequences": 12, "length": 32}
+SMALL = {
+    "dtype": "float32",
+    "tasks": "demo_sorting,demo_units",
+    "limit": 20,
+    "text": "none",
+    "sequences": 12,
+    "length": 32,
+}
 # What a cell leaves of itself, beside all bookkeeping: a line when it starts and one when it is through.
 MARK = """
 import json, os, pathlib
