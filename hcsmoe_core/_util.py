@@ -28,6 +28,10 @@ class InputError(ValueError):
     """Bad input: names the argument, its value, what is allowed and what to do. Any other error is a bug."""
 
 
+class MissingPackageError(InputError, ImportError):
+    """An optional package is not installed; says which extra of ours has it."""
+
+
 class Table(UserDict):
     """Entries by name, registered by modules that are imported at the first lookup.
 

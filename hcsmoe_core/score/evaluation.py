@@ -10,7 +10,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
-from hcsmoe_core._util import InputError, Table, check_count, sha256_json, versions
+from hcsmoe_core._util import InputError, MissingPackageError, Table, check_count, sha256_json, versions
 from hcsmoe_core.collect import check_tokens, forward_options
 from hcsmoe_core.text.calibration import SOURCES, calibration_tokens, domains_of, scoring_of
 
@@ -137,7 +137,7 @@ def task_scores(
     try:
         import lm_eval
     except ImportError:
-        raise ImportError('Scoring needs lm-evaluation-harness: pip install "hcsmoe[eval]"') from None
+        raise MissingPackageError('Scoring needs lm-evaluation-harness: pip install "hcsmoe[eval]"') from None
     from hcsmoe_core.score.harness import Answering, load_tasks
 
     loaded = load_tasks(tasks)

@@ -13,7 +13,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from hcsmoe_core._util import InputError, check_count
+from hcsmoe_core._util import InputError, MissingPackageError, check_count
 
 DEATHS = 3  # workers that a cell may lose (killed, out of memory, machine gone) before it counts as failed
 WORKER_TTL = (
@@ -241,4 +241,4 @@ def _import(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError:
-        raise ImportError('Clusters need Dask: pip install "hcsmoe[cluster]"') from None
+        raise MissingPackageError('Clusters need Dask: pip install "hcsmoe[cluster]"') from None

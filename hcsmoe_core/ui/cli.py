@@ -381,6 +381,7 @@ def compare(
         calibration=calibration, sequences=sequences, length=length, text=text, dtype=dtype, device=device
     )
     options |= dict(methods=_items(methods) or None, settings=parse_settings(others or ()), folder=out)
+    options |= dict(plugin=plugin or ())
     frame = comparison.compare(model, **options)
     frame.to_csv(table := out / f"{slug(model)}.csv", index=False)
     print(f"{comparison.table(frame)}\n\n{table}")
@@ -570,20 +571,26 @@ def main() -> None:
     try:
         app()
     except (InputError, OSError) as error:
-        print(f"hcsmoe: {error}", file=sys.stderr)
-        sys.exit(2)
+        _fail(error)
     except Exception as error:
-        # torch's error for a full GPU and Python's for full memory, without importing torch to tell
+        from hcsmoe_core.studies.runner import CellsError
+
+        if isinstance(error, CellsError):
+            _fail(error)
+        # torch's error for a full GPU is a RuntimeError
         if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError":
             raise
-        print(
-            "hcsmoe: out of memory "
-            f"({str(error).splitlines()[0] if str(error) else 'no more can be allocated'}). Lower "
-            "--batch-size or --length, collect less (--sample), or process one decoder layer at a time "
-            "(--load streamed).",
-            file=sys.stderr,
+        reason = str(error).splitlines()[0] if str(error) else "no more can be allocated"
+        _fail(
+            f"out of memory ({reason}). Lower --batch-size or --length, collect less (--sample), or process "
+            "one "
+            "decoder layer at a time (--load streamed)."
         )
-        sys.exit(2)
+
+
+def _fail(message: object) -> None:
+    print(f"hcsmoe: {message}", file=sys.stderr)
+    sys.exit(2)
 
 
 if __name__ == "__main__":
