@@ -582,7 +582,7 @@ def main() -> None:
             raise
         reason = str(error).splitlines()[0] if str(error) else "no more can be allocated"
         _fail(
-            f"out of memory ({reason}). Lower --batch-size or --length, collect less (--sample), or process one "
+            f"out of memory ({reason}). Lower --batch-size or --length, collect less (--sample), or read one "
             "decoder layer at a time (--load streamed)."
         )
 
