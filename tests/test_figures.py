@@ -1,6 +1,7 @@
 import ast
 import io
 import json
+from pathlib import Path
 
 import matplotlib.image
 import numpy as np
@@ -15,10 +16,11 @@ from hcsmoe_core import capture, cut, distances, find_moe_layers, linkage, load_
 from hcsmoe_core.clustering import by_first_appearance
 from hcsmoe_core.methods import merge_tree
 from hcsmoe_core.statistics import DEFAULT_NEEDS, LayerStatistics, Statistics
+from hcsmoe_core.studies import sweep
 from hcsmoe_core.studies import tables as study
-from hcsmoe_core.ui import figures
+from hcsmoe_core.ui import figures, showcase
 from hcsmoe_core.ui import widgets as explore
-from hcsmoe_core.ui.notebook import Record
+from hcsmoe_core.ui.notebook import NOTEBOOKS, Record
 
 
 @pytest.fixture(scope="module")
@@ -313,3 +315,23 @@ def test_notebooks_change_to_the_project_before_anything_is_read(path):
         ast.unparse(n.func) for node in body[: first + 1] for n in ast.walk(node) if isinstance(n, ast.Call)
     }
     assert calls <= allowed
+
+
+@pytest.mark.parametrize(("limit", "folder"), [(None, "all-items"), (5, "5-items")])
+def test_the_showcase_runs_every_notebook_with_parameters_that_it_has(limit, folder, tmp_path, monkeypatch):
+    cells = []
+
+    def run_cells(given, _, **__):
+        for notebook, parameters in given:
+            sweep.check_parameters(notebook, parameters)
+        cells.extend(given)
+        return [notebook for notebook, _ in given]
+
+    monkeypatch.setattr(sweep, "run_cells", run_cells)
+    monkeypatch.setattr(showcase, "report", lambda *_: None)
+    showcase.run(["demo-mixtral"], tmp_path, "figures", 1, limit)
+    assert {Path(notebook).stem for notebook, _ in cells} == set(NOTEBOOKS)
+    scored = [parameters for notebook, parameters in cells if Path(notebook).stem == "05_accuracy"]
+    assert {parameters.get("limit") for parameters in scored} == {limit}
+    read = [parameters["sweep"] for _, parameters in cells if "sweep" in parameters]
+    assert read == [str(tmp_path / folder)] * 2

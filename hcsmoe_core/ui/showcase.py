@@ -54,11 +54,10 @@ def run(models, out, figures, workers, limit=None, *, full=False):
     options = dict(workers=workers, again=full)
     done = sweep.run_cells(notebooks("00_tour", **numbers), out, description="tour", **options)
     done += sweep.run_cells(notebooks(*LOOKS, **numbers), out, description="looks", **options)
-    cells = Path(out) / (
-        f"{limit}-items" if limit else "all-items"
-    )  # scores on other items are another study
+    # Scores on other items are another study.
+    cells = Path(out) / (f"{limit}-items" if limit else "all-items")
     chosen = grids.names() if full else list(BRIEF)
-    planned = grids.plans(chosen, models, {"limit": limit} | numbers | shared)
+    planned = grids.plans(chosen, models, ({"limit": limit} if limit else {}) | numbers | shared)
     done += grids.run(planned, cells, workers=workers)
     if full:
         done += draw(chosen, models, cells, figures, workers)
