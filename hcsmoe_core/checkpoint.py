@@ -378,7 +378,8 @@ def _plain_config(model, plan, merged):
     text = config.get_text_config()
     for name, holder in counted(config, len(plan.layers[0].labels)):
         setattr(holder, name, count)
-    caps = dict.fromkeys(moe.TOP_K_NAMES, find_moe_layers(merged)[0].top_k or count)
+    # Fewer where groups of experts are chosen first; more where the block keeps the original's configuration.
+    caps = dict.fromkeys(moe.TOP_K_NAMES, min(count, find_moe_layers(merged)[0].top_k or count))
     if any(p.router in JOINED for p in plan.layers):
         caps |= dict.fromkeys((*moe.GROUP_COUNT_NAMES, *moe.GROUP_TOP_K_NAMES), 1)
     for holder in _nested(text):
