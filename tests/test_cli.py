@@ -62,7 +62,7 @@ def test_capture_plan_merge_step_by_step_and_in_one_go(work):
     plan = core.load_plan(work / "p.json")
     assert plan.layers == core.make_plan(stats, experts=4, linkage="single").layers
     said = hcsmoe("merge", work / "model", "--plan", work / "p.json", "--out", work / "m")
-    assert "4 experts a layer" in said
+    assert "4 experts per layer" in said
     wanted = logits(core.apply_plan(model, plan), ids)
     assert torch.equal(logits(core.load_merged(work / "m"), ids), wanted)
     options = (
