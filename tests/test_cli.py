@@ -228,7 +228,7 @@ def test_evaluate_an_embedded_model_with_a_plan(tmp_path):
         ),
         (("capture", "nobody/nothing", "--out", "{new}"), "no such folder here"),
         (("evaluate", "{model}"), "needs the model's tokenizer"),
-        (("evaluate", "{broken}"), "the checkpoint is damaged"),
+        (("evaluate", "{broken}"), "cut short or damaged. Copy the checkpoint again"),
         (("demo", "--models", "demo-gpt"), '"models" argument must be one of'),
         (
             ("sweep", "linkge", "--model", "demo-qwen", "--out", "{new}"),
