@@ -1,14 +1,20 @@
 """The HC-SMoE paper's main tables on its own models: their cost told beforehand, then measured, beside the
 published.
+
+``python benchmarks/reproduce.py qwen1.5-moe`` (the paper's Table 2) or ``mixtral-8x7b`` (Table 3);
+``--dry-run`` lists every step with its cost and needs neither network nor weights.
 """
 
 import math
 import shutil
+import sys
 import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from hcsmoe_core._util import InputError, check_choice, read_json, sha256_json, versions
 from hcsmoe_core.checkpoint import device_of, load_model, load_skeleton, skeleton_of
@@ -390,3 +396,42 @@ def _changes(out):
 
 def _named(cell):
     return f"{sweep.setting_name(cell)}, {cell['experts']} experts" if cell["experts"] else "original"
+
+
+def main(
+    name: Annotated[str, typer.Argument(help="qwen1.5-moe (the paper's Table 2) or mixtral-8x7b (Table 3).")],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List every step with its cost only.")] = False,
+    model: Annotated[str, typer.Option(help="Folder of the model, or another; by default the paper's.")] = "",
+    tasks: Annotated[str, typer.Option(help="Tasks, separated by commas; by default the table's.")] = "",
+    limit: Annotated[int | None, typer.Option(help="Items per task; all by default.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Requests per forward pass.")] = 16,
+    teraflops: Annotated[float, typer.Option(help="10^12 operations per second of the device.")] = 100.0,
+    bandwidth: Annotated[float, typer.Option(help="GB per second at which weights are read.")] = 2.0,
+    calibration: Annotated[str, typer.Option(help="Source of the calibration text.")] = "",
+    sequences: Annotated[int, typer.Option(help="Calibration sequences.")] = 0,
+    length: Annotated[int, typer.Option(help="Tokens per sequence.")] = 0,
+    calibration_seed: Annotated[int, typer.Option(help="Seed of the calibration sample.")] = 42,
+    dtype: Annotated[str, typer.Option(help="Data type of the weights.")] = "auto",
+    device: Annotated[str, typer.Option(help="Device of the model.")] = "auto",
+    load: Annotated[str, typer.Option(help="auto, whole or streamed.")] = "auto",
+    memory: Annotated[str, typer.Option(help="Memory that may be used, such as 40GB.")] = "",
+    out: Annotated[Path, typer.Option(help="Folder of the cells; those done are kept.")] = Path(
+        "runs/reproduce"
+    ),
+):
+    """Reproduce a table of the HC-SMoE paper, all methods at both sizes, beside the published values."""
+    tasks = [task.strip() for task in tasks.split(",") if task.strip()] or None
+    options = dict(model=model, tasks=tasks, limit=limit, batch_size=batch_size, dtype=dtype)
+    options |= dict(calibration=calibration, sequences=sequences, length=length)
+    print(step_table(estimate(name, teraflops=teraflops, bandwidth=bandwidth, **options)), flush=True)
+    if not dry_run:
+        where = dict(device=device, load=load, memory=memory, folder=out)
+        cells = run(name, calibration_seed=calibration_seed, **where, **options)
+        print(f"\n{report(name, cells, model)}\n\n{cells}")
+
+
+if __name__ == "__main__":
+    try:
+        typer.run(main)
+    except InputError as error:
+        sys.exit(str(error))
