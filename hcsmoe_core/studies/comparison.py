@@ -10,7 +10,6 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,15 +77,15 @@ def compare(
         One row per cell; see :func:`cells`.
     """
     plugins = [str(path) for path in ([plugin] if isinstance(plugin, str | Path) else plugin) if path]
-    for path in plugins:
-        load_plugin(path)
+    list(map(load_plugin, plugins))
     source = dict(calibration=str(calibration), sequences=sequences, length=length)
     needs = _needs(methods, settings or {})
     loaded, tokenizer = load_model(model, dtype=dtype, device=device)
     shared = dict(model=str(model), limit=limit, text=text, dtype=str(loaded.dtype), settings=settings or {})
+    partial, options = functools.partial, dict(model=loaded, tokenizer=tokenizer)
     capture = partial(cached_statistics, loaded, tokenizer, needs=sum(needs.values(), ()), **source)
     runner.measure(
-        partial(_measured, model=loaded, tokenizer=tokenizer, statistics=latest(capture)),
+        partial(_measured, **options, statistics=latest(capture)),
         _wanted(loaded, tuple(needs), experts, seeds),
         Path(folder) / slug(model),
         shared=shared | source | ({"plugin": plugins} if plugins else {}),
@@ -127,25 +126,20 @@ def fractions_of(size: int, parts: Sequence[int], of: int) -> list[int]:
 
 
 def latest(capture: Callable) -> Callable:
-    """Statistics by seed: captured when they are asked for, and remembered until another seed is."""
-
-    @functools.lru_cache(maxsize=1)
-    def statistics(seed):
-        return capture(seed=seed)
-
-    return statistics
+    """``capture(seed=…)`` that remembers the statistics of the seed it was asked for last."""
+    return functools.lru_cache(maxsize=1)(capture)
 
 
 def _measured(cell, *, model, tokenizer, statistics):
     """Scores, times and sizes of one cell, or why it cannot be had."""
-    original, record = cell["method"] == ORIGINAL, {}
-    stats = None if original else statistics(cell["seed"])
+    merged, record = cell["method"] != ORIGINAL, {}
+    stats = statistics(seed=cell["seed"]) if merged else None
     try:
-        if not original:
+        if merged:
             with _peak_memory(model) as memory:
-                options = {name: cell[name] for name in ("method", "experts", "seed")}
+                options = {name: cell[name] for name in ("method", "experts", "seed")} | cell["settings"]
                 started = time.perf_counter()
-                plan = make_plan(stats, model, progress=False, **options, **cell["settings"])
+                plan = make_plan(stats, model, progress=False, **options)
                 planned = time.perf_counter()
                 apply_plan(model, plan, stats)
                 record |= {"plan_seconds": planned - started, "merge_seconds": time.perf_counter() - planned}
@@ -162,12 +156,12 @@ def _measured(cell, *, model, tokenizer, statistics):
 
 def _expert_bytes(model):
     """Bytes of the experts; of those that were factored, the bytes that the factors take."""
-    total = 0
-    for layer in find_moe_layers(model):
+
+    def size(layer):
         factored = getattr(getattr(layer.experts, "_merged", None), "compressed_bytes", None)
-        dense = sum(t.numel() * t.element_size() for t in layer.tensors().values())
-        total += dense if factored is None else factored
-    return total
+        return sum(t.nbytes for t in layer.tensors().values()) if factored is None else factored
+
+    return sum(map(size, find_moe_layers(model)))
 
 
 @contextlib.contextmanager
@@ -177,29 +171,25 @@ def _peak_memory(model: Any) -> Iterator[dict]:
     On a CPU it is what the process newly takes: allocations that reuse what it had already do not show, so
     that this is a lower bound.
     """
-    found = {}
+    peak, before = {}, None
     if model.device.type == "cuda":
         import torch
 
         torch.cuda.reset_peak_memory_stats(model.device)
-        before = torch.cuda.memory_allocated(model.device)
-        yield found
-        found["mb"] = (torch.cuda.max_memory_allocated(model.device) - before) / 1e6
-        return
-    try:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)  # or what is merely kept for reuse would hide what is needed
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: the resident peak starts again from now
-        before = _status("VmRSS")
-    except (OSError, AttributeError):  # another system, or another C library
-        yield found
-        return
-    yield found
-    found["mb"] = max(0, _status("VmHWM") - before) / 1e3
+        before, highest = torch.cuda.memory_allocated(model.device), torch.cuda.max_memory_allocated
+    else:
+        with contextlib.suppress(OSError, AttributeError):  # another system, or another C library
+            ctypes.CDLL("libc.so.6").malloc_trim(0)  # memory kept for reuse would hide what is needed
+            Path("/proc/self/clear_refs").write_text("5")  # Linux: the resident peak starts again from now
+            before, highest = _status("VmRSS"), lambda _: _status("VmHWM")
+    yield peak
+    if before is not None:
+        peak["mb"] = max(0, highest(model.device) - before) / 1e6
 
 
 def _status(name):
     lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(name)).split()[1])
+    return 1000 * int(next(line for line in lines if line.startswith(name)).split()[1])
 
 
 def cells(folder: str | Path, model: str) -> Any:
@@ -231,16 +221,11 @@ def cells(folder: str | Path, model: str) -> Any:
     newest = newest_cells(folder, model)
     if not newest:
         raise FileNotFoundError(f"Nothing was compared for {model} in {folder}; run: hcsmoe compare {model}")
-    rows = []
-    for content in newest.values():
-        result = content["result"]
-        scores = result.get("scores", {})
-        found = {
-            "accuracy": scores.get("mean_acc"),
-            "item_error": scores.get("mean_acc_stderr"),
-            "loss": scores.get("mean_loss"),
-        }
-        rows.append(content | result | found)
+    names = {"mean_acc": "accuracy", "mean_acc_stderr": "item_error", "mean_loss": "loss"}
+    rows = [
+        cell | cell["result"] | {new: cell["result"].get("scores", {}).get(old) for old, new in names.items()}
+        for cell in newest.values()
+    ]
     order = dict(by=["experts", "method", "seed"], ascending=[False, True, True], ignore_index=True)
     return pd.DataFrame(rows).reindex(columns=COLUMNS).sort_values(**order)
 
@@ -248,10 +233,8 @@ def cells(folder: str | Path, model: str) -> Any:
 def newest_cells(folder: str | Path, model: str) -> dict[tuple, dict]:
     """Contents of the cells of :func:`compare`, the newest of each: by method, number of experts and seed."""
     paths = sorted((Path(folder) / slug(model)).glob("*.json"), key=lambda path: path.stat().st_mtime)
-    contents = [
-        content for content in map(read_json, paths) if isinstance(content, dict) and "result" in content
-    ]
-    return {(content["method"], content["experts"], content["seed"]): content for content in contents}
+    cells = [cell for cell in map(read_json, paths) if isinstance(cell, dict) and "result" in cell]
+    return {(cell["method"], cell["experts"], cell["seed"]): cell for cell in cells}
 
 
 def read_table(path: str | Path, model: str, command: str) -> Any:

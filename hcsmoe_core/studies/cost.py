@@ -45,20 +45,23 @@ def forecast(
     """
     skeleton = load_skeleton(model, dtype=dtype)
     source = calibration_settings(model, calibration, sequences, length)
-    text, sequences, length = source["calibration"], source["sequences"], source["length"]
-    size, tokens, capture = model_size(skeleton), sequences * length, capture_cost(skeleton, source, needs)
-    weights, active, work = size["weights"], work_per_token(skeleton)[0], samples * capture["operations"]
-    where, speed = _speed(skeleton.dtype)
-    shape = f"{sequences} × {length:,} = {tokens:,} tokens of {text}"
+    text, sequences, length = (source[name] for name in ("calibration", "sequences", "length"))
+    size, capture, active = (
+        model_size(skeleton),
+        capture_cost(skeleton, source, needs),
+        work_per_token(skeleton)[0],
+    )
+    weights, work, (where, speed) = size["weights"], samples * capture["operations"], _speed(skeleton.dtype)
+    shape = f"{sequences} × {length:,} = {capture['tokens']:,} tokens of {text}"
     own = samples * length * own_sequences(text, sequences)
-    held, share = amount(size["bytes"]), f"{active / 2 / weights:.0%}"
     rows = {
-        "model": f"{amount(weights)} weights, {held}B in memory; {share} of them active per token",
+        "model": f"{amount(weights)} weights, {amount(size['bytes'])}B in memory; "
+        f"{active / 2 / weights:.0%} of them active per token",
         "calibration": shape if samples == 1 else f"{samples} samples of {shape}",
     }
     if own:
-        time = duration(own * active / speed)
-        rows["own text"] = f"{amount(own)} tokens, one after another: {time} or more on this {where}"
+        least = duration(own * active / speed)
+        rows["own text"] = f"{amount(own)} tokens, one after another: {least} or more on this {where}"
     rows["capture"] = f"{amount(work)} operations: {duration(work / speed)} or more on this {where}"
     rows["statistics"] = (
         f"{amount(samples * capture['bytes'])}B under runs/statistics, kept for the next time"
@@ -118,6 +121,5 @@ def _speed(dtype, size=1024, seconds=0.1):
 
 def duration(seconds: float) -> str:
     """A time in seconds, minutes or hours."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+    minutes = f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+    return f"{seconds:.0f} s" if seconds < 90 else minutes

@@ -16,7 +16,7 @@ from typing import Any
 
 import pandas as pd
 
-from hcsmoe_core._util import InputError, check_choice, sha256_json
+from hcsmoe_core._util import check_choice, require, sha256_json
 from hcsmoe_core.studies.cache import slug
 from hcsmoe_core.studies.sweep import SAMPLES, SOURCE, recipe_of, setting_name
 from hcsmoe_core.text.calibration import calibration_settings
@@ -75,17 +75,13 @@ def title(name: str, model: str) -> str:
     table = published()["efficiency"] if name == "efficiency" else table_of(name)
     number, models = table["number"], [table["model"]] if "model" in table else published()["models"]
     text = f"{number}: {table['title']}" if number.startswith("Table") else f"{table['title']} ({number})"
-    text += f"\nRemark: {table['remark']}."
     others = " or ".join(other for other in models if not is_model(model, other))
-    if others:
-        text += (
-            f"\nThe models differ: {slug(model)} is not {others}. Only the shape compares: rows by share of "
-            "experts "
-            "kept, relative to the unmerged model; where a task of the table was not scored, ours is over "
-            "all that "
-            "were."
-        )
-    return text
+    differ = (
+        f"\nThe models differ: {slug(model)} is not {others}. Only the shape compares: rows by share "
+        "of experts kept, relative to the unmerged model; where a task of the table was not scored, ours is "
+        "over all that were."
+    )
+    return f"{text}\nRemark: {table['remark']}.{differ if others else ''}"
 
 
 def of_source(cells: Any, calibration: str = "", sequences: int = 0, length: int = 0) -> Any:
@@ -287,8 +283,9 @@ def _runs(cells):
     sample.
     """
     models = cells["model"].unique()
-    if len(models) != 1:
-        raise InputError(f'The "cells" argument holds cells of {", ".join(models)}; give those of one model.')
+    require(
+        len(models) == 1, f'The "cells" argument holds cells of {", ".join(models)}; give those of one model.'
+    )
     runs, rows = {}, cells.to_dict("records")
     for row in rows:
         row |= calibration_settings(models[0], *(row[name] for name in SOURCE))
@@ -296,10 +293,9 @@ def _runs(cells):
         # a setting spelt out and the same left to the method are one run
         runs.setdefault(key, {})[tuple(row.get(name, 0) for name in SAMPLES)] = row
     for name in (*_SCORED, *SOURCE):
-        values = {repr(row[name]) for row in rows if row["experts"] or name in _SCORED}
-        if len(values) > 1:
-            listed = ", ".join(sorted(values))
-            raise InputError(f"The cells are of several studies: {name} is {listed}; keep a folder for each.")
+        values = sorted({repr(row[name]) for row in rows if row["experts"] or name in _SCORED})
+        several = f"The cells are of several studies: {name} is {', '.join(values)}; keep a folder for each."
+        require(len(values) <= 1, several)
     return (
         models[0],
         int(cells["num_experts"].iloc[0]),
@@ -314,9 +310,7 @@ def _plan_key(setting):
 
 def _measured(runs, setting, experts):
     """Cells of a setting, one a seed; None if there are none."""
-    if setting is None:
-        return None
-    return runs.get((experts, _plan_key(setting)) if setting else None)
+    return None if setting is None else runs.get((experts, _plan_key(setting)) if setting else None)
 
 
 def _columns(cells, table, same):
@@ -338,9 +332,11 @@ def _published_unmerged(table):
     """Mean of the unmerged model over a table's tasks; NaN if they are not known."""
     lines = [(other, other["rows"][0]) for other in published()["tables"].values()]
     main, line = next((o, r) for o, r in lines if o["model"] == table["model"] and r["method"] == "none")
-    if not table["tasks"] or table["tasks"] == main["tasks"]:
-        return line["average"] if table["tasks"] else NAN
-    return sum(line["scores"][task] for task in table["tasks"]) / len(table["tasks"])
+    if table["tasks"] == main["tasks"]:
+        return line["average"]
+    return (
+        sum(line["scores"][task] for task in table["tasks"]) / len(table["tasks"]) if table["tasks"] else NAN
+    )
 
 
 def _missing(line, ours, setting, found, before):

@@ -16,7 +16,7 @@ from scipy.cluster import hierarchy
 from scipy.spatial.distance import squareform
 from sklearn.metrics import adjusted_rand_score, davies_bouldin_score, silhouette_score
 
-from hcsmoe_core._util import InputError, check_count
+from hcsmoe_core._util import check_count, require
 from hcsmoe_core.clustering import cut
 from hcsmoe_core.clustering import linkage as tree_of
 from hcsmoe_core.collect import capture
@@ -66,13 +66,14 @@ def quality_table(
             tree = tree_of(condensed, method, metric=metric)
             labels = cut(tree, groups)
             sizes, defined = np.bincount(labels), 1 < groups < len(labels)
-            scored = defined and points is not None
             row = {
                 "layer": layer,
                 "linkage": method,
                 "cophenetic correlation": hierarchy.cophenet(tree, condensed)[0],
                 "silhouette": silhouette_score(square, labels, metric="precomputed") if defined else np.nan,
-                "Davies-Bouldin": davies_bouldin_score(points, labels) if scored else np.nan,
+                "Davies-Bouldin": davies_bouldin_score(points, labels)
+                if defined and points is not None
+                else np.nan,
                 "largest": int(sizes.max()),
                 "alone": int((sizes == 1).sum()),
             }
@@ -115,11 +116,10 @@ def agreement_over_samples(
     """
     rows = []
     for method in allowed_linkages(similarity, linkages):
-        found = [partitions(s, model, similarity=similarity, linkage=method, groups=groups) for s in samples]
-        for i, j in itertools.combinations(range(len(found)), 2):
-            row = {"linkage": method, "samples": f"{i}, {j}"}
-            values = enumerate(agreement(found[i], found[j]))
-            rows += [row | {"layer": layer, "agreement": float(value)} for layer, value in values]
+        labels = [partitions(s, model, similarity=similarity, linkage=method, groups=groups) for s in samples]
+        for (i, first), (j, second) in itertools.combinations(enumerate(labels), 2):
+            values = enumerate(agreement(first, second))
+            rows += [(method, layer, f"{i}, {j}", float(value)) for layer, value in values]
     return pd.DataFrame(rows, columns=["linkage", "layer", "samples", "agreement"])
 
 
@@ -282,6 +282,10 @@ def extra_spread(labels: np.ndarray, others: np.ndarray, condensed: np.ndarray, 
     return _relative(spread(labels, condensed, metric), spread(others, condensed, metric))
 
 
+def _relative(value, least):
+    return value / least - 1 if least else (np.inf if value else 0.0)
+
+
 def excess_spread(labels: Sequence[np.ndarray], condensed: Sequence[np.ndarray], metric: str) -> float:
     """How much more the groups of one of two halves spread, measured on the other, than the other's own
     groups.
@@ -301,27 +305,20 @@ def excess_spread(labels: Sequence[np.ndarray], condensed: Sequence[np.ndarray],
     return _relative(sum(spread(labels[i], condensed[1 - i], metric) for i in (0, 1)), own)
 
 
-def _relative(value, least):
-    return value / least - 1 if least else (np.inf if value else 0.0)
-
-
 def _checked_cuts(model, sequences, agreement, excess, experts, similarity, needs):
     """Numbers of groups that each layer's tree is cut into, by layer name."""
-    if source_of(model) is not None:
-        raise InputError(
-            "A streamed model goes through its tokens layer by layer, so that every look would read the "
-            "whole "
-            "checkpoint again; load it whole (--load whole), or capture a fixed number of tokens."
-        )
-    if not 0 < agreement <= 1:
-        raise InputError(f'The "agreement" argument must be above 0 and at most 1; not {agreement}.')
-    if excess is not None and not excess > 0:
-        raise InputError(f'The "excess" argument must be above 0; not {excess}.')
+    require(
+        source_of(model) is None,
+        "A streamed model goes through its tokens layer by layer, so that every look would read the whole "
+        "checkpoint again; load it whole (--load whole), or capture a fixed number of tokens.",
+    )
+    require(0 < agreement <= 1, f'The "agreement" argument must be above 0 and at most 1; not {agreement}.')
+    require(excess is None or excess > 0, f'The "excess" argument must be above 0; not {excess}.')
     check_count("input_ids", sequences, 2)
-    needed = set(needs_of(similarity))
-    if needs is not None and needed - set(needs):
-        missing = " and ".join(sorted(needed - set(needs)))
-        raise InputError(f'Trees by {similarity!r} need {missing}; add it to the "needs" argument.')
+    missing = " and ".join(
+        sorted(set(needs_of(similarity)) - set(needs_of(similarity) if needs is None else needs))
+    )
+    require(not missing, f'Trees by {similarity!r} need {missing}; add it to the "needs" argument.')
     cuts = {}
     for layer in find_moe_layers(model):
         size = layer.num_experts
@@ -335,22 +332,17 @@ def _halves(count, domains):
     of_domain = {}
     for i in range(count):
         of_domain.setdefault(domains[i] if domains else "all", []).append(i)
-    halves = ([], [])
-    for turn, row in enumerate(itertools.zip_longest(*of_domain.values())):
-        for number, i in enumerate(row):
-            halves[(turn + number) % 2].extend([] if i is None else [i])
-    return halves
+    rows = enumerate(itertools.zip_longest(*of_domain.values()))
+    dealt = [((turn + number) % 2, i) for turn, row in rows for number, i in enumerate(row) if i is not None]
+    return tuple([i for half, i in dealt if half == side] for side in (0, 1))
 
 
 def _ends(count, first):
     """Sequences of a half after each look: twice as many each time, and never fewer new ones than at the
     first.
     """
-    ends, step = [], first
-    while step < count and count - step >= first:
-        ends.append(step)
-        step *= 2
-    return [*ends, count]
+    doubled = (first << step for step in range(count.bit_length()))
+    return [*itertools.takewhile(lambda end: end < count and count - end >= first, doubled), count]
 
 
 def _compared(stats, model, layer, counts, *, similarity, metric, linkage):
@@ -388,12 +380,11 @@ def with_rows(stats: Statistics, rows: Any) -> Statistics:
     """Statistics with some rows of their sample, if they have one, given as an index."""
     if stats.sampled is None:
         return stats
-    layers = {}
-    for name, layer in stats.layers.items():
-        sample = replace(
-            layer.sample, **{f.name: getattr(layer.sample, f.name)[rows] for f in fields(layer.sample)}
-        )
-        layers[name] = replace(layer, sample=sample)
+
+    def chosen(sample):
+        return replace(sample, **{f.name: getattr(sample, f.name)[rows] for f in fields(sample)})
+
+    layers = {n: replace(layer, sample=chosen(layer.sample)) for n, layer in stats.layers.items()}
     return replace(stats, layers=layers, sampled=stats.sampled[rows])
 
 
@@ -414,8 +405,9 @@ def stability_table(stats: Statistics) -> Any:
         ``layer``, ``cuts``, ``tokens needed`` (missing where its groups still changed), ``agreement`` and
         ``excess`` of the halves at the end.
     """
-    rows = []
-    for name, layer in stats.stability["layers"].items():
-        row = {"layer": name, "cuts": ", ".join(map(str, layer["experts"])), "tokens needed": layer["needed"]}
-        rows.append(row | {key: layer[key][-1] for key in ("agreement", "excess")})
+    rows = [
+        {"layer": name, "cuts": ", ".join(map(str, layer["experts"])), "tokens needed": layer["needed"]}
+        | {key: layer[key][-1] for key in ("agreement", "excess")}
+        for name, layer in stats.stability["layers"].items()
+    ]
     return pd.DataFrame(rows).astype({"tokens needed": "Int64"})
