@@ -36,8 +36,10 @@ def share_of_tokens(layer):
 @steps.saliency("score")
 def mean_score(layer):
     """Mean of the router's scores before any choice (S-prune)."""
-    known = not torch.isnan(layer.sums.score_mass).any()
-    require(known, f'{layer.name}: no router was found, so that saliency "score" is unavailable.')
+    require(
+        not torch.isnan(layer.sums.score_mass).any(),
+        f'{layer.name}: no router was found, so that saliency "score" is unavailable.',
+    )
     return (layer.sums.score_mass.sum(0) / layer.sums.tokens.sum()).numpy()
 
 
