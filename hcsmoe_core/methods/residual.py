@@ -308,9 +308,9 @@ class Scorer:
         if len(members) == 1:
             return [{"rule": "trimming", "ridge": ridge} for ridge in RIDGES]
         pool = "averages" if (len(members) + 1) * self.layer.width <= POOLED else "members"
-        solved = {"rule": "least-squares", "align": "none"}, {"rule": "selection", "pool": pool}
-        plain = [AVERAGE, *(solved[0] | {"ridge": r} for r in RIDGES)] if width == self.layer.width else []
-        return [*plain, *(solved[1] | {"ridge": r} for r in RIDGES)]
+        chosen = [{"rule": "selection", "ridge": ridge, "pool": pool} for ridge in RIDGES]
+        joined = [AVERAGE, *({"rule": "least-squares", "align": "none", "ridge": ridge} for ridge in RIDGES)]
+        return joined + chosen if width == self.layer.width else chosen
 
 
 def _rows(sample, chosen):
