@@ -11,13 +11,11 @@ import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
 
+from hcsmoe_core import merging, steps
 from hcsmoe_core._util import require
-from hcsmoe_core.merging import mean_of
-from hcsmoe_core.steps import combine, refine
 
 ALIGNMENTS = ("none", "weights", "activations")
 NEURON_FEATURES = ("activations", "weights", "activations+weights")
-ALIKE = 1 - 1e-6  # cosine above which a neuron is taken for a copy of another
 BATCH = 256  # neurons that are compared at once with those chosen
 REFIT_RIDGE = 0.1  # of refits of what neurons read, relative to the mean of each neuron's squared slopes
 ITERATIONS = 30  # of conjugate gradients per refit
@@ -28,10 +26,10 @@ def _needs(options):
     return ("sample",) if "activations" in options.get("align", options.get("features")) else ()
 
 
-@combine("average", needs=_needs)
+@steps.combine("average", needs=_needs)
 def averaged(group, *, align: Literal[ALIGNMENTS] = "none"):
     """Weighted average, of neurons in the order of the dominant expert's where they are aligned to it."""
-    return mean_of(aligned(group, align), group.weights)
+    return merging.mean_of(aligned(group, align), group.weights)
 
 
 def aligned(group, align):
@@ -57,7 +55,7 @@ def _matching(group, index, align):
     return torch.from_numpy(linear_sum_assignment(alike, maximize=True)[1])
 
 
-@combine("ties", fractions=("density",))
+@steps.combine("ties", fractions=("density",))
 def ties(group, *, density: float = 0.2):
     """TIES (arXiv 2306.01708; MergeME, arXiv 2502.00997): trim, elect a sign, average what agrees.
 
@@ -78,7 +76,7 @@ def ties(group, *, density: float = 0.2):
     return _unflattened(mean + (weights * changes).sum(0) / share, group.experts[0])
 
 
-@combine("dare", random=True, fractions=("density",))
+@steps.combine("dare", random=True, fractions=("density",))
 def dare(group, *, density: float = 0.5, seed: int = 0):
     """DARE (arXiv 2311.03099; MergeME, arXiv 2502.00997): drop at random, rescale, average.
 
@@ -169,7 +167,7 @@ def _clustered(group, target, width):
     )
 
 
-@combine("fix-dom", needs=_needs, matched=True)
+@steps.combine("fix-dom", needs=_needs, matched=True)
 def fixed_dominant(group, *, features: Literal[NEURON_FEATURES] = "activations"):
     """Each neuron is averaged with the dominant expert's that it correlates with most (HC-SMoE's Fix-Dom)."""
     correlation = _neuron_correlation(group, features)
@@ -180,7 +178,7 @@ def fixed_dominant(group, *, features: Literal[NEURON_FEATURES] = "activations")
     return _clustered(group, target, width)
 
 
-@combine("zipit", needs=_needs)
+@steps.combine("zipit", needs=_needs)
 def zipped(group, *, features: Literal[NEURON_FEATURES] = "activations"):
     """The most correlated neurons of all members are joined, until one expert's number is left (ZipIt).
 
@@ -194,8 +192,7 @@ def zipped(group, *, features: Literal[NEURON_FEATURES] = "activations"):
         i = int(best.argmax())
         j = int(partner[i])
         owner[owner == j] = i
-        c[i] = 0.1 * np.minimum(c[i], c[j])
-        c[:, i] = c[i]
+        c[i] = c[:, i] = 0.1 * np.minimum(c[i], c[j])
         c[i, i] = -1
         c[j] = c[:, j] = best[j] = -np.inf
         stale = np.flatnonzero((partner == i) | (partner == j) | (c[:, i] >= best))
@@ -204,7 +201,7 @@ def zipped(group, *, features: Literal[NEURON_FEATURES] = "activations"):
     return _clustered(group, torch.from_numpy(np.unique(owner, return_inverse=True)[1]), width)
 
 
-@combine("least-squares", needs=("sample",), solves=True)
+@steps.combine("least-squares", needs=("sample",), solves=True)
 def least_squares(group, *, align: Literal[ALIGNMENTS] = "none", ridge: float = 0.05):
     """Average what neurons read, and solve what they write (MergeMoE, arXiv 2510.14436)."""
     merged = group.once(("averaged", align), lambda: averaged(group, align=align))
@@ -247,7 +244,7 @@ def _check_refit(recipe):
     )
 
 
-@refine("refit", needs=("sample",), check=_check_refit)
+@steps.refine("refit", needs=("sample",), check=_check_refit)
 def refitted(group, neurons, rounds, *, ridge: float = REFIT_RIDGE):
     """What an expert's neurons read and what they write, fitted in turns to a group's sampled outputs.
 
@@ -312,8 +309,8 @@ def _reading_step(group, neurons, residual):
         read = outputs @ writes
         return torch.stack([(read * slope).T @ tokens for slope in slopes])
 
-    squares = writes.pow(2).sum(0)[:, None]
-    diagonal = torch.stack([squares * (slope.pow(2).T @ tokens.pow(2)) for slope in slopes])
+    read = torch.stack([slope.pow(2).T @ tokens.pow(2) for slope in slopes])
+    diagonal = writes.pow(2).sum(0)[:, None] * read
     penalty = REFIT_RIDGE * diagonal.mean(2, keepdim=True) + torch.finfo(torch.float32).tiny
     inverse = 1 / (diagonal + penalty)
     r = adjoint(residual.float())
@@ -332,14 +329,14 @@ def _reading_step(group, neurons, residual):
     return x.transpose(0, 1).to(neurons.up.dtype)
 
 
-@combine("joint-svd", needs=_needs, fractions=("rank",))
+@steps.combine("joint-svd", needs=_needs, fractions=("rank",))
 def joint_svd(group, *, align: Literal[ALIGNMENTS] = "none", rank: float = 0.5):
     """One singular value decomposition of all members, right vectors averaged (Sub-MoE, arXiv 2506.23266).
 
     ``rank`` is the share of the singular values that stays, above 0 and at most 1.
     """
     experts = aligned(group, align)
-    plain = mean_of(experts, group.weights)
+    plain = merging.mean_of(experts, group.weights)
 
     def shared(matrices):
         u, s, v = torch.linalg.svd(torch.cat(matrices, 1), full_matrices=False)
@@ -351,13 +348,13 @@ def joint_svd(group, *, align: Literal[ALIGNMENTS] = "none", rank: float = 0.5):
     return replace(plain, up=torch.stack(up, 1), down=shared([e.down for e in experts]))
 
 
-@combine("trimming", needs=("sample",), solves=True)
+@steps.combine("trimming", needs=("sample",), solves=True)
 def trimmed(group, *, width=None, ridge: float = 0.02):
     """The best neurons of an expert itself; see :func:`selected`."""
     return selected(group, width=width, ridge=ridge)
 
 
-@combine("selection", needs=("sample",), solves=True, matched=True)
+@steps.combine("selection", needs=("sample",), solves=True, matched=True)
 def selected(group, *, width=None, ridge: float = 0.02, pool: Literal["members", "averages"] = "members"):
     """The neurons of all members that best give what the group gave; what they write is solved for.
 
@@ -406,7 +403,7 @@ def _unlike(unit, chosen, order, count):
         for i, row in enumerate(rows):
             if len(unlike) == count:
                 return unlike
-            if near[i] <= ALIKE:
+            if near[i] <= 1 - 1e-6:  # above this cosine, it is taken for a copy
                 unlike.append(row)
                 near = torch.maximum(near, among[i])
     return unlike

@@ -10,12 +10,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from hcsmoe_core import moe, steps
 from hcsmoe_core._util import check_count, require
-from hcsmoe_core.moe import all_finite
 from hcsmoe_core.replace import set_expert_tensors
-from hcsmoe_core.steps import compress as step
-
-RANK_SHARE = 0.5
 
 
 @dataclass(frozen=True)
@@ -103,7 +100,7 @@ def low_rank(w, root, rank):
     return a, b, ((w - a @ b) @ root).square().sum(1)
 
 
-def compress(layers, *, share, rank=None, ridge=1e-3, rank_share=RANK_SHARE):
+def compress(layers, *, share, rank=None, ridge=1e-3, rank_share=0.5):
     """Factor every projection of every expert within one budget (MC-SMoE, section 3.3), untrained.
 
     Gate, up and down projections are matrices, named ``"up.0"``, ``"up.1"`` (where there is a
@@ -242,11 +239,14 @@ def stored_bytes(factors, dtype):
     -------
     int
     """
-    every = [f for matrices in factors for f in matrices.values()]
-    return sum(f.numbers * dtype.itemsize + len(f.rows) * torch.int64.itemsize for f in every)
+    return sum(
+        factor.numbers * dtype.itemsize + len(factor.rows) * torch.int64.itemsize
+        for matrices in factors
+        for factor in matrices.values()
+    )
 
 
-@step("low-rank", needs=("sample",), fractions=("share",))
+@steps.compress("low-rank", needs=("sample",), fractions=("share",))
 @torch.no_grad()
 def compress_layers(layers, plan, stats, *, share: float = 0.5, rank: int | None = None):
     """MC-SMoE's second step: merged experts become what their factors, in their dtype, multiply out to.
@@ -268,7 +268,7 @@ def compress_layers(layers, plan, stats, *, share: float = 0.5, rank: int | None
         rounded = [{name: f.to(dtype) for name, f in matrices.items()} for matrices in experts]
         dense = layer.stacked([densified(layer.neurons(g), f) for g, f in enumerate(rounded)])
         require(
-            all(all_finite(tensor) for tensor in dense.values()),
+            all(moe.all_finite(tensor) for tensor in dense.values()),
             f"{layer.name}: factors are not finite in {dtype}; load it with another dtype.",
         )
         set_expert_tensors(layer, dense)

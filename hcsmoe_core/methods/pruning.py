@@ -14,12 +14,9 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from hcsmoe_core import steps
-from hcsmoe_core._util import InputError, check_choice, require
-from hcsmoe_core.moe import routing_tensors
-from hcsmoe_core.plan import DROPPED, LayerPlan
+from hcsmoe_core import moe, plan, steps
+from hcsmoe_core._util import InputError, require
 
-LOSSES = ("squared", "frobenius")
 ENUMERATED = 16  # up to this number of experts, every subset is tried
 SUBSETS = 100_000  # tried where there are more experts, as in the HC-SMoE paper
 LOSS_TOKENS = 4096  # of the sample, that losses are measured on: Gram matrices of all experts for each token
@@ -64,12 +61,12 @@ def mean_norm(layer):
 @steps.saliency("random", random=True)
 def chance(layer):
     """Seeded chance."""
-    drawn = np.random.default_rng(layer.seeds).permutation(layer.num_experts).astype(np.float64)
-    return drawn[canonical_rank(layer.sums)]
+    drawn = np.random.default_rng(layer.seeds).permutation(layer.num_experts)
+    return drawn[canonical_rank(layer.sums)].astype(np.float64)
 
 
 @steps.saliency("o-prune", needs=("sample",), chooses=True, random=True, weights=True)
-def least_loss(layer, count, *, loss: Literal[LOSSES] = "squared", subsets: int = SUBSETS):
+def least_loss(layer, count, *, loss: Literal["squared", "frobenius"] = "squared", subsets: int = SUBSETS):
     """The experts that change the layer's output least by not being there (NAEE, arXiv 2402.14800).
 
     Up to 16 experts every subset is tried, else ``subsets`` of them and a search: :class:`DropLoss`,
@@ -108,10 +105,10 @@ def _pruned(layer, count):
     else:
         worth = np.where(np.isin(experts, layer.protected), np.inf, layer.saliency)
         kept = _best_of_router_groups(worth, count, layer)
-    labels = np.full(len(experts), DROPPED)
+    labels = np.full(len(experts), plan.DROPPED)
     labels[kept] = experts[:count]
-    weights = (labels != DROPPED).astype(float).tolist()
-    return LayerPlan(layer.name, labels.tolist(), weights, router="dropped", protected=layer.protected)
+    weights = (labels != plan.DROPPED).astype(float).tolist()
+    return plan.LayerPlan(layer.name, labels.tolist(), weights, router="dropped", protected=layer.protected)
 
 
 def _best_of_router_groups(worth, count, layer):
@@ -140,8 +137,7 @@ def canonical_rank(sums):
     What is drawn by chance is drawn in that order, so that renumbering a model's experts renumbers a plan and
     no more.
     """
-    mass, count = sums.routing_mass.sum(0).numpy(), sums.usage_count.sum(0).numpy()
-    return np.argsort(np.lexsort((count, mass)))
+    return np.argsort(np.lexsort([total.sum(0).numpy() for total in (sums.usage_count, sums.routing_mass)]))
 
 
 def super_experts(stats):
@@ -209,10 +205,9 @@ class RoutingRule:
         (B, R, E) float64 tensor
         """
         here = kept[:, None]
-        if self.scoring == "softmax":
-            scores = torch.where(here, logits, -torch.inf).softmax(2)
-        else:
-            scores = torch.where(here, logits.sigmoid(), 0.0)
+        softmax = self.scoring == "softmax"
+        masked = torch.where(here, logits, -torch.inf)  # of which the sigmoid is zero
+        scores = masked.softmax(2) if softmax else masked.sigmoid()
         wanted = torch.where(here, scores + self.bias, -torch.inf)
         order = wanted.argsort(dim=2, descending=True, stable=True)
         best = here.expand_as(scores).gather(2, order) & (torch.arange(kept.shape[1]) < self.top_k)
@@ -253,19 +248,16 @@ def routing_rule(sample, layer=None):
     logits, gates = sample.logits.double(), sample.gates
     experts, tolerance = logits.shape[1], 0.02
     routed = layer is not None and layer.router is not None
-    vectors = (
-        [t.detach().double().cpu().flatten() for *_, t in routing_tensors(layer, experts)] if routed else []
-    )
-    biases = [*(v for v in vectors if len(v) == experts), torch.zeros(experts, dtype=torch.float64)]
+    vectors = [t for *_, t in moe.routing_tensors(layer, experts) if t.numel() == experts] if routed else []
+    biases = [t.detach().double().cpu().flatten() for t in (*vectors, torch.zeros(experts))]
     for bias, scoring, normalised in itertools.product(biases, ("softmax", "sigmoid"), (True, False)):
         rule = RoutingRule(scoring, normalised, 1.0, bias, sample.index.shape[1])
         unscaled = rule.gates(logits, torch.ones(1, experts, dtype=torch.bool))[0]
         same = ((unscaled != 0) == (gates != 0)).all(1)
-        if same.double().mean() < 1 - tolerance:
-            continue
-        scale = float((unscaled * gates)[same].sum() / (unscaled**2)[same].sum())
-        if float((scale * unscaled - gates)[same].abs().max()) <= tolerance * float(gates.abs().max()):
-            return replace(rule, scale=scale)
+        if same.double().mean() >= 1 - tolerance:
+            scale = float((unscaled * gates)[same].sum() / (unscaled**2)[same].sum())
+            if float((scale * unscaled - gates)[same].abs().max()) <= tolerance * float(gates.abs().max()):
+                return replace(rule, scale=scale)
     raise InputError(
         "How this model's router makes weights of its logits is not known (it limits its choice to groups of "
         'experts, or does more than softmax or sigmoid), so that "o-prune" cannot tell how it would route '
@@ -318,7 +310,6 @@ class DropLoss:
     """
 
     def __init__(self, grams, sample, rule, *, loss="squared", sequences=None, dtype=torch.float64):
-        check_choice("loss", loss, LOSSES)
         self.rule, self.loss, self.dtype = rule, loss, dtype
         self.logits, self.gates = sample.logits[: len(grams)].double(), sample.gates[: len(grams)]
         self.sequences = torch.unique(sequences, return_inverse=True)[1] if loss == "frobenius" else None

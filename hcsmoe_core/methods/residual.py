@@ -7,24 +7,17 @@ take as many bytes, and the sample of layer inputs tells which loses least.
 
 import functools
 from dataclasses import dataclass, fields, replace
-from operator import attrgetter, itemgetter
 from typing import Literal
 
 import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from hcsmoe_core import similarity as similarities
+from hcsmoe_core import merging, plan, similarity, statistics, steps
 from hcsmoe_core._util import require
-from hcsmoe_core.merging import Group, combine_group
-from hcsmoe_core.methods.grouping import restricted
-from hcsmoe_core.methods.summary import function_error
-from hcsmoe_core.plan import LayerPlan, merge_weights
-from hcsmoe_core.statistics import OWN_TEXT, LayerSample
-from hcsmoe_core.steps import group
+from hcsmoe_core.methods import grouping, summary
 
 SIMILARITIES = ("weight", "functional-routed")  # tried for the groups of a layer: the one that leaves less
-HELD_OUT = 4  # one sequence, or domain, in this number is held out
 RIDGES = (0.001, 0.01, 0.1)
 TOKENS = 8192  # of the sample that are looked at, at least
 EACH = 4  # tokens routed to an expert that are looked at for each of its neurons, at least
@@ -32,7 +25,7 @@ POOLED = 1 << 15  # neurons that are chosen from at most; above, the members' ow
 AVERAGE = {"rule": "average", "align": "none"}
 
 
-@group(
+@steps.group(
     "residual",
     needs=("grams", "sample"),
     uses=("merge", "combine"),
@@ -78,7 +71,7 @@ def least_residual(
 
 def _planned(layer, candidate):
     joins = candidate.labels.max() + 1 < len(candidate.labels)
-    return LayerPlan(
+    return plan.LayerPlan(
         layer.name,
         candidate.labels.tolist(),
         candidate.weights.tolist(),
@@ -165,7 +158,7 @@ def held_out(sampled, by, domains=()):
     sequence, domain = sampled[:, 0], sampled[:, 2]
     present = domain.unique().tolist()
     if by == "auto":  # what two or three domains say need not hold on others
-        by = "domains" if len(present) in (2, 3) and OWN_TEXT not in domains else "sequences"
+        by = "domains" if len(present) in (2, 3) and statistics.OWN_TEXT not in domains else "sequences"
     if by == "domains":
         require(
             len(present) > 1,
@@ -174,18 +167,17 @@ def held_out(sampled, by, domains=()):
         )
         return torch.isin(domain, torch.tensor(_one_in_four(present)))
     of_domain = [sequence[domain == one].unique() for one in present]
-    if all(len(sequences) == 1 for sequences in of_domain):
-        of_domain = [sequence.unique()]
-    several = [sequences for sequences in of_domain if len(sequences) > 1]
+    several = [sequences for sequences in of_domain if len(sequences) > 1] or [sequence.unique()]
     require(
-        several, "To hold some out, the sample needs tokens of two calibration sequences; calibrate on more."
+        len(several[0]) > 1,
+        "To hold some out, the sample needs tokens of two calibration sequences; calibrate on more.",
     )
     return torch.isin(sequence, torch.cat([_one_in_four(sequences) for sequences in several]))
 
 
 def _one_in_four(values):
     """Every fourth, or the last of fewer."""
-    return values[min(len(values), HELD_OUT) - 1 :: HELD_OUT]
+    return values[min(len(values), 4) - 1 :: 4]
 
 
 class Scorer:
@@ -219,7 +211,7 @@ class Scorer:
         """Squared outputs of the layer on the tokens that decide; one expert at a time is looked at."""
         sample, total = self.samples[1], None
         for expert in range(self.sums.num_experts):
-            alone = Group(self.layer, [expert], {expert: 1.0}, expert, sample)
+            alone = merging.Group(self.layer, [expert], {expert: 1.0}, expert, sample)
             outputs, rows = alone.outputs(), sample.chosen[:, expert].to(alone.device)
             total = outputs.new_zeros(len(rows), outputs.shape[1]) if total is None else total
             total[rows] += outputs
@@ -234,7 +226,7 @@ class Scorer:
         return {
             (count, width): min(
                 (self.candidate(labels, width) for labels in self._groupings(stats, model, count)),
-                key=attrgetter("residual"),
+                key=lambda candidate: candidate.residual,
             )
             for count, width in shapes(self.sums.num_experts, experts, self.layer.width)
             if self.fits or count == experts
@@ -242,28 +234,25 @@ class Scorer:
 
     def _groupings(self, stats, model, count):
         """Groups as even as can be, by each similarity; of E experts each is alone."""
-        experts, name = self.sums.num_experts, self.layer.name
+        experts = self.sums.num_experts
         if count == experts:
             return [np.arange(experts)]
-        compared = [
-            {"similarity": similarity, "metric": "cosine" if similarity == "weight" else ""}
-            for similarity in SIMILARITIES
-        ]
+        compared = [(name, "cosine" if name == "weight" else "") for name in SIMILARITIES]
         return [
-            restricted(
-                similarities.distances(stats, name, **how, model=model),
+            grouping.restricted(
+                similarity.distances(stats, self.layer.name, similarity=name, metric=metric, model=model),
                 count,
                 -(-experts // count),
-                metric=similarities.metric_of(*how.values()),
+                metric=similarity.metric_of(name, metric),
             )
-            for how in compared
+            for name, metric in compared
         ]
 
     def candidate(self, labels, width):
         """The best rule for each group of a partition, and what all of them leave together."""
-        weights = merge_weights(labels, self.sums, self.merge)
+        weights = plan.merge_weights(labels, self.sums, self.merge)
         if not self.fits:
-            return Candidate(labels, weights, width, None, function_error(self.sums, labels) ** 2)
+            return Candidate(labels, weights, width, None, summary.function_error(self.sums, labels) ** 2)
         scored = [
             self._scored(np.flatnonzero(labels == g).tolist(), weights, width)
             for g in range(labels.max() + 1)
@@ -283,10 +272,15 @@ class Scorer:
     def _least(self, members, weights, width, rules):
         """Squared error and options of the rule that leaves least; the first of equals."""
         dominant = max(members, key=lambda e: self.usage[e])
-        fitted, scored = (Group(self.layer, members, weights, dominant, sample) for sample in self.samples)
+        fitted, scored = (
+            merging.Group(self.layer, members, weights, dominant, sample) for sample in self.samples
+        )
         narrow = {"width": width} if width < self.layer.width else {}
-        tried = [(squared_error(scored, combine_group(fitted, rule | narrow), rule), rule) for rule in rules]
-        return min(tried, key=itemgetter(0))
+        tried = [
+            (squared_error(scored, merging.combine_group(fitted, rule | narrow), rule), rule)
+            for rule in rules
+        ]
+        return min(tried, key=lambda pair: pair[0])
 
     def refitted(self, candidate, rounds):
         """The same compression, with what neurons read fitted where that leaves less on held-out tokens.
@@ -314,16 +308,17 @@ class Scorer:
 
 
 def _rows(sample, chosen):
-    return LayerSample(*(getattr(sample, f.name)[chosen] for f in fields(sample)))
+    return statistics.LayerSample(*(getattr(sample, f.name)[chosen] for f in fields(sample)))
 
 
 @torch.no_grad()
 def squared_error(group, expert, rule):
     """Squared error of one expert instead of a group, on the group's tokens."""
-    if rule.get("refit"):
-        hidden = group.activations(expert)
-    else:  # what neurons read does not depend on the ridge
-        hidden = group.once(("hidden", rule["rule"]), lambda: group.activations(expert))
+    hidden = (
+        group.activations(expert)
+        if rule.get("refit")  # else what neurons read does not depend on the ridge
+        else group.once(("hidden", rule["rule"]), lambda: group.activations(expert))
+    )
     return float((hidden @ expert.down.T - group.outputs(expert.offset)).double().pow(2).sum())
 
 
@@ -349,4 +344,4 @@ def best_candidates(candidates, shape):
     if shape == "uniform" and shared:
         best = min(shared, key=lambda key: sum(of_layer[key].residual for of_layer in candidates))
         return [of_layer[best] for of_layer in candidates]
-    return [min(of_layer.values(), key=attrgetter("residual")) for of_layer in candidates]
+    return [min(of_layer.values(), key=lambda candidate: candidate.residual) for of_layer in candidates]

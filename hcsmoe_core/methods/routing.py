@@ -4,15 +4,14 @@ import numpy as np
 from scipy.optimize import minimize
 from scipy.special import expit, log_softmax
 
+from hcsmoe_core import collect, steps
 from hcsmoe_core._util import require
-from hcsmoe_core.collect import scoring_of
-from hcsmoe_core.steps import router
 
 # Of ‖A − A₀‖² beside the mean loss per token: the best of 0.0001 to 1 on the embedded models.
 PENALTY = 0.01
 
 
-@router("folded", needs=("sample",))
+@steps.router("folded", needs=("sample",))
 def folded_rows(layer_plan, sample):
     """Each new router row as a sum of the old ones, fitted to the routing of the sample's tokens.
 
@@ -43,17 +42,17 @@ def folded_rows(layer_plan, sample):
         f'{layer_plan.name}: no router was found, so that it cannot be "folded"; use "mapped".',
     )
     start = layer_plan.router_rows()
-    scoring = scoring_of(sample.logits.double(), sample.index, sample.weight.double())
+    scoring = collect.scoring_of(sample.logits.double(), sample.index, sample.weight.double())
     member = np.array(layer_plan.labels) == np.arange(layer_plan.num_groups)[:, None]
     target = _routing(sample, scoring) @ member.T
     if scoring == "softmax":
-        loss, total = _softmax_loss, np.maximum(target.sum(1, keepdims=True), np.finfo(float).tiny)
+        loss, target = _softmax_loss, target / np.maximum(target.sum(1, keepdims=True), np.finfo(float).tiny)
     else:  # two of a group may have more than a sigmoid can give
-        loss, total = _sigmoid_loss, np.maximum(target.max(1, keepdims=True), 1)
+        loss, target = _sigmoid_loss, target / np.maximum(target.max(1, keepdims=True), 1)
 
     def penalised(flat):
         rows = flat.reshape(start.shape)
-        value, slope = loss(logits @ rows.T, target / total)
+        value, slope = loss(logits @ rows.T, target)
         away = rows - start
         return value + PENALTY * (away**2).sum(), ((slope.T @ logits) + 2 * PENALTY * away).ravel()
 
@@ -67,7 +66,7 @@ def _routing(sample, scoring):
     if scoring == "sigmoid":
         return np.where(chosen, logits.sigmoid().numpy(), 0)
     scores = logits.softmax(1).numpy()
-    # Weights that are the scores times one number leave the rest of the scores to the experts not chosen.
+    # Weights that are the scores times one number, to 2 %, leave the rest of these to experts not chosen.
     scale = gates[chosen] / np.maximum(scores[chosen], np.finfo(float).tiny)
     return gates if scale.std() > 0.02 * abs(scale.mean()) else scores
 
