@@ -43,14 +43,12 @@ def aligned(group, align):
 
 
 def _matching(group, index, align):
-    """The neuron of a member that goes with each of the dominant expert's: most alike in all.
-
-    By weights also where fewer than two tokens were routed to either.
-    """
+    """The neuron of a member that goes with each of the dominant expert's; with too few tokens, by weights."""
     pair = group.experts[group.dominant], group.experts[index]
-    first, second = map(_described, pair)
     if align == "activations" and len(tokens := group.tokens([group.dominant, index])[0]) > 1:
         first, second = (standardised(group.layer.activate(expert, tokens)).T for expert in pair)
+    else:
+        first, second = map(_described, pair)
     alike = (first @ second.T).cpu().numpy()
     return torch.from_numpy(linear_sum_assignment(alike, maximize=True)[1])
 
@@ -170,10 +168,9 @@ def _clustered(group, target, width):
 @steps.combine("fix-dom", needs=_needs, matched=True)
 def fixed_dominant(group, *, features: Literal[NEURON_FEATURES] = "activations"):
     """Each neuron is averaged with the dominant expert's that it correlates with most (HC-SMoE's Fix-Dom)."""
-    correlation = _neuron_correlation(group, features)
     width = len(group.experts[0].up)
     own = slice(group.dominant * width, (group.dominant + 1) * width)
-    target = correlation[own].argmax(0)
+    target = _neuron_correlation(group, features)[own].argmax(0)
     target[own] = torch.arange(width, device=target.device)
     return _clustered(group, target, width)
 
@@ -275,8 +272,7 @@ def refitted(group, neurons, rounds, *, ridge: float = REFIT_RIDGE):
         step = _reading_step(group, neurons, residual)
         for scale in (1, 0.5, 0.25):
             trial = replace(neurons, up=neurons.up + scale * step)
-            down = _solved(*normal_equations(group, trial), ridge, neurons.down.T).T
-            trial = replace(trial, down=down)
+            trial = replace(trial, down=_solved(*normal_equations(group, trial), ridge, neurons.down.T).T)
             trial_residual = _residual(group, trial)
             if trial_residual.pow(2).sum() < residual.pow(2).sum():
                 neurons, residual = trial, trial_residual
@@ -309,8 +305,9 @@ def _reading_step(group, neurons, residual):
         read = outputs @ writes
         return torch.stack([(read * slope).T @ tokens for slope in slopes])
 
-    read = torch.stack([slope.pow(2).T @ tokens.pow(2) for slope in slopes])
-    diagonal = writes.pow(2).sum(0)[:, None] * read
+    diagonal = torch.stack(
+        [writes.pow(2).sum(0)[:, None] * (slope.pow(2).T @ tokens.pow(2)) for slope in slopes]
+    )
     penalty = REFIT_RIDGE * diagonal.mean(2, keepdim=True) + torch.finfo(torch.float32).tiny
     inverse = 1 / (diagonal + penalty)
     r = adjoint(residual.float())

@@ -92,11 +92,11 @@ def low_rank(w, root, rank):
     """
     u, sigma, v = torch.linalg.svd(w @ root, full_matrices=False)
     u, sigma, v = u[:, :rank], sigma[:rank].sqrt(), v[:rank]
-    if rank:
-        sign = torch.where(u.gather(0, u.abs().argmax(0, keepdim=True))[0] < 0, -1.0, 1.0).to(u)
-        u, v = u * sign, v * sign[:, None]
-    a = (u * sigma).contiguous()
-    b = torch.linalg.solve_triangular(root, sigma[:, None] * v, upper=False, left=False).contiguous()
+    sign = torch.where(u.gather(0, u.abs().argmax(0, keepdim=True))[0] < 0, -1.0, 1.0).to(u)
+    a = (u * sign * sigma).contiguous()
+    b = torch.linalg.solve_triangular(
+        root, sigma[:, None] * (v * sign[:, None]), upper=False, left=False
+    ).contiguous()
     return a, b, ((w - a @ b) @ root).square().sum(1)
 
 

@@ -75,10 +75,10 @@ def least_loss(layer, count, *, loss: Literal["squared", "frobenius"] = "squared
     sample, rule = layer.sums.sample, routing_rule(layer.sums.sample, layer.moe)
     many, sequences = layer.num_experts > ENUMERATED, layer.stats.sampled[:, 0]
     grams = output_grams(layer.moe, sample.inputs[:LOSS_TOKENS])
-    dtype = torch.float32 if many else torch.float64
 
     def loss_on(tokens):
-        return DropLoss(grams[:tokens], sample, rule, loss=loss, sequences=sequences[:tokens], dtype=dtype)
+        how = dict(loss=loss, sequences=sequences[:tokens], dtype=torch.float32 if many else torch.float64)
+        return DropLoss(grams[:tokens], sample, rule, **how)
 
     return best_kept(
         loss_on(LOSS_TOKENS),
@@ -107,8 +107,13 @@ def _pruned(layer, count):
         kept = _best_of_router_groups(worth, count, layer)
     labels = np.full(len(experts), plan.DROPPED)
     labels[kept] = experts[:count]
-    weights = (labels != plan.DROPPED).astype(float).tolist()
-    return plan.LayerPlan(layer.name, labels.tolist(), weights, router="dropped", protected=layer.protected)
+    return plan.LayerPlan(
+        layer.name,
+        labels.tolist(),
+        (labels != plan.DROPPED).astype(float).tolist(),
+        router="dropped",
+        protected=layer.protected,
+    )
 
 
 def _best_of_router_groups(worth, count, layer):
@@ -163,10 +168,9 @@ def super_experts(stats):
     largest = {name: sums.output_max.amax(0).numpy() for name, sums in stats.layers.items()}
     everything = np.concatenate(list(largest.values()))
     threshold = max(np.quantile(everything, 0.995), everything.max() / 10)
-    early = list(largest)[: math.ceil(0.75 * len(largest))]
     return {
-        name: np.flatnonzero(values > threshold).tolist() if name in early else []
-        for name, values in largest.items()
+        name: np.flatnonzero(values > threshold).tolist() if index < 0.75 * len(largest) else []
+        for index, (name, values) in enumerate(largest.items())
     }
 
 
@@ -205,9 +209,8 @@ class RoutingRule:
         (B, R, E) float64 tensor
         """
         here = kept[:, None]
-        softmax = self.scoring == "softmax"
         masked = torch.where(here, logits, -torch.inf)  # of which the sigmoid is zero
-        scores = masked.softmax(2) if softmax else masked.sigmoid()
+        scores = masked.softmax(2) if self.scoring == "softmax" else masked.sigmoid()
         wanted = torch.where(here, scores + self.bias, -torch.inf)
         order = wanted.argsort(dim=2, descending=True, stable=True)
         best = here.expand_as(scores).gather(2, order) & (torch.arange(kept.shape[1]) < self.top_k)
@@ -247,8 +250,8 @@ def routing_rule(sample, layer=None):
     """
     logits, gates = sample.logits.double(), sample.gates
     experts, tolerance = logits.shape[1], 0.02
-    routed = layer is not None and layer.router is not None
-    vectors = [t for *_, t in moe.routing_tensors(layer, experts) if t.numel() == experts] if routed else []
+    routed = moe.routing_tensors(layer, experts) if layer is not None and layer.router is not None else ()
+    vectors = [t for *_, t in routed if t.numel() == experts]
     biases = [t.detach().double().cpu().flatten() for t in (*vectors, torch.zeros(experts))]
     for bias, scoring, normalised in itertools.product(biases, ("softmax", "sigmoid"), (True, False)):
         rule = RoutingRule(scoring, normalised, 1.0, bias, sample.index.shape[1])

@@ -262,8 +262,6 @@ class Scorer:
 
     def _scored(self, members, weights, width):
         """Squared error and options of the best rule for one group."""
-        if len(members) == 1 and width == self.layer.width:
-            return 0.0, AVERAGE
         key = tuple(members), width
         if key not in self._best:
             self._best[key] = self._least(members, weights, width, self._rules(members, width))
@@ -271,6 +269,8 @@ class Scorer:
 
     def _least(self, members, weights, width, rules):
         """Squared error and options of the rule that leaves least; the first of equals."""
+        if len(members) == 1 and width == self.layer.width:
+            return 0.0, AVERAGE
         dominant = max(members, key=lambda e: self.usage[e])
         fitted, scored = (
             merging.Group(self.layer, members, weights, dominant, sample) for sample in self.samples
@@ -289,12 +289,13 @@ class Scorer:
         """
         if not self.fits or not rounds:
             return candidate
-        labels, weights, width, rules = candidate.labels, candidate.weights, candidate.width, []
+        rules = []
         for number, rule in enumerate(candidate.rules):
-            members = np.flatnonzero(labels == number).tolist()
-            if len(members) > 1 or width < self.layer.width:
-                _, rule = self._least(members, weights, width, [rule, rule | {"refit": rounds}])
-            rules.append(rule)
+            members, tried = (
+                np.flatnonzero(candidate.labels == number).tolist(),
+                [rule, rule | {"refit": rounds}],
+            )
+            rules.append(self._least(members, candidate.weights, candidate.width, tried)[1])
         return replace(candidate, rules=rules)
 
     def _rules(self, members, width):
