@@ -43,7 +43,7 @@ def aligned(group, align):
 
 
 def _matching(group, index, align):
-    """The neuron of a member that goes with each of the dominant expert's; with too few tokens, by weights."""
+    """The neuron of a member that goes with each of the dominant expert's; of too few tokens by weights."""
     pair = group.experts[group.dominant], group.experts[index]
     if align == "activations" and len(tokens := group.tokens([group.dominant, index])[0]) > 1:
         first, second = (standardised(group.layer.activate(expert, tokens)).T for expert in pair)

@@ -150,15 +150,14 @@ def compress(layers, *, share, rank=None, ridge=1e-3, rank_share=0.5):
     products = [low_rank(w, root, q) for (w, root), q in zip(whitened, ranks, strict=True)]
     rows = _best_rows([importance.cpu().numpy() for *_, importance in products], shapes, budget)
     # The residuals of all matrices would take more memory than the weights: they are computed again.
-    left = iter(zip(products, rows, strict=True))
+    left = iter([(a, b, n) for (a, b, _), n in zip(products, rows, strict=True)])
     return [
         [{name: _factors(w, *next(left)) for name, w in _matrices(expert).items()} for expert in experts]
         for experts, _, _ in layers
     ]
 
 
-def _factors(w, product, rows):
-    a, b, _ = product
+def _factors(w, a, b, rows):
     return Factors(a, b, rows.to(a.device), (w.double() - a @ b)[rows])
 
 

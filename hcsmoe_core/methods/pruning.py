@@ -77,8 +77,14 @@ def least_loss(layer, count, *, loss: Literal["squared", "frobenius"] = "squared
     grams = output_grams(layer.moe, sample.inputs[:LOSS_TOKENS])
 
     def loss_on(tokens):
-        how = dict(loss=loss, sequences=sequences[:tokens], dtype=torch.float32 if many else torch.float64)
-        return DropLoss(grams[:tokens], sample, rule, **how)
+        return DropLoss(
+            grams[:tokens],
+            sample,
+            rule,
+            loss=loss,
+            sequences=sequences[:tokens],
+            dtype=torch.float32 if many else torch.float64,
+        )
 
     return best_kept(
         loss_on(LOSS_TOKENS),
@@ -251,9 +257,10 @@ def routing_rule(sample, layer=None):
     logits, gates = sample.logits.double(), sample.gates
     experts, tolerance = logits.shape[1], 0.02
     routed = moe.routing_tensors(layer, experts) if layer is not None and layer.router is not None else ()
-    vectors = [t for *_, t in routed if t.numel() == experts]
-    biases = [t.detach().double().cpu().flatten() for t in (*vectors, torch.zeros(experts))]
-    for bias, scoring, normalised in itertools.product(biases, ("softmax", "sigmoid"), (True, False)):
+    biases = [t.detach().double().cpu().flatten() for *_, t in routed if t.numel() == experts]
+    for bias, scoring, normalised in itertools.product(
+        [*biases, torch.zeros(experts).double()], ("softmax", "sigmoid"), (True, False)
+    ):
         rule = RoutingRule(scoring, normalised, 1.0, bias, sample.index.shape[1])
         unscaled = rule.gates(logits, torch.ones(1, experts, dtype=torch.bool))[0]
         same = ((unscaled != 0) == (gates != 0)).all(1)

@@ -253,10 +253,7 @@ class Scorer:
         weights = plan.merge_weights(labels, self.sums, self.merge)
         if not self.fits:
             return Candidate(labels, weights, width, None, summary.function_error(self.sums, labels) ** 2)
-        scored = [
-            self._scored(np.flatnonzero(labels == g).tolist(), weights, width)
-            for g in range(labels.max() + 1)
-        ]
+        scored = [self._scored(members, weights, width) for members in _groups(labels)]
         residual = sum(error for error, _ in scored) / self.energy if self.energy else 0.0
         return Candidate(labels, weights, width, [rule for _, rule in scored], residual)
 
@@ -289,13 +286,10 @@ class Scorer:
         """
         if not self.fits or not rounds:
             return candidate
-        rules = []
-        for number, rule in enumerate(candidate.rules):
-            members, tried = (
-                np.flatnonzero(candidate.labels == number).tolist(),
-                [rule, rule | {"refit": rounds}],
-            )
-            rules.append(self._least(members, candidate.weights, candidate.width, tried)[1])
+        rules = [
+            self._least(members, candidate.weights, candidate.width, [rule, rule | {"refit": rounds}])[1]
+            for members, rule in zip(_groups(candidate.labels), candidate.rules, strict=True)
+        ]
         return replace(candidate, rules=rules)
 
     def _rules(self, members, width):
@@ -306,6 +300,11 @@ class Scorer:
         chosen = [{"rule": "selection", "ridge": ridge, "pool": pool} for ridge in RIDGES]
         joined = [AVERAGE, *({"rule": "least-squares", "align": "none", "ridge": ridge} for ridge in RIDGES)]
         return joined + chosen if width == self.layer.width else chosen
+
+
+def _groups(labels):
+    """Members of each group."""
+    return [np.flatnonzero(labels == group).tolist() for group in range(labels.max() + 1)]
 
 
 def _rows(sample, chosen):

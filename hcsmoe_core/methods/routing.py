@@ -56,8 +56,9 @@ def folded_rows(layer_plan, sample):
         away = rows - start
         return value + PENALTY * (away**2).sum(), ((slope.T @ logits) + 2 * PENALTY * away).ravel()
 
-    options = dict(jac=True, method="L-BFGS-B", options={"maxiter": 200})
-    return minimize(penalised, start.ravel(), **options).x.reshape(start.shape)
+    return minimize(
+        penalised, start.ravel(), jac=True, method="L-BFGS-B", options={"maxiter": 200}
+    ).x.reshape(start.shape)
 
 
 def _routing(sample, scoring):
