@@ -11,54 +11,49 @@ import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
 
-from hcsmoe_core._util import InputError
-from hcsmoe_core.merging import mean_of
-from hcsmoe_core.moe import Neurons
-from hcsmoe_core.steps import combine, refine
+from hcsmoe_core import merging, steps
+from hcsmoe_core._util import require
 
 ALIGNMENTS = ("none", "weights", "activations")
 NEURON_FEATURES = ("activations", "weights", "activations+weights")
-ALIKE = 1 - 1e-6  # cosine above which a neuron is taken for a copy of another
 BATCH = 256  # neurons that are compared at once with those chosen
 REFIT_RIDGE = 0.1  # of refits of what neurons read, relative to the mean of each neuron's squared slopes
-FLOOR = 1e-12  # of the squared outputs: a smaller residual is rounding
 ITERATIONS = 30  # of conjugate gradients per refit
-BALANCED = 1e-9  # of summed sizes, below which differences of opposite signs balance
-BLOCKS = 256  # in which neurons are chosen, about: of wide experts several at once
 
 
-def _for_alignment(options):
-    """The sample, where neurons are aligned by activations."""
-    return ("sample",) if options["align"] == "activations" else ()
+def _needs(options):
+    """The sample, where neurons are aligned or matched by activations."""
+    return ("sample",) if "activations" in options.get("align", options.get("features")) else ()
 
 
-def _for_features(options):
-    """The sample, where activations are among what neurons are matched by."""
-    return ("sample",) if "activations" in options["features"].split("+") else ()
-
-
-@combine("average", needs=_for_alignment)
+@steps.combine("average", needs=_needs)
 def averaged(group, *, align: Literal[ALIGNMENTS] = "none"):
     """Weighted average, of neurons in the order of the dominant expert's where they are aligned to it."""
-    return mean_of(aligned(group, align), group.weights)
+    return merging.mean_of(aligned(group, align), group.weights)
 
 
 def aligned(group, align):
     """The members with their neurons in the order of the dominant expert's."""
     if align == "none":
         return group.experts
-    reference, ordered = group.experts[group.dominant], []
-    for index, expert in enumerate(group.experts):
-        if index != group.dominant:
-            score = _correlation_between(group, group.dominant, index) if align == "activations" else None
-            if score is None:
-                score = _weight_products(reference, expert)
-            expert = expert.take(torch.from_numpy(linear_sum_assignment(score, maximize=True)[1]))
-        ordered.append(expert)
-    return ordered
+    return [
+        expert if index == group.dominant else expert.take(_matching(group, index, align))
+        for index, expert in enumerate(group.experts)
+    ]
 
 
-@combine("ties", fractions=("density",))
+def _matching(group, index, align):
+    """The neuron of a member that goes with each of the dominant expert's; of too few tokens by weights."""
+    pair = group.experts[group.dominant], group.experts[index]
+    if align == "activations" and len(tokens := group.tokens([group.dominant, index])[0]) > 1:
+        first, second = (standardised(group.layer.activate(expert, tokens)).T for expert in pair)
+    else:
+        first, second = map(_described, pair)
+    alike = (first @ second.T).cpu().numpy()
+    return torch.from_numpy(linear_sum_assignment(alike, maximize=True)[1])
+
+
+@steps.combine("ties", fractions=("density",))
 def ties(group, *, density: float = 0.2):
     """TIES (arXiv 2306.01708; MergeME, arXiv 2502.00997): trim, elect a sign, average what agrees.
 
@@ -68,18 +63,18 @@ def ties(group, *, density: float = 0.2):
     balance, the mean stays.
     """
     mean, changes = _changes(group)
-    smallest = changes.shape[1] - max(1, round(density * changes.shape[1])) + 1
-    sizes = changes.abs()
-    changes = torch.where(sizes >= sizes.kthvalue(smallest, dim=1, keepdim=True).values, changes, 0)
+    trimmed_away = changes.shape[1] - max(1, round(density * changes.shape[1]))
+    least = changes.abs().kthvalue(trimmed_away + 1, keepdim=True).values
+    changes = torch.where(changes.abs() >= least, changes, 0)
     weights = group.weights.to(changes)[:, None]
     total, size = (weights * changes).sum(0), (weights * changes.abs()).sum(0)
-    sign = torch.where(total.abs() > BALANCED * size, total.sign(), 0)
+    sign = torch.where(total.abs() > 1e-9 * size, total.sign(), 0)  # below, it is rounding
     weights = weights * ((changes.sign() == sign) & (changes != 0))
     share = weights.sum(0).clamp(min=torch.finfo(changes.dtype).tiny)
     return _unflattened(mean + (weights * changes).sum(0) / share, group.experts[0])
 
 
-@combine("dare", random=True, fractions=("density",))
+@steps.combine("dare", random=True, fractions=("density",))
 def dare(group, *, density: float = 0.5, seed: int = 0):
     """DARE (arXiv 2311.03099; MergeME, arXiv 2502.00997): drop at random, rescale, average.
 
@@ -90,10 +85,8 @@ def dare(group, *, density: float = 0.5, seed: int = 0):
     mean, changes = _changes(group)
     total = torch.zeros_like(mean)
     for weight, expert, change in zip(group.weights.tolist(), group.members, changes, strict=True):
-        state = np.random.SeedSequence([seed, zlib.crc32(group.layer.name.encode()), expert]).generate_state(
-            1
-        )
-        generator = torch.Generator().manual_seed(int(state[0]))
+        seeds = np.random.SeedSequence([seed, zlib.crc32(group.layer.name.encode()), expert])
+        generator = torch.Generator().manual_seed(int(seeds.generate_state(1)[0]))
         drawn = torch.rand(len(change), generator=generator, dtype=torch.float64).to(change.device)
         total += weight / density * torch.where(drawn < density, change, 0)
     return _unflattened(mean + total, group.experts[0])
@@ -101,144 +94,114 @@ def dare(group, *, density: float = 0.5, seed: int = 0):
 
 def _changes(group):
     """The members' plain mean as one row, ``(P,)``, and each member's difference from it, ``(n, P)``."""
-    experts = ([t.flatten().double() for t in _tensors(e) if t is not None] for e in group.experts)
-    rows = [torch.cat(tensors) for tensors in experts]
+    rows = torch.stack([torch.cat([t.double().flatten() for t in _tensors(e)]) for e in group.experts])
     mean = sum(rows) / len(rows)
-    return mean, torch.stack(rows) - mean
+    return mean, rows - mean
 
 
 def _tensors(expert):
-    return expert.up, expert.down, expert.bias, expert.offset
+    return [tensor for tensor in vars(expert).values() if tensor is not None]
 
 
 def _unflattened(row, like):
     """An expert of the weights in a row, in the shapes of another."""
-    sizes = [0 if t is None else t.numel() for t in _tensors(like)]
-    parts = zip(row.split(sizes), _tensors(like), strict=True)
-    return Neurons(*(None if t is None else part.view(t.shape).to(t.dtype) for part, t in parts))
-
-
-def _weight_products(reference, expert):
-    """Inner products of what neurons read and write, ``(I, I)``."""
-    return (_described(reference) @ _described(expert).T).cpu().numpy()
+    parts = iter(row.split([tensor.numel() for tensor in _tensors(like)]))
+    return like.map(lambda tensor: next(parts).view(tensor.shape).to(tensor.dtype))
 
 
 def _described(expert):
-    """One row a neuron: all that it reads and writes."""
-    parts = [expert.up.flatten(1), expert.down.T]
-    return torch.cat(parts if expert.bias is None else [*parts, expert.bias], 1)
-
-
-def _correlation_between(group, first, second):
-    """Correlation ``(I, I)`` of two members' activations on tokens routed to either; None with too few."""
-    tokens, _ = group.tokens([first, second])
-    if len(tokens) < 2:
-        return None
-    a, b = (standardised(group.layer.activate(group.experts[m], tokens)) for m in (first, second))
-    return (a.T @ b).cpu().numpy()
+    """One row per neuron: all that it reads and writes."""
+    parts = (expert.up.flatten(1), expert.down.T, expert.bias)
+    return torch.cat([part for part in parts if part is not None], 1)
 
 
 def standardised(values, counts=None):
     """Columns less their mean, of length one; a constant column stays zero."""
-    counts = torch.ones(len(values), dtype=values.dtype, device=values.device) if counts is None else counts
+    counts = values.new_ones(len(values)) if counts is None else counts
     centred = (values - (counts @ values) / counts.sum()) * counts.sqrt()[:, None]
-    length = centred.norm(dim=0)
-    tiny = 1e-12 * values.abs().amax(0).clamp(min=torch.finfo(values.dtype).tiny) * len(values) ** 0.5
-    return torch.where(length > tiny, centred / length.clamp(min=torch.finfo(values.dtype).tiny), 0)
+    length, tiny = centred.norm(dim=0), torch.finfo(values.dtype).tiny
+    rounding = 1e-12 * values.abs().amax(0).clamp(min=tiny) * len(values) ** 0.5
+    return torch.where(length > rounding, centred / length.clamp(min=tiny), 0)
 
 
 def _neuron_correlation(group, features):
     """Correlation of all members' neurons with one another, ``(n·I, n·I)``."""
-    total = 0
-    if "activations" in features.split("+"):
+    columns = []
+    if "activations" in features:
         tokens, gates = group.tokens()
+        activations = torch.cat([group.layer.activate(e, tokens) for e in group.experts], 1)
         # A token that was routed to two members counts twice.
-        standard = standardised(
-            torch.cat([group.layer.activate(e, tokens) for e in group.experts], 1),
-            (gates != 0).sum(1).to(group.dtype),
-        )
-        total = total + standard.T @ standard
-    if "weights" in features.split("+"):
-        standard = standardised(torch.cat([_described(e) for e in group.experts]).T)
-        total = total + standard.T @ standard
-    return total
+        columns.append(standardised(activations, (gates != 0).sum(1).to(group.dtype)))
+    if "weights" in features:
+        columns.append(standardised(torch.cat([_described(e) for e in group.experts]).T))
+    return sum(part.T @ part for part in columns)
 
 
 def _pooled(group, pool="members"):
     """All members' neurons, and those of their average if asked, as one wide expert."""
     average = group.average()
     experts = [*group.experts, average] if pool == "averages" and len(group.members) > 1 else group.experts
-    bias = None if experts[0].bias is None else torch.cat([e.bias for e in experts])
-    return Neurons(
-        torch.cat([e.up for e in experts]), torch.cat([e.down for e in experts], 1), bias, average.offset
+    return replace(
+        average,
+        up=torch.cat([e.up for e in experts]),
+        down=torch.cat([e.down for e in experts], 1),
+        bias=None if average.bias is None else torch.cat([e.bias for e in experts]),
     )
 
 
 def _clustered(group, target, width):
     """The weighted mean of the pooled neurons that become each of the new ones, by ``target`` ``(n·I,)``."""
-    pool = _pooled(group)
-    weights = group.weights.to(group.device, group.dtype).repeat_interleave(
-        len(pool.up) // len(group.members)
-    )
-    member = torch.zeros(width, len(pool.up), dtype=group.dtype, device=group.device)
-    member[target, torch.arange(len(pool.up))] = 1
-    weighted = member * weights
+    pool, new = _pooled(group), torch.arange(width, device=target.device)
+    weights = group.weights.to(group.device, group.dtype).repeat_interleave(width)
+    member = (target == new[:, None]).to(weights)
     # Neurons of members that no token was routed to weigh nothing; among themselves they count alike.
-    share = torch.where(weighted.sum(1, keepdim=True) > 0, weighted, member)
-    share = share / share.sum(1, keepdim=True)
-    up = (share @ pool.up.flatten(1)).unflatten(1, pool.up.shape[1:])
-    return Neurons(up, pool.down @ share.T, None if pool.bias is None else share @ pool.bias, pool.offset)
+    share = torch.where((member * weights).sum(1, keepdim=True) > 0, member * weights, member)
+    share /= share.sum(1, keepdim=True)
+    return replace(
+        pool,
+        up=(share @ pool.up.flatten(1)).unflatten(1, pool.up.shape[1:]),
+        down=pool.down @ share.T,
+        bias=None if pool.bias is None else share @ pool.bias,
+    )
 
 
-@combine("fix-dom", needs=_for_features, matched=True)
+@steps.combine("fix-dom", needs=_needs, matched=True)
 def fixed_dominant(group, *, features: Literal[NEURON_FEATURES] = "activations"):
     """Each neuron is averaged with the dominant expert's that it correlates with most (HC-SMoE's Fix-Dom)."""
-    correlation = _neuron_correlation(group, features)
     width = len(group.experts[0].up)
     own = slice(group.dominant * width, (group.dominant + 1) * width)
-    target = correlation[own].argmax(0)
+    target = _neuron_correlation(group, features)[own].argmax(0)
     target[own] = torch.arange(width, device=target.device)
     return _clustered(group, target, width)
 
 
-@combine("zipit", needs=_for_features)
+@steps.combine("zipit", needs=_needs)
 def zipped(group, *, features: Literal[NEURON_FEATURES] = "activations"):
-    """The most correlated neurons of all members are joined, until one expert's number is left (ZipIt)."""
-    correlation = _neuron_correlation(group, features).cpu().numpy()
-    width = len(group.experts[0].up)
-    return _clustered(group, torch.from_numpy(_zip_targets(correlation, width)), width)
-
-
-def _zip_targets(correlation, width):
-    """Which of ``width`` neurons each one becomes, joining the most correlated pair until they are left.
+    """The most correlated neurons of all members are joined, until one expert's number is left (ZipIt).
 
     A joined neuron's correlation with another is a tenth of the smaller of its parts', as in the authors'
     code, so that joined ones wait.
     """
-    c = np.array(correlation, dtype=np.float64)
+    c, width = _neuron_correlation(group, features).double().cpu().numpy(), len(group.experts[0].up)
     np.fill_diagonal(c, -1)
-    owner = np.arange(len(c))
-    best, partner = c.max(1), c.argmax(1)
+    owner, best, partner = np.arange(len(c)), c.max(1), c.argmax(1)
     for _ in range(len(c) - width):
         i = int(best.argmax())
         j = int(partner[i])
         owner[owner == j] = i
-        c[i] = 0.1 * np.minimum(c[i], c[j])
-        c[:, i] = c[i]
+        c[i] = c[:, i] = 0.1 * np.minimum(c[i], c[j])
         c[i, i] = -1
-        c[j], c[:, j], best[j] = -np.inf, -np.inf, -np.inf
+        c[j] = c[:, j] = best[j] = -np.inf
         stale = np.flatnonzero((partner == i) | (partner == j) | (c[:, i] >= best))
         stale = np.union1d(stale[np.isfinite(best[stale])], [i])
         best[stale], partner[stale] = c[stale].max(1), c[stale].argmax(1)
-    return np.unique(owner, return_inverse=True)[1]
+    return _clustered(group, torch.from_numpy(np.unique(owner, return_inverse=True)[1]), width)
 
 
-@combine("least-squares", needs=("sample",), solves=True)
+@steps.combine("least-squares", needs=("sample",), solves=True)
 def least_squares(group, *, align: Literal[ALIGNMENTS] = "none", ridge: float = 0.05):
     """Average what neurons read, and solve what they write (MergeMoE, arXiv 2510.14436)."""
     merged = group.once(("averaged", align), lambda: averaged(group, align=align))
-    if not len(group.outputs()):
-        return merged
     gram, xty = group.once(("normal", "averaged", align), lambda: normal_equations(group, merged))
     return replace(merged, down=_solved(gram, xty, ridge, merged.down.T).T)
 
@@ -257,32 +220,28 @@ def normal_equations(group, neurons):
 
 def _solved(gram, xty, ridge, prior):
     """``argmin_W ‖V W − Y‖² + λ ‖W − prior‖²``, ``(N, D)``, λ relative to the mean squared column of V."""
-    wide = prior.double()
-    penalty = max(float(gram.diagonal().mean()) * ridge, torch.finfo(torch.float64).tiny)
-    ridged = gram.clone()
-    ridged.diagonal().add_(penalty)
+    wide, diagonal = prior.double(), gram.diagonal()
+    ridged = gram.diagonal_scatter(
+        diagonal + max(float(diagonal.mean()) * ridge, torch.finfo(torch.float64).tiny)
+    )
     # Solved for the change, so that a prior that fits already is returned as it is.
-    change = _symmetric_solve(ridged, xty - gram @ wide)
+    right = xty - gram @ wide
+    factor, singular = torch.linalg.cholesky_ex(ridged)
+    if int(singular):  # to rounding
+        change = torch.linalg.lstsq(ridged.cpu(), right.cpu(), driver="gelsd").solution.to(right.device)
+    else:
+        change = torch.cholesky_solve(right, factor)
     return (wide + change).to(prior.dtype)
 
 
-def _symmetric_solve(gram, right):
-    """Cholesky, or least squares where the matrix is singular to rounding."""
-    factor, failed = torch.linalg.cholesky_ex(gram)
-    if int(failed):
-        return torch.linalg.lstsq(gram.cpu(), right.cpu(), driver="gelsd").solution.to(right.device)
-    return torch.cholesky_solve(right, factor)
-
-
 def _check_refit(recipe):
-    if recipe.steps["group"] == "fuzzy" or recipe.steps["compress"]:
-        raise InputError(
-            '"refit" fits experts that are joined or trimmed: it goes with no pruning, fuzzy groups or '
-            "compress."
-        )
+    require(
+        recipe.steps["group"] != "fuzzy" and not recipe.steps["compress"],
+        '"refit" fits experts that are joined or trimmed: it goes with no pruning, fuzzy groups or compress.',
+    )
 
 
-@refine("refit", needs=("sample",), check=_check_refit)
+@steps.refine("refit", needs=("sample",), check=_check_refit)
 def refitted(group, neurons, rounds, *, ridge: float = REFIT_RIDGE):
     """What an expert's neurons read and what they write, fitted in turns to a group's sampled outputs.
 
@@ -306,15 +265,14 @@ def refitted(group, neurons, rounds, *, ridge: float = REFIT_RIDGE):
     Neurons
         That leave no more than those given; the same if these leave nothing.
     """
-    residual = _residual(group, neurons) if rounds else None
+    residual = _residual(group, neurons)
     for _ in range(rounds):
-        if float(residual.pow(2).sum()) <= FLOOR * float(group.outputs().double().pow(2).sum()):
-            break
+        if float(residual.pow(2).sum()) <= 1e-12 * float(group.outputs().double().pow(2).sum()):
+            break  # what is left is rounding
         step = _reading_step(group, neurons, residual)
         for scale in (1, 0.5, 0.25):
             trial = replace(neurons, up=neurons.up + scale * step)
-            gram, xty = normal_equations(group, trial)
-            trial = replace(trial, down=_solved(gram, xty, ridge, trial.down.T).T)
+            trial = replace(trial, down=_solved(*normal_equations(group, trial), ridge, neurons.down.T).T)
             trial_residual = _residual(group, trial)
             if trial_residual.pow(2).sum() < residual.pow(2).sum():
                 neurons, residual = trial, trial_residual
@@ -334,7 +292,7 @@ def _reading_step(group, neurons, residual):
 
     ``argmin_δ ‖R − Σ_jp (c s_jp (X δ_jp)) d_jᵀ‖² + Σ_jp λ_jp ‖δ_jp‖²`` for slopes s, gates c and what neurons
     write d, by conjugate gradients with the diagonal as preconditioner: solution x, residual r, direction p,
-    steps alpha and beta.
+    step alpha.
     """
     tokens, gates = (t.float() for t in group.tokens())
     slopes = (group.layer.slopes(neurons, group.tokens()[0]).float() * gates.sum(1, keepdim=True)).unbind()
@@ -347,8 +305,9 @@ def _reading_step(group, neurons, residual):
         read = outputs @ writes
         return torch.stack([(read * slope).T @ tokens for slope in slopes])
 
-    squares = writes.pow(2).sum(0)[:, None]
-    diagonal = torch.stack([squares * (slope.pow(2).T @ tokens.pow(2)) for slope in slopes])
+    diagonal = torch.stack(
+        [writes.pow(2).sum(0)[:, None] * (slope.pow(2).T @ tokens.pow(2)) for slope in slopes]
+    )
     penalty = REFIT_RIDGE * diagonal.mean(2, keepdim=True) + torch.finfo(torch.float32).tiny
     inverse = 1 / (diagonal + penalty)
     r = adjoint(residual.float())
@@ -363,39 +322,36 @@ def _reading_step(group, neurons, residual):
         r -= alpha * image
         z = inverse * r
         before, rz = rz, (r * z).sum()
-        beta = rz / before
-        p = z + beta * p
+        p = z + rz / before * p
     return x.transpose(0, 1).to(neurons.up.dtype)
 
 
-@combine("joint-svd", needs=_for_alignment, fractions=("rank",))
+@steps.combine("joint-svd", needs=_needs, fractions=("rank",))
 def joint_svd(group, *, align: Literal[ALIGNMENTS] = "none", rank: float = 0.5):
     """One singular value decomposition of all members, right vectors averaged (Sub-MoE, arXiv 2506.23266).
 
     ``rank`` is the share of the singular values that stays, above 0 and at most 1.
     """
     experts = aligned(group, align)
-    plain = mean_of(experts, group.weights)
-    weights = group.weights.tolist()
+    plain = merging.mean_of(experts, group.weights)
 
     def shared(matrices):
-        columns = matrices[0].shape[1]
         u, s, v = torch.linalg.svd(torch.cat(matrices, 1), full_matrices=False)
-        q = max(1, round(rank * len(s)))
-        mean = sum(w * block for w, block in zip(weights, v.split(columns, dim=1), strict=True))
+        q, blocks = max(1, round(rank * len(s))), v.chunk(len(matrices), dim=1)
+        mean = sum(w * block for w, block in zip(group.weights.tolist(), blocks, strict=True))
         return (u[:, :q] * s[:q]) @ mean[:q]
 
-    up = torch.stack([shared([e.up[:, p] for e in experts]) for p in range(plain.up.shape[1])], 1)
-    return Neurons(up, shared([e.down for e in experts]), plain.bias, plain.offset)
+    up = [shared([e.up[:, p] for e in experts]) for p in range(plain.up.shape[1])]
+    return replace(plain, up=torch.stack(up, 1), down=shared([e.down for e in experts]))
 
 
-@combine("trimming", needs=("sample",), solves=True)
+@steps.combine("trimming", needs=("sample",), solves=True)
 def trimmed(group, *, width=None, ridge: float = 0.02):
     """The best neurons of an expert itself; see :func:`selected`."""
     return selected(group, width=width, ridge=ridge)
 
 
-@combine("selection", needs=("sample",), solves=True, matched=True)
+@steps.combine("selection", needs=("sample",), solves=True, matched=True)
 def selected(group, *, width=None, ridge: float = 0.02, pool: Literal["members", "averages"] = "members"):
     """The neurons of all members that best give what the group gave; what they write is solved for.
 
@@ -403,8 +359,6 @@ def selected(group, *, width=None, ridge: float = 0.02, pool: Literal["members",
     """
     width = width or len(group.experts[0].up)
     neurons = group.once(("neurons", pool), lambda: _pooled(group, pool))
-    if not len(group.outputs()):
-        return neurons.take(_completed([], width, group, neurons))
     gram, xty = group.once(("normal", pool), lambda: normal_equations(group, neurons))
     chosen = group.once(("chosen", pool, width), lambda: chosen_columns(gram, xty, width))
     order = _completed(chosen, width, group, neurons)
@@ -425,34 +379,31 @@ def _completed(chosen, width, group, pool):
     """
     if len(chosen) < width:
         vectors = _described(pool)
-        length = vectors.norm(dim=1)
-        size = length / length.max().clamp(min=torch.finfo(length.dtype).tiny)
+        length, tiny = vectors.norm(dim=1), torch.finfo(vectors.dtype).tiny
+        size = length / length.max().clamp(min=tiny)
         each = len(group.experts[0].up)
         first = len(group.members) if len(pool.up) > each * len(group.members) else group.dominant
         size[first * each : (first + 1) * each] += 2
-        unit = vectors / length.clamp(min=torch.finfo(length.dtype).tiny)[:, None]
         order = torch.argsort(size, descending=True, stable=True).tolist()
-        chosen = _unlike(unit, chosen, order, width)
-        rest = set(order) - set(chosen) if len(chosen) < width else ()
-        chosen += [neuron for neuron in order if neuron in rest][: width - len(chosen)]
+        unlike = _unlike(vectors / length.clamp(min=tiny)[:, None], chosen, order, width)
+        chosen = [*dict.fromkeys([*unlike, *order])][:width]
     return torch.tensor(sorted(chosen), device=pool.up.device)
 
 
 def _unlike(unit, chosen, order, count):
     """The chosen rows, and others in some order up to ``count``, none near a copy of one before it."""
-    chosen, present = list(chosen), set(chosen)
-    rest = [row for row in order if row not in present]
+    unlike, rest = [*chosen], [*dict.fromkeys([*chosen, *order])][len(chosen) :]
     for start in range(0, len(rest), BATCH):
         rows = rest[start : start + BATCH]
-        near = (unit[rows] @ unit[chosen].T).amax(1) if chosen else unit.new_zeros(len(rows))
+        near = (unit[rows] @ unit[unlike].T).amax(1) if unlike else unit.new_zeros(len(rows))
         among = unit[rows] @ unit[rows].T
         for i, row in enumerate(rows):
-            if len(chosen) == count:
-                return chosen
-            if near[i] <= ALIKE:
-                chosen.append(row)
+            if len(unlike) == count:
+                return unlike
+            if near[i] <= 1 - 1e-6:  # above this cosine, it is taken for a copy
+                unlike.append(row)
                 near = torch.maximum(near, among[i])
-    return chosen
+    return unlike
 
 
 def chosen_columns(gram, xty, width, *, block=None):
@@ -475,18 +426,17 @@ def chosen_columns(gram, xty, width, *, block=None):
     list of int
         In the order chosen; fewer than ``width`` where no other column lowers the residual.
     """
-    block = max(1, width // BLOCKS) if block is None else block
-    square = gram.diagonal().clone()
-    left = square.clone()  # squared length of each column once the chosen ones are projected out
-    floor = 1e-9 * square + 1e-30 * max(float(square.max()), 1e-300)
+    block = block or max(1, width // 256)
+    left = gram.diagonal().clone()  # squared length of each column once the chosen ones are projected out
+    floor = 1e-9 * left + 1e-30 * max(float(left.max()), 1e-300)
     basis = torch.zeros(len(gram), width, dtype=gram.dtype, device=gram.device)
     xty, chosen = xty.clone(), []  # the largest by far: changed in place
     while len(chosen) < width:
         done, size = len(chosen), min(block, width - len(chosen))
-        squares = torch.linalg.vector_norm(xty, dim=1).square()
-        gain = torch.where(left > floor, squares / left.clamp(min=torch.finfo(gram.dtype).tiny), -1.0)
+        lowers = torch.linalg.vector_norm(xty, dim=1).square() / left.clamp(min=torch.finfo(gram.dtype).tiny)
+        gain = torch.where(left > floor, lowers, -1.0)
         best = [int(gain.argmax())]
-        if float(gain[best[0]]) <= 0:
+        if float(gain[best]) <= 0:
             break
         if size > 1:
             near = gain.topk(min(4 * size, int((gain > 0).sum()))).indices
@@ -497,9 +447,8 @@ def chosen_columns(gram, xty, width, *, block=None):
             # What the others of the block leave of one is rounding: it is not chosen, now or later.
             columns = torch.cat([columns[:, : dependent - 1], columns[:, dependent:]], 1)
             left[best.pop(dependent - 1)] = 0
-        factor = cholesky.L
-        columns = torch.linalg.solve_triangular(factor, columns.T, upper=False).T
-        xty.addmm_(columns, torch.linalg.solve_triangular(factor, xty[best], upper=False), alpha=-1)
+        columns = torch.linalg.solve_triangular(cholesky.L, columns.T, upper=False).T
+        xty.addmm_(columns, torch.linalg.solve_triangular(cholesky.L, xty[best], upper=False), alpha=-1)
         basis[:, done : done + len(best)] = columns
         left = left - (columns**2).sum(1)
         left[best] = 0

@@ -5,18 +5,14 @@ training with distillation. Here nothing is trained: second moments of what ente
 for the gradients. The result is dense: each projection becomes what its factors multiply out to.
 """
 
-import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
-from hcsmoe_core._util import InputError, check_count
-from hcsmoe_core.moe import Neurons, all_finite
+from hcsmoe_core import moe, steps
+from hcsmoe_core._util import check_count, require
 from hcsmoe_core.replace import set_expert_tensors
-from hcsmoe_core.steps import compress as step
-
-RANK_SHARE = 0.5
 
 
 @dataclass(frozen=True)
@@ -38,18 +34,13 @@ class Factors:
     S: torch.Tensor
 
     @property
-    def shape(self):
-        """``(d1, d2)``."""
-        return len(self.A), self.B.shape[1]
-
-    @property
     def numbers(self):
         """Numbers stored, ``q (d1 + d2) + n d2``: A, B and S, without the row numbers."""
         return self.A.numel() + self.B.numel() + self.S.numel()
 
     def to(self, dtype):
         """The same with A, B and S in another dtype."""
-        return Factors(self.A.to(dtype), self.B.to(dtype), self.rows, self.S.to(dtype))
+        return replace(self, A=self.A.to(dtype), B=self.B.to(dtype), S=self.S.to(dtype))
 
     def dense(self):
         """``A B + S`` ``[d1, d2]``, in float64."""
@@ -79,57 +70,37 @@ def second_moment(inputs, ridge=1e-3):
     return moment + ridge * moment.diagonal().mean() * unit if moment.any() else unit
 
 
-def factor(weight, moment, rank, rows=0):
-    """A matrix as a low-rank product and its most important residual rows, without training (whitened SVD).
+def low_rank(w, root, rank):
+    """A matrix W as a product of rank q, without training (whitened SVD), and what each row of it lacks.
 
-    With ``M = L Lᵀ`` and ``W L = U Σ Vᵀ``, ``A = U_q Σ_q^½`` and ``B = Σ_q^½ V_qᵀ L⁻¹`` are the product of
-    rank q with the smallest ``‖(W − A B) L‖_F``: the smallest mean squared error of the outputs where M is
-    the second moment of the inputs. S holds the rows of ``R = W − A B`` with the largest ``R_i M R_iᵀ`` as
-    they are (ties: the first), so that ``A B + S`` has those rows of W. Of each column of A, the entry with
-    the largest absolute value is positive.
+    For a second moment of the inputs ``M = L Lᵀ``, with ``W L = U Σ Vᵀ``, ``A = U_q Σ_q^½`` and ``B = Σ_q^½
+    V_qᵀ L⁻¹`` are the product with the smallest ``‖(W − A B) L‖_F``: the smallest mean squared error of the
+    outputs. Of each column of A, the entry with the largest absolute value is positive.
 
     Parameters
     ----------
-    weight : (d1, d2) float tensor
-    moment : (d2, d2) float tensor
-        M, symmetric and positive definite; see :func:`second_moment`.
+    w, root : (d1, d2), (d2, d2) float64 tensors
+        W and L.
     rank : int
         q, from 0 to the smaller of d1 and d2.
-    rows : int
-        n, from 0 to d1.
 
     Returns
     -------
-    Factors
-        In float64.
+    A, B : (d1, q), (q, d2) float64 tensors
+    importance : (d1,) float64 tensor
+        ``R_i M R_iᵀ`` of each row of ``R = W − A B``: its share of the mean squared error.
     """
-    w, root = weight.detach().double(), torch.linalg.cholesky(moment.detach().double())
-    a, b = _low_rank(w, root, rank)
-    best = torch.argsort(_importance(w - a @ b, root), descending=True, stable=True)[:rows]
-    return _with_rows(w, a, b, best)
-
-
-def _low_rank(w, root, rank):
     u, sigma, v = torch.linalg.svd(w @ root, full_matrices=False)
     u, sigma, v = u[:, :rank], sigma[:rank].sqrt(), v[:rank]
-    if rank:
-        sign = torch.where(u.gather(0, u.abs().argmax(0, keepdim=True))[0] < 0, -1.0, 1.0).to(u)
-        u, v = u * sign, v * sign[:, None]
-    b = torch.linalg.solve_triangular(root, sigma[:, None] * v, upper=False, left=False)
-    return (u * sigma).contiguous(), b.contiguous()
+    sign = torch.where(u.gather(0, u.abs().argmax(0, keepdim=True))[0] < 0, -1.0, 1.0).to(u)
+    a = (u * sign * sigma).contiguous()
+    b = torch.linalg.solve_triangular(
+        root, sigma[:, None] * (v * sign[:, None]), upper=False, left=False
+    ).contiguous()
+    return a, b, ((w - a @ b) @ root).square().sum(1)
 
 
-def _importance(residual, root):
-    """``R_i M R_iᵀ`` of each row: its share of the mean squared error."""
-    return (residual @ root).square().sum(1)
-
-
-def _with_rows(w, a, b, rows):
-    rows = rows.sort().values.to(a.device)
-    return Factors(a, b, rows, (w - a @ b)[rows])
-
-
-def compress(layers, *, share, rank=None, ridge=1e-3, rank_share=RANK_SHARE):
+def compress(layers, *, share, rank=None, ridge=1e-3, rank_share=0.5):
     """Factor every projection of every expert within one budget (MC-SMoE, section 3.3), untrained.
 
     Gate, up and down projections are matrices, named ``"up.0"``, ``"up.1"`` (where there is a
@@ -170,24 +141,24 @@ def compress(layers, *, share, rank=None, ridge=1e-3, rank_share=RANK_SHARE):
     InputError
         If the products alone take more than the budget, or a matrix has no such rank.
     """
-    shapes = [tuple(w.shape) for experts, _, _ in layers for e in experts for w in _matrices(e).values()]
+    every = [
+        (e, x, activate) for experts, tokens, activate in layers for e, x in zip(experts, tokens, strict=True)
+    ]
+    shapes = [tuple(w.shape) for expert, _, _ in every for w in _matrices(expert).values()]
     ranks, budget = _ranks(shapes, share, rank, rank_share)
-    products_of, importances, left = [], [], iter(ranks)
-    for experts, tokens, activate in layers:
-        for expert, x in zip(experts, tokens, strict=True):
-            for w, root in _whitened(expert, x, activate, ridge):
-                a, b = _low_rank(w, root, next(left))
-                products_of.append((a, b))
-                importances.append(_importance(w - a @ b, root).cpu().numpy())
+    whitened = (weight_and_root for given in every for weight_and_root in _whitened(*given, ridge))
+    products = [low_rank(w, root, q) for (w, root), q in zip(whitened, ranks, strict=True)]
+    rows = _best_rows([importance.cpu().numpy() for *_, importance in products], shapes, budget)
     # The residuals of all matrices would take more memory than the weights: they are computed again.
-    pairs, rows = iter(products_of), iter(_best_rows(importances, shapes, budget))
+    left = iter([(a, b, n) for (a, b, _), n in zip(products, rows, strict=True)])
     return [
-        [
-            {name: _with_rows(w.double(), *next(pairs), next(rows)) for name, w in _matrices(expert).items()}
-            for expert in experts
-        ]
+        [{name: _factors(w, *next(left)) for name, w in _matrices(expert).items()} for expert in experts]
         for experts, _, _ in layers
     ]
+
+
+def _factors(w, a, b, rows):
+    return Factors(a, b, rows.to(a.device), (w.double() - a @ b)[rows])
 
 
 def _best_rows(importances, shapes, budget):
@@ -207,8 +178,7 @@ def _whitened(expert, tokens, activate, ridge):
     """Weight and Cholesky factor of the second moment of the inputs, of each matrix of an expert."""
     expert = expert.map(lambda t: t.detach().double())
     x = tokens.double().to(expert.up.device)
-    root = torch.linalg.cholesky(second_moment(x, ridge))
-    inner = torch.linalg.cholesky(second_moment(activate(expert, x), ridge))
+    root, inner = (torch.linalg.cholesky(second_moment(i, ridge)) for i in (x, activate(expert, x)))
     for name, w in _matrices(expert).items():
         yield w, inner if name == "down" else root
 
@@ -216,20 +186,18 @@ def _whitened(expert, tokens, activate, ridge):
 def _ranks(shapes, share, rank, rank_share):
     """Rank of each matrix's product, and the numbers that are left for rows."""
     if rank is None:
-        usual = (rank_share * share * d1 * d2 / (d1 + d2) for d1, d2 in shapes)
-        ranks = [max(1, round(q)) for q in usual]
+        ranks = [max(1, round(rank_share * share * d1 * d2 / (d1 + d2))) for d1, d2 in shapes]
     else:
         ranks = [check_count("rank", rank, 0, min(shape)) for shape in shapes]
     total = sum(d1 * d2 for d1, d2 in shapes)
     products = sum(q * (d1 + d2) for q, (d1, d2) in zip(ranks, shapes, strict=True))
-    # A product such as 0.29 · 100 falls short of 29 by rounding alone.
-    budget = math.floor(round(share * total, 6))
-    if products > budget:
-        raise InputError(
-            f'The "rank" and "share" arguments do not fit: products of rank {min(ranks)} to {max(ranks)} '
-            f"take {products} numbers, and share {share} of {total} weights is {budget}; "
-            "give a smaller rank or a larger share."
-        )
+    budget = int(round(share * total, 6))  # a product such as 0.29 · 100 falls short of 29 by rounding alone
+    require(
+        products <= budget,
+        f'The "rank" and "share" arguments do not fit: products of rank {min(ranks)} to {max(ranks)} take '
+        f"{products} numbers, and share {share} of {total} weights is {budget}; "
+        "give a smaller rank or a larger share.",
+    )
     return ranks, budget - products
 
 
@@ -246,15 +214,15 @@ def densified(neurons, factors):
     neurons : Neurons
         The expert that was factored; its biases stay.
     factors : dict of str to Factors
+        By name of the matrix, in the order of :func:`compress`.
 
     Returns
     -------
     Neurons
         In the dtype and on the device of ``neurons``; sums are float64, rounded once.
     """
-    dense = {name: f.dense().to(neurons.up) for name, f in factors.items()}
-    up = torch.stack([dense[f"up.{q}"] for q in range(neurons.up.shape[1])], dim=1)
-    return Neurons(up, dense["down"], neurons.bias, neurons.offset)
+    *up, down = (factor.dense().to(neurons.up) for factor in factors.values())
+    return replace(neurons, up=torch.stack(up, dim=1), down=down)
 
 
 def stored_bytes(factors, dtype):
@@ -270,11 +238,14 @@ def stored_bytes(factors, dtype):
     -------
     int
     """
-    every = [f for matrices in factors for f in matrices.values()]
-    return sum(f.numbers * dtype.itemsize + len(f.rows) * torch.int64.itemsize for f in every)
+    return sum(
+        factor.numbers * dtype.itemsize + len(factor.rows) * torch.int64.itemsize
+        for matrices in factors
+        for factor in matrices.values()
+    )
 
 
-@step("low-rank", needs=("sample",), fractions=("share",))
+@steps.compress("low-rank", needs=("sample",), fractions=("share",))
 @torch.no_grad()
 def compress_layers(layers, plan, stats, *, share: float = 0.5, rank: int | None = None):
     """MC-SMoE's second step: merged experts become what their factors, in their dtype, multiply out to.
@@ -283,17 +254,21 @@ def compress_layers(layers, plan, stats, *, share: float = 0.5, rank: int | None
     products, by default the rank that takes half of it. What the factors of a layer would take stays with it
     as ``compressed_bytes``.
     """
-    inputs = []
-    for layer, layer_plan in zip(layers, plan.layers, strict=True):
+
+    def merged(layer, layer_plan):
         sample = stats.layers[layer.name].sample
         tokens, chosen = sample.inputs.to(layer.device), sample.chosen
         routed = [tokens[chosen[:, members].any(1)] for members in layer_plan.groups()]
-        inputs.append(([layer.neurons(g) for g in range(layer_plan.num_groups)], routed, layer.activate))
+        return [layer.neurons(g) for g in range(layer_plan.num_groups)], routed, layer.activate
+
     dtype = layers[0].tensors()["down_proj"].dtype
-    for layer, experts in zip(layers, compress(inputs, share=share, rank=rank), strict=True):
+    compressed = compress([*map(merged, layers, plan.layers)], share=share, rank=rank)
+    for layer, experts in zip(layers, compressed, strict=True):
         rounded = [{name: f.to(dtype) for name, f in matrices.items()} for matrices in experts]
         dense = layer.stacked([densified(layer.neurons(g), f) for g, f in enumerate(rounded)])
-        if not all(all_finite(tensor) for tensor in dense.values()):
-            raise InputError(f"{layer.name}: factors are not finite in {dtype}; load it with another dtype.")
+        require(
+            all(moe.all_finite(tensor) for tensor in dense.values()),
+            f"{layer.name}: factors are not finite in {dtype}; load it with another dtype.",
+        )
         set_expert_tensors(layer, dense)
         layer.experts._merged.compressed_bytes = stored_bytes(rounded, dtype)

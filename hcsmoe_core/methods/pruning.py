@@ -5,23 +5,18 @@ worth least are dropped. One registered with ``chooses=True`` names the experts 
 count) → kept``.
 """
 
-import dataclasses
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from hcsmoe_core._util import InputError, check_choice
-from hcsmoe_core.moe import routing_tensors
-from hcsmoe_core.plan import DROPPED, LayerPlan
-from hcsmoe_core.steps import group
-from hcsmoe_core.steps import saliency as step
+from hcsmoe_core import moe, plan, steps
+from hcsmoe_core._util import InputError, require
 
-LOSSES = ("squared", "frobenius")
 ENUMERATED = 16  # up to this number of experts, every subset is tried
 SUBSETS = 100_000  # tried where there are more experts, as in the HC-SMoE paper
 LOSS_TOKENS = 4096  # of the sample, that losses are measured on: Gram matrices of all experts for each token
@@ -29,65 +24,71 @@ TOKENS = 256  # of the sample, that random subsets are compared on where there a
 BATCH = 1 << 20  # numbers that are worked on at once
 
 
-@step("frequency")
+@steps.saliency("frequency")
 def share_of_tokens(layer):
     """Share of the routed tokens (F-prune)."""
     return layer.sums.frequency.numpy()
 
 
-@step("score")
+@steps.saliency("score")
 def mean_score(layer):
     """Mean of the router's scores before any choice (S-prune)."""
-    if torch.isnan(layer.sums.score_mass).any():
-        raise InputError(f'{layer.name}: no router was found, so that saliency "score" is unavailable.')
+    require(
+        not torch.isnan(layer.sums.score_mass).any(),
+        f'{layer.name}: no router was found, so that saliency "score" is unavailable.',
+    )
     return (layer.sums.score_mass.sum(0) / layer.sums.tokens.sum()).numpy()
 
 
-@step("reap", needs=("norms",))
+@steps.saliency("reap", needs=("norms",))
 def mean_gated_norm(layer):
     """Mean of ``g_e ‖f_e‖`` over the tokens routed to the expert, or 0 (REAP, arXiv 2510.13999)."""
     return (layer.sums.gated_norm_sum.sum(0) / layer.sums.usage_count.sum(0).double().clamp(min=1)).numpy()
 
 
-@step("ean", needs=("norms",))
+@steps.saliency("ean", needs=("norms",))
 def sum_of_norms(layer):
     """Sum of ``‖f_e‖`` over the tokens routed to the expert (the EAN baseline of REAP)."""
     return layer.sums.norm_sum.sum(0).numpy()
 
 
-@step("man", needs=("norms",))
+@steps.saliency("man", needs=("norms",))
 def mean_norm(layer):
     """Mean of ``‖f_e‖`` over the tokens routed to the expert, or 0 (MAN, arXiv 2606.15716)."""
     return (layer.sums.norm_sum.sum(0) / layer.sums.usage_count.sum(0).double().clamp(min=1)).numpy()
 
 
-@step("random", random=True)
+@steps.saliency("random", random=True)
 def chance(layer):
     """Seeded chance."""
-    drawn = np.random.default_rng(layer.seeds).permutation(layer.num_experts).astype(np.float64)
-    return drawn[canonical_rank(layer.sums)]
+    drawn = np.random.default_rng(layer.seeds).permutation(layer.num_experts)
+    return drawn[canonical_rank(layer.sums)].astype(np.float64)
 
 
-@step("o-prune", needs=("sample",), chooses=True, random=True, weights=True)
-def least_loss(layer, count, *, loss: Literal[LOSSES] = "squared", subsets: int = SUBSETS):
+@steps.saliency("o-prune", needs=("sample",), chooses=True, random=True, weights=True)
+def least_loss(layer, count, *, loss: Literal["squared", "frobenius"] = "squared", subsets: int = SUBSETS):
     """The experts that change the layer's output least by not being there (NAEE, arXiv 2402.14800).
 
     Up to 16 experts every subset is tried, else ``subsets`` of them and a search: :class:`DropLoss`,
     :func:`best_kept`.
     """
-    sample, experts, moe = layer.sums.sample, layer.num_experts, layer.moe
-    rule, many = routing_rule(sample, moe), experts > ENUMERATED
-    tokens = min(len(sample.inputs), LOSS_TOKENS)
-    grams, sequences = output_grams(moe, sample.inputs[:tokens]), layer.stats.sampled[:, 0]
-    dtype = torch.float32 if many else torch.float64
+    sample, rule = layer.sums.sample, routing_rule(layer.sums.sample, layer.moe)
+    many, sequences = layer.num_experts > ENUMERATED, layer.stats.sampled[:, 0]
+    grams = output_grams(layer.moe, sample.inputs[:LOSS_TOKENS])
 
     def loss_on(tokens):
-        rows = type(sample)(*(getattr(sample, f.name)[:tokens] for f in dataclasses.fields(sample)))
-        return DropLoss(grams[:tokens], rows, rule, loss=loss, sequences=sequences[:tokens], dtype=dtype)
+        return DropLoss(
+            grams[:tokens],
+            sample,
+            rule,
+            loss=loss,
+            sequences=sequences[:tokens],
+            dtype=torch.float32 if many else torch.float64,
+        )
 
     return best_kept(
-        loss_on(tokens),
-        experts,
+        loss_on(LOSS_TOKENS),
+        layer.num_experts,
         count,
         rough=loss_on(TOKENS) if many else None,
         protected=layer.protected,
@@ -97,73 +98,48 @@ def least_loss(layer, count, *, loss: Literal[LOSSES] = "squared", subsets: int 
     )
 
 
-@group("prune", uses=("saliency",), pair={"router": "dropped"}, whole=True, kind="prunes")
+@steps.group("prune", uses=("saliency",), pair={"router": "dropped"}, whole=True, kind="prunes")
 def prune(layers, counts):
     """The protected experts, and those worth most, stay as they are; the others and their router rows go."""
-    planned = []
-    for layer, count in zip(layers, counts, strict=True):
-        saliency, options = layer.recipe.present["saliency"], layer.recipe.by_kind["saliency"]
-        if saliency.properties.get("chooses"):
-            kept = saliency(layer, count, **options)
-        else:
-            worth = np.array(layer.saliency, dtype=np.float64)
-            worth[layer.protected] = np.inf
-            kept = _best_of_router_groups(worth, count, layer)
-        labels = np.full(layer.num_experts, DROPPED)
-        labels[kept] = np.arange(count)
-        weights = (labels != DROPPED).astype(float).tolist()
-        planned.append(
-            LayerPlan(layer.name, labels.tolist(), weights, router="dropped", protected=layer.protected)
-        )
-    return planned
+    return [_pruned(layer, count) for layer, count in zip(layers, counts, strict=True)]
+
+
+def _pruned(layer, count):
+    saliency, experts = layer.recipe.present["saliency"], np.arange(layer.num_experts)
+    if saliency.properties.get("chooses"):
+        kept = saliency(layer, count, **layer.recipe.by_kind["saliency"])
+    else:
+        worth = np.where(np.isin(experts, layer.protected), np.inf, layer.saliency)
+        kept = _best_of_router_groups(worth, count, layer)
+    labels = np.full(len(experts), plan.DROPPED)
+    labels[kept] = experts[:count]
+    return plan.LayerPlan(
+        layer.name,
+        labels.tolist(),
+        (labels != plan.DROPPED).astype(float).tolist(),
+        router="dropped",
+        protected=layer.protected,
+    )
 
 
 def _best_of_router_groups(worth, count, layer):
     """The experts worth most, in order; as many from each of the groups that the router chooses among."""
     groups = layer.stats.model["layers"][layer.name]["router_groups"]
-    if count % groups:
-        raise InputError(
-            f'The "experts" argument leaves {count} experts in {layer.name}, whose router chooses among '
-            f"{groups} groups of experts that must stay of one size; keep a multiple of {groups}."
-        )
-    size, each, kept = len(worth) // groups, count // groups, []
-    for first in range(0, len(worth), size):
-        members = worth[first : first + size]
-        if np.isinf(members).sum() > each:
-            raise InputError(
-                f'The "experts" argument leaves {each} experts in each group that the router of {layer.name} '
-                f"chooses among, but {np.isinf(members).sum()} of one must be kept; keep more experts, or "
-                "switch the guard off."
-            )
-        kept += (first + np.argsort(-members, kind="stable")[:each]).tolist()
-    return sorted(kept)
-
-
-def saliency(stats, layer, name, *, seed=0):
-    """What each expert of a layer is worth; those worth least are dropped.
-
-    Parameters
-    ----------
-    stats : Statistics
-    layer : int or str
-    name : {"frequency", "score", "reap", "ean", "man", "random"}
-    seed : int
-        Of ``"random"``.
-
-    Returns
-    -------
-    (E,) float64 array
-
-    Raises
-    ------
-    InputError
-        If the statistics lack what is needed.
-    """
-    from hcsmoe_core.methods.planner import Layer
-
-    check_choice("saliency", name, tuple(n for n, s in step.items() if not s.properties.get("chooses")))
-    stats.check(step[name].needs, f"Saliency {name!r}")
-    return step[name](Layer(stats, list(stats.layers).index(stats.layer_name(layer)), None, seed=seed))
+    require(
+        count % groups == 0,
+        f'The "experts" argument leaves {count} experts in {layer.name}, whose router chooses among '
+        f"{groups} groups of experts that must stay of one size; keep a multiple of {groups}.",
+    )
+    members, each = worth.reshape(groups, -1), count // groups
+    most = np.isinf(members).sum(1).max()
+    require(
+        most <= each,
+        f'The "experts" argument leaves {each} experts in each group that the router of {layer.name} chooses '
+        f"among, but {most} of one must be kept; keep more experts, or switch the guard off.",
+    )
+    first = np.arange(0, len(worth), members.shape[1])
+    best = np.argsort(-members, axis=1, kind="stable")[:, :each]
+    return np.sort(first[:, None] + best, axis=None)
 
 
 def canonical_rank(sums):
@@ -172,8 +148,7 @@ def canonical_rank(sums):
     What is drawn by chance is drawn in that order, so that renumbering a model's experts renumbers a plan and
     no more.
     """
-    mass, count = sums.routing_mass.sum(0).numpy(), sums.usage_count.sum(0).numpy()
-    return np.argsort(np.lexsort((count, mass)))
+    return np.argsort(np.lexsort([total.sum(0).numpy() for total in (sums.usage_count, sums.routing_mass)]))
 
 
 def super_experts(stats):
@@ -199,10 +174,9 @@ def super_experts(stats):
     largest = {name: sums.output_max.amax(0).numpy() for name, sums in stats.layers.items()}
     everything = np.concatenate(list(largest.values()))
     threshold = max(np.quantile(everything, 0.995), everything.max() / 10)
-    early = list(largest)[: math.ceil(0.75 * len(largest))]
     return {
-        name: np.flatnonzero(values > threshold).tolist() if name in early else []
-        for name, values in largest.items()
+        name: np.flatnonzero(values > threshold).tolist() if index < 0.75 * len(largest) else []
+        for index, (name, values) in enumerate(largest.items())
     }
 
 
@@ -217,7 +191,7 @@ class RoutingRule:
         Whether the chosen experts' scores are divided by their sum.
     scale : float
         What the weights are multiplied with at last.
-    bias : (E,) array
+    bias : (E,) float64 tensor
         Added to the scores for the choice alone.
     top_k : int
     """
@@ -225,7 +199,7 @@ class RoutingRule:
     scoring: str
     normalised: bool
     scale: float
-    bias: np.ndarray
+    bias: torch.Tensor
     top_k: int
 
     def gates(self, logits, kept):
@@ -240,15 +214,12 @@ class RoutingRule:
         -------
         (B, R, E) float64 tensor
         """
-        bias = torch.as_tensor(self.bias)
-        if self.scoring == "softmax":
-            scores = torch.where(kept[:, None], logits, -torch.inf).softmax(2)
-        else:
-            scores = torch.where(kept[:, None], logits.sigmoid(), 0.0)
-        wanted = torch.where(kept[:, None], scores + bias, -torch.inf)
+        here = kept[:, None]
+        masked = torch.where(here, logits, -torch.inf)  # of which the sigmoid is zero
+        scores = masked.softmax(2) if self.scoring == "softmax" else masked.sigmoid()
+        wanted = torch.where(here, scores + self.bias, -torch.inf)
         order = wanted.argsort(dim=2, descending=True, stable=True)
-        best = kept[:, None].expand_as(scores).gather(2, order)
-        best = best & (torch.arange(kept.shape[1]) < self.top_k)
+        best = here.expand_as(scores).gather(2, order) & (torch.arange(kept.shape[1]) < self.top_k)
         gates = torch.where(torch.zeros_like(best).scatter_(2, order, best), scores, 0.0)
         if self.normalised:  # sigmoids may all be zero to rounding, and so are the weights then
             gates = gates / gates.sum(2, keepdim=True).clamp(min=torch.finfo(gates.dtype).tiny)
@@ -256,16 +227,12 @@ class RoutingRule:
 
     def order(self, logits):
         """Experts of each token from best to worst, ``(R, E)``; None if it depends on which are dropped."""
-        bias = torch.as_tensor(self.bias)
-        if (
-            self.scoring == "softmax" and bias.any()
-        ):  # then scores that are shared among fewer weigh more against the bias
-            return None
-        scores = logits if self.scoring == "softmax" else logits.sigmoid() + bias
-        return scores.argsort(dim=1, descending=True, stable=True)
+        if self.scoring == "softmax":  # shared among fewer, scores weigh more against a bias
+            return None if self.bias.any() else logits.argsort(dim=1, descending=True, stable=True)
+        return (logits.sigmoid() + self.bias).argsort(dim=1, descending=True, stable=True)
 
 
-def routing_rule(sample, layer=None, *, tolerance=0.02):
+def routing_rule(sample, layer=None):
     """The rule that gives what a router did on the sample.
 
     Tried in turn: softmax or sigmoid, normalised or not, with any constant scale, and with the correction
@@ -277,7 +244,6 @@ def routing_rule(sample, layer=None, *, tolerance=0.02):
     sample : LayerSample
     layer : MoELayer, optional
         Where a correction bias is looked for.
-    tolerance : float
 
     Returns
     -------
@@ -289,33 +255,27 @@ def routing_rule(sample, layer=None, *, tolerance=0.02):
         If none does.
     """
     logits, gates = sample.logits.double(), sample.gates
-    experts, top_k = logits.shape[1], sample.index.shape[1]
-    biases = [torch.zeros(experts, dtype=torch.float64)]
-    if layer is not None and layer.router is not None:
-        vectors = [
-            t.detach().double().cpu().flatten()
-            for _, _, t in routing_tensors(layer, experts)
-            if t.numel() == experts
-        ]
-        biases = vectors + biases
-    everyone = torch.ones(1, experts, dtype=torch.bool)
-    for bias, scoring, normalised in itertools.product(biases, ("softmax", "sigmoid"), (True, False)):
-        rule = RoutingRule(scoring, normalised, 1.0, bias.numpy(), top_k)
-        made = rule.gates(logits, everyone)[0]
-        same = ((made != 0) == (gates != 0)).all(1)
-        if same.double().mean() < 1 - tolerance:
-            continue
-        scale = float((made * gates)[same].sum() / (made**2)[same].sum())
-        if float((scale * made - gates)[same].abs().max()) <= tolerance * float(gates.abs().max()):
-            return RoutingRule(scoring, normalised, scale, bias.numpy(), top_k)
+    experts, tolerance = logits.shape[1], 0.02
+    routed = moe.routing_tensors(layer, experts) if layer is not None and layer.router is not None else ()
+    biases = [t.detach().double().cpu().flatten() for *_, t in routed if t.numel() == experts]
+    for bias, scoring, normalised in itertools.product(
+        [*biases, torch.zeros(experts).double()], ("softmax", "sigmoid"), (True, False)
+    ):
+        rule = RoutingRule(scoring, normalised, 1.0, bias, sample.index.shape[1])
+        unscaled = rule.gates(logits, torch.ones(1, experts, dtype=torch.bool))[0]
+        same = ((unscaled != 0) == (gates != 0)).all(1)
+        if same.double().mean() >= 1 - tolerance:
+            scale = float((unscaled * gates)[same].sum() / (unscaled**2)[same].sum())
+            if float((scale * unscaled - gates)[same].abs().max()) <= tolerance * float(gates.abs().max()):
+                return replace(rule, scale=scale)
     raise InputError(
         "How this model's router makes weights of its logits is not known (it limits its choice to groups of "
         'experts, or does more than softmax or sigmoid), so that "o-prune" cannot tell how it would route '
-        "without some experts; use "
-        '"reap" or another saliency.'
+        'without some experts; use "reap" or another saliency.'
     )
 
 
+@torch.no_grad()
 def output_grams(layer, tokens):
     """``Γ(x) = ⟨f_i(x), f_j(x)⟩`` of each token: what any change of the gates does follows from it.
 
@@ -328,14 +288,13 @@ def output_grams(layer, tokens):
     -------
     (R, E, E) float64 tensor
     """
-    weight = layer.tensors()["down_proj"]
-    grams = []
-    with torch.no_grad():
-        for part in tokens.to(weight.device).split(256):
-            outputs = [layer.expert_output(e, layer.expert_hidden(e, part)) for e in range(layer.num_experts)]
-            stacked = torch.stack(outputs, 1).double()
-            grams.append((stacked @ stacked.transpose(1, 2)).cpu())
-    return torch.cat(grams)
+
+    def grams(part):
+        outputs = [layer.expert_output(e, layer.expert_hidden(e, part)) for e in range(layer.num_experts)]
+        stacked = torch.stack(outputs, 1).double()
+        return (stacked @ stacked.transpose(1, 2)).cpu()
+
+    return torch.cat([grams(part) for part in tokens.to(layer.device).split(256)])
 
 
 class DropLoss:
@@ -349,7 +308,7 @@ class DropLoss:
     grams : (R, E, E) float64 tensor
         From :func:`output_grams`.
     sample : LayerSample
-        Of the same tokens.
+        Of which these are the first R tokens.
     rule : RoutingRule
     loss : {"squared", "frobenius"}
         The sum of squared errors; or NAEE's own, the sum over batches of the root of a batch's sum, with each
@@ -361,9 +320,8 @@ class DropLoss:
     """
 
     def __init__(self, grams, sample, rule, *, loss="squared", sequences=None, dtype=torch.float64):
-        check_choice("loss", loss, LOSSES)
         self.rule, self.loss, self.dtype = rule, loss, dtype
-        self.logits, self.gates = sample.logits.double(), sample.gates
+        self.logits, self.gates = sample.logits[: len(grams)].double(), sample.gates[: len(grams)]
         self.sequences = torch.unique(sequences, return_inverse=True)[1] if loss == "frobenius" else None
         # Each token's experts go from best to worst here, so that the first that are kept are those chosen.
         self.order = rule.order(self.logits)
@@ -377,31 +335,28 @@ class DropLoss:
 
     def __call__(self, kept):
         """Loss of each set of kept experts; ``kept`` is ``[B, E]`` bool, the result ``[B]`` float64."""
-        tokens, experts = self.gates.shape
-        losses = []
-        for part in kept.split(max(1, BATCH // (tokens * experts))):
-            moved = (self._gates(part) - self.gates).transpose(0, 1)
-            # [R, B, E] @ [R, E, E]: one product a token for all sets at once
-            square = ((moved @ self.grams) * moved).sum(2).clamp(min=0).double()  # [R, B]
-            if self.loss == "frobenius":
-                batches = torch.zeros(int(self.sequences.max()) + 1, square.shape[1], dtype=square.dtype)
-                square = batches.index_add_(0, self.sequences, square).sqrt()
-            losses.append(square.sum(0))
-        return torch.cat(losses)
+        return torch.cat([self._losses(part) for part in kept.split(max(1, BATCH // self.gates.numel()))])
+
+    def _losses(self, kept):
+        change = (self._gates(kept) - self.gates).transpose(0, 1)
+        # [R, B, E] @ [R, E, E]: one product per token for all sets at once
+        square = ((change @ self.grams) * change).sum(2).clamp(min=0).double()  # [R, B]
+        if self.loss == "frobenius":
+            batches = torch.zeros(int(self.sequences.max()) + 1, square.shape[1], dtype=square.dtype)
+            square = batches.index_add_(0, self.sequences, square).sqrt()
+        return square.sum(0)
 
     def _gates(self, kept):
         """The rule's gates ``[B, R, E]``, each token's experts from best to worst where that is fixed."""
         if self.order is None:
             return self.rule.gates(self.logits, kept).to(self.dtype)
         here = kept[:, self.order]
-        chosen = here & (here.cumsum(2, dtype=torch.int16) <= self.rule.top_k)
-        gates = chosen * self.scores
+        gates = (here & (here.cumsum(2, dtype=torch.int16) <= self.rule.top_k)) * self.scores
         if self.rule.normalised or self.rule.scoring == "softmax":
             total = (gates if self.rule.normalised else here * self.scores).sum(2, keepdim=True)
             if float(total.min()) < 1e-30:  # next to the best expert of all, those that are kept vanish
-                return (
-                    self.rule.gates(self.logits, kept).gather(2, self.order.expand_as(gates)).to(self.dtype)
-                )
+                exact = self.rule.gates(self.logits, kept)
+                return exact.gather(2, self.order.expand_as(gates)).to(self.dtype)
             gates /= total
         return gates.mul_(self.rule.scale)
 
@@ -433,18 +388,14 @@ def best_kept(loss, experts, count, *, rough=None, protected=(), subsets=SUBSETS
     """
     kept = _sets(experts, count, sorted(protected), subsets, seed)
     first = loss if rough is None or experts <= ENUMERATED else rough
-    hidden, values = None if progress else True, []
-    with tqdm(total=len(kept), desc="o-prune", unit_scale=True, leave=False, disable=hidden) as bar:
-        for sets in kept.split(1024):
-            values.append(first(sets))
-            bar.update(len(sets))
-    best = kept[torch.cat(values).argmin()].clone()
+    shown = dict(desc="o-prune", unit_scale=1024, leave=False, disable=None if progress else True)
+    best = kept[torch.cat([first(sets) for sets in tqdm(kept.split(1024), **shown)]).argmin()]
     value, swaps = float(loss(best[None])[0]), ()
     while experts > ENUMERATED and len(swaps := _swaps(best, protected)):
         values = loss(swaps)
         if float(values.min()) >= value * (1 - 1e-12):
             break
-        best, value = swaps[values.argmin()].clone(), float(values.min())
+        best, value = swaps[values.argmin()], float(values.min())
     return best.nonzero()[:, 0].numpy()
 
 
@@ -453,8 +404,7 @@ def _sets(experts, count, protected, subsets, seed):
     free = [e for e in range(experts) if e not in protected]
     choose = count - len(protected)
     if experts <= ENUMERATED or math.comb(len(free), choose) <= subsets:
-        sets = list(itertools.combinations(free, choose))
-        chosen = torch.tensor(sets, dtype=torch.int64).reshape(len(sets), choose)
+        chosen = torch.tensor(list(itertools.combinations(free, choose)), dtype=torch.int64)
     else:
         drawn = np.random.default_rng(seed).random((subsets, len(free)))
         chosen = torch.from_numpy(np.asarray(free)[drawn.argpartition(choose - 1, axis=1)[:, :choose]])
@@ -465,9 +415,7 @@ def _sets(experts, count, protected, subsets, seed):
 
 def _swaps(kept, protected):
     """All sets with one kept expert, not protected, in exchange for one that is not kept, ``(B, E)`` bool."""
-    inside = [e for e in kept.nonzero()[:, 0].tolist() if e not in protected]
-    pairs = list(itertools.product(inside, (~kept).nonzero()[:, 0].tolist()))
-    swapped, rows = kept.repeat(len(pairs), 1), torch.arange(len(pairs))
-    out, into = torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2).T
-    swapped[rows, out], swapped[rows, into] = False, True
-    return swapped
+    free, only = kept.clone(), torch.eye(len(kept), dtype=torch.bool)
+    free[list(protected)] = False
+    out, into = torch.cartesian_prod(free.nonzero()[:, 0], (~kept).nonzero()[:, 0]).T
+    return kept ^ only[out] ^ only[into]

@@ -13,21 +13,11 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from hcsmoe_core import similarity as similarities
-from hcsmoe_core._util import InputError
-from hcsmoe_core.merging import Group, combine_group
-from hcsmoe_core.methods.grouping import restricted
-from hcsmoe_core.methods.summary import function_error
-from hcsmoe_core.plan import LayerPlan, merge_weights
-from hcsmoe_core.statistics import OWN_TEXT, LayerSample
-from hcsmoe_core.steps import group
+from hcsmoe_core import merging, plan, similarity, statistics, steps
+from hcsmoe_core._util import require
+from hcsmoe_core.methods import grouping, summary
 
-FEW = 3  # domains: what up to this number of them say need not hold on others
-SIMILARITIES = (
-    "weight",
-    "functional-routed",
-)  # tried for the groups of a layer; the one that leaves less is taken
-HELD_OUT = 4  # one sequence, or domain, in this number is held out
+SIMILARITIES = ("weight", "functional-routed")  # tried for the groups of a layer: the one that leaves less
 RIDGES = (0.001, 0.01, 0.1)
 TOKENS = 8192  # of the sample that are looked at, at least
 EACH = 4  # tokens routed to an expert that are looked at for each of its neurons, at least
@@ -35,7 +25,7 @@ POOLED = 1 << 15  # neurons that are chosen from at most; above, the members' ow
 AVERAGE = {"rule": "average", "align": "none"}
 
 
-@group(
+@steps.group(
     "residual",
     needs=("grams", "sample"),
     uses=("merge", "combine"),
@@ -61,26 +51,27 @@ def least_residual(
     ``holdout`` see :func:`held_out`. What neurons read is fitted too, in ``refit`` rounds, where that leaves
     less.
     """
-    recipe, stats = layers[0].recipe, layers[0].stats
+    recipe, stats, model = layers[0].recipe, layers[0].stats, layers[0].model
     decides = held_out(stats.sampled, holdout, stats.domains)
 
     def scorer(layer):
         return Scorer(layer.moe, layer.sums, decides, recipe.steps["merge"])
 
-    hidden = None if layers[0].progress else True
-    bar = tqdm(layers, desc="plan", unit="layer", disable=hidden)
-    model, rounds = layers[0].model, recipe.by_kind["refine"]["refit"]
+    bar = functools.partial(tqdm, unit="layer", disable=None if layers[0].progress else True)
     candidates = [
-        scorer(layer).candidates(stats, model, count) for layer, count in zip(bar, counts, strict=True)
+        scorer(layer).candidates(stats, model, count)
+        for layer, count in zip(bar(layers, desc="plan"), counts, strict=True)
     ]
-    best = zip(layers, best_candidates(candidates, shape), strict=True)
-    bar = tqdm(best, total=len(layers), desc="refit", unit="layer", disable=hidden)
-    return [_planned(layer, scorer(layer).refitted(candidate, rounds)) for layer, candidate in bar]
+    best, rounds = best_candidates(candidates, shape), recipe.by_kind["refine"]["refit"]
+    return [
+        _planned(layer, scorer(layer).refitted(candidate, rounds))
+        for layer, candidate in zip(bar(layers, desc="refit"), best, strict=True)
+    ]
 
 
 def _planned(layer, candidate):
     joins = candidate.labels.max() + 1 < len(candidate.labels)
-    return LayerPlan(
+    return plan.LayerPlan(
         layer.name,
         candidate.labels.tolist(),
         candidate.weights.tolist(),
@@ -135,12 +126,8 @@ def shapes(experts, count, width):
     list of (int, int)
         The number of experts m and the width of each, at most ``r · I / m``.
     """
-    counts = [count]
-    while counts[-1] * 2 < experts:
-        counts.append(counts[-1] * 2)
-    if counts[-1] < experts:
-        counts.append(experts)
-    pairs = [(m, width * count // m) for m in counts]
+    doubles = [count << n for n in range(experts.bit_length()) if count << n < experts]
+    pairs = [(m, width * count // m) for m in (*doubles, experts)]
     return [(m, w - w % 8 if 64 < w < width else w) for m, w in pairs if w >= 1]
 
 
@@ -170,26 +157,27 @@ def held_out(sampled, by, domains=()):
     """
     sequence, domain = sampled[:, 0], sampled[:, 2]
     present = domain.unique().tolist()
-    if by == "auto":
-        by = "domains" if 2 <= len(present) <= FEW and OWN_TEXT not in domains else "sequences"
+    if by == "auto":  # what two or three domains say need not hold on others
+        by = "domains" if len(present) in (2, 3) and statistics.OWN_TEXT not in domains else "sequences"
     if by == "domains":
-        if len(present) < 2:
-            raise InputError(
-                'The "holdout" argument cannot be "domains": the calibration tokens are of one domain; '
-                'use "sequences", or a calibration source with several.'
-            )
-        return torch.isin(domain, torch.tensor(present[HELD_OUT - 1 :: HELD_OUT] or present[-1:]))
-    of_domain = [sequence[domain == one].unique() for one in present]
-    if all(len(sequences) == 1 for sequences in of_domain):
-        of_domain = [sequence.unique()]
-    several = [sequences for sequences in of_domain if len(sequences) > 1]
-    if not several:
-        raise InputError(
-            "To hold some out, the sample needs tokens of two calibration sequences; calibrate on more."
+        require(
+            len(present) > 1,
+            'The "holdout" argument cannot be "domains": the calibration tokens are of one domain; '
+            'use "sequences", or a calibration source with several.',
         )
-    return torch.isin(
-        sequence, torch.cat([s[HELD_OUT - 1 :: HELD_OUT] if len(s) >= HELD_OUT else s[-1:] for s in several])
+        return torch.isin(domain, torch.tensor(_one_in_four(present)))
+    of_domain = [sequence[domain == one].unique() for one in present]
+    several = [sequences for sequences in of_domain if len(sequences) > 1] or [sequence.unique()]
+    require(
+        len(several[0]) > 1,
+        "To hold some out, the sample needs tokens of two calibration sequences; calibrate on more.",
     )
+    return torch.isin(sequence, torch.cat([_one_in_four(sequences) for sequences in several]))
+
+
+def _one_in_four(values):
+    """Every fourth, or the last of fewer."""
+    return values[min(len(values), 4) - 1 :: 4]
 
 
 class Scorer:
@@ -213,10 +201,8 @@ class Scorer:
         self.layer, self.sums, self.merge = layer, sums, merge
         self.usage = sums.usage_count.sum(0).numpy()
         tokens = max(tokens, EACH * layer.width * sums.num_experts // sums.sample.index.shape[1])
-        rows = (
-            torch.arange(len(decides)) < tokens
-        )  # the sample is in the order of hashes: any part of it is one
-        self.samples = [_rows(sums.sample, rows & ~decides), _rows(sums.sample, rows & decides)]
+        looked_at = torch.arange(len(decides)) < tokens  # in the order of hashes, any part is a sample
+        self.samples = [_rows(sums.sample, looked_at & rows) for rows in (~decides, decides)]
         self.fits = not layer.why_not_solvable and layer.neurons_known
         self._best = {}
 
@@ -224,12 +210,10 @@ class Scorer:
     def energy(self):
         """Squared outputs of the layer on the tokens that decide; one expert at a time is looked at."""
         sample, total = self.samples[1], None
-        chosen = sample.chosen
         for expert in range(self.sums.num_experts):
-            alone = Group(self.layer, [expert], {expert: 1.0}, expert, sample)
-            outputs, rows = alone.outputs(), chosen[:, expert].to(alone.device)
-            if total is None:
-                total = outputs.new_zeros(len(chosen), outputs.shape[1])
+            alone = merging.Group(self.layer, [expert], {expert: 1.0}, expert, sample)
+            outputs, rows = alone.outputs(), sample.chosen[:, expert].to(alone.device)
+            total = outputs.new_zeros(len(rows), outputs.shape[1]) if total is None else total
             total[rows] += outputs
         return float(total.double().pow(2).sum())
 
@@ -239,45 +223,42 @@ class Scorer:
         Experts whose neurons cannot be told apart, or solved for, are averaged: by the groups of which the
         statistics of their outputs predict the smallest error.
         """
-        best = {}
-        for count, width in shapes(self.sums.num_experts, experts, self.layer.width):
-            if self.fits or count == experts:
-                tried = [self.candidate(labels, width) for labels in self._groupings(stats, model, count)]
-                best[count, width] = min(tried, key=lambda candidate: candidate.residual)
-        return best
+        return {
+            (count, width): min(
+                (self.candidate(labels, width) for labels in self._groupings(stats, model, count)),
+                key=lambda candidate: candidate.residual,
+            )
+            for count, width in shapes(self.sums.num_experts, experts, self.layer.width)
+            if self.fits or count == experts
+        }
 
     def _groupings(self, stats, model, count):
-        """Groups as even as can be, by each similarity; of ``count`` experts or more each is alone."""
-        experts, groupings = self.sums.num_experts, []
+        """Groups as even as can be, by each similarity; of E experts each is alone."""
+        experts = self.sums.num_experts
         if count == experts:
             return [np.arange(experts)]
-        for name in SIMILARITIES:
-            metric = "cosine" if name == "weight" else ""
-            condensed = similarities.distances(
-                stats, self.layer.name, similarity=name, metric=metric, model=model
+        compared = [(name, "cosine" if name == "weight" else "") for name in SIMILARITIES]
+        return [
+            grouping.restricted(
+                similarity.distances(stats, self.layer.name, similarity=name, metric=metric, model=model),
+                count,
+                -(-experts // count),
+                metric=similarity.metric_of(name, metric),
             )
-            used = similarities.metric_of(name, metric)
-            labels = restricted(condensed, count, -(-experts // count), metric=used)
-            if not any((labels == other).all() for other in groupings):
-                groupings.append(labels)
-        return groupings
+            for name, metric in compared
+        ]
 
     def candidate(self, labels, width):
         """The best rule for each group of a partition, and what all of them leave together."""
-        weights = merge_weights(labels, self.sums, self.merge)
+        weights = plan.merge_weights(labels, self.sums, self.merge)
         if not self.fits:
-            return Candidate(labels, weights, width, None, function_error(self.sums, labels) ** 2)
-        scored = [
-            self._scored(np.flatnonzero(labels == g).tolist(), weights, width)
-            for g in range(labels.max() + 1)
-        ]
+            return Candidate(labels, weights, width, None, summary.function_error(self.sums, labels) ** 2)
+        scored = [self._scored(members, weights, width) for members in _groups(labels)]
         residual = sum(error for error, _ in scored) / self.energy if self.energy else 0.0
         return Candidate(labels, weights, width, [rule for _, rule in scored], residual)
 
     def _scored(self, members, weights, width):
         """Squared error and options of the best rule for one group."""
-        if len(members) == 1 and width == self.layer.width:
-            return 0.0, AVERAGE
         key = tuple(members), width
         if key not in self._best:
             self._best[key] = self._least(members, weights, width, self._rules(members, width))
@@ -285,10 +266,17 @@ class Scorer:
 
     def _least(self, members, weights, width, rules):
         """Squared error and options of the rule that leaves least; the first of equals."""
+        if len(members) == 1 and width == self.layer.width:
+            return 0.0, AVERAGE
         dominant = max(members, key=lambda e: self.usage[e])
-        fitted, scored = (Group(self.layer, members, weights, dominant, sample) for sample in self.samples)
+        fitted, scored = (
+            merging.Group(self.layer, members, weights, dominant, sample) for sample in self.samples
+        )
         narrow = {"width": width} if width < self.layer.width else {}
-        tried = [(squared_error(scored, combine_group(fitted, rule | narrow), rule), rule) for rule in rules]
+        tried = [
+            (squared_error(scored, merging.combine_group(fitted, rule | narrow), rule), rule)
+            for rule in rules
+        ]
         return min(tried, key=lambda pair: pair[0])
 
     def refitted(self, candidate, rounds):
@@ -298,39 +286,39 @@ class Scorer:
         """
         if not self.fits or not rounds:
             return candidate
-        rules = []
-        for number, rule in enumerate(candidate.rules):
-            members = np.flatnonzero(candidate.labels == number).tolist()
-            if len(members) > 1 or candidate.width < self.layer.width:
-                tried = [rule, rule | {"refit": rounds}]
-                rule = self._least(members, candidate.weights, candidate.width, tried)[1]
-            rules.append(rule)
+        rules = [
+            self._least(members, candidate.weights, candidate.width, [rule, rule | {"refit": rounds}])[1]
+            for members, rule in zip(_groups(candidate.labels), candidate.rules, strict=True)
+        ]
         return replace(candidate, rules=rules)
 
     def _rules(self, members, width):
         """What is tried for a group, the plainest first: it stays where nothing leaves less."""
         if len(members) == 1:
             return [{"rule": "trimming", "ridge": ridge} for ridge in RIDGES]
-        pool, rules = "averages" if (len(members) + 1) * self.layer.width <= POOLED else "members", []
-        if width == self.layer.width:
-            rules = [
-                AVERAGE,
-                *({"rule": "least-squares", "align": "none", "ridge": ridge} for ridge in RIDGES),
-            ]
-        return rules + [{"rule": "selection", "ridge": ridge, "pool": pool} for ridge in RIDGES]
+        pool = "averages" if (len(members) + 1) * self.layer.width <= POOLED else "members"
+        chosen = [{"rule": "selection", "ridge": ridge, "pool": pool} for ridge in RIDGES]
+        joined = [AVERAGE, *({"rule": "least-squares", "align": "none", "ridge": ridge} for ridge in RIDGES)]
+        return joined + chosen if width == self.layer.width else chosen
+
+
+def _groups(labels):
+    """Members of each group."""
+    return [np.flatnonzero(labels == group).tolist() for group in range(labels.max() + 1)]
 
 
 def _rows(sample, chosen):
-    return LayerSample(*(getattr(sample, f.name)[chosen] for f in fields(sample)))
+    return statistics.LayerSample(*(getattr(sample, f.name)[chosen] for f in fields(sample)))
 
 
 @torch.no_grad()
 def squared_error(group, expert, rule):
     """Squared error of one expert instead of a group, on the group's tokens."""
-    if rule.get("refit"):
-        hidden = group.activations(expert)
-    else:  # what neurons read does not depend on the ridge
-        hidden = group.once(("hidden", rule["rule"]), lambda: group.activations(expert))
+    hidden = (
+        group.activations(expert)
+        if rule.get("refit")  # else what neurons read does not depend on the ridge
+        else group.once(("hidden", rule["rule"]), lambda: group.activations(expert))
+    )
     return float((hidden @ expert.down.T - group.outputs(expert.offset)).double().pow(2).sum())
 
 
@@ -350,10 +338,10 @@ def best_candidates(candidates, shape):
     -------
     list of Candidate
     """
-    shared = [key for key in candidates[0] if all(key in of_layer for of_layer in candidates)]
     if shape == "whole":
         return [next(iter(of_layer.values())) for of_layer in candidates]
+    shared = [key for key in candidates[0] if all(key in of_layer for of_layer in candidates)]
     if shape == "uniform" and shared:
         best = min(shared, key=lambda key: sum(of_layer[key].residual for of_layer in candidates))
         return [of_layer[best] for of_layer in candidates]
-    return [min(of_layer.values(), key=lambda c: c.residual) for of_layer in candidates]
+    return [min(of_layer.values(), key=lambda candidate: candidate.residual) for of_layer in candidates]

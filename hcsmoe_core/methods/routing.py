@@ -4,18 +4,14 @@ import numpy as np
 from scipy.optimize import minimize
 from scipy.special import expit, log_softmax
 
-from hcsmoe_core._util import InputError
-from hcsmoe_core.collect import scoring_of
-from hcsmoe_core.steps import router
+from hcsmoe_core import collect, steps
+from hcsmoe_core._util import require
 
 # Of ‖A − A₀‖² beside the mean loss per token: the best of 0.0001 to 1 on the embedded models.
 PENALTY = 0.01
 
 
-CONSTANT = 0.02  # weights that are the scores times one number are so to this relative deviation
-
-
-@router("folded", needs=("sample",))
+@steps.router("folded", needs=("sample",))
 def folded_rows(layer_plan, sample):
     """Each new router row as a sum of the old ones, fitted to the routing of the sample's tokens.
 
@@ -41,21 +37,18 @@ def folded_rows(layer_plan, sample):
         If no router was found, so that the sample has no logits.
     """
     logits = sample.logits.double().numpy()
-    if not np.isfinite(logits).all():
-        raise InputError(
-            f'{layer_plan.name}: no router was found, so that it cannot be "folded"; use "mapped".'
-        )
+    require(
+        np.isfinite(logits).all(),
+        f'{layer_plan.name}: no router was found, so that it cannot be "folded"; use "mapped".',
+    )
     start = layer_plan.router_rows()
-    scoring = scoring_of(sample.logits.double(), sample.index, sample.weight.double())
+    scoring = collect.scoring_of(sample.logits.double(), sample.index, sample.weight.double())
     member = np.array(layer_plan.labels) == np.arange(layer_plan.num_groups)[:, None]
     target = _routing(sample, scoring) @ member.T
     if scoring == "softmax":
-        target /= np.maximum(target.sum(1, keepdims=True), np.finfo(float).tiny)
-    else:
-        target /= np.maximum(
-            target.max(1, keepdims=True), 1
-        )  # two of a group may have more than a sigmoid can give
-    loss = {"softmax": _softmax_loss, "sigmoid": _sigmoid_loss}[scoring]
+        loss, target = _softmax_loss, target / np.maximum(target.sum(1, keepdims=True), np.finfo(float).tiny)
+    else:  # two of a group may have more than a sigmoid can give
+        loss, target = _sigmoid_loss, target / np.maximum(target.max(1, keepdims=True), 1)
 
     def penalised(flat):
         rows = flat.reshape(start.shape)
@@ -63,32 +56,30 @@ def folded_rows(layer_plan, sample):
         away = rows - start
         return value + PENALTY * (away**2).sum(), ((slope.T @ logits) + 2 * PENALTY * away).ravel()
 
-    found = minimize(penalised, start.ravel(), jac=True, method="L-BFGS-B", options={"maxiter": 200})
-    return found.x.reshape(start.shape)
+    return minimize(
+        penalised, start.ravel(), jac=True, method="L-BFGS-B", options={"maxiter": 200}
+    ).x.reshape(start.shape)
 
 
 def _routing(sample, scoring):
     """How much each token went to each expert, ``(R, E)``."""
-    logits = sample.logits.double()
-    scores = (logits.softmax(1) if scoring == "softmax" else logits.sigmoid()).numpy()
-    gates, chosen = sample.gates.numpy(), sample.chosen.numpy()
+    logits, gates, chosen = sample.logits.double(), sample.gates.numpy(), sample.chosen.numpy()
     if scoring == "sigmoid":
-        return np.where(chosen, scores, 0)
+        return np.where(chosen, logits.sigmoid().numpy(), 0)
+    scores = logits.softmax(1).numpy()
+    # Weights that are the scores times one number, to 2 %, leave the rest of these to experts not chosen.
     scale = gates[chosen] / np.maximum(scores[chosen], np.finfo(float).tiny)
-    return gates if scale.std() > CONSTANT * abs(scale.mean()) else scores
+    return gates if scale.std() > 0.02 * abs(scale.mean()) else scores
 
 
 def _softmax_loss(logits, target):
-    """Mean cross-entropy of a token, and its derivative by the logits."""
-    logs = log_softmax(logits, axis=1)
+    """Mean cross-entropy per token, and its derivative by the logits."""
+    logs, count = log_softmax(logits, axis=1), len(logits)
     # Tokens of which no choice is an expert with weights have no target, and pull at nothing.
-    return -(target * logs).sum() / len(logits), (np.exp(logs) * target.sum(1, keepdims=True) - target) / len(
-        logits
-    )
+    return -(target * logs).sum() / count, (np.exp(logs) * target.sum(1, keepdims=True) - target) / count
 
 
 def _sigmoid_loss(logits, target):
     """Mean over tokens of the sum of binary cross-entropies, and its derivative by the logits."""
-    return (np.logaddexp(0, logits) - target * logits).sum() / len(logits), (expit(logits) - target) / len(
-        logits
-    )
+    losses, count = np.logaddexp(0, logits) - target * logits, len(logits)
+    return losses.sum() / count, (expit(logits) - target) / count
