@@ -11,7 +11,7 @@ from scipy.spatial.distance import squareform
 
 from hcsmoe_core import similarity as similarities
 from hcsmoe_core._util import InputError
-from hcsmoe_core.clustering import LINKAGES, cut, linkage
+from hcsmoe_core.clustering import LINKAGES, cuts, linkage
 from hcsmoe_core.methods.grouping import check_ward
 from hcsmoe_core.steps import budget
 
@@ -216,7 +216,6 @@ def silhouettes(condensed, tree):
     from sklearn.metrics import silhouette_score
 
     square, experts = squareform(condensed), len(tree) + 1
-    values = {
-        count: silhouette_score(square, cut(tree, count), metric="precomputed") for count in range(2, experts)
-    }
+    parts = enumerate(cuts(tree)[1:-1], 2)
+    values = {count: silhouette_score(square, labels, metric="precomputed") for count, labels in parts}
     return {1: 0.0, experts: 0.0} | {count: float(value) for count, value in values.items()}
