@@ -9,7 +9,7 @@ from test_capture import router_name
 from hcsmoe_core import apply_plan, capture, distances, load_merged, make_plan, save_merged, similarity, steps
 from hcsmoe_core._util import InputError
 from hcsmoe_core.families import find_moe_layers
-from hcsmoe_core.similarity import scale_of
+from hcsmoe_core.methods.similarities import scale_of
 from hcsmoe_core.statistics import NEEDS
 
 
@@ -102,7 +102,7 @@ def test_cka_in_strips_is_cka_at_once(family, size, monkeypatch):
     cka = gram / (gram.diagonal()[:, None] * gram.diagonal()).sqrt()
     wanted = 1 - cka.numpy()[np.triu_indices(8, 1)]
     for block in (1 << 27, 8 * size, 8 * size * 7, 1):
-        monkeypatch.setattr("hcsmoe_core.similarity.CKA_BLOCK", block)
+        monkeypatch.setattr("hcsmoe_core.methods.similarities.CKA_BLOCK", block)
         got = distances(stats, 1, similarity="cka", model=model)
         np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-12)
 

@@ -1,0 +1,132 @@
+"""Similarities beyond those of the paper, and what groupings and budgets make of distances.
+
+Distances themselves, and how a similarity is registered: :mod:`hcsmoe_core.similarity`.
+"""
+
+import math
+
+import numpy as np
+import torch
+from scipy.spatial.distance import squareform
+
+from hcsmoe_core import steps
+from hcsmoe_core._util import require
+from hcsmoe_core.similarity import POINTS, from_gram, metric_of, original_layer, parts_of
+
+EMBEDDED = (*POINTS, "cka")  # metrics whose distances, or the roots of them, are distances between points
+CKA_TOKENS = 2048  # of the sample, at most
+CKA_BLOCK = 1 << 27  # float64 numbers of all experts' Gram matrices in memory at once
+
+
+def scale_of(stats, layer, *, similarity: str = "expert-output", metric: str = "", model=None) -> float:
+    """Size of a layer's features in the unit of its distances, by which distances of several layers compare.
+
+    The root mean square norm of the features where they are Euclidean or routing-weighted, else 1; parameters
+    as for :func:`distances`.
+    """
+    parts, name = parts_of(similarity), stats.layer_name(layer)
+    step = steps.similarity[parts[0][0]]
+    if len(parts) > 1 or metric_of(similarity, metric) in ("cosine", "cka") or "norms" not in step.properties:
+        return 1.0
+    with original_layer(step, model, name) as original:
+        return math.sqrt(step.properties["norms"](stats, name, original).mean()) or 1.0
+
+
+def coordinates(condensed, metric: str) -> np.ndarray:
+    """Points ``(E, m)``, m < E, whose Euclidean distances are those given: classical scaling.
+
+    Cosine and CKA distances ``1 − s`` are half the squared distance of points on a sphere. InputError for
+    metrics whose distances are not between points.
+    """
+    require(
+        metric in EMBEDDED,
+        f'These distances ("{metric}") are not distances between points, which k-means needs; use a '
+        'similarity with metric "euclidean" or "cosine", or group "hierarchical".',
+    )
+    square = squareform(condensed**2 if metric == "euclidean" else 2 * condensed)
+    centred = square - square.mean(0) - square.mean(1)[:, None] + square.mean()
+    value, vector = np.linalg.eigh(-centred / 2)
+    positive = value > max(value.max(), 0) * 1e-12
+    # The sign of an eigenvector is arbitrary: fixed, so that the same distances give the same points.
+    sign = np.sign(vector[np.abs(vector).argmax(0), np.arange(len(vector))])
+    return ((vector * sign) * np.sqrt(np.clip(value, 0, None)))[:, positive]
+
+
+def _mean_gram(stats, name):
+    return stats.layers[name].output_gram.sum(0) / stats.layers[name].tokens.sum()
+
+
+def _output_norms(stats, name, layer):
+    return _mean_gram(stats, name).diagonal()
+
+
+@steps.similarity(
+    "functional",
+    needs=("grams",),
+    metrics=POINTS,
+    feature="outputs per token",
+    norms=_output_norms,
+)
+def by_output(stats, name, metric, layer):
+    """Outputs per token, ``sqrt((1/T) Σ_t ‖f_i(x_t) − f_j(x_t)‖²)``; cosine: of all tokens' joined."""
+    return from_gram(_mean_gram(stats, name).numpy(), metric)
+
+
+@steps.similarity(
+    "functional-routed",
+    needs=("grams",),
+    metrics=("routing-weighted",),
+    feature="outputs per token, weighted by the routing",
+    norms=_output_norms,
+)
+def by_routed_output(stats, name, metric, layer):
+    """Outputs per token, weighted by the routing: ``sqrt(Σ_t (g_i + g_j) ‖f_i − f_j‖² / Σ_t (g_i + g_j))``.
+
+    With the weights g that the router applied; unweighted for two experts that no token is routed to.
+    """
+    sums = stats.layers[name]
+    gram, square = sums.routed_gram.sum(0).numpy(), sums.routed_square.sum(0).numpy()
+    mass = sums.routing_mass.sum(0).numpy()
+    one_sided = np.diag(square)[:, None] + square - 2 * gram  # Σ g_i ‖f_i − f_j‖², for every ordered pair
+    total = mass[:, None] + mass
+    plain = squareform(by_output(stats, name, "euclidean", None)) ** 2
+    weighted = np.where(total > 0, (one_sided + one_sided.T) / np.where(total > 0, total, 1), plain)
+    np.fill_diagonal(weighted, 0)
+    return squareform(np.sqrt(np.maximum(weighted, 0)), checks=False)
+
+
+@steps.similarity("pairwise-cosine", needs=("grams",), metrics=("cosine",), feature="mean cosine of outputs")
+def by_cosine(stats, name, metric, layer):
+    """``1 − (1/T) Σ_t cos(f_i(x_t), f_j(x_t))`` (Sub-MoE, arXiv 2506.23266)."""
+    cosine = (stats.layers[name].cosine_sum.sum(0) / stats.layers[name].tokens.sum()).numpy()
+    return np.maximum(1 - cosine[np.triu_indices(len(cosine), 1)], 0)
+
+
+@steps.similarity(
+    "cka",
+    needs=("sample",),
+    metrics=("cka",),
+    weights=True,
+    feature="centred kernel alignment of outputs",
+)
+def by_cka(stats, name, metric, layer):
+    """``1 − CKA`` of the outputs on 2,048 tokens of the sample at most, linear and centred.
+
+    ``CKA = ‖F_iᵀF_j‖²_F / (‖F_iᵀF_i‖_F ‖F_jᵀF_j‖_F)`` (DEK, arXiv 2407.09590; Kornblith et al., 2019), where
+    ``‖F_iᵀF_j‖²_F = ⟨K_i, K_j⟩`` for ``K = F Fᵀ`` (T, T). Strips of all experts' K are in memory one at a
+    time.
+    """
+    tokens, experts = stats.layers[name].sample.inputs[:CKA_TOKENS].to(layer.device), layer.num_experts
+    inner, first = torch.zeros(experts, experts, dtype=torch.float64, device=layer.device), 0
+    while first < len(tokens):
+        size = max(1, CKA_BLOCK // (experts * (len(tokens) - first)))
+        strip = []
+        for e in range(experts):
+            output = layer.expert_output(e, layer.expert_hidden(e, tokens)).double()
+            output -= output.mean(0)
+            strip.append(output[first : first + size] @ output[first:].T)
+        strip = torch.stack(strip)
+        strip[:, :, size:] *= math.sqrt(2)  # K is symmetric: these stand for those below the diagonal too
+        inner += strip.flatten(1) @ strip.flatten(1).T
+        first += size
+    return from_gram(inner.cpu().numpy(), "cosine")
