@@ -5,6 +5,7 @@ version, and says what stops working in one that lacks it.
 """
 
 import inspect
+from functools import partial
 
 from hcsmoe_core.modeling_hcsmoe import named_alike
 
@@ -54,11 +55,8 @@ def class_with_loader(base, load):
     class Loading(base):
         @staticmethod
         def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *rest, **options):
-            def usual():
-                return base._load_pretrained_model(
-                    model, state_dict, checkpoint_files, load_config, *rest, **options
-                )
-
+            arguments = (model, state_dict, checkpoint_files, load_config, *rest)
+            usual = partial(base._load_pretrained_model, *arguments, **options)
             return load(model, checkpoint_files, load_config, usual)
 
     return named_alike(Loading, base)

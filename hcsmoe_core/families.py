@@ -120,8 +120,8 @@ class _Dbrx(MoELayer):
         return self.experts.num_experts
 
     def tensors(self):
-        own = {name: attrgetter(path)(self.experts) for name, path in self.paths.items()}
-        return {name: tensor.unflatten(0, (self.num_stored, -1)) for name, tensor in own.items()}
+        apart = (self.num_stored, -1)
+        return {n: attrgetter(path)(self.experts).unflatten(0, apart) for n, path in self.paths.items()}
 
     def stored(self, tensors):
         return super().stored({name: tensor.flatten(0, 1) for name, tensor in tensors.items()})
@@ -130,8 +130,7 @@ class _Dbrx(MoELayer):
         return {name: [stored, width, self.hidden_size] for name in self.paths}
 
     def up_matrix(self, expert):
-        tensors = self.tensors()
-        return torch.cat([tensors["gate_proj"][expert], tensors["up_proj"][expert]])
+        return torch.cat([self.tensors()[name][expert] for name in ("gate_proj", "up_proj")])
 
     def stacked(self, experts):
         parts = {
@@ -155,11 +154,10 @@ class _JetMoe(MoELayer):
     def add_hooks(self, take_router, restore_experts):
         def take(module, inputs, output):
             order, _, gates, sizes, logits = output
-            index, weight = torch.empty_like(order), torch.empty_like(gates)
-            index[order], weight[order] = repeated(sizes, order.device), gates
-            tokens = inputs[0]
+            chosen = (repeated(sizes, order.device), gates)
+            index, weight = (t[order.argsort()].reshape(len(inputs[0]), -1) for t in chosen)
             take_router(module, inputs, logits)
-            restore_experts(module, (tokens, *(t.reshape(len(tokens), -1) for t in (index, weight))), {})
+            restore_experts(module, (inputs[0], index, weight), {})
 
         return [self.experts.router.register_forward_hook(take)]
 

@@ -20,21 +20,18 @@ from hcsmoe_core._util import require
 UP = ("gate_up_proj", "up_proj")
 DOWN = "down_proj"
 
-# Attribute names that transformers uses, of modules and of configurations: for groups of experts that a
-# router chooses among first, for how many of them it chooses, for the number of experts, for the experts per
-# token, for their width.
-GROUP_COUNT_NAMES = ("num_group", "n_group")
-GROUP_TOP_K_NAMES = ("topk_group",)
+# Attribute names that transformers uses, of modules and of configurations.
 EXPERT_COUNT_NAMES = (
     *("num_experts", "num_local_experts", "n_routed_experts", "num_routed_experts", "moe_num_experts"),
-    # With experts that have no weights, which some routers also choose from.
-    *("total_experts", "n_total_experts", "num_router_classes"),
+    *("total_experts", "n_total_experts", "num_router_classes"),  # with experts that have no weights
 )
 TOP_K_NAMES = (
     *("top_k", "num_experts_per_tok", "num_experts_per_token", "top_k_experts"),
     *("moe_top_k", "moe_topk", "moe_k"),
 )
 WIDTH_NAMES = ("intermediate_dim", "intermediate_size", "expert_dim", "ffn_hidden_size")
+GROUP_COUNT_NAMES = ("num_group", "n_group")  # groups of experts that a router chooses among first
+GROUP_TOP_K_NAMES = ("topk_group",)  # how many of them it chooses
 
 PRODUCT_SIZE = 1 << 27  # numbers that the up projections of several experts give at once on a GPU
 
@@ -59,29 +56,34 @@ class MoELayer:
     Attributes
     ----------
     name : str
-        Dotted name of the experts module, such as ``model.layers.3.mlp.experts``; plans and statistics go by
-        it.
+        Such as ``model.layers.3.mlp.experts``; plans and statistics go by it.
     experts : torch.nn.Module
         Holds the stacked weights; called as ``experts(tokens [T, D], index [T, k], weight [T, k])``.
     block : torch.nn.Module
-        The MoE block: it holds the experts and their router.
+        Holds the experts and their router.
     router : torch.nn.Module or None
-        The module beside the experts that scores them; its output has logits ``[T, E]``. None if there is
-        none.
+        Scores the experts; its output has logits ``[T, E]``. None if there is none.
     extra : int
         Rows of the router beyond its experts', which come last: of experts without weights (which pass a
         token on as it is, or skip it), or of shared ones. They are never merged.
+    transposed : bool
+        Whether weights are ``[E, D, 2I]``, ``[E, I, D]`` rather than ``[E, 2I, D]``, ``[E, D, I]``.
+    affine : bool
+        Whether an expert's output is affine in its activations, so that their mean gives its mean.
     """
 
     activation = "act_fn"  # attribute of the experts module
     paths = {}  # noqa: RUF012 (of tensors that the experts module has under other names, by their usual ones)
     is_block = False  # whether the experts module is the block itself
+    transposed = False
 
     def __init__(self, model, name: str):
         self.name, self.experts = name, model.get_submodule(name)
         self.block = self.experts if self.is_block else model.get_submodule(name.rpartition(".")[0])
         routed = self.experts._merged.routed if self.merged else self.num_stored
         self.router, self.extra = _find_router(self.block, self.experts, routed)
+        self.transposed |= bool(getattr(self.experts, "is_transposed", False))
+        self.affine = not getattr(self.experts, "has_post_expert_norm", False)
 
     def add_hooks(self, take_router, restore_experts) -> list:
         """Add hooks that get what the router gives and what the experts get; returns handles.
@@ -142,10 +144,9 @@ class MoELayer:
     def top_k(self) -> int | None:
         """k: experts per token, or None where neither the routing modules nor their configuration say."""
         modules = [*self.routing, self.experts, self.block]
-        holders = [(m, ("top_k",)) for m in modules] + [
-            (getattr(m, "config", None), TOP_K_NAMES) for m in modules
-        ]
-        return next((k for holder in holders for k in whole_numbers(*holder).values()), None)
+        counts = [whole_numbers(m, ("top_k",)) for m in modules]
+        counts += [whole_numbers(getattr(m, "config", None), TOP_K_NAMES) for m in modules]
+        return next((k for numbers in counts for k in numbers.values()), None)
 
     @property
     def router_groups(self) -> int:
@@ -158,11 +159,6 @@ class MoELayer:
         return 2 if any(whole_numbers(m, GROUP_COUNT_NAMES) for m in self.routing) else 1
 
     @property
-    def affine(self) -> bool:
-        """Whether an expert's output is affine in its activations, so that their mean gives its mean."""
-        return not getattr(self.experts, "has_post_expert_norm", False)
-
-    @property
     def why_not_solvable(self) -> str:
         """Why a projection of these experts cannot be solved for from what they put out; empty if it can."""
         return "" if self.affine else "each expert's output is normalised"
@@ -171,11 +167,6 @@ class MoELayer:
     def up_name(self) -> str:
         """Name of the up projection, joined with the gate's where there is one."""
         return next(name for name in UP if name in self.tensors())
-
-    @property
-    def transposed(self) -> bool:
-        """Whether weights are ``[E, D, 2I]``, ``[E, I, D]`` rather than ``[E, 2I, D]``, ``[E, D, I]``."""
-        return bool(getattr(self.experts, "is_transposed", False))
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Every tensor that has one row per expert: projections and, where there are any, their biases."""
@@ -215,11 +206,9 @@ class MoELayer:
         gated = getattr(self.experts, "has_gate", self.up_name != "up_proj")
         if gated and (family_function := gate_function(self.experts)):
             return family_function(read)
-        activation = attrgetter(self.activation)(self.experts)
-        if not gated:
-            return activation(read)
-        gate, up = read.chunk(2, dim=-1)
-        return activation(gate) * up
+        gate, *up = read.chunk(2 if gated else 1, dim=-1)
+        activated = attrgetter(self.activation)(self.experts)(gate)
+        return activated * up[0] if gated else activated
 
     def expert_hidden(self, expert: int, tokens: torch.Tensor) -> torch.Tensor:
         """Activations ``[T, I]`` of one expert before its down projection, of tokens ``[T, D]``."""
@@ -341,22 +330,12 @@ class MoELayer:
 
 @dataclass(frozen=True)
 class Neurons:
-    """One expert, neuron by neuron: ``f(x) = down · act(up x + bias) + offset``.
+    """One expert, neuron by neuron: ``f(x) = down · act(up x + bias) + offset``."""
 
-    Attributes
-    ----------
-    up : (I, p, D) tensor
-        What each neuron reads: its gate's row and its own (p = 2), or its own alone (p = 1).
-    down : (D, I) tensor
-        What each neuron writes.
-    bias : (I, p) tensor or None
-    offset : (D,) tensor or None
-    """
-
-    up: torch.Tensor
-    down: torch.Tensor
-    bias: torch.Tensor | None = None
-    offset: torch.Tensor | None = None
+    up: torch.Tensor  # [I, p, D], what each reads: its gate's row and its own (p = 2), or its own (p = 1)
+    down: torch.Tensor  # [D, I], what each writes
+    bias: torch.Tensor | None = None  # [I, p]
+    offset: torch.Tensor | None = None  # [D]
 
     def take(self, order) -> "Neurons":
         """The neurons at some indices, in that order."""
@@ -397,10 +376,7 @@ def _matrix_rows(module):
 
 
 def router_logits(output, experts: int, extra: int = 0) -> torch.Tensor:
-    """Logits ``[T, E]`` among what a router returns, or ``[T, E + extra]`` where there are none of E columns.
-
-    InputError if nothing in it has one column per expert.
-    """
+    """Logits ``[T, E]`` among what a router returns, or ``[T, E + extra]``; InputError if there are none."""
     tensors = [t for t in (output if isinstance(output, tuple | list) else (output,)) if torch.is_tensor(t)]
     fitting = [
         tensor.reshape(-1, columns)
@@ -417,9 +393,8 @@ def router_logits(output, experts: int, extra: int = 0) -> torch.Tensor:
 def routing_tensors(layer: MoELayer, count: int) -> list[tuple[nn.Module, str, torch.Tensor]]:
     """Tensors of a layer's routing with a row for each of ``count`` experts: ``[(module, name, tensor), …]``.
 
-    Everything of that kind in the router and below it (also ``[1, E]``), and the vectors ``[E]`` of the
-    modules that hold the router: some families keep a correction bias in the block. Rows beyond the experts'
-    count along.
+    In the router and below it all of them (also ``[1, E]``); of the modules that hold the router, which may
+    have a correction bias, the vectors ``[E]``. Rows beyond the experts' count along.
     """
     rows, inside = {count, count + layer.extra}, set(layer.router.modules())
     own = [(m, name, t) for m in layer.routing for name, t in {**m._parameters, **m._buffers}.items()]
@@ -456,20 +431,15 @@ def fingerprint(layer: MoELayer) -> bytes:
 
 
 def all_finite(tensor: torch.Tensor) -> bool:
-    """Whether a tensor has neither NaN nor infinite values.
-
-    One that does has no finite sum; one without a finite sum is looked at row by row, as large values have
-    none too.
-    """
+    """Whether a tensor has neither NaN nor infinite values; rows are looked at where it has no finite sum."""
     total = tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32))
     return bool(torch.isfinite(total)) or all(bool(torch.isfinite(row).all()) for row in tensor)
 
 
 def check_loaded(layer: MoELayer) -> None:
     """Raise InputError unless a layer's weights are in memory and plain finite floating-point numbers."""
-    tensors = dict(layer.tensors())
-    if layer.router is not None:
-        tensors |= {f"(router) {n}": p for n, p in layer.router.named_parameters(recurse=False)}
+    router = {} if layer.router is None else dict(layer.router.named_parameters(recurse=False))
+    tensors = layer.tensors() | {f"(router) {name}": tensor for name, tensor in router.items()}
     for name, tensor in tensors.items():
         fault = (
             "is offloaded; load the model without disk or CPU offload"

@@ -55,25 +55,9 @@ def parts_of(similarity: str) -> list:
     return [(name, weight / total) for name, weight in parts.items()]
 
 
-def described(similarity: str) -> str:
-    """What distances by a similarity are between, for the axis of a figure."""
-    features = (steps.similarity[name].properties.get("feature", name) for name, _ in parts_of(similarity))
-    return "distance between experts' " + " and ".join(features)
-
-
 def needs_of(similarity: str) -> tuple:
     """Names of :data:`hcsmoe_core.statistics.NEEDS` that a similarity looks at."""
     return tuple(need for name, _ in parts_of(similarity) for need in steps.similarity[name].needs_for({}))
-
-
-def available(stats) -> list:
-    """The similarities that statistics suffice for."""
-    return [name for name in steps.similarity if {*needs_of(name)} <= {*stats.needs}]
-
-
-def allowed_linkages(similarity: str, linkages) -> list:
-    """The linkages that are defined for a similarity's distances: Ward's method for Euclidean ones only."""
-    return [method for method in linkages if method != "ward" or metric_of(similarity) == "euclidean"]
 
 
 def metric_of(similarity: str, metric: str = "") -> str:

@@ -1,4 +1,4 @@
-"""Similarities beyond those of the paper, and what groupings and budgets make of distances.
+"""Similarities beyond those of the paper, and what groupings, budgets and figures make of distances.
 
 Distances themselves, and how a similarity is registered: :mod:`hcsmoe_core.similarity`.
 """
@@ -11,11 +11,27 @@ from scipy.spatial.distance import squareform
 
 from hcsmoe_core import steps
 from hcsmoe_core._util import require
-from hcsmoe_core.similarity import POINTS, from_gram, metric_of, original_layer, parts_of
+from hcsmoe_core.similarity import POINTS, from_gram, metric_of, needs_of, original_layer, parts_of
 
 EMBEDDED = (*POINTS, "cka")  # metrics whose distances, or the roots of them, are distances between points
 CKA_TOKENS = 2048  # of the sample, at most
 CKA_BLOCK = 1 << 27  # float64 numbers of all experts' Gram matrices in memory at once
+
+
+def described(similarity: str) -> str:
+    """What distances by a similarity are between, for the axis of a figure."""
+    features = (steps.similarity[name].properties.get("feature", name) for name, _ in parts_of(similarity))
+    return "distance between experts' " + " and ".join(features)
+
+
+def available(stats) -> list:
+    """The similarities that statistics suffice for."""
+    return [name for name in steps.similarity if {*needs_of(name)} <= {*stats.needs}]
+
+
+def allowed_linkages(similarity: str, linkages) -> list:
+    """The linkages that are defined for a similarity's distances: Ward's method for Euclidean ones only."""
+    return [method for method in linkages if method != "ward" or metric_of(similarity) == "euclidean"]
 
 
 def scale_of(stats, layer, *, similarity: str = "expert-output", metric: str = "", model=None) -> float:
