@@ -68,10 +68,9 @@ def model_hash(model) -> str:
     Covers names, shapes and up to 4,096 evenly spread values of each tensor, rounded to bfloat16, so that it
     takes no time on a large model. Merged layers count with the experts they had before.
     """
-    digest, source = hashlib.sha256(), source_of(model)
-    for layer in find_moe_layers(model):
-        digest.update(fingerprint(layer) if source is None else source.fingerprint(layer.name))
-    return digest.hexdigest()
+    read, layers = source_of(model), find_moe_layers(model)
+    parts = [fingerprint(layer) if read is None else read.fingerprint(layer.name) for layer in layers]
+    return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
 def _reads_no_text(name):

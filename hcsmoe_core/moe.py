@@ -88,9 +88,8 @@ class MoELayer:
     def add_hooks(self, take_router, restore_experts) -> list:
         """Add hooks that get what the router gives and what the experts get; returns handles.
 
-        ``take_router`` is a forward hook ``(module, inputs, output)`` that gets :func:`router_logits`;
-        ``restore_experts`` a forward pre-hook ``(module, inputs, keywords)`` that gets tokens, index and
-        weight.
+        They are a forward hook that gets what has :func:`router_logits`, and a forward pre-hook ``(module,
+        inputs, keywords)`` that gets tokens, index and weight.
         """
         called = set()
 
@@ -144,9 +143,9 @@ class MoELayer:
     def top_k(self) -> int | None:
         """k: experts per token, or None where neither the routing modules nor their configuration say."""
         modules = [*self.routing, self.experts, self.block]
-        counts = [whole_numbers(m, ("top_k",)) for m in modules]
-        counts += [whole_numbers(getattr(m, "config", None), TOP_K_NAMES) for m in modules]
-        return next((k for numbers in counts for k in numbers.values()), None)
+        holders = [(m, ("top_k",)) for m in modules]
+        holders += [(getattr(m, "config", None), TOP_K_NAMES) for m in modules]
+        return next((k for holder in holders for k in whole_numbers(*holder).values()), None)
 
     @property
     def router_groups(self) -> int:
@@ -220,18 +219,14 @@ class MoELayer:
         return output if self.affine else self.experts.post_expert_norm(output)
 
     def down_project(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Outputs ``[E, D]`` of one activation vector per expert ``[E, I]``, in float64.
-
-        The down projection is affine: mean activations give mean outputs.
-        """
+        """Outputs ``[E, D]`` of one activation vector per expert ``[E, I]``, in float64: of means, means."""
         downs = [self.down_matrix(e).double() for e in range(self.num_stored)]
         return torch.stack([self._with_bias(down @ hidden[e], DOWN, e) for e, down in enumerate(downs)])
 
     def hidden_sums(self, tokens: torch.Tensor) -> torch.Tensor:
         """Activations of every expert, summed over tokens ``[T, D]``: ``[E, I]`` in float64.
 
-        On a CPU expert by expert, so that what one gives stays in the caches; on a GPU several experts in one
-        product. Products are in the weights' dtype, sums in float64, and nothing is copied to the host.
+        On a CPU one by one, so that what each gives stays in the caches; on a GPU several in one product.
         """
         experts = range(self.num_stored)
         if tokens.device.type == "cpu":
@@ -251,8 +246,7 @@ class MoELayer:
     def neuron_rows(self, width: int | None = None) -> torch.Tensor:
         """Rows of the up projection per neuron, ``[I, p]``: its gate's and its own (p = 2), or its own.
 
-        ``width`` is that of an expert with another number of neurons in the same layout. InputError if the
-        neurons are laid out in none of the known ways.
+        ``width`` is another number of neurons in the same layout. InputError if that is unknown.
         """
         require(
             self.neurons_known,
@@ -359,9 +353,9 @@ def source_of(model):
 
 
 def _find_router(block, experts, count):
-    """The innermost module of a block's router with a row for each of ``count`` experts, and its other rows.
+    """The innermost module of a block with a row for each of ``count`` experts, and how many others it has.
 
-    It is looked for under its usual names first, then by its shape alone among the block's modules.
+    It is looked for under a router's usual names first, then by its shape alone.
     """
     usual = [m for name in ("gate", "router") if isinstance(m := getattr(block, name, None), nn.Module)]
     inside, own = [m for router in usual for m in router.modules()], set(experts.modules())
@@ -384,9 +378,8 @@ def router_logits(output, experts: int, extra: int = 0) -> torch.Tensor:
         for tensor in tensors
         if tensor.is_floating_point() and tensor.shape[-1] == columns
     ]
-    shapes = [tuple(t.shape) for t in tensors]
-    message = f"A router of {experts} experts returned tensors of shapes {shapes}, none of which"
-    require(fitting, f"{message} are its logits.")
+    returned = f"A router of {experts} experts returned tensors of shapes {[tuple(t.shape) for t in tensors]}"
+    require(fitting, f"{returned}, none of which are its logits.")
     return fitting[0]
 
 
@@ -422,12 +415,13 @@ def fingerprint(layer: MoELayer) -> bytes:
         f"{layer.name}:router.{name}": originals.get(place(router, name), tensor)
         for name, tensor in scores.items()
     }
-    parts = []
-    for name, tensor in sorted(tensors.items()):
-        flat = tensor.detach().reshape(-1)
-        sample = flat[:: max(1, flat.numel() // 4096)].to(torch.bfloat16).cpu().contiguous().view(torch.int16)
-        parts += [f"{name} {tuple(tensor.shape)}".encode(), sample.numpy().tobytes()]
-    return b"".join(parts)
+    return b"".join(f"{n} {tuple(t.shape)}".encode() + _spread_values(t) for n, t in sorted(tensors.items()))
+
+
+def _spread_values(tensor):
+    """Bytes of 4,096 values of a tensor, about, evenly spread, in bfloat16."""
+    values = tensor.detach().reshape(-1)[:: max(1, tensor.numel() // 4096)]
+    return values.to(torch.bfloat16).cpu().contiguous().view(torch.int16).numpy().tobytes()
 
 
 def all_finite(tensor: torch.Tensor) -> bool:

@@ -22,24 +22,17 @@ def replace_experts(layer: MoELayer, tensors, labels, *, rows=None, scales=None)
 
     Parameters
     ----------
-    layer : MoELayer
     tensors : dict of str to tensor
         For every name of :meth:`MoELayer.tensors`, a tensor with r rows.
     labels : sequence of E int
         Group of each expert, from 0 to r − 1; −1 for one that is dropped.
     rows : (r, E) float tensor, optional
         Each new row of the router's tensors as a sum of the old ones; a row with a single 1 copies one. Where
-        experts are joined, a router that chooses among groups of experts first chooses among all at once
-        instead.
+        experts are joined, a router of groups of experts then chooses among all at once. InputError if there
+        is no router, or experts are dropped and its groups would come to be of different sizes.
     scales : (r, E) float tensor, optional
         Where ``rows`` were fitted so that the logits alone route as before: how what multiplies each expert's
         weight is averaged. What is added to the scores for the choice alone becomes zero.
-
-    Raises
-    ------
-    InputError
-        If no router was found, or experts are dropped and its groups of experts would come to be of different
-        sizes.
     """
     experts, stored = layer.experts, max(labels) + 1
     merged = ExpertMap(labels, layer.extra, mapped=rows is None)

@@ -33,10 +33,9 @@ WEIGHT_CHUNK = 1 << 22  # columns of the flattened weights that are compared at 
 
 
 def parts_of(similarity: str) -> list:
-    """The similarities in a weighted combination, ``[(name, weight), …]``; weights sum to one.
+    """The similarities in a combination and their weights, ``[(name, weight), …]``, which sum to one.
 
-    Names are joined by ``+``, each with a positive weight before a ``*`` if it is not 1:
-    ``"expert-output+weight"``, ``"0.7*functional+0.3*router-logits"``.
+    Such as ``"expert-output+weight"``, ``"0.7*functional+0.3*router-logits"``; a weight is 1 by default.
     """
     parts = {}
     for term in str(similarity).split("+"):
@@ -106,13 +105,7 @@ def distances(stats, layer, *, similarity: str = "expert-output", metric: str = 
     Returns
     -------
     (E·(E−1)/2,) float64 array
-        Condensed as SciPy's ``pdist``; 0 for experts that are the same.
-
-    Raises
-    ------
-    InputError
-        If a choice or the layer is unknown, the statistics lack what is needed, the model is missing, another
-        one, or without its original experts, or a distance is not a number.
+        Condensed as SciPy's ``pdist``; 0 for experts that are the same. InputError if one is not a number.
     """
     euclidean = metric_of(similarity, metric) == "euclidean"
     name, terms = stats.layer_name(layer), []

@@ -77,11 +77,7 @@ def _output_norms(stats, name, layer):
 
 
 @steps.similarity(
-    "functional",
-    needs=("grams",),
-    metrics=POINTS,
-    feature="outputs per token",
-    norms=_output_norms,
+    "functional", needs=("grams",), metrics=POINTS, feature="outputs per token", norms=_output_norms
 )
 def by_output(stats, name, metric, layer):
     """Outputs per token, ``sqrt((1/T) Σ_t ‖f_i(x_t) − f_j(x_t)‖²)``; cosine: of all tokens' joined."""
@@ -101,8 +97,8 @@ def by_routed_output(stats, name, metric, layer):
     With the weights g that the router applied; unweighted for two experts that no token is routed to.
     """
     sums = stats.layers[name]
-    gram, square = sums.routed_gram.sum(0).numpy(), sums.routed_square.sum(0).numpy()
-    mass = sums.routing_mass.sum(0).numpy()
+    totals = (sums.routed_gram, sums.routed_square, sums.routing_mass)
+    gram, square, mass = (total.sum(0).numpy() for total in totals)
     one_sided = np.diag(square)[:, None] + square - 2 * gram  # Σ g_i ‖f_i − f_j‖², for every ordered pair
     total = mass[:, None] + mass
     plain = squareform(by_output(stats, name, "euclidean", None)) ** 2
@@ -119,11 +115,7 @@ def by_cosine(stats, name, metric, layer):
 
 
 @steps.similarity(
-    "cka",
-    needs=("sample",),
-    metrics=("cka",),
-    weights=True,
-    feature="centred kernel alignment of outputs",
+    "cka", needs=("sample",), metrics=("cka",), weights=True, feature="centred kernel alignment of outputs"
 )
 def by_cka(stats, name, metric, layer):
     """``1 − CKA`` of the outputs on 2,048 tokens of the sample at most, linear and centred.
@@ -136,12 +128,9 @@ def by_cka(stats, name, metric, layer):
     inner, first = torch.zeros(experts, experts, dtype=torch.float64, device=layer.device), 0
     while first < len(tokens):
         size = max(1, CKA_BLOCK // (experts * (len(tokens) - first)))
-        strip = []
-        for e in range(experts):
-            output = layer.expert_output(e, layer.expert_hidden(e, tokens)).double()
-            output -= output.mean(0)
-            strip.append(output[first : first + size] @ output[first:].T)
-        strip = torch.stack(strip)
+        outputs = (layer.expert_output(e, layer.expert_hidden(e, tokens)).double() for e in range(experts))
+        centred = (output - output.mean(0) for output in outputs)
+        strip = torch.stack([output[first : first + size] @ output[first:].T for output in centred])
         strip[:, :, size:] *= math.sqrt(2)  # K is symmetric: these stand for those below the diagonal too
         inner += strip.flatten(1) @ strip.flatten(1).T
         first += size
