@@ -41,7 +41,7 @@ def replace_experts(layer: MoELayer, tensors, labels, *, rows=None, scales=None)
     rules = {moe.EXPERT_COUNT_NAMES: counts.get, moe.WIDTH_NAMES: {layer.width: width}.get}
     new = _stored(layer, tensors)  # value by module and name
     for module in [module for module in experts.modules() if module not in layer.routing]:
-        new |= _resized(module, rules)
+        new |= {(module, name): value for name, value in _resized(module, rules)}
     if rows is not None:
         new |= _router_changes(layer, labels, rows, rows if scales is None else scales, counts, merged)
     merged.before, merged.originals = layer.tensors(), _exchange(new)
@@ -74,20 +74,21 @@ def _router_changes(layer, labels, rows, scales, counts, merged):
     # OpenAI's privacy filter calls the experts per token by a name for all experts, too.
     either = counts if layer.top_k is None else {layer.top_k: min(layer.top_k, reached)} | counts
     for module in dict.fromkeys((layer.experts, *layer.routing)):
-        new |= _resized(module, rules | {moe.EXPERT_COUNT_NAMES: either.get})
+        numbers = _resized(module, rules | {moe.EXPERT_COUNT_NAMES: either.get})
+        new |= {(module, name): value for name, value in numbers}
         # A module that looks its counts up in a configuration gets one of its own.
         if module in layer.routing and module is not layer.block and hasattr(module, "config"):
             new[module, "config"] = config = copy.copy(module.config)
-            for (_, name), value in _resized(config, rules).items():
+            for name, value in _resized(config, rules):
                 setattr(config, name, value)
     return new
 
 
 def _resized(holder, rules):
-    """New values, by holder and name, of numbers of a module or configuration: ``rules`` by their names."""
+    """Names and new values of numbers of a module or configuration: what their rule gives, unless None."""
     numbers = [(rule, whole_numbers(holder, names)) for names, rule in rules.items()]
-    new = {(holder, name): rule(value) for rule, values in numbers for name, value in values.items()}
-    return {place: value for place, value in new.items() if value is not None}
+    new = [(name, rule(value)) for rule, values in numbers for name, value in values.items()]
+    return [(name, value) for name, value in new if value is not None]
 
 
 def _expert_tables(layer):
@@ -101,7 +102,7 @@ def mixed_rows(tensor: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     mixed = torch.empty(len(rows), *tensor.shape[1:], dtype=tensor.dtype, device=tensor.device)
     for new, row in zip(mixed, rows, strict=True):
         members = row.nonzero()[:, 0].tolist()
-        if len(members) == 1 and row[members[0]] == 1:
+        if row[members].tolist() == [1]:
             new.copy_(tensor[members[0]])
         else:
             weights = row[members].double().to(tensor.device)

@@ -1,6 +1,19 @@
 """Similarities beyond those of the paper, and what groupings, budgets and figures make of distances.
 
-Distances themselves, and how a similarity is registered: :mod:`hcsmoe_core.similarity`.
+A similarity is a function registered in :data:`hcsmoe_core.steps.similarity`, in
+:mod:`hcsmoe_core.similarity` (the paper's, and the distances themselves), here, or in a user's own file::
+
+    @steps.similarity("usage", needs=("usage",), metrics=("euclidean",), feature="usage per domain")
+    def by_usage(stats, name, metric, layer):
+        return pdist(stats.layers[name].usage_count.T.double().numpy(), metric)
+
+It is called with the statistics, the name of the layer, one of its ``metrics`` and None, and returns
+condensed distances. With ``weights=True`` the last argument is the MoELayer with its original experts, merged
+or not. ``metrics``: the default first; ``"euclidean"`` for distances between points, as Ward's method needs,
+``"cosine"`` and ``"cka"`` for half their squares; other names say that they are neither. ``feature``: what
+figures say that is compared. ``norms``: a function of the same arguments without the metric, the squared
+norms of Euclidean features ``(E,)``, by which budgets weigh layers against each other; by default layers
+count alike.
 """
 
 import math
