@@ -200,7 +200,7 @@ class MoELayer:
         bias = getattr(self.experts, f"{name}_bias", None)
         return output if bias is None else output + bias[expert].flatten()
 
-    def _activated(self, read):
+    def activated(self, read):
         """Activations ``[T, I]`` of what the up projection gave, ``[T, 2I]`` or without a gate ``[T, I]``."""
         gated = getattr(self.experts, "has_gate", self.up_name != "up_proj")
         if gated and (family_function := gate_function(self.experts)):
@@ -211,7 +211,7 @@ class MoELayer:
 
     def expert_hidden(self, expert: int, tokens: torch.Tensor) -> torch.Tensor:
         """Activations ``[T, I]`` of one expert before its down projection, of tokens ``[T, D]``."""
-        return self._activated(self._with_bias(linear(tokens, self.up_matrix(expert)), self.up_name, expert))
+        return self.activated(self._with_bias(linear(tokens, self.up_matrix(expert)), self.up_name, expert))
 
     def expert_output(self, expert: int, hidden: torch.Tensor) -> torch.Tensor:
         """Outputs ``[T, D]`` of one expert, from its activations ``[T, I]``."""
@@ -240,7 +240,7 @@ class MoELayer:
         apart, stacked = self.transposed, self.tensors()[self.up_name]
         up = torch.cat([self.up_matrix(e) for e in experts]) if apart else stacked[rows].flatten(0, 1)
         read = self._with_bias(linear(tokens, up), self.up_name, rows)
-        hidden = self._activated(read.view(len(tokens) * len(experts), -1))
+        hidden = self.activated(read.view(len(tokens) * len(experts), -1))
         return hidden.view(len(tokens), len(experts), -1).sum(0, dtype=torch.float64)
 
     def neuron_rows(self, width: int | None = None) -> torch.Tensor:
@@ -270,7 +270,7 @@ class MoELayer:
             rows, shuffled = layout(self.width), probe.clone()
             if rows.numel() == rows_read:
                 shuffled[:, rows] = probe[:, rows[order]]
-                hidden = self._activated(torch.cat([probe, shuffled]).to(self.device))
+                hidden = self.activated(torch.cat([probe, shuffled]).to(self.device))
                 if torch.allclose(hidden[1], hidden[0, order.to(self.device)]):
                     return layout
         return None
@@ -287,23 +287,15 @@ class MoELayer:
         )
         return neurons.map(lambda tensor: tensor.detach().to(dtype or tensor.dtype))
 
-    def _read(self, neurons, tokens):
-        """What neurons read of tokens, ``[T, p·I']`` in the family's order, and that order."""
+    def read(self, neurons: "Neurons", tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What neurons read of tokens, ``[T, p·I']`` in the family's order, and :meth:`neuron_rows`."""
         rows = self.neuron_rows(len(neurons.up))
         up, bias = _by_row(neurons.up, rows), _by_row(neurons.bias, rows)
         return linear(tokens.to(up.dtype), up, bias), rows
 
     def activate(self, neurons: "Neurons", tokens: torch.Tensor) -> torch.Tensor:
         """Activations ``[T, I']`` of any neurons on tokens ``[T, D]``, in the neurons' dtype."""
-        return self._activated(self._read(neurons, tokens)[0])
-
-    def slopes(self, neurons: "Neurons", tokens: torch.Tensor) -> torch.Tensor:
-        """Derivatives ``[p, T, I']`` of activations by what neurons read: gates' products and their own."""
-        read, rows = self._read(neurons, tokens)
-        with torch.enable_grad():
-            read = read.detach().requires_grad_()
-            slopes = torch.autograd.grad(self._activated(read).sum(), read)[0]
-        return torch.stack([slopes[:, part] for part in rows.T])
+        return self.activated(self.read(neurons, tokens)[0])
 
     def stacked(self, experts: list["Neurons"]) -> dict[str, torch.Tensor]:
         """Stacked tensors of r experts of one width, in the family's own layout, dtype and names."""
