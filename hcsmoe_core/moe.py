@@ -330,8 +330,7 @@ class Neurons:
 
     def map(self, function) -> "Neurons":
         """The same with a function applied to each tensor."""
-        parts = (self.up, self.down, self.bias, self.offset)
-        return Neurons(*(None if part is None else function(part) for part in parts))
+        return Neurons(*(None if part is None else function(part) for part in vars(self).values()))
 
 
 def _by_row(parts, rows):

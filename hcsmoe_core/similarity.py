@@ -167,8 +167,10 @@ def by_mean_output(stats, name, metric, layer):
 def by_logits(stats, name, metric, layer):
     """Router logits over the calibration tokens, in R^T (M-SMoE, arXiv 2310.01334)."""
     gram = stats.layers[name].logit_gram.sum(0).numpy()
-    message = f'{name}: no router was found, so that similarity "router-logits" is unavailable.'
-    require(not np.isnan(gram).any(), message)
+    require(
+        not np.isnan(gram).any(),
+        f'{name}: no router was found, so that similarity "router-logits" is unavailable.',
+    )
     return from_gram(gram, metric)
 
 
