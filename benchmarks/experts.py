@@ -64,7 +64,7 @@ def measure(shape, arguments, dtype):
     index = torch.arange(experts, device=arguments.device).expand(arguments.tokens, -1).contiguous()
     weight = torch.full(index.shape, 1 / experts, dtype=dtype, device=arguments.device)
     modules = {n: layer_of(*shape, n, dtype, arguments.device) for n in ("eager", "grouped_mm", "batched_mm")}
-    layer = MoELayer("experts", modules["eager"], None)
+    layer = MoELayer(torch.nn.ModuleDict({"experts": modules["eager"]}), "experts")
     calls = {n: lambda m=m: m(tokens, index, weight) for n, m in modules.items() if n != "batched_mm"}
     calls["batched_mm, a few tokens"] = lambda: modules["batched_mm"](tokens[:FEW], index[:FEW], weight[:FEW])
     calls |= {

@@ -14,7 +14,7 @@ import hcsmoe_core as core
 from hcsmoe_core._util import write_json
 from hcsmoe_core.clustering import LINKAGES
 from hcsmoe_core.demo import models
-from hcsmoe_core.similarity import available
+from hcsmoe_core.methods.similarities import available
 from hcsmoe_core.studies import cache
 from hcsmoe_core.studies import tables as study
 

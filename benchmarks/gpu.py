@@ -42,7 +42,7 @@ def layer_of(experts, hidden, width, top_k, dtype, device):
     module = module.to_empty(device=device)
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter, std=0.03)
-    return MoELayer("experts", module, None)
+    return MoELayer(torch.nn.ModuleDict({"experts": module}), "experts")
 
 
 def ceiling(hidden, size, dtype, device, repeats):

@@ -1,36 +1,13 @@
 """Everything used of transformers that is not part of its public interface; no other module uses such names.
 
-Seen in transformers 5.10 to 5.23. ``PRIVATE_NAMES`` says what stops working in a version that lacks one;
-``tests/test_transformers_names.py`` looks for each of them in the installed version.
+Seen in transformers 5.10 to 5.23. ``tests/test_transformers_names.py`` looks for each in the installed
+version, and says what stops working in one that lacks it.
 """
 
 import inspect
+from functools import partial
 
 from hcsmoe_core.modeling_hcsmoe import named_alike
-
-# Attributes are looked for on a loaded model, its configuration, an experts module and an auto class.
-PRIVATE_NAMES = {
-    "PreTrainedModel._load_pretrained_model": "loading: checkpoints are not checked, none can be streamed",
-    "LoadStateDictConfig.weight_mapping": "loading and streaming: what a file's tensors become is unknown",
-    "LoadStateDictConfig.hf_quantizer": "loading: whether a checkpoint is quantised is unknown",
-    "LoadStateDictConfig.device_map": "streaming: the device that decoder layers belong on is unknown",
-    "LoadStateDictInfo.missing_keys": "loading: tensors that a checkpoint lacks stay random without a word",
-    "LoadStateDictInfo.mismatched_keys": "loading: tensors of other shapes stay random without a word",
-    "LoadStateDictInfo.conversion_errors": "loading: tensors that could not be converted stay random",
-    "core_model_loading.WeightConverter": "loading and streaming: names of converted tensors are unknown",
-    "core_model_loading.WeightRenaming": "loading and streaming: names of renamed tensors are unknown",
-    "core_model_loading.rename_source_key": "loading and streaming: names on disk have no name in the model",
-    "core_model_loading.convert_and_load_state_dict_in_model": "streaming: decoder layers cannot be read",
-    "HF_DEACTIVATE_ASYNC_LOAD": "streaming: a whole decoder layer is read before any of it is converted",
-    "model._weight_conversions": "saving: dequantised models are written as blocks they no longer have",
-    "model.all_tied_weights_keys": "streaming: tied embeddings stay in memory, or are freed while in use",
-    "config._experts_implementation": "fidelity: experts of odd widths meet kernels that refuse them",
-    "PreTrainedModel.tie_weights(recompute_mapping)": "streaming: embeddings read again are not tied",
-    "experts.has_gate": "activations: experts without a gate are taken for gated ones",
-    "experts.is_transposed": "reading: experts stored as [E, D, I] are taken for [E, I, D]",
-    "experts._apply_gate": "activations: clamped, scaled and interleaved gates are computed wrongly",
-    "auto._model_mapping": "loading: the model class of a configuration is unknown",
-}
 
 
 def auto_classes(config):
@@ -78,11 +55,8 @@ def class_with_loader(base, load):
     class Loading(base):
         @staticmethod
         def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *rest, **options):
-            def usual():
-                return base._load_pretrained_model(
-                    model, state_dict, checkpoint_files, load_config, *rest, **options
-                )
-
+            arguments = (model, state_dict, checkpoint_files, load_config, *rest)
+            usual = partial(base._load_pretrained_model, *arguments, **options)
             return load(model, checkpoint_files, load_config, usual)
 
     return named_alike(Loading, base)

@@ -1,9 +1,8 @@
 """From distances to groups: SciPy's merge tree, cut at a number of groups."""
 
-import math
-
 import numpy as np
 from scipy.cluster import hierarchy
+from scipy.spatial.distance import is_valid_y
 
 from hcsmoe_core._util import check_choice, check_count, require
 
@@ -29,9 +28,8 @@ def linkage(distance, method: str = "average", *, metric: str = "euclidean") -> 
     """
     check_linkage(method, metric)
     distance = np.asarray(distance, dtype=np.float64)
-    experts = round((1 + math.sqrt(1 + 8 * distance.size)) / 2)
     require(
-        distance.ndim == 1 and experts * (experts - 1) // 2 == distance.size,
+        is_valid_y(distance),
         f'The "distance" argument must be condensed, E·(E−1)/2 numbers; it has shape {distance.shape}.',
     )
     require(
@@ -57,34 +55,23 @@ def cut(tree, groups: int) -> np.ndarray:
 
     Exactly ``groups``, from 1 to E, come out; SciPy's ``fcluster`` gives fewer on ties.
     """
-    experts = len(tree) + 1
-    check_count("groups", groups, 1, experts)
-    joins = np.asarray(tree)[: experts - groups, :2].astype(np.int64).tolist()
-    top = list(range(experts + len(joins)))
-    for t, (first, second) in reversed(list(enumerate(joins))):  # what is joined later has its group already
-        top[first] = top[second] = top[experts + t]
-    return by_first_appearance(top[:experts])
+    return cuts(tree)[check_count("groups", groups, 1, len(tree) + 1) - 1]
 
 
 def cuts(tree) -> np.ndarray:
-    """All the cuts of a tree, ``(E, E)`` int64: row r − 1 is ``cut(tree, r)``."""
+    """All the cuts of a tree, ``(E, E)`` int64: row r − 1 has r groups, numbered by first appearance."""
     experts = len(tree) + 1
-    labels = np.empty((experts, experts), dtype=np.int64)
-    labels[-1] = np.arange(experts)
-    # A group goes by its first member; these are in order, so that a group's number is how many come before.
-    group, first, leads = np.arange(experts), list(range(experts)), np.ones(experts, dtype=bool)
-    for t, (a, b) in enumerate(np.asarray(tree)[:, :2].astype(np.int64).tolist()):
-        stays, goes = sorted((first[a], first[b]))
-        first.append(stays)
-        group[group == goes] = stays
-        leads[goes] = False
-        labels[experts - 2 - t] = (np.cumsum(leads) - 1)[group]
+    labels = np.tile(np.arange(experts), (experts, 1))
+    member = list(range(experts))  # an expert of each node of the tree
+    for left, (first, second) in enumerate(np.asarray(tree)[:, :2].astype(int).tolist()):
+        before = labels[experts - 1 - left]
+        stays, goes = sorted(before[[member[first], member[second]]])
+        labels[experts - 2 - left] = np.where(before == goes, stays, before - (before > goes))
+        member.append(member[first])
     return labels
 
 
 def by_first_appearance(labels) -> np.ndarray:
     """The same partition with groups numbered in the order of their first member, from 0; int64."""
-    numbers = {}
-    return np.array(
-        [numbers.setdefault(label, len(numbers)) for label in np.asarray(labels).tolist()], np.int64
-    )
+    labels, numbers = np.asarray(labels).tolist(), {}
+    return np.array([numbers.setdefault(label, len(numbers)) for label in labels], np.int64)

@@ -2,11 +2,12 @@
 
 import hashlib
 import inspect
+from operator import attrgetter
 
 import torch
 from torch import nn
 
-from hcsmoe_core._util import InputError
+from hcsmoe_core._util import require
 from hcsmoe_core.modeling_hcsmoe import repeated
 from hcsmoe_core.moe import DOWN, UP, MoELayer, fingerprint, source_of
 
@@ -17,47 +18,35 @@ OTHER_PARTS = ("vision", "visual", "audio", "talker")
 def find_moe_layers(model) -> list[MoELayer]:
     """Sparse MoE layers of a model, in the order of its modules.
 
-    Raises
-    ------
-    InputError
-        If there is none: the model is dense, or stores its experts in a way that is not supported.
+    InputError if there is none (it is dense), or one stores its experts in a way that is not supported.
     """
     layers, owners = [], {}
     for name, module in model.named_modules():
         kind = type(module).__name__
-        if kind in UNSUPPORTED:
-            raise InputError(f"{name} ({kind}) is not supported: {UNSUPPORTED[kind]}.")
+        require(kind not in UNSUPPORTED, f"{name} ({kind}) is not supported: {UNSUPPORTED.get(kind)}.")
         layer_class = _layer_class(module)
         if layer_class is None or _reads_no_text(name):
             continue
         owner = owners.setdefault(id(next(module.parameters())), name)
-        if owner != name:
-            raise InputError(f"{owner} and {name} share their weights; merging them as one is not supported.")
-        layers.append(layer_class.at(model, name, module))
-    if not layers:
-        kind = type(model).__name__
-        raise InputError(
-            f"No MoE layers found in {getattr(model, 'name_or_path', '') or kind} ({kind}): it is dense, or "
-            "its experts are not kept as the stacked tensors of transformers 5."
-        )
+        shared = f"{owner} and {name} share their weights; merging them as one is not supported."
+        require(owner == name, shared)
+        layers.append(layer_class(model, name))
+    kind = type(model).__name__
+    require(
+        layers,
+        f"No MoE layers found in {getattr(model, 'name_or_path', '') or kind} ({kind}): it is dense, or "
+        "its experts are not kept as the stacked tensors of transformers 5.",
+    )
     return layers
 
 
 def moe_layer(model, name: str) -> MoELayer:
-    """The MoE layer of a model with some name; a streamed model reads its weights.
-
-    Raises
-    ------
-    InputError
-        If there is none of that name.
-    """
-    layers = {layer.name: layer for layer in find_moe_layers(model)}
-    if name not in layers:
-        raise InputError(
-            f'The "model" argument has no MoE layer {name}; it is not the model of these statistics.'
-        )
-    if source_of(model) is not None:
-        source_of(model).read_layer(name)
+    """The MoE layer of a model with some name, or InputError; a streamed model reads its weights."""
+    layers, source = {layer.name: layer for layer in find_moe_layers(model)}, source_of(model)
+    message = f'The "model" argument has no MoE layer {name}; it is not the model of these statistics.'
+    require(name in layers, message)
+    if source is not None:
+        source.read_layer(name)
     return layers[name]
 
 
@@ -79,10 +68,9 @@ def model_hash(model) -> str:
     Covers names, shapes and up to 4,096 evenly spread values of each tensor, rounded to bfloat16, so that it
     takes no time on a large model. Merged layers count with the experts they had before.
     """
-    digest, source = hashlib.sha256(), source_of(model)
-    for layer in find_moe_layers(model):
-        digest.update(fingerprint(layer) if source is None else source.fingerprint(layer.name))
-    return digest.hexdigest()
+    read, layers = source_of(model), find_moe_layers(model)
+    parts = [fingerprint(layer) if read is None else read.fingerprint(layer.name) for layer in layers]
+    return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
 def _reads_no_text(name):
@@ -96,14 +84,12 @@ def _layer_class(module):
 
 def _is_experts(module):
     """Whether a module has stacked projections and is called with tokens, index and weight."""
-    up = next((p for name in UP if (p := module._parameters.get(name)) is not None), None)
-    down = module._parameters.get(DOWN)
-    if up is None or down is None or up.ndim != 3 or down.ndim != 3 or len(up) != len(down):
+    counts = {name: len(p) for name, p in module._parameters.items() if p is not None and p.ndim == 3}
+    if counts.get(DOWN, 0) not in [counts.get(name) for name in UP]:
         return False
-    parameter = inspect.Parameter
     kinds = [p.kind for p in inspect.signature(type(module).forward).parameters.values()]
-    positional = [k for k in kinds if k not in (parameter.KEYWORD_ONLY, parameter.VAR_KEYWORD)]
-    return len(positional) == 4 or parameter.VAR_POSITIONAL in positional
+    named = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    return kinds.count(named) == 4 or inspect.Parameter.VAR_POSITIONAL in kinds
 
 
 class _LongcatFlash(MoELayer):
@@ -126,25 +112,24 @@ class _Dbrx(MoELayer):
     up_name = "gate_proj"
     activation = "mlp.activation_fn"
     transposed = True
-    names = {"gate_proj": "w1", "up_proj": "v1", "down_proj": "w2"}  # noqa: RUF012
+    paths = {"gate_proj": "mlp.w1", "up_proj": "mlp.v1", "down_proj": "mlp.w2"}  # noqa: RUF012
 
     @property
     def num_stored(self):
         return self.experts.num_experts
 
     def tensors(self):
-        own = {name: getattr(self.experts.mlp, short) for name, short in self.names.items()}
-        return {name: tensor.unflatten(0, (self.num_stored, -1)) for name, tensor in own.items()}
+        apart = (self.num_stored, -1)
+        return {n: attrgetter(path)(self.experts).unflatten(0, apart) for n, path in self.paths.items()}
 
     def stored(self, tensors):
-        return {f"mlp.{self.names[name]}": tensor.flatten(0, 1) for name, tensor in tensors.items()}
+        return super().stored({name: tensor.flatten(0, 1) for name, tensor in tensors.items()})
 
     def shapes(self, stored, width):
-        return {name: [stored, width, self.hidden_size] for name in self.names}
+        return {name: [stored, width, self.hidden_size] for name in self.paths}
 
     def up_matrix(self, expert):
-        tensors = self.tensors()
-        return torch.cat([tensors["gate_proj"][expert], tensors["up_proj"][expert]])
+        return torch.cat([self.tensors()[name][expert] for name in ("gate_proj", "up_proj")])
 
     def stacked(self, experts):
         parts = {
@@ -162,30 +147,16 @@ class _JetMoe(MoELayer):
     """
 
     activation = "activation"
-
-    @staticmethod
-    def block_of(model, name):
-        return model.get_submodule(name)
-
-    @property
-    def num_stored(self):
-        return len(self.experts.input_linear.weight)
-
-    def tensors(self):
-        up, down = self.experts.input_linear.weight, self.experts.output_linear.weight
-        return {"gate_up_proj": up, "down_proj": down}
-
-    def stored(self, tensors):
-        return {"input_linear.weight": tensors["gate_up_proj"], "output_linear.weight": tensors["down_proj"]}
+    is_block = True
+    paths = {"gate_up_proj": "input_linear.weight", "down_proj": "output_linear.weight"}  # noqa: RUF012
 
     def add_hooks(self, take_router, restore_experts):
         def take(module, inputs, output):
             order, _, gates, sizes, logits = output
-            index, weight = torch.empty_like(order), torch.empty_like(gates)
-            index[order], weight[order] = repeated(sizes, order.device), gates
-            tokens = inputs[0]
+            chosen = (repeated(sizes, order.device), gates)
+            index, weight = (t[order.argsort()].reshape(len(inputs[0]), -1) for t in chosen)
             take_router(module, inputs, logits)
-            restore_experts(module, (tokens, *(t.reshape(len(tokens), -1) for t in (index, weight))), {})
+            restore_experts(module, (inputs[0], index, weight), {})
 
         return [self.experts.router.register_forward_hook(take)]
 

@@ -6,7 +6,7 @@ family; the few that differ stand in :mod:`hcsmoe_core.families`. What a router 
 biases, groups of experts, scaling) happens before that and is never repeated here.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from operator import attrgetter
 
@@ -15,28 +15,33 @@ from torch import nn
 from torch.nn.functional import linear
 
 from hcsmoe_core._transformers import gate_function
-from hcsmoe_core._util import InputError
+from hcsmoe_core._util import require
 
 UP = ("gate_up_proj", "up_proj")
 DOWN = "down_proj"
 
-# Attribute names that transformers uses, of modules and of configurations: for groups of experts that a
-# router chooses among first, for how many of them it chooses, for the number of experts, for the experts per
-# token, for their width.
-GROUP_COUNT_NAMES = ("num_group", "n_group")
-GROUP_TOP_K_NAMES = ("topk_group",)
+# Attribute names that transformers uses, of modules and of configurations.
 EXPERT_COUNT_NAMES = (
     *("num_experts", "num_local_experts", "n_routed_experts", "num_routed_experts", "moe_num_experts"),
-    # With experts that have no weights, which some routers also choose from.
-    *("total_experts", "n_total_experts", "num_router_classes"),
+    *("total_experts", "n_total_experts", "num_router_classes"),  # with experts that have no weights
 )
 TOP_K_NAMES = (
     *("top_k", "num_experts_per_tok", "num_experts_per_token", "top_k_experts"),
     *("moe_top_k", "moe_topk", "moe_k"),
 )
 WIDTH_NAMES = ("intermediate_dim", "intermediate_size", "expert_dim", "ffn_hidden_size")
+GROUP_COUNT_NAMES = ("num_group", "n_group")  # groups of experts that a router chooses among first
+GROUP_TOP_K_NAMES = ("topk_group",)  # how many of them it chooses
 
 PRODUCT_SIZE = 1 << 27  # numbers that the up projections of several experts give at once on a GPU
+
+# Rows of the up projection per neuron, ``[I, p]``, by the number of neurons: without a gate; with all gates
+# first; with each neuron's gate beside it.
+LAYOUTS = (
+    lambda width: torch.arange(width)[:, None],
+    lambda width: torch.arange(2 * width).reshape(2, -1).T,
+    lambda width: torch.arange(2 * width).reshape(-1, 2),
+)
 
 
 def whole_numbers(holder, names) -> dict[str, int]:
@@ -45,78 +50,64 @@ def whole_numbers(holder, names) -> dict[str, int]:
     return {name: value for name, value in values.items() if isinstance(value, int)}
 
 
-@dataclass(frozen=True)
 class MoELayer:
-    """One sparse MoE layer of a live model.
+    """One sparse MoE layer of a live model, by the name of its experts module.
 
     Attributes
     ----------
     name : str
-        Dotted name of the experts module, such as ``model.layers.3.mlp.experts``; plans and statistics go by
-        it.
+        Such as ``model.layers.3.mlp.experts``; plans and statistics go by it.
     experts : torch.nn.Module
         Holds the stacked weights; called as ``experts(tokens [T, D], index [T, k], weight [T, k])``.
+    block : torch.nn.Module
+        Holds the experts and their router.
     router : torch.nn.Module or None
-        The module beside the experts that scores them; its output has logits ``[T, E]``. None if there is
-        none.
-    block : torch.nn.Module or None
-        The MoE block that holds both.
+        Scores the experts; its output has logits ``[T, E]``. None if there is none.
     extra : int
         Rows of the router beyond its experts', which come last: of experts without weights (which pass a
         token on as it is, or skip it), or of shared ones. They are never merged.
+    transposed : bool
+        Whether weights are ``[E, D, 2I]``, ``[E, I, D]`` rather than ``[E, 2I, D]``, ``[E, D, I]``.
+    affine : bool
+        Whether an expert's output is affine in its activations, so that their mean gives its mean.
     """
 
-    name: str
-    experts: nn.Module
-    router: nn.Module | None
-    block: nn.Module | None = None
-    extra: int = 0
-
     activation = "act_fn"  # attribute of the experts module
+    paths = {}  # noqa: RUF012 (of tensors that the experts module has under other names, by their usual ones)
+    is_block = False  # whether the experts module is the block itself
+    transposed = False
 
-    @classmethod
-    def at(cls, model, name: str, experts: nn.Module) -> "MoELayer":
-        """The layer of an experts module, by its name in the model, with the router beside it."""
-        layer = cls(name, experts, None, cls.block_of(model, name))
-        routed = experts._merged.routed if layer.merged else layer.num_stored
-        router, extra = _find_router(layer.block, experts, routed)
-        return replace(layer, router=router, extra=extra)
-
-    @staticmethod
-    def block_of(model, name: str) -> nn.Module:
-        """The module that holds the experts and their router."""
-        return model.get_submodule(name.rpartition(".")[0])
+    def __init__(self, model, name: str):
+        self.name, self.experts = name, model.get_submodule(name)
+        self.block = self.experts if self.is_block else model.get_submodule(name.rpartition(".")[0])
+        routed = self.experts._merged.routed if self.merged else self.num_stored
+        self.router, self.extra = _find_router(self.block, self.experts, routed)
+        self.transposed |= bool(getattr(self.experts, "is_transposed", False))
+        self.affine = not getattr(self.experts, "has_post_expert_norm", False)
 
     def add_hooks(self, take_router, restore_experts) -> list:
         """Add hooks that get what the router gives and what the experts get; returns handles.
 
-        ``take_router`` is a forward hook ``(module, inputs, output)`` that gets :func:`router_logits`;
-        ``restore_experts`` a forward pre-hook ``(module, inputs, keywords)`` that gets tokens, index and
-        weight.
+        They are a forward hook that gets what has :func:`router_logits`, and a forward pre-hook ``(module,
+        inputs, keywords)`` that gets tokens, index and weight.
         """
-        router_was_called = False
+        called = set()
 
         def take(module, inputs, output):
-            nonlocal router_was_called
-            router_was_called |= module is self.router
-            if module is self.router or not router_was_called:
+            called.add(module)
+            if module is self.router or self.router not in called:
                 take_router(module, inputs, output)
 
         # Some families read a router's weights without calling it; then the module that holds it is called.
-        holders = [m for m in self.routing if m is not self.block and self._holds_router(m)]
+        holders = [m for m in self.routing if m is not self.block and self.router in m.modules()]
         handles = [module.register_forward_hook(take) for module in holders]
         return [*handles, self.experts.register_forward_pre_hook(restore_experts, with_kwargs=True)]
-
-    def _holds_router(self, module):
-        return any(self.router is inner for inner in module.modules())
 
     @cached_property
     def routing(self) -> list[nn.Module]:
         """Modules that route: the router, those in it, and those that hold it, up to the block."""
-        if self.router is None:
-            return []
-        inside = list(self.router.modules())
-        return inside + [m for m in self.block.modules() if m not in inside and self._holds_router(m)]
+        inside = [] if self.router is None else [*self.router.modules()]
+        return inside + [m for m in self.block.modules() if m not in inside and self.router in m.modules()]
 
     @property
     def merged(self) -> bool:
@@ -131,7 +122,7 @@ class MoELayer:
     @property
     def num_stored(self) -> int:
         """Experts that have weights of their own: E, or r once merged."""
-        return getattr(self.experts, DOWN).shape[0]
+        return len(attrgetter(self.paths.get(DOWN, DOWN))(self.experts))
 
     @property
     def width(self) -> int:
@@ -152,9 +143,8 @@ class MoELayer:
     def top_k(self) -> int | None:
         """k: experts per token, or None where neither the routing modules nor their configuration say."""
         modules = [*self.routing, self.experts, self.block]
-        holders = [(m, ("top_k",)) for m in modules] + [
-            (getattr(m, "config", None), TOP_K_NAMES) for m in modules
-        ]
+        holders = [(m, ("top_k",)) for m in modules]
+        holders += [(getattr(m, "config", None), TOP_K_NAMES) for m in modules]
         return next((k for holder in holders for k in whole_numbers(*holder).values()), None)
 
     @property
@@ -168,11 +158,6 @@ class MoELayer:
         return 2 if any(whole_numbers(m, GROUP_COUNT_NAMES) for m in self.routing) else 1
 
     @property
-    def affine(self) -> bool:
-        """Whether an expert's output is affine in its activations, so that their mean gives its mean."""
-        return not getattr(self.experts, "has_post_expert_norm", False)
-
-    @property
     def why_not_solvable(self) -> str:
         """Why a projection of these experts cannot be solved for from what they put out; empty if it can."""
         return "" if self.affine else "each expert's output is normalised"
@@ -182,27 +167,23 @@ class MoELayer:
         """Name of the up projection, joined with the gate's where there is one."""
         return next(name for name in UP if name in self.tensors())
 
-    @property
-    def transposed(self) -> bool:
-        """Whether weights are ``[E, D, 2I]``, ``[E, I, D]`` rather than ``[E, 2I, D]``, ``[E, D, I]``."""
-        return bool(getattr(self.experts, "is_transposed", False))
-
     def tensors(self) -> dict[str, torch.Tensor]:
         """Every tensor that has one row per expert: projections and, where there are any, their biases."""
-        own, count = {**self.experts._parameters, **self.experts._buffers}, self.num_stored
+        own = {name: attrgetter(path)(self.experts) for name, path in self.paths.items()}
+        own, count = own or {**self.experts._parameters, **self.experts._buffers}, self.num_stored
         return {n: t for n, t in own.items() if t is not None and t.ndim >= 1 and t.shape[0] == count}
 
     def stored(self, tensors) -> dict[str, torch.Tensor]:
         """What the model stores for :meth:`tensors`, by dotted name from the experts module."""
-        return tensors
+        return {self.paths.get(name, name): tensor for name, tensor in tensors.items()}
 
     def shapes(self, stored: int, width: int) -> dict[str, list[int]]:
         """Shapes that :meth:`tensors` have with another number of experts and another width, by name."""
-        up, rows = self.up_name, len(self.up_matrix(0)) // self.width
-        axes = {up: 2 if self.transposed else 1, f"{up}_bias": 1, DOWN: 1 if self.transposed else 2}
+        up, down = (2, 1) if self.transposed else (1, 2)
+        axes = {self.up_name: up, f"{self.up_name}_bias": 1, DOWN: down}
         shapes = {name: [stored, *tensor.shape[1:]] for name, tensor in self.tensors().items()}
         for name in axes.keys() & shapes.keys():
-            shapes[name][axes[name]] = width if name == DOWN else rows * width
+            shapes[name][axes[name]] = shapes[name][axes[name]] // self.width * width
         return shapes
 
     def up_matrix(self, expert: int) -> torch.Tensor:
@@ -219,20 +200,18 @@ class MoELayer:
         bias = getattr(self.experts, f"{name}_bias", None)
         return output if bias is None else output + bias[expert].flatten()
 
-    def _activated(self, read):
+    def activated(self, read):
         """Activations ``[T, I]`` of what the up projection gave, ``[T, 2I]`` or without a gate ``[T, I]``."""
         gated = getattr(self.experts, "has_gate", self.up_name != "up_proj")
         if gated and (family_function := gate_function(self.experts)):
             return family_function(read)
-        activation = attrgetter(self.activation)(self.experts)
-        if not gated:
-            return activation(read)
-        gate, up = read.chunk(2, dim=-1)
-        return activation(gate) * up
+        gate, *up = read.chunk(2 if gated else 1, dim=-1)
+        activated = attrgetter(self.activation)(self.experts)(gate)
+        return activated * up[0] if gated else activated
 
     def expert_hidden(self, expert: int, tokens: torch.Tensor) -> torch.Tensor:
         """Activations ``[T, I]`` of one expert before its down projection, of tokens ``[T, D]``."""
-        return self._activated(self._with_bias(linear(tokens, self.up_matrix(expert)), self.up_name, expert))
+        return self.activated(self._with_bias(linear(tokens, self.up_matrix(expert)), self.up_name, expert))
 
     def expert_output(self, expert: int, hidden: torch.Tensor) -> torch.Tensor:
         """Outputs ``[T, D]`` of one expert, from its activations ``[T, I]``."""
@@ -240,50 +219,40 @@ class MoELayer:
         return output if self.affine else self.experts.post_expert_norm(output)
 
     def down_project(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Outputs ``[E, D]`` of one activation vector per expert ``[E, I]``, in float64.
-
-        The down projection is affine: mean activations give mean outputs.
-        """
+        """Outputs ``[E, D]`` of one activation vector per expert ``[E, I]``, in float64: of means, means."""
         downs = [self.down_matrix(e).double() for e in range(self.num_stored)]
         return torch.stack([self._with_bias(down @ hidden[e], DOWN, e) for e, down in enumerate(downs)])
 
     def hidden_sums(self, tokens: torch.Tensor) -> torch.Tensor:
         """Activations of every expert, summed over tokens ``[T, D]``: ``[E, I]`` in float64.
 
-        On a CPU expert by expert, so that what one gives stays in the caches; on a GPU several experts in one
-        product. Products are in the weights' dtype, sums in float64, and nothing is copied to the host.
+        On a CPU one by one, so that what each gives stays in the caches; on a GPU several in one product.
         """
         experts = range(self.num_stored)
         if tokens.device.type == "cpu":
             return torch.stack([self.expert_hidden(e, tokens).sum(0, dtype=torch.float64) for e in experts])
         step = max(1, PRODUCT_SIZE // (len(tokens) * len(self.up_matrix(0))))
-        return torch.cat([self._joined_sums(tokens, e, min(e + step, len(experts))) for e in experts[::step]])
+        return torch.cat([self._joined_sums(tokens, experts[e : e + step]) for e in experts[::step]])
 
-    def _joined_sums(self, tokens, first, last):
-        """:meth:`hidden_sums` of the experts from ``first`` to before ``last``, by one product."""
-        if self.transposed:
-            up = torch.cat([self.up_matrix(e) for e in range(first, last)])
-        else:
-            up = self.tensors()[self.up_name][first:last].flatten(0, 1)
-        read = self._with_bias(linear(tokens, up), self.up_name, slice(first, last))
-        hidden = self._activated(read.view(len(tokens) * (last - first), -1))
-        return hidden.view(len(tokens), last - first, -1).sum(0, dtype=torch.float64)
+    def _joined_sums(self, tokens, experts):
+        """:meth:`hidden_sums` of a range of experts, by one product."""
+        rows = slice(experts.start, experts.stop)
+        apart, stacked = self.transposed, self.tensors()[self.up_name]
+        up = torch.cat([self.up_matrix(e) for e in experts]) if apart else stacked[rows].flatten(0, 1)
+        read = self._with_bias(linear(tokens, up), self.up_name, rows)
+        hidden = self.activated(read.view(len(tokens) * len(experts), -1))
+        return hidden.view(len(tokens), len(experts), -1).sum(0, dtype=torch.float64)
 
     def neuron_rows(self, width: int | None = None) -> torch.Tensor:
         """Rows of the up projection per neuron, ``[I, p]``: its gate's and its own (p = 2), or its own.
 
-        ``width`` is that of an expert with another number of neurons in the same layout.
-
-        Raises
-        ------
-        InputError
-            If the neurons are laid out in none of the known ways.
+        ``width`` is another number of neurons in the same layout. InputError if that is unknown.
         """
-        if not self.neurons_known:
-            raise InputError(
-                f"{self.name}: which rows of {self.up_name} make which of the {self.width} neurons is not "
-                'known, so that neurons cannot be matched or chosen; use combine "average".'
-            )
+        require(
+            self.neurons_known,
+            f"{self.name}: which rows of {self.up_name} make which of the {self.width} neurons is not "
+            'known, so that neurons cannot be matched or chosen; use combine "average".',
+        )
         return self._layout(self.width if width is None else width)
 
     @property
@@ -293,26 +262,17 @@ class MoELayer:
 
     @cached_property
     def _layout(self):
-        """Function from a width to :meth:`neuron_rows`; None if unknown.
-
-        It is the one by which shuffling the neurons' rows shuffles their activations alike.
-        """
-        up, width = self.up_matrix(0), self.width
-        if len(up) == width:
-            return lambda width: torch.arange(width)[:, None]
-        layouts = {
-            "halves": lambda width: torch.arange(2 * width).reshape(2, -1).T,
-            "interleaved": lambda width: torch.arange(2 * width).reshape(-1, 2),
-        }
-        generator = torch.Generator().manual_seed(0)
-        probe = torch.randn(1, len(up), generator=generator)
-        order = torch.randperm(width, generator=generator)
-        for layout in layouts.values() if len(up) == 2 * width else ():
-            rows, shuffled = layout(width), torch.empty_like(probe)
-            shuffled[:, rows] = probe[:, rows[order]]
-            hidden = self._activated(torch.cat([probe, shuffled]).to(up.device))
-            if torch.allclose(hidden[1], hidden[0, order.to(up.device)]):
-                return layout
+        """The one of :data:`LAYOUTS` by which shuffling neurons' rows shuffles their activations alike."""
+        rows_read, generator = len(self.up_matrix(0)), torch.Generator().manual_seed(0)
+        probe = torch.randn(1, rows_read, generator=generator)
+        order = torch.randperm(self.width, generator=generator)
+        for layout in LAYOUTS:
+            rows, shuffled = layout(self.width), probe.clone()
+            if rows.numel() == rows_read:
+                shuffled[:, rows] = probe[:, rows[order]]
+                hidden = self.activated(torch.cat([probe, shuffled]).to(self.device))
+                if torch.allclose(hidden[1], hidden[0, order.to(self.device)]):
+                    return layout
         return None
 
     def neurons(self, expert: int, dtype: torch.dtype | None = None) -> "Neurons":
@@ -327,23 +287,15 @@ class MoELayer:
         )
         return neurons.map(lambda tensor: tensor.detach().to(dtype or tensor.dtype))
 
-    def _read(self, neurons, tokens):
-        """What neurons read of tokens, ``[T, p·I']`` in the family's order, and that order."""
+    def read(self, neurons: "Neurons", tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What neurons read of tokens, ``[T, p·I']`` in the family's order, and :meth:`neuron_rows`."""
         rows = self.neuron_rows(len(neurons.up))
         up, bias = _by_row(neurons.up, rows), _by_row(neurons.bias, rows)
         return linear(tokens.to(up.dtype), up, bias), rows
 
     def activate(self, neurons: "Neurons", tokens: torch.Tensor) -> torch.Tensor:
         """Activations ``[T, I']`` of any neurons on tokens ``[T, D]``, in the neurons' dtype."""
-        return self._activated(self._read(neurons, tokens)[0])
-
-    def slopes(self, neurons: "Neurons", tokens: torch.Tensor) -> torch.Tensor:
-        """Derivatives ``[p, T, I']`` of activations by what neurons read: gates' products and their own."""
-        read, rows = self._read(neurons, tokens)
-        with torch.enable_grad():
-            read = read.detach().requires_grad_()
-            slopes = torch.autograd.grad(self._activated(read).sum(), read)[0]
-        return torch.stack([slopes[:, part] for part in rows.T])
+        return self.activated(self.read(neurons, tokens)[0])
 
     def stacked(self, experts: list["Neurons"]) -> dict[str, torch.Tensor]:
         """Stacked tensors of r experts of one width, in the family's own layout, dtype and names."""
@@ -355,28 +307,21 @@ class MoELayer:
             f"{self.up_name}_bias": [_by_row(e.bias, rows) for e in experts],
             f"{DOWN}_bias": [e.offset for e in experts],
         }
-        parts = {name: part for name, part in parts.items() if part[0] is not None}
-        return {name: torch.stack([t.to(own[name].dtype) for t in part]) for name, part in parts.items()}
+        return {
+            name: torch.stack([tensor.to(own[name].dtype) for tensor in part])
+            for name, part in parts.items()
+            if part[0] is not None
+        }
 
 
 @dataclass(frozen=True)
 class Neurons:
-    """One expert, neuron by neuron: ``f(x) = down · act(up x + bias) + offset``.
+    """One expert, neuron by neuron: ``f(x) = down · act(up x + bias) + offset``."""
 
-    Attributes
-    ----------
-    up : (I, p, D) tensor
-        What each neuron reads: its gate's row and its own (p = 2), or its own alone (p = 1).
-    down : (D, I) tensor
-        What each neuron writes.
-    bias : (I, p) tensor or None
-    offset : (D,) tensor or None
-    """
-
-    up: torch.Tensor
-    down: torch.Tensor
-    bias: torch.Tensor | None = None
-    offset: torch.Tensor | None = None
+    up: torch.Tensor  # [I, p, D], what each reads: its gate's row and its own (p = 2), or its own (p = 1)
+    down: torch.Tensor  # [D, I], what each writes
+    bias: torch.Tensor | None = None  # [I, p]
+    offset: torch.Tensor | None = None  # [D]
 
     def take(self, order) -> "Neurons":
         """The neurons at some indices, in that order."""
@@ -385,8 +330,7 @@ class Neurons:
 
     def map(self, function) -> "Neurons":
         """The same with a function applied to each tensor."""
-        parts = (self.up, self.down, self.bias, self.offset)
-        return Neurons(*(None if part is None else function(part) for part in parts))
+        return Neurons(*(None if part is None else function(part) for part in vars(self).values()))
 
 
 def _by_row(parts, rows):
@@ -400,17 +344,16 @@ def source_of(model):
 
 
 def _find_router(block, experts, count):
-    """The innermost module of a block's router with a row for each of ``count`` experts, and its other rows.
+    """The innermost module of a block with a row for each of ``count`` experts, and how many others it has.
 
-    It is looked for under its usual names first, then by its shape alone among the block's modules.
+    It is looked for under a router's usual names first, then by its shape alone.
     """
     usual = [m for name in ("gate", "router") if isinstance(m := getattr(block, name, None), nn.Module)]
     inside, own = [m for router in usual for m in router.modules()], set(experts.modules())
-    for module in (*inside, *(m for m in block.modules() if m not in own)):
-        if count in _matrix_rows(module):
-            return module, 0
+    others = [m for m in block.modules() if m not in own]
+    fitting = [(m, 0) for m in (*inside, *others) if count in _matrix_rows(m)]
     longer = [(m, rows - count) for m in inside for rows in _matrix_rows(m) if rows > count]
-    return longer[-1] if longer else (None, 0)
+    return [*fitting[:1], *longer[-1:], (None, 0)][0]
 
 
 def _matrix_rows(module):
@@ -418,30 +361,24 @@ def _matrix_rows(module):
 
 
 def router_logits(output, experts: int, extra: int = 0) -> torch.Tensor:
-    """Logits ``[T, E]`` among what a router returns, or ``[T, E + extra]`` where there are none of E columns.
-
-    Raises
-    ------
-    InputError
-        If nothing in it has one column per expert.
-    """
+    """Logits ``[T, E]`` among what a router returns, or ``[T, E + extra]``; InputError if there are none."""
     tensors = [t for t in (output if isinstance(output, tuple | list) else (output,)) if torch.is_tensor(t)]
-    for columns in (experts, experts + extra):
-        for tensor in tensors:
-            if tensor.is_floating_point() and tensor.shape[-1] == columns:
-                return tensor.reshape(-1, columns)
-    shapes = [tuple(t.shape) for t in tensors]
-    raise InputError(
-        f"A router of {experts} experts returned tensors of shapes {shapes}, none of which are its logits."
-    )
+    fitting = [
+        tensor.reshape(-1, columns)
+        for columns in (experts, experts + extra)
+        for tensor in tensors
+        if tensor.is_floating_point() and tensor.shape[-1] == columns
+    ]
+    returned = f"A router of {experts} experts returned tensors of shapes {[tuple(t.shape) for t in tensors]}"
+    require(fitting, f"{returned}, none of which are its logits.")
+    return fitting[0]
 
 
 def routing_tensors(layer: MoELayer, count: int) -> list[tuple[nn.Module, str, torch.Tensor]]:
     """Tensors of a layer's routing with a row for each of ``count`` experts: ``[(module, name, tensor), …]``.
 
-    Everything of that kind in the router and below it (also ``[1, E]``), and the vectors ``[E]`` of the
-    modules that hold the router: some families keep a correction bias in the block. Rows beyond the experts'
-    count along.
+    In the router and below it all of them (also ``[1, E]``); of the modules that hold the router, which may
+    have a correction bias, the vectors ``[E]``. Rows beyond the experts' count along.
     """
     rows, inside = {count, count + layer.extra}, set(layer.router.modules())
     own = [(m, name, t) for m in layer.routing for name, t in {**m._parameters, **m._buffers}.items()]
@@ -454,45 +391,40 @@ def routing_tensors(layer: MoELayer, count: int) -> list[tuple[nn.Module, str, t
     ]
 
 
-def original_tensors(layer: MoELayer) -> dict[str, torch.Tensor]:
-    """Per-expert tensors as they were before a merge, or those there are if the model was loaded merged."""
-    return (layer.merged and layer.experts._merged.before) or layer.tensors()
+def place(module: nn.Module, path: str) -> tuple[nn.Module, str]:
+    """The module that holds a tensor of some dotted name from ``module``, and its name there."""
+    owner, _, name = path.rpartition(".")
+    return module.get_submodule(owner), name
 
 
 def fingerprint(layer: MoELayer) -> bytes:
-    """What :func:`hcsmoe_core.families.model_hash` looks at of one layer."""
-    tensors = {f"{layer.name}.{n}": t for n, t in original_tensors(layer).items()}
-    originals = (layer.merged and layer.experts._merged.originals) or {}
-    for name, tensor in (
-        layer.router.named_parameters(remove_duplicate=False) if layer.router is not None else ()
-    ):
-        owner, _, own = name.rpartition(".")
-        tensors[f"{layer.name}:router.{name}"] = originals.get(
-            (layer.router.get_submodule(owner), own), tensor
-        )
-    parts = []
-    for name, tensor in sorted(tensors.items()):
-        flat = tensor.detach().reshape(-1)
-        sample = flat[:: max(1, flat.numel() // 4096)].to(torch.bfloat16).cpu().contiguous().view(torch.int16)
-        parts += [f"{name} {tuple(tensor.shape)}".encode(), sample.numpy().tobytes()]
-    return b"".join(parts)
+    """What :func:`hcsmoe_core.families.model_hash` looks at of one layer: as it was before a merge."""
+    merged, router = getattr(layer.experts, "_merged", None), layer.router
+    experts, originals = (merged and merged.before) or layer.tensors(), (merged and merged.originals) or {}
+    scores = {} if router is None else dict(router.named_parameters(remove_duplicate=False))
+    tensors = {f"{layer.name}.{name}": tensor for name, tensor in experts.items()} | {
+        f"{layer.name}:router.{name}": originals.get(place(router, name), tensor)
+        for name, tensor in scores.items()
+    }
+    return b"".join(f"{n} {tuple(t.shape)}".encode() + _spread_values(t) for n, t in sorted(tensors.items()))
+
+
+def _spread_values(tensor):
+    """Bytes of 4,096 values of a tensor, about, evenly spread, in bfloat16."""
+    values = tensor.detach().reshape(-1)[:: max(1, tensor.numel() // 4096)]
+    return values.to(torch.bfloat16).cpu().contiguous().view(torch.int16).numpy().tobytes()
 
 
 def all_finite(tensor: torch.Tensor) -> bool:
-    """Whether a tensor has neither NaN nor infinite values.
-
-    One that does has no finite sum; one without a finite sum is looked at row by row, as large values have
-    none too.
-    """
+    """Whether a tensor has neither NaN nor infinite values; rows are looked at where it has no finite sum."""
     total = tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32))
     return bool(torch.isfinite(total)) or all(bool(torch.isfinite(row).all()) for row in tensor)
 
 
 def check_loaded(layer: MoELayer) -> None:
     """Raise InputError unless a layer's weights are in memory and plain finite floating-point numbers."""
-    tensors = dict(layer.tensors())
-    if layer.router is not None:
-        tensors |= {f"(router) {n}": p for n, p in layer.router.named_parameters(recurse=False)}
+    router = {} if layer.router is None else dict(layer.router.named_parameters(recurse=False))
+    tensors = layer.tensors() | {f"(router) {name}": tensor for name, tensor in router.items()}
     for name, tensor in tensors.items():
         fault = (
             "is offloaded; load the model without disk or CPU offload"
@@ -503,5 +435,4 @@ def check_loaded(layer: MoELayer) -> None:
             if not all_finite(tensor.detach())
             else ""
         )
-        if fault:
-            raise InputError(f"{layer.name}: {name} {fault}.")
+        require(not fault, f"{layer.name}: {name} {fault}.")

@@ -22,8 +22,8 @@ from hcsmoe_core import (
 from hcsmoe_core.clustering import by_first_appearance
 from hcsmoe_core.families import find_moe_layers
 from hcsmoe_core.methods.grouping import kmeans, single_shot
+from hcsmoe_core.methods.similarities import coordinates
 from hcsmoe_core.plan import LayerPlan, Plan
-from hcsmoe_core.similarity import coordinates
 
 MARGIN = 1e-4  # below it float rounding may decide which pair is joined
 SIMILARITIES = ("expert-output", "router-logits", "weight")

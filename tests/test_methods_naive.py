@@ -42,8 +42,9 @@ from hcsmoe_core.methods.pruning import (
     routing_rule,
     super_experts,
 )
+from hcsmoe_core.methods.similarities import coordinates, scale_of
 from hcsmoe_core.plan import LayerPlan
-from hcsmoe_core.similarity import coordinates, metric_of, parts_of, scale_of
+from hcsmoe_core.similarity import metric_of, parts_of
 from hcsmoe_core.statistics import DEFAULT_NEEDS, NEEDS, LayerStatistics, Statistics
 
 E = 8
@@ -303,7 +304,7 @@ def test_cka_equals_a_naive_one_with_few_tokens_and_with_many(family, size):
 
 def test_cka_looks_at_2048_tokens_at_most(monkeypatch):
     r = run("mixtral")
-    monkeypatch.setattr("hcsmoe_core.similarity.CKA_TOKENS", 40)
+    monkeypatch.setattr("hcsmoe_core.methods.similarities.CKA_TOKENS", 40)
     rows = (r.stats.sampled[:, 0] * r.ids.shape[1] + r.stats.sampled[:, 1])[:40]
     got = distances(r.stats, 0, similarity="cka", model=r.model)
     close(got, naive_cka(r.seen[r.names[0]].f[:, rows]), rtol=1e-7)

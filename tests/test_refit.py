@@ -48,7 +48,7 @@ def test_slopes_are_finite_differences(family):
     group = group_of(family, [1, 4], count=40)
     layer, expert, inputs = group.layer, group.experts[0], group.tokens()[0]
     bias = torch.zeros(expert.up.shape[:2], dtype=torch.float64) if expert.bias is None else expert.bias
-    slopes = layer.slopes(expert, inputs)
+    slopes = combining.slopes_of(layer, expert, inputs)
     assert slopes.shape == (expert.up.shape[1], len(inputs), len(expert.up))
     for part, slope in enumerate(slopes):
         moved = []
@@ -66,7 +66,7 @@ def test_a_step_solves_the_ridge_regression_on_slopes(family, monkeypatch):
     expert = combine(group, JOINED).take(torch.arange(6))
     tokens, gates = group.tokens()
     left = combining._residual(group, expert)
-    slopes, total = group.layer.slopes(expert, tokens), gates.sum(1)
+    slopes, total = combining.slopes_of(group.layer, expert, tokens), gates.sum(1)
     # One column for each number that is read, of what the layer's output, token by token, gains from it.
     columns, penalties = [], []
     for neuron in range(6):

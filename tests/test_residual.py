@@ -158,7 +158,7 @@ def _applied(layer, tensors, group, inputs):
     hidden = inputs @ (up if layer.transposed else up.T)
     if f"{layer.up_name}_bias" in tensors:
         hidden = hidden + tensors[f"{layer.up_name}_bias"][group]
-    output = layer._activated(hidden) @ (down if layer.transposed else down.T)
+    output = layer.activated(hidden) @ (down if layer.transposed else down.T)
     return (output + tensors["down_proj_bias"][group] if "down_proj_bias" in tensors else output).detach()
 
 

@@ -9,7 +9,8 @@ from test_capture import router_name
 from hcsmoe_core import apply_plan, capture, distances, load_merged, make_plan, save_merged, similarity, steps
 from hcsmoe_core._util import InputError
 from hcsmoe_core.families import find_moe_layers
-from hcsmoe_core.similarity import scale_of
+from hcsmoe_core.methods import similarities
+from hcsmoe_core.methods.similarities import scale_of
 from hcsmoe_core.statistics import NEEDS
 
 
@@ -102,7 +103,7 @@ def test_cka_in_strips_is_cka_at_once(family, size, monkeypatch):
     cka = gram / (gram.diagonal()[:, None] * gram.diagonal()).sqrt()
     wanted = 1 - cka.numpy()[np.triu_indices(8, 1)]
     for block in (1 << 27, 8 * size, 8 * size * 7, 1):
-        monkeypatch.setattr("hcsmoe_core.similarity.CKA_BLOCK", block)
+        monkeypatch.setattr("hcsmoe_core.methods.similarities.CKA_BLOCK", block)
         got = distances(stats, 1, similarity="cka", model=model)
         np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-12)
 
@@ -142,12 +143,12 @@ def test_a_similarity_of_a_users_own(mixtral, input_ids):
         assert [call[:2] for call in calls] == [(name, "euclidean")] * 2 + [(name, "depth")]
         assert calls[0][2] is None
         assert calls[2][2].name == name
-        assert "usage" in similarity.available(stats)
+        assert "usage" in similarities.available(stats)
         assert similarity.metric_of("usage", "cosine") == "cosine"
         assert similarity.metric_of("usage+depth") == "mixed"
-        assert similarity.allowed_linkages("usage", ["average", "ward"]) == ["average", "ward"]
-        assert similarity.allowed_linkages("depth", ["average", "ward"]) == ["average"]
-        assert similarity.described("usage+depth") == "distance between experts' usage and depth"
+        assert similarities.allowed_linkages("usage", ["average", "ward"]) == ["average", "ward"]
+        assert similarities.allowed_linkages("depth", ["average", "ward"]) == ["average"]
+        assert similarities.described("usage+depth") == "distance between experts' usage and depth"
         assert scale_of(stats, 0, similarity="usage") == scale_of(stats, 0, similarity="depth", model=mixtral)
         with pytest.raises(InputError, match="must be 'depth' for similarity 'depth'"):
             distances(stats, 0, similarity="depth", metric="cosine", model=mixtral)

@@ -30,6 +30,7 @@ from hcsmoe_core.methods import (  # noqa: F401 (they register their steps)
     residual,
     routing,
     rows,
+    similarities,
 )
 from hcsmoe_core.methods.planner import Layer, make_plan, make_plans, merge_tree
 from hcsmoe_core.methods.recipes import (

@@ -9,9 +9,9 @@ from typing import Literal
 import numpy as np
 from scipy.spatial.distance import squareform
 
-from hcsmoe_core import similarity as similarities
 from hcsmoe_core._util import InputError
-from hcsmoe_core.clustering import LINKAGES, cut, linkage
+from hcsmoe_core.clustering import LINKAGES, cuts, linkage
+from hcsmoe_core.methods import similarities
 from hcsmoe_core.methods.grouping import check_ward
 from hcsmoe_core.steps import budget
 
@@ -108,7 +108,7 @@ def by_merge_cost(trees, scales, total, fewest):
     trees : list of L (E−1, 4) arrays
         Linkage matrices; a join costs its height over the layer's scale.
     scales : list of L float
-        See :func:`hcsmoe_core.similarity.scale_of`.
+        See :func:`hcsmoe_core.methods.similarities.scale_of`.
     total : int
     fewest : sequence of L int
 
@@ -216,7 +216,6 @@ def silhouettes(condensed, tree):
     from sklearn.metrics import silhouette_score
 
     square, experts = squareform(condensed), len(tree) + 1
-    values = {
-        count: silhouette_score(square, cut(tree, count), metric="precomputed") for count in range(2, experts)
-    }
+    parts = enumerate(cuts(tree)[1:-1], 2)
+    values = {count: silhouette_score(square, labels, metric="precomputed") for count, labels in parts}
     return {1: 0.0, experts: 0.0} | {count: float(value) for count, value in values.items()}

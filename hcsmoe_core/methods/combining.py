@@ -295,7 +295,9 @@ def _reading_step(group, neurons, residual):
     step alpha.
     """
     tokens, gates = (t.float() for t in group.tokens())
-    slopes = (group.layer.slopes(neurons, group.tokens()[0]).float() * gates.sum(1, keepdim=True)).unbind()
+    slopes = (
+        slopes_of(group.layer, neurons, group.tokens()[0]).float() * gates.sum(1, keepdim=True)
+    ).unbind()
     writes = neurons.down.float()
 
     def forward(change):
@@ -454,3 +456,12 @@ def chosen_columns(gram, xty, width, *, block=None):
         left[best] = 0
         chosen += best
     return chosen
+
+
+def slopes_of(layer, neurons, tokens):
+    """Derivatives ``[p, T, I']`` of activations by what neurons read: gates' products and their own."""
+    read, rows = layer.read(neurons, tokens)
+    with torch.enable_grad():
+        read = read.detach().requires_grad_()
+        slopes = torch.autograd.grad(layer.activated(read).sum(), read)[0]
+    return torch.stack([slopes[:, part] for part in rows.T])

@@ -11,9 +11,9 @@ from typing import Literal
 import numpy as np
 from scipy.spatial.distance import squareform
 
-from hcsmoe_core import similarity as similarities
 from hcsmoe_core._util import InputError, check_choice, check_count
 from hcsmoe_core.clustering import LINKAGES, by_first_appearance, check_linkage
+from hcsmoe_core.methods import similarities
 from hcsmoe_core.plan import LayerPlan
 from hcsmoe_core.steps import group
 
@@ -222,7 +222,7 @@ def kmeans(points, groups, *, centres="k-means++", seed=0):
     Parameters
     ----------
     points : (E, m) float64 array
-        Features, or points at the same distances: :func:`hcsmoe_core.similarity.coordinates`.
+        Features, or points at the same distances: :func:`hcsmoe_core.methods.similarities.coordinates`.
     groups : int
     centres : {"k-means++", "first"} or sequence of int
         Where it starts: the best of ten k-means++ starts; the first experts, as in the paper's ablation with

@@ -22,15 +22,9 @@ from hcsmoe_core.clustering import linkage as tree_of
 from hcsmoe_core.collect import capture
 from hcsmoe_core.families import find_moe_layers
 from hcsmoe_core.methods import merge_tree
+from hcsmoe_core.methods.similarities import EMBEDDED, allowed_linkages, coordinates
 from hcsmoe_core.moe import source_of
-from hcsmoe_core.similarity import (
-    EMBEDDED,
-    allowed_linkages,
-    coordinates,
-    distances,
-    metric_of,
-    needs_of,
-)
+from hcsmoe_core.similarity import distances, metric_of, needs_of
 from hcsmoe_core.statistics import DEFAULT_NEEDS, SAMPLE, Statistics
 from hcsmoe_core.text.calibration import calibration_tokens, domains_of
 

@@ -13,8 +13,8 @@ from hcsmoe_core.clustering import cut
 from hcsmoe_core.demo import models as demo
 from hcsmoe_core.families import find_moe_layers
 from hcsmoe_core.methods import merge_tree
+from hcsmoe_core.methods.similarities import allowed_linkages
 from hcsmoe_core.methods.summary import summarise
-from hcsmoe_core.similarity import allowed_linkages
 
 
 def layer_table(model: Any) -> Any:

@@ -11,9 +11,10 @@ from hcsmoe_core.clustering import LINKAGES, cut
 from hcsmoe_core.clustering import linkage as tree_of
 from hcsmoe_core.merging import apply_plan, restore
 from hcsmoe_core.methods import make_plan, merge_tree
+from hcsmoe_core.methods.similarities import allowed_linkages, available, described
 from hcsmoe_core.methods.summary import summarise
 from hcsmoe_core.score.evaluation import evaluate
-from hcsmoe_core.similarity import allowed_linkages, available, described, distances, metric_of
+from hcsmoe_core.similarity import distances, metric_of
 from hcsmoe_core.studies.stability import agreement
 from hcsmoe_core.studies.tables import cut_costs, domain_mix
 from hcsmoe_core.ui import figures
