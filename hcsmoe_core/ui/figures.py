@@ -5,7 +5,6 @@ bar or at the axis of the values. Where there is an argument ``on``, a subfigure
 and not on a new one.
 """
 
-import functools
 import io
 import itertools
 import math
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import matplotlib.figure
 import numpy as np
+import seaborn  # which registers its colour maps, too
 from matplotlib import collections, patches, patheffects, transforms
 from scipy.cluster import hierarchy
 from scipy.spatial.distance import squareform
@@ -42,17 +42,8 @@ CHANCE = {
 FORMATS = {".png": {"Software": None}, ".pdf": {"CreationDate": None}}
 
 
-def styled(function):
-    """Draw in the project's style, whatever style the session has."""
-
-    @functools.wraps(function)
-    def draw(*arguments, **keywords):
-        import seaborn  # noqa: F401 (registers its colour maps)
-
-        with matplotlib.rc_context(fname=STYLE):
-            return function(*arguments, **keywords)
-
-    return draw
+# Decorator: drawn in the project's style, whatever style the session has.
+styled = matplotlib.rc_context(fname=STYLE)
 
 
 @styled
@@ -91,12 +82,10 @@ def group_colours(labels, order) -> dict:
     Colours are assigned along ``order`` (the experts as a dendrogram shows them), so that neighbours
     differ, and repeat after nine groups.
     """
-    cycle = [colour for colour in COLOURS if colour != "#949494"]
     sizes = np.bincount(labels)
     merged = dict.fromkeys(int(labels[e]) for e in order if sizes[labels[e]] > 1)
-    return dict.fromkeys(range(len(sizes)), UNMERGED) | dict(
-        zip(merged, itertools.cycle(cycle), strict=False)
-    )
+    cycle = itertools.cycle(colour for colour in COLOURS if colour != "#949494")
+    return dict.fromkeys(range(len(sizes)), UNMERGED) | dict(zip(merged, cycle, strict=False))
 
 
 def _draw_tree(axes, tree, groups, *, orientation="top", scale=None):
@@ -179,11 +168,6 @@ def _panels(figure, rows, columns, *, left, right, bottom, top, **options):
     return figure.add_gridspec(rows, columns, **margins, **options)
 
 
-def one_panel(width, height):
-    """The one panel of a new figure."""
-    return Figure(figsize=(width, height)).add_subplot()
-
-
 def stacked_figures(width, upper, lower):
     """Two subfigures of a new figure, one above the other, by their heights."""
     return Figure(figsize=(width, upper + lower)).subfigures(2, 1, height_ratios=(upper, lower))
@@ -212,11 +196,6 @@ def _heatmap(axes, values, colours=DISTANCES, **options):
     return axes.imshow(values, cmap=colours, aspect="auto", **{"vmin": 0} | options)
 
 
-def _square(condensed, order):
-    """Distance matrix of condensed distances, with the experts in an order."""
-    return squareform(condensed)[np.ix_(order, order)]
-
-
 def _usage_bars(axes, positions, order, usage, colours, width=0.8):
     """Share of routed tokens of each expert, in per cent, with a line at an equal share."""
     half, shares = width / 2, [100 * float(usage[e]) for e in order]
@@ -240,9 +219,9 @@ def _label_experts(axes, order, inches, positions=None, *, both=False):
     turned = space * step < 0.65 * digits * size + 2
     # Not tick labels: a tick is five artists, and 64 of them are most of the time that drawing takes.
     axes.set(xticks=[], **({"yticks": []} if both else {"xlabel": "expert"}))
-    shift = axes.figure.dpi_scale_trans
-    below = axes.get_xaxis_transform() + transforms.ScaledTranslation(0, -3 / 72, shift)
-    beside = axes.get_yaxis_transform() + transforms.ScaledTranslation(-3 / 72, 0, shift)
+    inches = axes.figure.dpi_scale_trans
+    below = axes.get_xaxis_transform() + transforms.ScaledTranslation(0, -3 / 72, inches)
+    beside = axes.get_yaxis_transform() + transforms.ScaledTranslation(-3 / 72, 0, inches)
     under = dict(rotation=90 if turned else 0, ha="center", va="top", fontsize=size, transform=below)
     for position, expert in list(zip(positions or range(len(order)), map(str, order), strict=True))[::step]:
         axes.text(position, 0, expert, **under)
@@ -275,21 +254,20 @@ def similarity_heatmap(
     side = (_size(on)[0] if on else width) - 1.3  # of the heatmap, in inches
     heights = [0.17 * side, side] + [0.16 * side] * (usage is not None) + [0.085 * len(mix or {})] * bool(mix)
     figure = on or Figure(figsize=(width, sum(heights) + 0.06 * len(heights) + 0.72))
-    margins = dict(left=0.05, right=0.62, bottom=0.42, top=0.3)
     sizes = dict(width_ratios=(0.55, side, 0.1), height_ratios=heights, wspace=0.03, hspace=0.06)
-    grid = _panels(figure, len(heights), 3, **margins, **sizes)
+    grid = _panels(figure, len(heights), 3, left=0.05, right=0.62, bottom=0.42, top=0.3, **sizes)
     top, left = figure.add_subplot(grid[0, 1]), figure.add_subplot(grid[1, 0])
     lowest = middle = figure.add_subplot(grid[1, 1])
     order, colours = _draw_tree(top, tree, groups)
     _draw_tree(left, tree, groups, orientation="left")
     left.invert_yaxis()
-    image = _heatmap(middle, _square(condensed, order))
+    image = _heatmap(middle, squareform(condensed)[np.ix_(order, order)])
     for group, colour in group_colours(labels, order).items():
-        positions = np.flatnonzero(labels[order] == group)
-        if len(positions) > 1:
-            corner, size = positions[0] - 0.5, len(positions)
+        inside = np.flatnonzero(labels[order] == group)
+        if len(inside) > 1:
+            corner = (inside[0] - 0.5, inside[0] - 0.5)
             look = dict(fill=False, ec=colour, lw=1.4, clip_on=False)
-            middle.add_patch(patches.Rectangle((corner, corner), size, size, **look))
+            middle.add_patch(patches.Rectangle(corner, len(inside), len(inside), **look))
     middle.set(xticks=[], yticks=[])
     figure.colorbar(image, cax=figure.add_subplot(grid[1, 2]), label=label)
     if usage is not None:
@@ -361,11 +339,11 @@ def layer_grid(
         top, middle = upper.add_subplot(inner[0]), upper.add_subplot(inner[1])
         leaves = order or _draw_tree(top, tree, groups)[0]
         top.set_visible(order is None)
-        image = _heatmap(middle, _square(distance, leaves))
+        image = _heatmap(middle, squareform(distance)[np.ix_(leaves, leaves)])
         _label_experts(middle, leaves, 0.8 * side, both=True)
         (middle if order else top).set_title(titles[i] if titles else f"layer {i}")
-    scale = lower.add_axes((0.3, 0.75, 0.4, 0.16))
-    bar = lower.figure.colorbar(image, cax=scale, orientation="horizontal", label=label)
+    where = dict(cax=lower.add_axes((0.3, 0.75, 0.4, 0.16)), orientation="horizontal")
+    bar = lower.figure.colorbar(image, label=label, **where)
     bar.set_ticks([0, image.norm.vmax], labels=["0 (the same)", "largest of the layer"])
     return lower.figure
 
@@ -381,7 +359,7 @@ def usage_by_domain(stats, layer, *, title="", width=PAGE):
     """
     count = stats.layer(layer).usage_count.double()
     share = 100 * (count / count.sum(1, keepdim=True)).numpy()
-    axes = one_panel(width, 0.7 + 0.17 * len(stats.domains))
+    axes = Figure(figsize=(width, 0.7 + 0.17 * len(stats.domains))).add_subplot()
     image = _heatmap(axes, share, SHARES)
     _label_experts(axes, range(share.shape[1]), 0.8 * width)
     axes.set(yticks=range(len(stats.domains)), yticklabels=stats.domains, title=title)
@@ -442,7 +420,7 @@ def curve(
     log : bool
         Whether ``x`` is drawn on a logarithmic axis.
     """
-    axes = one_panel(width, 0.78 * width)
+    axes = Figure(figsize=(width, 0.78 * width)).add_subplot()
     groups = [("", frame)] if hue is None else list(frame.groupby(hue, sort=True))
     for i, (name, rows) in enumerate(groups):
         rows = rows.sort_values(x)
@@ -495,7 +473,7 @@ def task_bars(scores, *, before=None, label="merged", title="", width=COLUMN):
     """
     names = [name for name, task in scores["tasks"].items() if not math.isnan(_accuracy(task)[1])]
     rows = np.arange(len(names))
-    axes = one_panel(width, 0.6 + 0.26 * len(names))
+    axes = Figure(figsize=(width, 0.6 + 0.26 * len(names))).add_subplot()
     models = {label: scores} if before is None else {"original": before, label: scores}
     for i, (model, values) in enumerate(models.items()):
         bars = [_accuracy(values["tasks"].get(name, {}))[1:] for name in names]
@@ -622,12 +600,11 @@ def domain_errors(frame, *, title="", label="relative error of the group's outpu
     frame : pandas.DataFrame
         Of :func:`hcsmoe_core.ui.anatomy.output_errors`.
     """
-    import seaborn
-
-    values = frame.pivot(index="combination", columns="domain", values="error")
-    values = values.loc[frame["combination"].unique(), frame["domain"].unique()]
+    values = frame.pivot(index="combination", columns="domain", values="error").loc[
+        frame["combination"].unique(), frame["domain"].unique()
+    ]
     tokens = frame.drop_duplicates("domain").set_index("domain")["tokens"]
-    axes = one_panel(width, 0.9 + 0.3 * len(values))
+    axes = Figure(figsize=(width, 0.9 + 0.3 * len(values))).add_subplot()
     seaborn.heatmap(
         values,
         ax=axes,
@@ -657,7 +634,7 @@ def neuron_matches(before, after, *, dominant, title="", width=COLUMN):
     dominant : int
         The expert that the others are matched to.
     """
-    axes = one_panel(width, 0.78 * width)
+    axes = Figure(figsize=(width, 0.78 * width)).add_subplot()
     for member, colour in zip(after, itertools.cycle(COLOURS), strict=False):
         for matches, dashes, name in ((before, ":", None), (after, "-", f"expert {member}")):
             values = np.sort(np.diag(matches[member]))[::-1]
