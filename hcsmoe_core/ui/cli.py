@@ -545,8 +545,8 @@ def _engine(workers: int, scheduler: str, slurm: bool, jobs: int, options: list[
     """Where cells run."""
     from hcsmoe_core.studies import engines
 
-    places = sum((bool(workers), bool(scheduler), slurm))
-    require(places <= 1, "Give only one of --workers, --scheduler and --slurm.")
+    chosen = [place for place in (workers, scheduler, slurm) if place]
+    require(len(chosen) <= 1, "Give only one of --workers, --scheduler and --slurm.")
     require(slurm or not options, "--slurm-options needs --slurm.")
     if scheduler:
         return engines.scheduler(scheduler)

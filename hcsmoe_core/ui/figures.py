@@ -196,19 +196,18 @@ def _heatmap(axes, values, colours=DISTANCES, **options):
     return axes.imshow(values, cmap=colours, aspect="auto", **{"vmin": 0} | options)
 
 
-def _usage_bars(axes, positions, order, usage, colours, width=0.8):
-    """Share of routed tokens of each expert, in per cent, with a line at an equal share."""
+def _usage_bars(axes, positions, order, usage, colours, *, xlim, width=0.8):
+    """Share of routed tokens of each expert, in per cent, with a line at an equal share; the axes again."""
     half, shares = width / 2, [100 * float(usage[e]) for e in order]
     boxes = [
         ((x - half, 0), (x - half, y), (x + half, y), (x + half, 0))
         for x, y in zip(positions, shares, strict=True)
     ]
-    axes.add_collection(
-        collections.PolyCollection(boxes, facecolors=colours)
-    )  # one artist: bars are slow to draw
+    axes.add_collection(collections.PolyCollection(boxes, facecolors=colours))  # one artist: bars are slow
     axes.axhline(100 / len(order), color="black", lw=0.6, ls=":")
-    axes.set(ylim=(0, 1.05 * max(shares)))
+    axes.set(xlim=xlim, xticks=[], ylim=(0, 1.05 * max(shares)))
     axes.set_ylabel("tokens,\n%", rotation=0, ha="right", va="center")
+    return axes
 
 
 def _label_experts(axes, order, inches, positions=None, *, both=False):
@@ -265,15 +264,13 @@ def similarity_heatmap(
     for group, colour in group_colours(labels, order).items():
         inside = np.flatnonzero(labels[order] == group)
         if len(inside) > 1:
-            corner = (inside[0] - 0.5, inside[0] - 0.5)
-            look = dict(fill=False, ec=colour, lw=1.4, clip_on=False)
-            middle.add_patch(patches.Rectangle(corner, len(inside), len(inside), **look))
+            corner, look = inside[0] - 0.5, dict(fill=False, ec=colour, lw=1.4, clip_on=False)
+            middle.add_patch(patches.Rectangle((corner, corner), len(inside), len(inside), **look))
     middle.set(xticks=[], yticks=[])
     figure.colorbar(image, cax=figure.add_subplot(grid[1, 2]), label=label)
     if usage is not None:
-        lowest = figure.add_subplot(grid[2, 1])
-        _usage_bars(lowest, range(experts), order, usage, colours)
-        lowest.set(xlim=(-0.5, experts - 0.5), xticks=[])
+        bars, xlim = figure.add_subplot(grid[2, 1]), (-0.5, experts - 0.5)
+        lowest = _usage_bars(bars, range(experts), order, usage, colours, xlim=xlim)
     if mix:
         lowest = figure.add_subplot(grid[-1, 1])
         image = _heatmap(lowest, 100 * np.stack([np.asarray(s)[order] for s in mix.values()]), SHARES)
@@ -308,9 +305,8 @@ def dendrogram(tree, *, groups=None, usage=None, title="", label="distance", wid
         axes.axhline(cut_height(tree, groups), **CUT_LINE)
     positions = [10 * i + 5 for i in range(len(order))]  # where SciPy draws the leaves
     if usage is not None:
-        lowest = figure.add_subplot(grid[1])
-        _usage_bars(lowest, positions, order, usage, colours, width=8)
-        lowest.set(xlim=axes.get_xlim())
+        bars, xlim = figure.add_subplot(grid[1]), axes.get_xlim()
+        lowest = _usage_bars(bars, positions, order, usage, colours, xlim=xlim, width=8)
     _label_experts(lowest, order, _size(figure)[0] - 0.77, positions)
     return figure
 
@@ -342,8 +338,8 @@ def layer_grid(
         image = _heatmap(middle, squareform(distance)[np.ix_(leaves, leaves)])
         _label_experts(middle, leaves, 0.8 * side, both=True)
         (middle if order else top).set_title(titles[i] if titles else f"layer {i}")
-    where = dict(cax=lower.add_axes((0.3, 0.75, 0.4, 0.16)), orientation="horizontal")
-    bar = lower.figure.colorbar(image, label=label, **where)
+    scale = lower.add_axes((0.3, 0.75, 0.4, 0.16))
+    bar = lower.figure.colorbar(image, cax=scale, orientation="horizontal", label=label)
     bar.set_ticks([0, image.norm.vmax], labels=["0 (the same)", "largest of the layer"])
     return lower.figure
 

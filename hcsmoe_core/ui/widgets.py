@@ -29,8 +29,8 @@ class Explorer(widgets.VBox):
     Parameters
     ----------
     draw : callable
-        Takes the controls' values by name; returns a Figure or PNG bytes, or one of them and a note to show
-        below it: a text or a data frame.
+        Takes the controls' values by name; returns a picture, as PNG, and a note to show below it: a text or
+        a data frame.
     controls
         ipywidgets by the names of ``draw``'s parameters.
 
@@ -46,8 +46,6 @@ class Explorer(widgets.VBox):
         self.picture, self.note = b"", ""
         super().__init__([widgets.HBox(list(controls.values()), layout=WRAPPED)])
         for control in controls.values():
-            if hasattr(control, "continuous_update"):
-                control.continuous_update = False
             control.observe(self._refresh, names="value")
         self._refresh()
 
@@ -64,9 +62,7 @@ class Explorer(widgets.VBox):
         key = self._key()
         try:
             if key not in self._cache:
-                result = self._draw(**self.values)
-                figure, note = result if isinstance(result, tuple) else (result, "")
-                self._cache[key] = figure if isinstance(figure, bytes) else figures.png(figure), note
+                self._cache[key] = self._draw(**self.values)
             self.picture, self.note = self._cache[key]
         except InputError as error:  # settings that do not go together: the picture stays, the note says why
             if not self._cache:
@@ -100,9 +96,9 @@ def usage_explorer(stats, *, layer=0):
             f"{names[layer]}: the most used expert gets {share.max():.1f} % of the routed tokens, "
             f"the least used {share.min():.1f} %."
         )
-        return figures.usage_by_domain(stats, layer, title=f"MoE layer {layer}"), note
+        return figures.png(figures.usage_by_domain(stats, layer, title=f"MoE layer {layer}")), note
 
-    return Explorer(draw, layer=_layers(layer, stats))
+    return Explorer(draw, layer=_slider("layer", layer, 0, len(stats.layers) - 1))
 
 
 def similarity_explorer(stats, model, *, layer=0, similarity="expert-output", linkage="average", groups=None):
@@ -110,7 +106,7 @@ def similarity_explorer(stats, model, *, layer=0, similarity="expert-output", li
 
     def draw(layer, similarity, linkage):
         condensed = distances(stats, layer, similarity=similarity, model=model)
-        return figures.similarity_heatmap(
+        figure = figures.similarity_heatmap(
             condensed,
             clustering.linkage(condensed, linkage, metric=metric_of(similarity)),
             groups=groups,
@@ -120,10 +116,11 @@ def similarity_explorer(stats, model, *, layer=0, similarity="expert-output", li
             title=f"MoE layer {layer}, {similarity}, {linkage} linkage",
             label=described(similarity),
         )
+        return figures.png(figure), ""
 
     return Explorer(
         draw,
-        layer=_layers(layer, stats),
+        layer=_slider("layer", layer, 0, len(stats.layers) - 1),
         similarity=_choice("similarity", similarity, available(stats)),
         linkage=_choice("linkage", linkage, clustering.LINKAGES),
     )
@@ -140,10 +137,15 @@ def token_explorer(stats, input_ids, tokenizer, *, layer=0, expert=0, most=12):
             expected=float(sums.usage_count.sum() / sums.tokens.sum() / sums.num_experts),
             title=f"MoE layer {layer}, expert {expert}",
         )
-        return figure, anatomy.expert_tokens(stats, layer, expert, input_ids, tokenizer, most=most).round(3)
+        tokens = anatomy.expert_tokens(stats, layer, expert, input_ids, tokenizer, most=most)
+        return figures.png(figure), tokens.round(3)
 
     fewest = min(sums.num_experts for sums in stats.layers.values())
-    return Explorer(draw, layer=_layers(layer, stats), expert=_slider("expert", expert, 0, fewest - 1))
+    return Explorer(
+        draw,
+        layer=_slider("layer", layer, 0, len(stats.layers) - 1),
+        expert=_slider("expert", expert, 0, fewest - 1),
+    )
 
 
 def tangle_explorer(
@@ -163,18 +165,19 @@ def tangle_explorer(
             titles=(f"{first} linkage", f"{second} linkage"),
             title=f"MoE layer {layer}",
         )
-        if not groups:
-            return figure
-        index = stability.agreement(*([clustering.cut(tree, groups)] for tree in trees))[0]
-        note = (
-            f"Adjusted Rand index of the two, cut into {groups} groups: {index:.2f} (1: the same, 0: chance)."
-        )
-        return figure, note
+        note = ""
+        if groups:
+            index = stability.agreement(*([clustering.cut(tree, groups)] for tree in trees))[0]
+            note = (
+                f"Adjusted Rand index of the two, cut into {groups} groups: {index:.2f} (1: the same, "
+                "0: chance)."
+            )
+        return figures.png(figure), note
 
     linkages = allowed_linkages(similarity, clustering.LINKAGES)
     return Explorer(
         draw,
-        layer=_layers(layer, stats),
+        layer=_slider("layer", layer, 0, len(stats.layers) - 1),
         first=_choice("left", first, linkages),
         second=_choice("right", second, linkages),
     )
@@ -191,7 +194,7 @@ def merge_explorer(stats, model, plan, *, layer=0, group=0):
         best = frame[frame["domain"] == "all"].sort_values("error").iloc[0]
         title = f"MoE layer {layer}, experts {', '.join(map(str, groups[group]))}"
         note = f"Smallest error on the sample: {best['combination']}, {best['error']:.2f}."
-        return figures.domain_errors(frame, title=title), note
+        return figures.png(figures.domain_errors(frame, title=title)), note
 
     most = max(len(anatomy.merged_groups(plan, i)) for i in range(len(plan.layers)))
     return Explorer(
@@ -245,19 +248,27 @@ class CutExplorer(Explorer):
         self.counts = [experts] * len(stats.layers)
         super().__init__(
             self._draw_cut,
-            layer=_layers(layer, stats),
+            layer=_slider("layer", layer, 0, len(stats.layers) - 1),
             linkage=_choice("linkage", linkage, allowed_linkages(similarity, clustering.LINKAGES)),
             experts=_slider("experts kept here", experts, 1, most),
             height=widgets.FloatSlider(
-                0, min=0, max=1, step=0.001, description="relative cut height", style=FULL_NAME
+                0,
+                min=0,
+                max=1,
+                step=0.001,
+                description="relative cut height",
+                style=FULL_NAME,
+                continuous_update=False,
             ),
         )
         self._path = widgets.Text(str(path), description="plan", layout=widgets.Layout(width="24em"))
         self._message = widgets.HTML()
         actions = {"same in every layer": self.spread, "save plan": self.save, "apply and score": self.score}
-        self._buttons = {name: widgets.Button(description=name) for name in actions}
+        as_wide_as_its_name = widgets.Layout(width="auto")
+        self._buttons = {
+            name: widgets.Button(description=name, layout=as_wide_as_its_name) for name in actions
+        }
         for name, button in self._buttons.items():
-            button.layout.width = "auto"
             button.on_click(lambda _, action=actions[name]: self._report(action))
         row = widgets.HBox([*self._buttons.values(), self._path], layout=WRAPPED)
         self.children = (*self.children, row, self._message)
@@ -265,8 +276,13 @@ class CutExplorer(Explorer):
     @property
     def plan(self):
         """The plan as set by the controls."""
-        options = dict(similarity=self._similarity, linkage=self.values["linkage"])
-        return make_plan(self._stats, self._model, experts=list(self.counts), **options)
+        return make_plan(
+            self._stats,
+            self._model,
+            experts=list(self.counts),
+            similarity=self._similarity,
+            linkage=self.values["linkage"],
+        )
 
     def spread(self) -> str:
         """Keep as many experts in every layer as in the one shown."""
@@ -359,14 +375,12 @@ def _top(tree):
     return float(tree[-1, 2]) * 1.05 or 1.0
 
 
-def _layers(layer, stats):
-    return _slider("layer", layer, 0, len(stats.layers) - 1)
-
-
 def _slider(description, value, low, high):
     """An integer slider; a value out of range is an error, where ipywidgets would change it silently."""
     check_count(description, value, low, high)
-    return widgets.IntSlider(value, low, high, description=description, style=FULL_NAME)
+    return widgets.IntSlider(
+        value, low, high, description=description, style=FULL_NAME, continuous_update=False
+    )
 
 
 def _choice(description, value, options):
