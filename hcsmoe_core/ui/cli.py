@@ -307,8 +307,15 @@ def evaluate(
     if other:
         print(f"\nagainst {against}\n{paired_table(paired(scores, other))}")
     if out:
-        settings = decision and decision.settings
-        write_json(out, {"model": model, "plan": settings, "size": model_size(loaded), "scores": scores})
+        write_json(
+            out,
+            {
+                "model": model,
+                "plan": decision and decision.settings,
+                "size": model_size(loaded),
+                "scores": scores,
+            },
+        )
         print(out)
 
 
@@ -366,8 +373,7 @@ def compare(
     memory.
     """
     from hcsmoe_core.methods import parse_settings
-    from hcsmoe_core.studies import comparison
-    from hcsmoe_core.studies.cache import slug
+    from hcsmoe_core.studies import cache, comparison
 
     frame = comparison.compare(
         model,
@@ -385,7 +391,7 @@ def compare(
         folder=out,
         plugin=plugin or (),
     )
-    frame.to_csv(table := out / f"{slug(model)}.csv", index=False)
+    frame.to_csv(table := out / f"{cache.slug(model)}.csv", index=False)
     print(f"{comparison.table(frame)}\n\n{table}")
 
 
@@ -431,8 +437,15 @@ def reproduce(
     forecast = study.estimate(name, teraflops=teraflops, bandwidth=bandwidth, **options)
     print(study.step_table(forecast), flush=True)
     if not dry_run:
-        where = dict(device=device, load=load, memory=memory, folder=out)
-        cells = study.run(name, calibration_seed=calibration_seed, **where, **options)
+        cells = study.run(
+            name,
+            calibration_seed=calibration_seed,
+            device=device,
+            load=load,
+            memory=memory,
+            folder=out,
+            **options,
+        )
         print(f"\n{study.report(name, cells, model)}\n\n{cells}")
 
 
@@ -491,8 +504,11 @@ def sweep(
         print(sweep.status_text(out, read, models))
     else:
         require(model, "Give the models with --model MODEL; --status alone needs none.")
-        overrides = ({"limit": limit} if limit else {}) | grids.overrides_from(parameter or ())
-        overrides |= {"plugin": str(plugin[0].resolve())} if plugin else {}
+        overrides = (
+            ({"limit": limit} if limit else {})
+            | grids.overrides_from(parameter or ())
+            | ({"plugin": str(plugin[0].resolve())} if plugin else {})
+        )
         # What is wrong with a grid is told before a cluster is asked for anything.
         planned = grids.plans(names, model, overrides)
         with _engine(workers, scheduler, slurm, jobs, slurm_options or (), out) as engine:
@@ -532,8 +548,7 @@ def draw(cells: Path, figures: Path, names: list, models: list, workers: int) ->
         (sweep.notebook_path("06_ablation"), {"model": model, "grid": study.name} | shared | study.read)
         for study, model in itertools.product(chosen, dict.fromkeys(entry["model"] for entry in measured))
     ]
-    workers = side_by_side(workers)
-    return sweep.run_cells(notebooks, cells, workers=workers, again=True, description="studies")
+    return sweep.run_cells(notebooks, cells, workers=side_by_side(workers), again=True, description="studies")
 
 
 def side_by_side(workers: int) -> int:
@@ -545,8 +560,10 @@ def _engine(workers: int, scheduler: str, slurm: bool, jobs: int, options: list[
     """Where cells run."""
     from hcsmoe_core.studies import engines
 
-    chosen = [place for place in (workers, scheduler, slurm) if place]
-    require(len(chosen) <= 1, "Give only one of --workers, --scheduler and --slurm.")
+    require(
+        sum(map(bool, (workers, scheduler, slurm))) <= 1,
+        "Give only one of --workers, --scheduler and --slurm.",
+    )
     require(slurm or not options, "--slurm-options needs --slurm.")
     if scheduler:
         return engines.scheduler(scheduler)

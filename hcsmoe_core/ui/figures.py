@@ -184,8 +184,11 @@ def panel_grid(count, columns, width, height, *, sharex=True):
 
 def title_and_legend(figure, panels, title, *, order=None, **options):
     """Title above all panels, and below them one legend of what any of them shows, in the given order."""
-    shown = [zip(*panel.get_legend_handles_labels(), strict=True) for panel in panels]
-    handles = {name: handle for handle, name in itertools.chain(*shown)}
+    handles = {
+        name: handle
+        for panel in panels
+        for handle, name in zip(*panel.get_legend_handles_labels(), strict=True)
+    }
     names = [name for name in order or handles if name in handles]
     options = {"ncols": len(names), "loc": "outside lower center"} | options
     figure.legend([handles[name] for name in names], names, **options)
@@ -296,8 +299,17 @@ def dendrogram(tree, *, groups=None, usage=None, title="", label="distance", wid
     """
     figure = on or Figure(figsize=(width, height))
     heights = (1,) if usage is None else (1, 0.28)
-    margins = dict(left=0.72, right=0.05, bottom=0.42, top=0.3)
-    grid = _panels(figure, len(heights), 1, height_ratios=heights, hspace=0.08, **margins)
+    grid = _panels(
+        figure,
+        len(heights),
+        1,
+        left=0.72,
+        right=0.05,
+        bottom=0.42,
+        top=0.3,
+        height_ratios=heights,
+        hspace=0.08,
+    )
     lowest = axes = figure.add_subplot(grid[0])
     order, colours = _draw_tree(axes, tree, groups, scale="left")
     axes.set(ylabel=label.replace(" between ", " between\n"), title=title)
@@ -472,8 +484,9 @@ def task_bars(scores, *, before=None, label="merged", title="", width=COLUMN):
     axes = Figure(figsize=(width, 0.6 + 0.26 * len(names))).add_subplot()
     models = {label: scores} if before is None else {"original": before, label: scores}
     for i, (model, values) in enumerate(models.items()):
-        bars = [_accuracy(values["tasks"].get(name, {}))[1:] for name in names]
-        lengths, errors = np.array(bars).reshape(-1, 2).T
+        lengths, errors = (
+            np.array([_accuracy(values["tasks"].get(name, {}))[1:] for name in names]).reshape(-1, 2).T
+        )
         offset = (i - (len(models) - 1) / 2) * 0.38
         axes.barh(rows + offset, lengths, 0.36, xerr=errors, label=model, error_kw={"elinewidth": 0.8})
     levels = [(y, chance_level(name)) for y, name in enumerate(names) if chance_level(name) is not None]
@@ -483,10 +496,11 @@ def task_bars(scores, *, before=None, label="merged", title="", width=COLUMN):
             np.repeat([100 * level for _, level in levels], 3), ends, ls=":", label="chance", **REFERENCE
         )
     matched = {"acc": "", "exact_match": " (exact match)"}
-    labels = [name.removeprefix("demo_") + matched[_accuracy(scores["tasks"][name])[0]] for name in names]
     axes.set(
         yticks=rows,
-        yticklabels=labels,
+        yticklabels=[
+            name.removeprefix("demo_") + matched[_accuracy(scores["tasks"][name])[0]] for name in names
+        ],
         ylim=(max(len(names), 1) - 0.5, -0.5),
         xlabel="accuracy, %",
         xlim=(0, 100),
@@ -564,11 +578,13 @@ def tanglegram(first, second, *, groups=None, titles=("", ""), label="distance",
         Of the two trees.
     """
     experts = len(first) + 1
-    trees = first, untangled(second, leaf_order(first))
     figure = Figure(figsize=(width, max(2.2, 0.7 + 0.085 * experts)))
     left, middle, right = figure.subplots(1, 3, width_ratios=(1, 0.8, 1))
     drawn = []
-    for axes, tree, orientation, name in zip((left, right), trees, ("left", "right"), titles, strict=True):
+    for axes, tree, orientation, name in (
+        (left, first, "left", titles[0]),
+        (right, untangled(second, leaf_order(first)), "right", titles[1]),
+    ):
         drawn.append(_draw_tree(axes, tree, groups, orientation=orientation, scale="bottom"))
         if groups:
             axes.axvline(cut_height(tree, groups), **CUT_LINE)
@@ -669,8 +685,17 @@ def budget_strip(
     most, layers = max(map(len, costs)), range(len(costs))
     values = np.array([np.pad(cost, (0, most - len(cost)), constant_values=np.nan) for cost in costs])
     figure = on or Figure(figsize=(width, _strip_height(len(costs))))
-    margins = dict(left=0.72, right=0.75, bottom=0.62, top=0.25 if title else 0.08)
-    grid = _panels(figure, 1, 2, width_ratios=(1, 0.02), wspace=0.03, **margins)
+    grid = _panels(
+        figure,
+        1,
+        2,
+        left=0.72,
+        right=0.75,
+        bottom=0.62,
+        top=0.25 if title else 0.08,
+        width_ratios=(1, 0.02),
+        wspace=0.03,
+    )
     axes = figure.add_subplot(grid[0])
     image = _heatmap(axes, values, f"{DISTANCES}_r", extent=(0.5, most + 0.5, len(costs) - 0.5, -0.5))
     axes.plot(counts, layers, "o-", color=COLOURS[1], ms=4, mec="white", mew=0.6, label="this plan")
@@ -687,8 +712,12 @@ def budget_strip(
         )
     if layer is not None:
         axes.plot(counts[layer], layer, "o", color=COLOURS[3], ms=6.5, mec="white")
-    axes.set(title=title, xlabel="experts kept", ylabel="MoE layer")
-    axes.set(yticks=layers if len(costs) <= 12 else layers[::4])
+    axes.set(
+        title=title,
+        xlabel="experts kept",
+        ylabel="MoE layer",
+        yticks=layers[:: 1 if len(costs) <= 12 else 4],
+    )
     figure.colorbar(image, cax=figure.add_subplot(grid[1]), label=label.replace(" of ", " of\n"))
     figure.legend(loc="lower center", ncols=2, borderaxespad=0.2)
     return figure
@@ -731,19 +760,19 @@ def expert_frequencies(stats, *, title="", width=PAGE):
     """
     counts = [layer.usage_count.double().numpy() for layer in stats.layers.values()]
     wide, experts = width > 5, max(count.shape[1] for count in counts)
+    thick = 0.86 if experts <= 40 else 1
     columns = ((2, 4, 4) if wide else (1, 2, 3))[(len(counts) > 4) + (len(counts) > 8)]
     rows, entries = -(-len(counts) // columns), 6 if wide else 3
     height = (0.78 if rows > 3 else 1.15) * rows + 0.17 * -(-(len(stats.domains) + 1) // entries) + 0.5
     figure, panels = panel_grid(len(counts), columns, width, height)
     looks = [dict(color=c, hatch=h, edgecolor="white") for h in ("", "//////", "......") for c in COLOURS]
-    bar = dict(width=0.86 if experts <= 40 else 1, lw=0)
     for i, (axes, count) in enumerate(zip(panels, counts, strict=True)):
         shares, lowest = 100 * count / count.sum(), i + columns >= len(counts)
         bottoms = np.cumsum([np.zeros(len(shares[0])), *shares], axis=0)
         for domain, share, bottom, look in zip(
             stats.domains, shares, bottoms, itertools.cycle(looks), strict=False
         ):
-            axes.bar(range(len(share)), share, bottom=bottom, label=domain, **bar, **look)
+            axes.bar(range(len(share)), share, thick, bottom, label=domain, lw=0, **look)
         axes.axhline(100 / len(shares[0]), color="black", lw=0.7, ls=":", label="an equal share")
         axes.set_title(f"layer {i}", loc="right", size=6.5, pad=1.5)
         axes.set(xlim=(-0.7, experts - 0.3), xlabel="expert" if lowest else "")
@@ -752,8 +781,14 @@ def expert_frequencies(stats, *, title="", width=PAGE):
     step = next(2**n for n in range(12) if experts <= 5.2 * width / columns * 2**n)
     panels[0].set_xticks(range(0, experts, step))
     figure.supylabel("routed tokens, %", size=matplotlib.rcParams["axes.labelsize"])
-    names = ["an equal share", *(stats.domains if len(stats.domains) > 1 else ())]
-    title_and_legend(figure, panels, title, order=names, ncols=entries, handlelength=1.2)
+    title_and_legend(
+        figure,
+        panels,
+        title,
+        order=["an equal share", *(stats.domains if len(stats.domains) > 1 else ())],
+        ncols=entries,
+        handlelength=1.2,
+    )
     return figure
 
 
@@ -796,10 +831,20 @@ def published_beside_ours(frame, *, title="", width=PAGE):
         )
         absent = y[np.isnan(ours)]
         if len(absent):
-            look = dict(color="0.45", ms=4, clip_on=False, label="ours not measured")
-            axes.plot(np.full(len(absent), left), absent, "x", **look)
-        name = "{:.0%} of experts: published {experts}, ours {our_experts}".format(share, **rows.iloc[0])
-        axes.set_title(name, size=7, loc="left")
+            axes.plot(
+                np.full(len(absent), left),
+                absent,
+                "x",
+                color="0.45",
+                ms=4,
+                clip_on=False,
+                label="ours not measured",
+            )
+        axes.set_title(
+            "{:.0%} of experts: published {experts}, ours {our_experts}".format(share, **rows.iloc[0]),
+            size=7,
+            loc="left",
+        )
         axes.grid(axis="y", color="0.92", lw=0.6)
     panels[0].set(
         yticks=range(len(methods)),
