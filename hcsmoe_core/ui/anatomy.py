@@ -108,7 +108,7 @@ def neuron_matches(stats, model, layer, members, *, align="activations") -> dict
         diagonal are the neurons that are averaged.
     """
     group = group_of(stats, model, layer, members)
-    tokens, _ = group.tokens()
+    tokens = group.tokens()[0]
     neurons = [standardised(group.layer.activate(e, tokens).double()) for e in aligned(group, align)]
     return {
         member: (neurons[group.dominant].T @ theirs).cpu().numpy()
@@ -151,7 +151,7 @@ def expert_tokens(stats, layer, expert, input_ids, tokenizer=None, *, context=8,
         sequence, position, domain = stats.sampled[index].tolist()
         ids, start = input_ids[sequence].tolist(), max(0, position - context)
         pieces = ids[start:position], [ids[position]], ids[position + 1 :][:context]
-        texts = [_text(tokenizer, piece) for piece in pieces]
+        texts = (_text(tokenizer, piece) for piece in pieces)
         rows.append((stats.domains[domain], *texts, float(gates[index])))
     return pd.DataFrame(rows, columns=["domain", "before", "token", "after", "weight"])
 

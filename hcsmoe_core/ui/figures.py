@@ -200,7 +200,7 @@ def _heatmap(axes, values, colours=DISTANCES, **options):
 
 
 def _usage_bars(axes, positions, order, usage, colours, *, xlim, width=0.8):
-    """Share of routed tokens of each expert, in per cent, with a line at an equal share; the axes again."""
+    """Share of routed tokens of each expert, in per cent, with a line at an equal share."""
     half, shares = width / 2, [100 * float(usage[e]) for e in order]
     boxes = [
         ((x - half, 0), (x - half, y), (x + half, y), (x + half, 0))
@@ -210,7 +210,6 @@ def _usage_bars(axes, positions, order, usage, colours, *, xlim, width=0.8):
     axes.axhline(100 / len(order), color="black", lw=0.6, ls=":")
     axes.set(xlim=xlim, xticks=[], ylim=(0, 1.05 * max(shares)))
     axes.set_ylabel("tokens,\n%", rotation=0, ha="right", va="center")
-    return axes
 
 
 def _label_experts(axes, order, inches, positions=None, *, both=False):
@@ -224,9 +223,17 @@ def _label_experts(axes, order, inches, positions=None, *, both=False):
     inches = axes.figure.dpi_scale_trans
     below = axes.get_xaxis_transform() + transforms.ScaledTranslation(0, -3 / 72, inches)
     beside = axes.get_yaxis_transform() + transforms.ScaledTranslation(-3 / 72, 0, inches)
-    under = dict(rotation=90 if turned else 0, ha="center", va="top", fontsize=size, transform=below)
     for position, expert in list(zip(positions or range(len(order)), map(str, order), strict=True))[::step]:
-        axes.text(position, 0, expert, **under)
+        axes.text(
+            position,
+            0,
+            expert,
+            fontsize=size,
+            rotation=90 if turned else 0,
+            ha="center",
+            va="top",
+            transform=below,
+        )
         if both:
             axes.text(0, position, expert, fontsize=size, ha="right", va="center", transform=beside)
     axes.xaxis.labelpad = 5 + (0.65 * digits * size if turned else size)
@@ -272,8 +279,8 @@ def similarity_heatmap(
     middle.set(xticks=[], yticks=[])
     figure.colorbar(image, cax=figure.add_subplot(grid[1, 2]), label=label)
     if usage is not None:
-        bars, xlim = figure.add_subplot(grid[2, 1]), (-0.5, experts - 0.5)
-        lowest = _usage_bars(bars, range(experts), order, usage, colours, xlim=xlim)
+        lowest = figure.add_subplot(grid[2, 1])
+        _usage_bars(lowest, range(experts), order, usage, colours, xlim=(-0.5, experts - 0.5))
     if mix:
         lowest = figure.add_subplot(grid[-1, 1])
         image = _heatmap(lowest, 100 * np.stack([np.asarray(s)[order] for s in mix.values()]), SHARES)
@@ -317,8 +324,8 @@ def dendrogram(tree, *, groups=None, usage=None, title="", label="distance", wid
         axes.axhline(cut_height(tree, groups), **CUT_LINE)
     positions = [10 * i + 5 for i in range(len(order))]  # where SciPy draws the leaves
     if usage is not None:
-        bars, xlim = figure.add_subplot(grid[1]), axes.get_xlim()
-        lowest = _usage_bars(bars, positions, order, usage, colours, xlim=xlim, width=8)
+        lowest = figure.add_subplot(grid[1])
+        _usage_bars(lowest, positions, order, usage, colours, xlim=axes.get_xlim(), width=8)
     _label_experts(lowest, order, _size(figure)[0] - 0.77, positions)
     return figure
 
@@ -810,48 +817,27 @@ def published_beside_ours(frame, *, title="", width=PAGE):
     values = 100 * frame[["published_retained", "retained"]].to_numpy()
     margin = 0.12 * (np.nanmax(values) - np.nanmin(values) + 1)
     left, right = np.nanmin(values) - margin, np.nanmax(values) + margin
+    look = dict(fmt="D", color=COLOURS[3], mfc="white", mew=1.1, ms=4, capsize=2, elinewidth=0.9)
     for axes, share in zip(panels, shares, strict=True):
         rows = frame[frame["kept"] == share]
         y = rows["method"].map(methods.index).to_numpy()
         theirs, ours = 100 * rows["published_retained"].to_numpy(), 100 * rows["retained"].to_numpy()
         axes.plot([theirs, ours], [y - 0.14, y + 0.14], color="0.7", lw=1, zorder=1)
         axes.plot(theirs, y - 0.14, "o", color=COLOURS[0], ms=4.5, label="published")
-        axes.errorbar(
-            ours,
-            y + 0.14,
-            xerr=100 * rows["retained_sd"].fillna(0).to_numpy(),
-            label="ours",
-            fmt="D",
-            color=COLOURS[3],
-            mfc="white",
-            mew=1.1,
-            ms=4,
-            capsize=2,
-            elinewidth=0.9,
-        )
+        bars = 100 * rows["retained_sd"].fillna(0).to_numpy()
+        axes.errorbar(ours, y + 0.14, xerr=bars, label="ours", **look)
         absent = y[np.isnan(ours)]
         if len(absent):
-            axes.plot(
-                np.full(len(absent), left),
-                absent,
-                "x",
-                color="0.45",
-                ms=4,
-                clip_on=False,
-                label="ours not measured",
-            )
+            cross = dict(color="0.45", ms=4, clip_on=False, label="ours not measured")
+            axes.plot(np.full(len(absent), left), absent, "x", **cross)
         axes.set_title(
             "{:.0%} of experts: published {experts}, ours {our_experts}".format(share, **rows.iloc[0]),
             size=7,
             loc="left",
         )
         axes.grid(axis="y", color="0.92", lw=0.6)
-    panels[0].set(
-        yticks=range(len(methods)),
-        yticklabels=methods,
-        xlim=(left, right),
-        ylim=(len(methods) - 0.4, -0.6),
-    )
+    panels[0].set_yticks(range(len(methods)), methods)
+    panels[0].set(xlim=(left, right), ylim=(len(methods) - 0.4, -0.6))
     for axes in panels[-columns:]:
         axes.set_xlabel("accuracy, % of the unmerged model's")
     title_and_legend(

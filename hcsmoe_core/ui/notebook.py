@@ -66,13 +66,8 @@ class Record:
 
     def write(self, **values):
         """Write ``results.json`` as it is so far."""
-        content = {
-            "notebook": self.notebook,
-            "parameters": self.settings,
-            "figures": list(map(str, self.files)),
-            "versions": versions(),
-        }
-        write_json(self.results, content | values)
+        content = {"notebook": self.notebook, "parameters": self.settings, "versions": versions()}
+        write_json(self.results, content | {"figures": list(map(str, self.files))} | values)
 
     def close(self, **values):
         """Write ``results.json``, and print where everything is, how to run it again and what comes next."""
@@ -83,7 +78,6 @@ class Record:
             for name, value in self.settings.items()
             if value not in ("", None)
         ]
-        paths = [f"{folder}/{self.notebook}.ipynb" for folder in ("notebooks", "runs")]
-        print("\nAgain: papermill", *paths, *options)
+        print(f"\nAgain: papermill notebooks/{self.notebook}.ipynb runs/{self.notebook}.ipynb", *options)
         following = NOTEBOOKS[NOTEBOOKS.index(self.notebook) + 1 :]
         print(*(f"Next: {name}.ipynb" for name in following[:1]))

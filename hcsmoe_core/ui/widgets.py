@@ -88,12 +88,11 @@ class Explorer(widgets.VBox):
 
 def usage_explorer(stats, *, layer=0):
     """Which experts the tokens of each domain go to, by layer."""
-    names = list(stats.layers)
 
     def draw(layer):
         share = 100 * stats.layer(layer).frequency
         note = (
-            f"{names[layer]}: the most used expert gets {share.max():.1f} % of the routed tokens, "
+            f"{stats.layer_name(layer)}: the most used expert gets {share.max():.1f} % of the routed tokens, "
             f"the least used {share.min():.1f} %."
         )
         return figures.png(figures.usage_by_domain(stats, layer, title=f"MoE layer {layer}")), note
@@ -270,8 +269,10 @@ class CutExplorer(Explorer):
         }
         for name, button in self._buttons.items():
             button.on_click(lambda _, action=actions[name]: self._report(action))
-        row = widgets.HBox([*self._buttons.values(), self._path], layout=WRAPPED)
-        self.children = (*self.children, row, self._message)
+        self.children += (
+            widgets.HBox([*self._buttons.values(), self._path], layout=WRAPPED),
+            self._message,
+        )
 
     @property
     def plan(self):
