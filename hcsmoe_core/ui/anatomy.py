@@ -151,8 +151,9 @@ def expert_tokens(stats, layer, expert, input_ids, tokenizer=None, *, context=8,
         sequence, position, domain = stats.sampled[index].tolist()
         ids, start = input_ids[sequence].tolist(), max(0, position - context)
         pieces = ids[start:position], [ids[position]], ids[position + 1 :][:context]
-        texts = (_text(tokenizer, piece) for piece in pieces)
-        rows.append((stats.domains[domain], *texts, float(gates[index])))
+        rows.append(
+            (stats.domains[domain], *(_text(tokenizer, piece) for piece in pieces), float(gates[index]))
+        )
     return pd.DataFrame(rows, columns=["domain", "before", "token", "after", "weight"])
 
 
@@ -198,6 +199,8 @@ def _sampled_gates(stats, layer, expert, input_ids):
 
 def _text(tokenizer, ids):
     """Token ids as text on one line."""
-    if tokenizer is None:
-        return " ".join(map(str, ids))
-    return tokenizer.decode(ids, clean_up_tokenization_spaces=False).replace("\n", "⏎")
+    return (
+        " ".join(map(str, ids))
+        if tokenizer is None
+        else tokenizer.decode(ids, clean_up_tokenization_spaces=False).replace("\n", "⏎")
+    )

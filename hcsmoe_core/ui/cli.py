@@ -434,8 +434,10 @@ def reproduce(
         sequences=sequences,
         length=length,
     )
-    forecast = study.estimate(name, teraflops=teraflops, bandwidth=bandwidth, **options)
-    print(study.step_table(forecast), flush=True)
+    print(
+        study.step_table(study.estimate(name, teraflops=teraflops, bandwidth=bandwidth, **options)),
+        flush=True,
+    )
     if not dry_run:
         cells = study.run(
             name,
@@ -449,9 +451,6 @@ def reproduce(
         print(f"\n{study.report(name, cells, model)}\n\n{cells}")
 
 
-GRIDS = Annotated[
-    list[str] | None, typer.Argument(help="Grids by name, .yml files, or all; listed by default.")
-]
 PARAMETER = Annotated[
     list[str] | None,
     _option("Another parameter of all cells, as name=value; may be repeated.", "--parameter", "-p"),
@@ -468,7 +467,9 @@ SLURM_OPTIONS = Annotated[
 
 @app.command()
 def sweep(
-    grid: GRIDS = None,
+    grid: Annotated[
+        list[str] | None, typer.Argument(help="Grids by name, .yml files, or all; listed by default.")
+    ] = None,
     model: Annotated[list[str] | None, _option("Model; may be repeated.")] = None,
     limit: LIMIT = None,
     parameter: PARAMETER = None,
@@ -567,9 +568,11 @@ def _engine(workers: int, scheduler: str, slurm: bool, jobs: int, options: list[
     require(slurm or not options, "--slurm-options needs --slurm.")
     if scheduler:
         return engines.scheduler(scheduler)
-    if slurm:
-        return engines.slurm(jobs, options, logs=folder / "logs")
-    return engines.processes(side_by_side(workers))
+    return (
+        engines.slurm(jobs, options, logs=folder / "logs")
+        if slurm
+        else engines.processes(side_by_side(workers))
+    )
 
 
 def main(command: Callable = app) -> None:

@@ -35,10 +35,10 @@ def text(names=None) -> str:
     version, rows = committed()
     for name in names or ():
         check_choice("names", name, sorted({row["family"] for row in rows}))
-    shown = table([row for row in rows if not names or row["family"] in names])
-    if version == transformers.__version__:
-        return shown
-    return f"{shown}\ntried out with transformers {version}; {transformers.__version__} is installed"
+    others = f"\ntried out with transformers {version}; {transformers.__version__} is installed"
+    return table([row for row in rows if not names or row["family"] in names]) + (
+        others if version != transformers.__version__ else ""
+    )
 
 
 def table(rows: list[dict]) -> str:

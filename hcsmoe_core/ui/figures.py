@@ -100,10 +100,10 @@ def _draw_tree(axes, tree, groups, *, orientation="top", scale=None):
     for first, second in tree[:, :2].astype(int):
         members.append(members[first] | members[second])
     branches = [colours[min(among)] if len(among) == 1 else "black" for among in members]
-    look = dict(orientation=orientation, link_color_func=branches.__getitem__, no_labels=True)
-    leaves = hierarchy.dendrogram(tree, ax=axes, **look)["leaves"]
-    for collection in axes.collections:
-        collection.set_linewidth(0.9)
+    leaves = hierarchy.dendrogram(
+        tree, ax=axes, orientation=orientation, link_color_func=branches.__getitem__, no_labels=True
+    )["leaves"]
+    matplotlib.artist.setp(axes.collections, linewidth=0.9)
     for name, spine in axes.spines.items():
         spine.set_visible(name == scale)
     axes.tick_params(length=2 if scale else 0, labelbottom=scale == "bottom", labelleft=scale == "left")
@@ -190,8 +190,8 @@ def title_and_legend(figure, panels, title, *, order=None, **options):
         for handle, name in zip(*panel.get_legend_handles_labels(), strict=True)
     }
     names = [name for name in order or handles if name in handles]
-    options = {"ncols": len(names), "loc": "outside lower center"} | options
-    figure.legend([handles[name] for name in names], names, **options)
+    options.setdefault("ncols", len(names))
+    figure.legend([handles[name] for name in names], names, loc="outside lower center", **options)
     figure.suptitle(textwrap.fill(title, int(14 * _size(figure)[0])))
 
 
@@ -767,11 +767,14 @@ def expert_frequencies(stats, *, title="", width=PAGE):
     """
     counts = [layer.usage_count.double().numpy() for layer in stats.layers.values()]
     wide, experts = width > 5, max(count.shape[1] for count in counts)
-    thick = 0.86 if experts <= 40 else 1
     columns = ((2, 4, 4) if wide else (1, 2, 3))[(len(counts) > 4) + (len(counts) > 8)]
     rows, entries = -(-len(counts) // columns), 6 if wide else 3
-    height = (0.78 if rows > 3 else 1.15) * rows + 0.17 * -(-(len(stats.domains) + 1) // entries) + 0.5
-    figure, panels = panel_grid(len(counts), columns, width, height)
+    figure, panels = panel_grid(
+        len(counts),
+        columns,
+        width,
+        (0.78 if rows > 3 else 1.15) * rows + 0.17 * -(-(len(stats.domains) + 1) // entries) + 0.5,
+    )
     looks = [dict(color=c, hatch=h, edgecolor="white") for h in ("", "//////", "......") for c in COLOURS]
     for i, (axes, count) in enumerate(zip(panels, counts, strict=True)):
         shares, lowest = 100 * count / count.sum(), i + columns >= len(counts)
@@ -779,7 +782,15 @@ def expert_frequencies(stats, *, title="", width=PAGE):
         for domain, share, bottom, look in zip(
             stats.domains, shares, bottoms, itertools.cycle(looks), strict=False
         ):
-            axes.bar(range(len(share)), share, thick, bottom, label=domain, lw=0, **look)
+            axes.bar(
+                range(len(share)),
+                share,
+                bottom=bottom,
+                width=0.86 if experts <= 40 else 1,
+                label=domain,
+                lw=0,
+                **look,
+            )
         axes.axhline(100 / len(shares[0]), color="black", lw=0.7, ls=":", label="an equal share")
         axes.set_title(f"layer {i}", loc="right", size=6.5, pad=1.5)
         axes.set(xlim=(-0.7, experts - 0.3), xlabel="expert" if lowest else "")

@@ -66,8 +66,16 @@ class Record:
 
     def write(self, **values):
         """Write ``results.json`` as it is so far."""
-        content = {"notebook": self.notebook, "parameters": self.settings, "versions": versions()}
-        write_json(self.results, content | {"figures": list(map(str, self.files))} | values)
+        write_json(
+            self.results,
+            {
+                "notebook": self.notebook,
+                "parameters": self.settings,
+                "figures": list(map(str, self.files)),
+                "versions": versions(),
+                **values,
+            },
+        )
 
     def close(self, **values):
         """Write ``results.json``, and print where everything is, how to run it again and what comes next."""
@@ -79,5 +87,4 @@ class Record:
             if value not in ("", None)
         ]
         print(f"\nAgain: papermill notebooks/{self.notebook}.ipynb runs/{self.notebook}.ipynb", *options)
-        following = NOTEBOOKS[NOTEBOOKS.index(self.notebook) + 1 :]
-        print(*(f"Next: {name}.ipynb" for name in following[:1]))
+        print(*(f"Next: {name}.ipynb" for name in NOTEBOOKS[NOTEBOOKS.index(self.notebook) + 1 :][:1]))

@@ -139,11 +139,10 @@ def token_explorer(stats, input_ids, tokenizer, *, layer=0, expert=0, most=12):
         tokens = anatomy.expert_tokens(stats, layer, expert, input_ids, tokenizer, most=most)
         return figures.png(figure), tokens.round(3)
 
-    fewest = min(sums.num_experts for sums in stats.layers.values())
     return Explorer(
         draw,
         layer=_slider("layer", layer, 0, len(stats.layers) - 1),
-        expert=_slider("expert", expert, 0, fewest - 1),
+        expert=_slider("expert", expert, 0, min(sums.num_experts for sums in stats.layers.values()) - 1),
     )
 
 
@@ -191,9 +190,10 @@ def merge_explorer(stats, model, plan, *, layer=0, group=0):
         require(group < count, f"MoE layer {layer} has {count} merged groups; there is no group {group}.")
         frame = anatomy.output_errors(stats, model, layer, groups[group])
         best = frame[frame["domain"] == "all"].sort_values("error").iloc[0]
-        title = f"MoE layer {layer}, experts {', '.join(map(str, groups[group]))}"
-        note = f"Smallest error on the sample: {best['combination']}, {best['error']:.2f}."
-        return figures.png(figures.domain_errors(frame, title=title)), note
+        figure = figures.domain_errors(
+            frame, title=f"MoE layer {layer}, experts {', '.join(map(str, groups[group]))}"
+        )
+        return figures.png(figure), "Smallest error on the sample: {combination}, {error:.2f}.".format(**best)
 
     most = max(len(anatomy.merged_groups(plan, i)) for i in range(len(plan.layers)))
     return Explorer(
@@ -243,8 +243,7 @@ class CutExplorer(Explorer):
         self._condensed = functools.cache(lambda i: distances(stats, i, **options))
         self._costs = functools.cache(lambda name: tables.cut_costs(stats, linkage=name, **options))
         most = min(layer_stats.num_experts for layer_stats in stats.layers.values())
-        check_count("experts kept", experts, 1, most)
-        self.counts = [experts] * len(stats.layers)
+        self.counts = [check_count("experts kept", experts, 1, most)] * len(stats.layers)
         super().__init__(
             self._draw_cut,
             layer=_slider("layer", layer, 0, len(stats.layers) - 1),
