@@ -66,11 +66,9 @@ CALIBRATION = Annotated[
     str,
     _option(
         "c4, wikitext, math, code, demo, a data set on the hub (name:configuration:split:column), a path to "
-        "a .txt, "
-        ".json, .jsonl or .safetensors file (./notes.txt); self, text that the model writes itself "
+        "a .txt, .json, .jsonl or .safetensors file (./notes.txt); self, text that the model writes itself "
         "(self:temperature=1:start=chat); or a mixture such as 0.5*c4+0.5*self. By default demo for the "
-        "embedded "
-        "models, else c4, or self where that is unavailable."
+        "embedded models, else c4, or self where that is unavailable."
     ),
 ]
 SEQUENCES = Annotated[int, _option("Calibration sequences; 0 for the default of the source.")]
@@ -106,16 +104,15 @@ UNTIL_STABLE = Annotated[
     float,
     _option(
         "Stop once the groups from two halves of the tokens agree this well in every layer (adjusted Rand "
-        "index, "
-        "such as 0.95); --sequences is then the maximum. 0: use all."
+        "index, such as 0.95); --sequences is then the maximum. 0: use all."
     ),
 ]
 UNTIL_EXCESS = Annotated[
     float,
     _option(
         "Stop once the groups from one half of the tokens, measured on the other half, spread at most this "
-        "much more "
-        "(such as 0.05) than the other half's own groups, in every layer. Use either this or --until-stable."
+        "much more (such as 0.05) than the other half's own groups, in every layer. Use either this or "
+        "--until-stable."
     ),
 ]
 PLAN_FILE = Annotated[Path | None, _option("Plan from hcsmoe plan.")]
@@ -215,9 +212,8 @@ def merge(
         str,
         _option(
             "mapped: exact, with the router as it was; row-kept or folded: one router row per group, a "
-            "checkpoint that "
-            "stock engines open; plain: such a one, if the method makes it. By default plain if exact, else "
-            "mapped."
+            "checkpoint that stock engines open; plain: such a one, if the method makes it. By default plain "
+            "if exact, else mapped."
         ),
     ] = "",
     fidelity: Annotated[
@@ -459,8 +455,7 @@ SLURM_OPTIONS = Annotated[
     list[str] | None,
     _option(
         "Option of a SLURM job, as name=value; may be repeated: queue, account, walltime, memory, cores, "
-        "gpus, "
-        "directives, prologue, directory, interface, python."
+        "gpus, directives, prologue, directory, interface, python."
     ),
 ]
 
