@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 import hcsmoe_core as core
 
 
-def hcsmoe(*arguments, fails=False, **environment):
+def hcsmoe(*arguments, fails=False, module="hcsmoe_core.ui.cli", **environment):
     done = subprocess.run(
-        [sys.executable, "-m", "hcsmoe_core.ui.cli", *map(str, arguments)],
+        [sys.executable, "-m", module, *map(str, arguments)],
         capture_output=True,
         text=True,
         cwd=ROOT,
@@ -229,7 +229,6 @@ def test_evaluate_an_embedded_model_with_a_plan(tmp_path):
         (("capture", "nobody/nothing", "--out", "{new}"), "no such folder here"),
         (("evaluate", "{model}"), "needs the model's tokenizer"),
         (("evaluate", "{broken}"), "cut short or damaged. Copy the checkpoint again"),
-        (("demo", "--models", "demo-gpt"), '"models" argument must be one of'),
         (
             ("sweep", "linkge", "--model", "demo-qwen", "--out", "{new}"),
             "no grid linkge; give a .yml file, all, or one of",
@@ -282,7 +281,14 @@ def prepare(work):
 
 def test_help_names_every_verb():
     said = hcsmoe("--help")
-    assert all(verb in said for verb in ("capture", "plan", "merge", "evaluate", "demo"))
+    assert all(verb in said for verb in ("capture", "plan", "merge", "evaluate"))
+    said = hcsmoe("--help", module="tools.showcase")
+    assert all(verb in said for verb in ("demo", "figures"))
+
+
+def test_the_study_of_the_embedded_models_refuses_others():
+    said = hcsmoe("demo", "--models", "demo-gpt", fails=True, module="tools.showcase")
+    assert said.startswith('hcsmoe: The "models" argument must be one of')
 
 
 def test_families_are_listed():

@@ -18,9 +18,10 @@ from hcsmoe_core.methods import merge_tree
 from hcsmoe_core.statistics import DEFAULT_NEEDS, LayerStatistics, Statistics
 from hcsmoe_core.studies import sweep
 from hcsmoe_core.studies import tables as study
-from hcsmoe_core.ui import figures, showcase
+from hcsmoe_core.ui import figures
 from hcsmoe_core.ui import widgets as explore
 from hcsmoe_core.ui.notebook import NOTEBOOKS, Record
+from tools import showcase
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from hcsmoe_core.studies import grids, paper, sweep
-from hcsmoe_core.ui import showcase
+from tools import showcase
 
 DEFAULTS = sweep.parameters_of(sweep.notebook_path("05_accuracy"))
 

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from hcsmoe_core._util import InputError, check_count
+from hcsmoe_core._util import check_count, require
 from hcsmoe_core.families import moe_layer
 from hcsmoe_core.merging import Group, combine_group
 from hcsmoe_core.methods.combining import aligned, standardised
@@ -24,8 +24,7 @@ COMBINATIONS = {
 
 def merged_groups(plan, layer: int) -> list[list[int]]:
     """Groups of several experts in a plan's layer (by its index in the plan), the largest first."""
-    groups = [members for members in plan.layers[layer].groups() if len(members) > 1]
-    return sorted(groups, key=len, reverse=True)
+    return sorted((group for group in plan.layers[layer].groups() if len(group) > 1), key=len, reverse=True)
 
 
 def group_of(stats, model, layer, members, *, merge="frequency") -> Group:
@@ -48,12 +47,11 @@ def group_of(stats, model, layer, members, *, merge="frequency") -> Group:
         If the statistics have no sample.
     """
     stats.check(("sample",), "Looking into a group")
-    name, layer_stats = stats.layer_name(layer), stats.layer(layer)
-    usage = layer_stats.usage_count.sum(0)
-    labels = np.where(np.isin(np.arange(layer_stats.num_experts), members), 0, -1)
-    weights = merge_weights(labels, layer_stats, merge)
-    dominant = max(sorted(members), key=lambda e: int(usage[e]))
-    return Group(moe_layer(model, name), sorted(members), weights, dominant, layer_stats.sample)
+    sums = stats.layer(layer)
+    labels = np.where(np.isin(np.arange(sums.num_experts), members), 0, -1)
+    dominant = max(sorted(members), key=sums.usage_count.sum(0).tolist().__getitem__)
+    weights = merge_weights(labels, sums, merge)
+    return Group(moe_layer(model, stats.layer_name(layer)), sorted(members), weights, dominant, sums.sample)
 
 
 @torch.no_grad()
@@ -78,9 +76,9 @@ def output_errors(stats, model, layer, members, *, combinations=None, merge="fre
     """
     group = group_of(stats, model, layer, members, merge=merge)
     domains = stats.sampled[(group.sample.gates[:, group.members] != 0).any(1), 2]
-    masks = {"all": torch.ones_like(domains, dtype=torch.bool)}
-    if len(stats.domains) > 1:
-        masks |= {domain: domains == i for i, domain in enumerate(stats.domains)}
+    masks = {"all": torch.ones_like(domains, dtype=torch.bool)} | (
+        {domain: domains == i for i, domain in enumerate(stats.domains)} if len(stats.domains) > 1 else {}
+    )
     rows = []
     for name, options in (combinations or COMBINATIONS).items():
         merged = combine_group(group, options)
@@ -110,14 +108,13 @@ def neuron_matches(stats, model, layer, members, *, align="activations") -> dict
         diagonal are the neurons that are averaged.
     """
     group = group_of(stats, model, layer, members)
-    tokens, _ = group.tokens()
+    tokens = group.tokens()[0]
     neurons = [standardised(group.layer.activate(e, tokens).double()) for e in aligned(group, align)]
-    others = {
-        member: theirs
+    return {
+        member: (neurons[group.dominant].T @ theirs).cpu().numpy()
         for i, (member, theirs) in enumerate(zip(group.members, neurons, strict=True))
         if i != group.dominant
     }
-    return {member: (neurons[group.dominant].T @ theirs).cpu().numpy() for member, theirs in others.items()}
 
 
 def expert_tokens(stats, layer, expert, input_ids, tokenizer=None, *, context=8, most=None) -> pd.DataFrame:
@@ -154,8 +151,9 @@ def expert_tokens(stats, layer, expert, input_ids, tokenizer=None, *, context=8,
         sequence, position, domain = stats.sampled[index].tolist()
         ids, start = input_ids[sequence].tolist(), max(0, position - context)
         pieces = ids[start:position], [ids[position]], ids[position + 1 :][:context]
-        texts = [_text(tokenizer, piece) for piece in pieces]
-        rows.append((stats.domains[domain], *texts, float(gates[index])))
+        rows.append(
+            (stats.domains[domain], *(_text(tokenizer, piece) for piece in pieces), float(gates[index]))
+        )
     return pd.DataFrame(rows, columns=["domain", "before", "token", "after", "weight"])
 
 
@@ -177,27 +175,32 @@ def token_shares(stats, layer, expert, input_ids, tokenizer=None, *, least=5) ->
     """
     routed = _sampled_gates(stats, layer, expert, input_ids) > 0
     ids = input_ids[stats.sampled[:, 0], stats.sampled[:, 1]]
-    frame = pd.DataFrame({"id": ids.numpy(), "routed": routed.numpy()}).groupby("id", as_index=False)
-    frame = frame["routed"].agg(count="size", share="mean").query("count >= @least")
-    frame = frame.sort_values(["share", "count"], ascending=False, kind="stable", ignore_index=True)
-    frame["token"] = [_text(tokenizer, [i]) for i in frame["id"]]
-    return frame[["token", "count", "share"]]
+    frame = (
+        pd.DataFrame({"id": ids.numpy(), "routed": routed.numpy()})
+        .groupby("id", as_index=False)["routed"]
+        .agg(count="size", share="mean")
+        .query("count >= @least")
+        .sort_values(["share", "count"], ascending=False, kind="stable", ignore_index=True)
+    )
+    return frame.assign(token=[_text(tokenizer, [i]) for i in frame["id"]])[["token", "count", "share"]]
 
 
 def _sampled_gates(stats, layer, expert, input_ids):
     """Routing weight of an expert for each token of the sample, ``(R,)``."""
     stats.check(["sample"], "Showing what an expert gets")
-    if sequence_hashes(input_ids) != stats.sequences:
-        raise InputError(
-            "The input_ids are not the calibration tokens of these statistics; "
-            "pass those that they were captured from."
-        )
+    require(
+        sequence_hashes(input_ids) == stats.sequences,
+        "The input_ids are not the calibration tokens of these statistics; "
+        "pass those that they were captured from.",
+    )
     check_count("expert", expert, 0, stats.layer(layer).num_experts - 1)
     return stats.layer(layer).sample.gates[:, expert]
 
 
 def _text(tokenizer, ids):
     """Token ids as text on one line."""
-    if tokenizer is None:
-        return " ".join(map(str, ids))
-    return tokenizer.decode(ids, clean_up_tokenization_spaces=False).replace("\n", "⏎")
+    return (
+        " ".join(map(str, ids))
+        if tokenizer is None
+        else tokenizer.decode(ids, clean_up_tokenization_spaces=False).replace("\n", "⏎")
+    )

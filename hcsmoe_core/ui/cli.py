@@ -1,13 +1,16 @@
 """The ``hcsmoe`` command: parses options, calls one function of the library, prints what it returns."""
 
+import itertools
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from hcsmoe_core._util import InputError
+import hcsmoe_core as core
+from hcsmoe_core._util import InputError, read_json, require, write_json
 
 app = typer.Typer(
     help="See which experts of a sparse mixture-of-experts model compute the same thing, merge them, and "
@@ -63,11 +66,9 @@ CALIBRATION = Annotated[
     str,
     _option(
         "c4, wikitext, math, code, demo, a data set on the hub (name:configuration:split:column), a path to "
-        "a .txt, "
-        ".json, .jsonl or .safetensors file (./notes.txt); self, text that the model writes itself "
+        "a .txt, .json, .jsonl or .safetensors file (./notes.txt); self, text that the model writes itself "
         "(self:temperature=1:start=chat); or a mixture such as 0.5*c4+0.5*self. By default demo for the "
-        "embedded "
-        "models, else c4, or self where that is unavailable."
+        "embedded models, else c4, or self where that is unavailable."
     ),
 ]
 SEQUENCES = Annotated[int, _option("Calibration sequences; 0 for the default of the source.")]
@@ -103,16 +104,15 @@ UNTIL_STABLE = Annotated[
     float,
     _option(
         "Stop once the groups from two halves of the tokens agree this well in every layer (adjusted Rand "
-        "index, "
-        "such as 0.95); --sequences is then the maximum. 0: use all."
+        "index, such as 0.95); --sequences is then the maximum. 0: use all."
     ),
 ]
 UNTIL_EXCESS = Annotated[
     float,
     _option(
         "Stop once the groups from one half of the tokens, measured on the other half, spread at most this "
-        "much more "
-        "(such as 0.05) than the other half's own groups, in every layer. Use either this or --until-stable."
+        "much more (such as 0.05) than the other half's own groups, in every layer. Use either this or "
+        "--until-stable."
     ),
 ]
 PLAN_FILE = Annotated[Path | None, _option("Plan from hcsmoe plan.")]
@@ -124,17 +124,16 @@ LIMIT = Annotated[int | None, _option("Items per task; all by default.")]
 TEXT = Annotated[
     str, _option("Text that perplexity is measured on: demo, a source as for --calibration, or none.")
 ]
-CELLS = Annotated[Path, _option("Folder of the executed notebooks and results.")]
-FIGURES = Annotated[Path, _option("Folder of the figures.")]
-WORKERS = Annotated[int, _option("Notebooks run side by side; 0 for one per core, at most two.")]
 
 
-def _settings(similarity: str, metric: str, linkage: str, merge: str, others: list[str] | None) -> dict:
-    """Steps and options that differ from the method's own."""
+def _settings(options: dict) -> dict:
+    """Take those steps and options that differ from the method's own out of a command's options."""
     from hcsmoe_core.methods import parse_settings
 
-    options = dict(similarity=similarity, metric=metric, linkage=linkage, merge=merge)
-    return {name: value for name, value in options.items() if value} | parse_settings(others or ())
+    steps = {name: options.pop(name) for name in ("similarity", "metric", "linkage", "merge")}
+    return {name: value for name, value in steps.items() if value} | parse_settings(
+        options.pop("others") or ()
+    )
 
 
 @app.command()
@@ -171,13 +170,8 @@ def capture(
 
     del options["plugin"]
     options |= dict(methods=_items(",".join(methods or ())), stable_at=_numbers("--stable-at", stable_at))
-    _print(capture_to_file(**options))
-
-
-def _print(text: str | None) -> None:
-    """Print text, unless there is none (as on ranks other than the first)."""
-    if text:
-        print(text)
+    if summary := capture_to_file(**options):  # None on ranks other than the first
+        print(summary)
 
 
 @app.command()
@@ -196,14 +190,13 @@ def plan(
     plugin: PLUGIN = None,
 ):
     """Decide which experts of each layer are joined or dropped; the model is not run."""
-    from hcsmoe_core import load_statistics, make_plan
+    settings = _settings(dict(locals()))
     from hcsmoe_core.scale.streaming import open_model
     from hcsmoe_core.studies.tables import cut_table
 
-    settings = _settings(similarity, metric, linkage, merge, others)
-    stats = load_statistics(statistics)
+    stats = core.load_statistics(statistics)
     loaded = open_model(model)[0] if model else None
-    decision = make_plan(stats, loaded, experts=experts, method=method, seed=plan_seed, **settings)
+    decision = core.make_plan(stats, loaded, experts=experts, method=method, seed=plan_seed, **settings)
     decision.save(out)
     print(f"{cut_table(stats, decision).round(4).to_string(index=False)}\n{out}")
 
@@ -219,9 +212,8 @@ def merge(
         str,
         _option(
             "mapped: exact, with the router as it was; row-kept or folded: one router row per group, a "
-            "checkpoint that "
-            "stock engines open; plain: such a one, if the method makes it. By default plain if exact, else "
-            "mapped."
+            "checkpoint that stock engines open; plain: such a one, if the method makes it. By default plain "
+            "if exact, else mapped."
         ),
     ] = "",
     fidelity: Annotated[
@@ -256,14 +248,11 @@ def merge(
     options = dict(locals())
     from hcsmoe_core.studies.pipeline import shrink, written_text
 
-    settings = _settings(*map(options.pop, ("similarity", "metric", "linkage", "merge", "others")))
     del options["plugin"]
-    written = shrink(**options, **settings)
-    if written is None:  # ranks other than the first
-        return
-    print(written_text(written))
-    if warning := (written.get("fidelity") or {}).get("warning"):
-        print(f"\nWARNING: {warning}", file=sys.stderr)
+    if written := shrink(**_settings(options), **options):  # None on ranks other than the first
+        print(written_text(written))
+        if warning := (written.get("fidelity") or {}).get("warning"):
+            print(f"\nWARNING: {warning}", file=sys.stderr)
 
 
 @app.command()
@@ -290,8 +279,6 @@ def evaluate(
     plugin: PLUGIN = None,
 ):
     """Measure accuracy on tasks, and perplexity."""
-    import hcsmoe_core as core
-    from hcsmoe_core._util import write_json
     from hcsmoe_core.score.evaluation import PAPER_TASKS, paired, paired_table, score_table
     from hcsmoe_core.studies.tables import model_size
 
@@ -300,31 +287,42 @@ def evaluate(
     loaded, tokenizer = core.load_model(model, dtype=dtype, device=device)
     if decision is not None:
         core.apply_plan(loaded, decision, core.load_statistics(statistics) if statistics else None)
-    names = [task for name in _items(tasks) for task in (PAPER_TASKS if name == "paper" else [name])]
-    options = dict(limit=limit, batch_size=batch_size, sequences=sequences, length=length, seed=seed)
-    options |= dict(
-        text=None if text == "none" else text, answers=None if answers == "none" else Path(answers)
+    scores = core.evaluate(
+        loaded,
+        tokenizer,
+        [task for name in _items(tasks) for task in (PAPER_TASKS if name == "paper" else [name])] or None,
+        limit=limit,
+        batch_size=batch_size,
+        text=None if text == "none" else text,
+        sequences=sequences,
+        length=length,
+        seed=seed,
+        answers=None if answers == "none" else Path(answers),
     )
-    scores = core.evaluate(loaded, tokenizer, names or None, **options)
     print(score_table(scores))
     if other:
         print(f"\nagainst {against}\n{paired_table(paired(scores, other))}")
     if out:
-        settings = decision and decision.settings
-        write_json(out, {"model": model, "plan": settings, "size": model_size(loaded), "scores": scores})
+        write_json(
+            out,
+            {
+                "model": model,
+                "plan": decision and decision.settings,
+                "size": model_size(loaded),
+                "scores": scores,
+            },
+        )
         print(out)
 
 
 def _scores_of(path: Path) -> dict:
     """Scores in a results.json."""
-    from hcsmoe_core._util import read_json
-
     content = read_json(path)
-    if not isinstance(content, dict) or "items" not in content.get("scores", {}):
-        raise InputError(
-            f"{path} is not a results.json with the scores of each item; make one with hcsmoe evaluate --out "
-            f"{path}."
-        )
+    require(
+        isinstance(content, dict) and "items" in content.get("scores", {}),
+        f"{path} is not a results.json with the scores of each item; make one with hcsmoe evaluate "
+        f"--out {path}.",
+    )
     return content["scores"]
 
 
@@ -371,19 +369,25 @@ def compare(
     memory.
     """
     from hcsmoe_core.methods import parse_settings
-    from hcsmoe_core.studies import comparison
-    from hcsmoe_core.studies.cache import slug
+    from hcsmoe_core.studies import cache, comparison
 
-    options = dict(
-        experts=_numbers("--experts", experts) or None, seeds=_numbers("--seeds", seeds), limit=limit
+    frame = comparison.compare(
+        model,
+        methods=_items(methods) or None,
+        experts=_numbers("--experts", experts) or None,
+        seeds=_numbers("--seeds", seeds),
+        settings=parse_settings(others or ()),
+        limit=limit,
+        calibration=calibration,
+        sequences=sequences,
+        length=length,
+        text=text,
+        dtype=dtype,
+        device=device,
+        folder=out,
+        plugin=plugin or (),
     )
-    options |= dict(
-        calibration=calibration, sequences=sequences, length=length, text=text, dtype=dtype, device=device
-    )
-    options |= dict(methods=_items(methods) or None, settings=parse_settings(others or ()), folder=out)
-    options |= dict(plugin=plugin or ())
-    frame = comparison.compare(model, **options)
-    frame.to_csv(table := out / f"{slug(model)}.csv", index=False)
+    frame.to_csv(table := out / f"{cache.slug(model)}.csv", index=False)
     print(f"{comparison.table(frame)}\n\n{table}")
 
 
@@ -416,106 +420,135 @@ def reproduce(
     """Reproduce a table of the HC-SMoE paper, all methods at both sizes, beside the published values."""
     from hcsmoe_core.studies import reproduce as study
 
-    options = dict(model=model, tasks=_items(tasks) or None, limit=limit, batch_size=batch_size, dtype=dtype)
-    options |= dict(calibration=calibration, sequences=sequences, length=length)
+    options = dict(
+        model=model,
+        tasks=_items(tasks) or None,
+        limit=limit,
+        batch_size=batch_size,
+        dtype=dtype,
+        calibration=calibration,
+        sequences=sequences,
+        length=length,
+    )
     print(
         study.step_table(study.estimate(name, teraflops=teraflops, bandwidth=bandwidth, **options)),
         flush=True,
     )
     if not dry_run:
-        where = dict(device=device, load=load, memory=memory, folder=out)
-        cells = study.run(name, calibration_seed=calibration_seed, **where, **options)
+        cells = study.run(
+            name,
+            calibration_seed=calibration_seed,
+            device=device,
+            load=load,
+            memory=memory,
+            folder=out,
+            **options,
+        )
         print(f"\n{study.report(name, cells, model)}\n\n{cells}")
 
 
-GRIDS = Annotated[
-    list[str] | None, typer.Argument(help="Grids by name, .yml files, or all; listed by default.")
-]
 PARAMETER = Annotated[
     list[str] | None,
     _option("Another parameter of all cells, as name=value; may be repeated.", "--parameter", "-p"),
 ]
-SCHEDULER = Annotated[str, _option("Address of a Dask scheduler whose workers run the cells: tcp://…")]
-JOBS = Annotated[int, _option("SLURM jobs side by side, each of which runs one cell at a time.")]
 SLURM_OPTIONS = Annotated[
     list[str] | None,
     _option(
         "Option of a SLURM job, as name=value; may be repeated: queue, account, walltime, memory, cores, "
-        "gpus, "
-        "directives, prologue, directory, interface, python."
+        "gpus, directives, prologue, directory, interface, python."
     ),
 ]
-TABLE = Annotated[list[Path] | None, _option("File for all finished cells, .csv or .tex; may be repeated.")]
-DRAWN = Annotated[Path | None, _option("Folder to draw each grid into, by 06_ablation; by default none.")]
 
 
 @app.command()
 def sweep(
-    grid: GRIDS = None,
+    grid: Annotated[
+        list[str] | None, typer.Argument(help="Grids by name, .yml files, or all; listed by default.")
+    ] = None,
     model: Annotated[list[str] | None, _option("Model; may be repeated.")] = None,
     limit: LIMIT = None,
     parameter: PARAMETER = None,
-    workers: WORKERS = 0,
-    scheduler: SCHEDULER = "",
+    workers: Annotated[int, _option("Notebooks run side by side; 0 for one per core, at most two.")] = 0,
+    scheduler: Annotated[
+        str, _option("Address of a Dask scheduler whose workers run the cells: tcp://…")
+    ] = "",
     slurm: Annotated[bool, _option("Run the cells in SLURM jobs.", "--slurm")] = False,
-    jobs: JOBS = 2,
+    jobs: Annotated[int, _option("SLURM jobs side by side, each of which runs one cell at a time.")] = 2,
     slurm_options: SLURM_OPTIONS = None,
     retries: Annotated[int, _option("How often a failed cell is tried again.")] = 0,
     status: Annotated[bool, _option("Run nothing; show finished and failed cells.", "--status")] = False,
-    table: TABLE = None,
-    figures: DRAWN = None,
-    out: CELLS = Path("runs/sweep"),
+    table: Annotated[
+        list[Path] | None, _option("File for all finished cells, .csv or .tex; may be repeated.")
+    ] = None,
+    figures: Annotated[
+        Path | None, _option("Folder to draw each grid into, by 06_ablation; by default none.")
+    ] = None,
+    out: Annotated[Path, _option("Folder of the executed notebooks and results.")] = Path("runs/sweep"),
     plugin: PLUGIN = None,
 ):
     """Measure every cell of a grid, here or on a cluster; finished cells are kept: run it again to
     continue.
     """
-    from hcsmoe_core.studies import grids
-    from hcsmoe_core.studies import sweep as cells
-    from hcsmoe_core.studies.tables import write_table
+    from hcsmoe_core.studies import grids, sweep, tables
 
     if not grid and not status:
         print(grids.table(grids.names()))
         return
     names = [name for entry in grid or () for name in (grids.names() if entry == "all" else [entry])]
     read, models = ",".join(Path(name).stem for name in names), model or [None]
-    if not status and not model:
-        raise InputError("Give the models with --model MODEL; --status alone needs none.")
-    if not status:
-        overrides = ({"limit": limit} if limit else {}) | grids.overrides_from(parameter or ())
-        overrides |= {"plugin": str(plugin[0].resolve())} if plugin else {}
+    if status:
+        print(sweep.status_text(out, read, models))
+    else:
+        require(model, "Give the models with --model MODEL; --status alone needs none.")
+        overrides = (
+            ({"limit": limit} if limit else {})
+            | grids.overrides_from(parameter or ())
+            | ({"plugin": str(plugin[0].resolve())} if plugin else {})
+        )
         # What is wrong with a grid is told before a cluster is asked for anything.
         planned = grids.plans(names, model, overrides)
         with _engine(workers, scheduler, slurm, jobs, slurm_options or (), out) as engine:
-            _print(engine.dashboard and f"dashboard {engine.dashboard}")
+            if engine.dashboard:
+                print(f"dashboard {engine.dashboard}")
             try:
                 grids.run(planned, out, engine=engine, retries=retries)
             finally:
-                print(cells.status_text(out, read, models))
-    else:
-        print(cells.status_text(out, read, models))
+                print(sweep.status_text(out, read, models))
     for path in table or ():
-        print(write_table(cells.table_of(out, read, models), path))
+        print(tables.write_table(sweep.table_of(out, read, models), path))
     if figures:
-        _draw(
-            [entry for name in models for entry in cells.grids_of(out, read, name)],
-            names,
-            out,
-            figures,
-            workers,
-        )
+        draw(out, figures, names, models, workers)
+        print(f"figures {figures}")
 
 
-def _draw(swept: list[dict], names: list[str], out: Path, figures: Path, workers: int) -> None:
-    """Draw grids that were measured."""
-    from hcsmoe_core.ui.showcase import draw
+def draw(cells: Path, figures: Path, names: list, models: list, workers: int) -> list[Path]:
+    """Table and figures of grids that were measured, by ``06_ablation``; returns the executed notebooks.
 
-    grids = list(names or dict.fromkeys(entry["grid"] for entry in swept))
-    draw(grids, list(dict.fromkeys(entry["model"] for entry in swept)), out, figures, _workers(workers))
-    print(f"figures {figures}")
+    Parameters
+    ----------
+    cells, figures : path
+        Folders of the cells, into which the executed notebooks are written, too, and of the figures.
+    names : list of str
+        Grids; by default all that are in the folder of the cells.
+    models : list of str
+        ``[None]`` for all that were measured.
+    workers : int
+    """
+    from hcsmoe_core.studies import grids, sweep
+
+    read = ",".join(Path(name).stem for name in names)
+    measured = [entry for model in models for entry in sweep.grids_of(cells, read, model)]
+    chosen = map(grids.load, names or dict.fromkeys(entry["grid"] for entry in measured))
+    shared = {"sweep": str(cells), "figures": str(figures)}
+    notebooks = [
+        (sweep.notebook_path("06_ablation"), {"model": model, "grid": study.name} | shared | study.read)
+        for study, model in itertools.product(chosen, dict.fromkeys(entry["model"] for entry in measured))
+    ]
+    return sweep.run_cells(notebooks, cells, workers=side_by_side(workers), again=True, description="studies")
 
 
-def _workers(workers: int) -> int:
+def side_by_side(workers: int) -> int:
+    """Notebooks run at a time: ``workers``, or where it is 0 one per core, at most two."""
     return workers or min(2, os.cpu_count() or 1)
 
 
@@ -523,73 +556,37 @@ def _engine(workers: int, scheduler: str, slurm: bool, jobs: int, options: list[
     """Where cells run."""
     from hcsmoe_core.studies import engines
 
-    if sum((bool(workers), bool(scheduler), slurm)) > 1:
-        raise InputError("Give only one of --workers, --scheduler and --slurm.")
-    if options and not slurm:
-        raise InputError("--slurm-options needs --slurm.")
+    require(
+        sum(map(bool, (workers, scheduler, slurm))) <= 1,
+        "Give only one of --workers, --scheduler and --slurm.",
+    )
+    require(slurm or not options, "--slurm-options needs --slurm.")
     if scheduler:
         return engines.scheduler(scheduler)
     return (
-        engines.slurm(jobs, options, logs=folder / "logs") if slurm else engines.processes(_workers(workers))
+        engines.slurm(jobs, options, logs=folder / "logs")
+        if slurm
+        else engines.processes(side_by_side(workers))
     )
 
 
-MODELS = Annotated[str, _option("Embedded models, comma-separated.")]
-
-
-@app.command()
-def demo(
-    out: CELLS = Path("runs/demo"),
-    figures: FIGURES = Path("figures"),
-    models: MODELS = "demo-qwen,demo-mixtral",
-    workers: WORKERS = 0,
-    limit: LIMIT = 100,
-):
-    """Run the notebooks on the embedded models over a small grid: figures, tables and executed notebooks."""
-    from hcsmoe_core.ui.showcase import run
-
-    run(_items(models), out, figures, _workers(workers), limit)
-
-
-@app.command()
-def figures(
-    out: CELLS = Path("runs/demo"),
-    figures: FIGURES = Path("figures"),
-    models: MODELS = "demo-qwen,demo-mixtral",
-    workers: WORKERS = 0,
-    limit: LIMIT = 100,
-):
-    """Measure every grid, write its table and draw every figure again; scores that exist are kept."""
-    from hcsmoe_core.ui.showcase import gallery, run
-
-    run(_items(models), out, figures, _workers(workers), limit, full=True)
-    gallery(figures, _items(models))
-
-
-def main() -> None:
-    """Run the command. Bad input is one line and exit code 2; a bug of ours shows its traceback."""
+def main(command: Callable = app) -> None:
+    """Run a command. Bad input is one line and exit code 2; a bug of ours shows its traceback."""
     try:
-        app()
-    except (InputError, OSError) as error:
-        _fail(error)
+        command()
     except Exception as error:
-        from hcsmoe_core.studies.runner import CellsError
-
-        if isinstance(error, CellsError):
-            _fail(error)
-        # torch's error for a full GPU is a RuntimeError
-        if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError":
+        kind = type(error).__name__  # by name: importing torch or the runner for their classes takes seconds
+        message = str(error)
+        if kind in ("MemoryError", "OutOfMemoryError"):  # the latter is torch's, of a full GPU
+            reason = message.partition("\n")[0] or "no more can be allocated"
+            message = (
+                f"out of memory ({reason}). Lower --batch-size or --length, collect less (--sample), or read "
+                "one decoder layer at a time (--load streamed)."
+            )
+        elif not isinstance(error, InputError | OSError) and kind != "CellsError":
             raise
-        reason = str(error).splitlines()[0] if str(error) else "no more can be allocated"
-        _fail(
-            f"out of memory ({reason}). Lower --batch-size or --length, collect less (--sample), or read one "
-            "decoder layer at a time (--load streamed)."
-        )
-
-
-def _fail(message: object) -> None:
-    print(f"hcsmoe: {message}", file=sys.stderr)
-    sys.exit(2)
+        print(f"hcsmoe: {message}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

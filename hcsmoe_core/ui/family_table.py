@@ -35,18 +35,18 @@ def text(names=None) -> str:
     version, rows = committed()
     for name in names or ():
         check_choice("names", name, sorted({row["family"] for row in rows}))
-    lines = [table([row for row in rows if not names or row["family"] in names])]
-    if version != transformers.__version__:
-        lines.append(f"tried out with transformers {version}; {transformers.__version__} is installed")
-    return "\n".join(lines)
+    others = f"\ntried out with transformers {version}; {transformers.__version__} is installed"
+    return table([row for row in rows if not names or row["family"] in names]) + (
+        others if version != transformers.__version__ else ""
+    )
 
 
 def table(rows: list[dict]) -> str:
     """Rows as text."""
     lines = []
     for row in rows:
-        name = row["family"] + " (whole)" * row["whole"]
         works = ", ".join(label for kind, label in KINDS.items() if not row[kind]) or "no"
+        name = row["family"] + " (whole)" * row["whole"]
         lines.append(f"{name:24} {works:22} {row['experts'] or '-':38} {row['router'] or '-'}")
         for reason in dict.fromkeys(row[kind] for kind in KINDS if row[kind]):
             lines += textwrap.wrap(reason, 110, initial_indent=" " * 25, subsequent_indent=" " * 25)

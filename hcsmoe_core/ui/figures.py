@@ -5,19 +5,16 @@ bar or at the axis of the values. Where there is an argument ``on``, a subfigure
 and not on a new one.
 """
 
-import functools
 import io
 import itertools
 import math
 import textwrap
 from pathlib import Path
 
-import matplotlib
 import matplotlib.figure
 import numpy as np
-from matplotlib import patheffects
-from matplotlib.collections import PolyCollection
-from matplotlib.transforms import ScaledTranslation
+import seaborn  # which registers its colour maps, too
+from matplotlib import collections, patches, patheffects, transforms
 from scipy.cluster import hierarchy
 from scipy.spatial.distance import squareform
 
@@ -30,28 +27,23 @@ DISTANCES, SHARES = "mako", "rocket_r"  # seaborn's colour maps; of distances, d
 UNMERGED = "0.55"  # grey of experts that stay alone
 LEGIBLE = 4.5  # points: the smallest label worth printing
 MARKERS = "osD^vP*X"
-_CYCLE = matplotlib.rc_params_from_file(STYLE)["axes.prop_cycle"].by_key()["color"]
-COLOURS = [f"#{colour.removeprefix('#')}" for colour in _CYCLE]
+COLOURS = [
+    f"#{entry['color'].removeprefix('#')}"
+    for entry in matplotlib.rc_params_from_file(STYLE)["axes.prop_cycle"]
+]
 CUT_LINE = dict(color="black", lw=0.8, ls=(0, (4, 3)))
 REFERENCE = dict(color="0.4", lw=0.8)
 # Accuracy of guessing, by task of lm-evaluation-harness; of the embedded tasks see chance_level.
-CHANCE = dict.fromkeys(("boolq", "rte", "winogrande", "piqa", "copa", "wic", "wsc", "mrpc", "qnli"), 1 / 2)
-CHANCE |= dict.fromkeys(
-    ("arc_challenge", "arc_easy", "hellaswag", "mmlu", "openbookqa", "race", "sciq"), 1 / 4
-)
+CHANCE = {
+    **dict.fromkeys(("boolq", "rte", "winogrande", "piqa", "copa", "wic", "wsc", "mrpc", "qnli"), 1 / 2),
+    **dict.fromkeys(("arc_challenge", "arc_easy", "hellaswag", "mmlu", "openbookqa", "race", "sciq"), 1 / 4),
+}
+# Formats that figures are saved in, without what would differ from one run to the next.
+FORMATS = {".png": {"Software": None}, ".pdf": {"CreationDate": None}}
 
 
-def styled(function):
-    """Draw in the project's style, whatever style the session has."""
-
-    @functools.wraps(function)
-    def draw(*arguments, **keywords):
-        import seaborn  # noqa: F401 (registers its colour maps)
-
-        with matplotlib.rc_context(fname=STYLE):
-            return function(*arguments, **keywords)
-
-    return draw
+# Decorator: drawn in the project's style, whatever style the session has.
+styled = matplotlib.rc_context(fname=STYLE)
 
 
 @styled
@@ -59,7 +51,7 @@ def png(figure, dpi=110, *, tight=True) -> bytes:
     """A figure as PNG, the same bytes each time; not ``tight``, it keeps its margins, in half the time."""
     buffer = io.BytesIO()
     with matplotlib.rc_context({"savefig.bbox": "tight" if tight else None}):
-        figure.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
+        figure.savefig(buffer, format="png", dpi=dpi, metadata=FORMATS[".png"])
     return buffer.getvalue()
 
 
@@ -73,12 +65,10 @@ class Figure(matplotlib.figure.Figure):
 @styled
 def save(figure, path) -> list[Path]:
     """Write a figure as ``path.png`` and ``path.pdf``, the same bytes each time."""
-    paths = []
-    for suffix, metadata in ((".png", {"Software": None}), (".pdf", {"CreationDate": None})):
-        paths.append(Path(f"{path}{suffix}"))
-        with replacing(paths[-1]) as temporary:
+    for suffix, metadata in FORMATS.items():
+        with replacing(f"{path}{suffix}") as temporary:
             figure.savefig(temporary, format=suffix[1:], metadata=metadata)
-    return paths
+    return [Path(f"{path}{suffix}") for suffix in FORMATS]
 
 
 def leaf_order(tree) -> list[int]:
@@ -92,42 +82,32 @@ def group_colours(labels, order) -> dict:
     Colours are assigned along ``order`` (the experts as a dendrogram shows them), so that neighbours
     differ, and repeat after nine groups.
     """
-    cycle = [colour for colour in COLOURS if colour != "#949494"]
     sizes = np.bincount(labels)
     merged = dict.fromkeys(int(labels[e]) for e in order if sizes[labels[e]] > 1)
-    return dict.fromkeys(range(len(sizes)), UNMERGED) | dict(
-        zip(merged, itertools.cycle(cycle), strict=False)
-    )
+    cycle = itertools.cycle(colour for colour in COLOURS if colour != "#949494")
+    return dict.fromkeys(range(len(sizes)), UNMERGED) | dict(zip(merged, cycle, strict=False))
 
 
-def _expert_colours(labels, order):
-    """Colour of each expert's group, along an order."""
-    colours = group_colours(labels, order)
-    return [colours[int(labels[e])] for e in order]
-
-
-def _draw_tree(axes, tree, labels, *, orientation="top", scale=None):
+def _draw_tree(axes, tree, groups, *, orientation="top", scale=None):
     """Dendrogram on ``axes``; a branch has its group's colour if all its experts are in one group.
 
-    ``scale`` names the spine along which heights are shown. Returns the experts in the order of the leaves.
+    ``scale`` names the spine along which heights are shown. Returns the experts in the order of the leaves,
+    and the colour of each one's group.
     """
+    labels = cut(tree, groups or len(tree) + 1)
     colours = group_colours(labels, leaf_order(tree))
     members = [{int(label)} for label in labels]
     for first, second in tree[:, :2].astype(int):
         members.append(members[first] | members[second])
-
-    def branch_colour(node):
-        return colours[next(iter(members[node]))] if len(members[node]) == 1 else "black"
-
+    branches = [colours[min(among)] if len(among) == 1 else "black" for among in members]
     leaves = hierarchy.dendrogram(
-        tree, ax=axes, orientation=orientation, link_color_func=branch_colour, no_labels=True
+        tree, ax=axes, orientation=orientation, link_color_func=branches.__getitem__, no_labels=True
     )["leaves"]
-    for collection in axes.collections:
-        collection.set_linewidth(0.9)
+    matplotlib.artist.setp(axes.collections, linewidth=0.9)
     for name, spine in axes.spines.items():
         spine.set_visible(name == scale)
     axes.tick_params(length=2 if scale else 0, labelbottom=scale == "bottom", labelleft=scale == "left")
-    return leaves
+    return leaves, [colours[int(labels[e])] for e in leaves]
 
 
 def untangled(tree, order) -> np.ndarray:
@@ -166,10 +146,8 @@ def crossings(first, second) -> int:
 
 def cut_height(tree, groups) -> float:
     """Height at which a tree is cut into ``groups``, midway between the joins below and above."""
-    experts = len(tree) + 1
-    below = tree[experts - groups - 1, 2] if groups < experts else 0.0
-    above = tree[experts - groups, 2] if groups > 1 else tree[-1, 2] * 1.05
-    return (below + above) / 2
+    heights = np.array([0, *tree[:, 2], tree[-1, 2] * 1.05])
+    return heights[len(tree) + 1 - groups :][:2].mean()
 
 
 def chance_level(*tasks) -> float | None:
@@ -183,16 +161,16 @@ def _size(figure):
     return figure.bbox.width / figure.dpi, figure.bbox.height / figure.dpi
 
 
-def _margins(figure, *, left, right, bottom, top):
-    """Margins in inches, as ``add_gridspec`` takes them."""
+def _panels(figure, rows, columns, *, left, right, bottom, top, **options):
+    """Grid of panels on a figure, with margins in inches."""
     width, height = _size(figure)
-    return dict(left=left / width, right=1 - right / width, bottom=bottom / height, top=1 - top / height)
+    margins = dict(left=left / width, right=1 - right / width, bottom=bottom / height, top=1 - top / height)
+    return figure.add_gridspec(rows, columns, **margins, **options)
 
 
-def one_panel(width, height):
-    """New figure with one panel."""
-    figure = Figure(figsize=(width, height))
-    return figure, figure.add_subplot()
+def stacked_figures(width, upper, lower):
+    """Two subfigures of a new figure, one above the other, by their heights."""
+    return Figure(figsize=(width, upper + lower)).subfigures(2, 1, height_ratios=(upper, lower))
 
 
 def panel_grid(count, columns, width, height, *, sharex=True):
@@ -206,11 +184,13 @@ def panel_grid(count, columns, width, height, *, sharex=True):
 
 def title_and_legend(figure, panels, title, *, order=None, **options):
     """Title above all panels, and below them one legend of what any of them shows, in the given order."""
-    handles = {}
-    for panel in panels:
-        handles |= {name: handle for handle, name in zip(*panel.get_legend_handles_labels(), strict=True)}
+    handles = {
+        name: handle
+        for panel in panels
+        for handle, name in zip(*panel.get_legend_handles_labels(), strict=True)
+    }
     names = [name for name in order or handles if name in handles]
-    options = {"ncols": len(names)} | options
+    options.setdefault("ncols", len(names))
     figure.legend([handles[name] for name in names], names, loc="outside lower center", **options)
     figure.suptitle(textwrap.fill(title, int(14 * _size(figure)[0])))
 
@@ -219,21 +199,16 @@ def _heatmap(axes, values, colours=DISTANCES, **options):
     return axes.imshow(values, cmap=colours, aspect="auto", **{"vmin": 0} | options)
 
 
-def _square(condensed, order):
-    """Distance matrix of condensed distances, with the experts in an order."""
-    return squareform(condensed)[np.ix_(order, order)]
-
-
-def _usage_bars(axes, positions, order, usage, colours, width=0.8):
+def _usage_bars(axes, positions, order, usage, colours, *, xlim, width=0.8):
     """Share of routed tokens of each expert, in per cent, with a line at an equal share."""
     half, shares = width / 2, [100 * float(usage[e]) for e in order]
     boxes = [
         ((x - half, 0), (x - half, y), (x + half, y), (x + half, 0))
         for x, y in zip(positions, shares, strict=True)
     ]
-    axes.add_collection(PolyCollection(boxes, facecolors=colours))  # one artist: bars are slow to draw
+    axes.add_collection(collections.PolyCollection(boxes, facecolors=colours))  # one artist: bars are slow
     axes.axhline(100 / len(order), color="black", lw=0.6, ls=":")
-    axes.set(ylim=(0, 1.05 * max(shares)))
+    axes.set(xlim=xlim, xticks=[], ylim=(0, 1.05 * max(shares)))
     axes.set_ylabel("tokens,\n%", rotation=0, ha="right", va="center")
 
 
@@ -244,17 +219,23 @@ def _label_experts(axes, order, inches, positions=None, *, both=False):
     size, digits = min(7, 0.9 * space * step), len(str(max(order)))
     turned = space * step < 0.65 * digits * size + 2
     # Not tick labels: a tick is five artists, and 64 of them are most of the time that drawing takes.
-    axes.set_xticks([])
-    shift = axes.figure.dpi_scale_trans
-    below = axes.get_xaxis_transform() + ScaledTranslation(0, -3 / 72, shift)
-    beside = axes.get_yaxis_transform() + ScaledTranslation(-3 / 72, 0, shift)
+    axes.set(xticks=[], **({"yticks": []} if both else {"xlabel": "expert"}))
+    inches = axes.figure.dpi_scale_trans
+    below = axes.get_xaxis_transform() + transforms.ScaledTranslation(0, -3 / 72, inches)
+    beside = axes.get_yaxis_transform() + transforms.ScaledTranslation(-3 / 72, 0, inches)
     for position, expert in list(zip(positions or range(len(order)), map(str, order), strict=True))[::step]:
-        under = dict(rotation=90 if turned else 0, ha="center", va="top", transform=below)
-        axes.text(position, 0, expert, fontsize=size, **under)
+        axes.text(
+            position,
+            0,
+            expert,
+            fontsize=size,
+            rotation=90 if turned else 0,
+            ha="center",
+            va="top",
+            transform=below,
+        )
         if both:
             axes.text(0, position, expert, fontsize=size, ha="right", va="center", transform=beside)
-    if both:
-        axes.set_yticks([])
     axes.xaxis.labelpad = 5 + (0.65 * digits * size if turned else size)
 
 
@@ -282,27 +263,24 @@ def similarity_heatmap(
     side = (_size(on)[0] if on else width) - 1.3  # of the heatmap, in inches
     heights = [0.17 * side, side] + [0.16 * side] * (usage is not None) + [0.085 * len(mix or {})] * bool(mix)
     figure = on or Figure(figsize=(width, sum(heights) + 0.06 * len(heights) + 0.72))
-    ratios = dict(width_ratios=(0.55, side, 0.1), height_ratios=heights, wspace=0.03, hspace=0.06)
-    margins = _margins(figure, left=0.05, right=0.62, bottom=0.42, top=0.3)
-    grid = figure.add_gridspec(len(heights), 3, **ratios, **margins)
+    sizes = dict(width_ratios=(0.55, side, 0.1), height_ratios=heights, wspace=0.03, hspace=0.06)
+    grid = _panels(figure, len(heights), 3, left=0.05, right=0.62, bottom=0.42, top=0.3, **sizes)
     top, left = figure.add_subplot(grid[0, 1]), figure.add_subplot(grid[1, 0])
     lowest = middle = figure.add_subplot(grid[1, 1])
-    order = _draw_tree(top, tree, labels)
-    _draw_tree(left, tree, labels, orientation="left")
+    order, colours = _draw_tree(top, tree, groups)
+    _draw_tree(left, tree, groups, orientation="left")
     left.invert_yaxis()
-    image = _heatmap(middle, _square(condensed, order))
+    image = _heatmap(middle, squareform(condensed)[np.ix_(order, order)])
     for group, colour in group_colours(labels, order).items():
-        positions = [i for i, e in enumerate(order) if labels[e] == group]
-        if len(positions) > 1:
-            corner, look = positions[0] - 0.5, dict(fill=False, ec=colour, lw=1.4, clip_on=False)
-            square = (corner, corner), len(positions), len(positions)
-            middle.add_patch(matplotlib.patches.Rectangle(*square, **look))
+        inside = np.flatnonzero(labels[order] == group)
+        if len(inside) > 1:
+            corner, look = inside[0] - 0.5, dict(fill=False, ec=colour, lw=1.4, clip_on=False)
+            middle.add_patch(patches.Rectangle((corner, corner), len(inside), len(inside), **look))
     middle.set(xticks=[], yticks=[])
     figure.colorbar(image, cax=figure.add_subplot(grid[1, 2]), label=label)
     if usage is not None:
         lowest = figure.add_subplot(grid[2, 1])
-        _usage_bars(lowest, range(experts), order, usage, _expert_colours(labels, order))
-        lowest.set(xlim=(-0.5, experts - 0.5), xticks=[])
+        _usage_bars(lowest, range(experts), order, usage, colours, xlim=(-0.5, experts - 0.5))
     if mix:
         lowest = figure.add_subplot(grid[-1, 1])
         image = _heatmap(lowest, 100 * np.stack([np.asarray(s)[order] for s in mix.values()]), SHARES)
@@ -310,7 +288,6 @@ def similarity_heatmap(
         lowest.tick_params(length=0)
         figure.colorbar(image, cax=figure.add_subplot(grid[-1, 2]), label="of the expert's\ntokens, %")
     _label_experts(lowest, order, side)
-    lowest.set_xlabel("expert")
     figure.suptitle(title, y=1 - 0.08 / _size(figure)[1])
     return figure
 
@@ -327,23 +304,29 @@ def dendrogram(tree, *, groups=None, usage=None, title="", label="distance", wid
     usage : (E,) array, optional
         Share of routed tokens of each expert, drawn as bars below the tree.
     """
-    labels = cut(tree, groups or len(tree) + 1)
     figure = on or Figure(figsize=(width, height))
     heights = (1,) if usage is None else (1, 0.28)
-    margins = _margins(figure, left=0.72, right=0.05, bottom=0.42, top=0.3)
-    grid = figure.add_gridspec(len(heights), 1, height_ratios=heights, hspace=0.08, **margins)
+    grid = _panels(
+        figure,
+        len(heights),
+        1,
+        left=0.72,
+        right=0.05,
+        bottom=0.42,
+        top=0.3,
+        height_ratios=heights,
+        hspace=0.08,
+    )
     lowest = axes = figure.add_subplot(grid[0])
-    order = _draw_tree(axes, tree, labels, scale="left")
+    order, colours = _draw_tree(axes, tree, groups, scale="left")
     axes.set(ylabel=label.replace(" between ", " between\n"), title=title)
     if groups:
         axes.axhline(cut_height(tree, groups), **CUT_LINE)
     positions = [10 * i + 5 for i in range(len(order))]  # where SciPy draws the leaves
     if usage is not None:
         lowest = figure.add_subplot(grid[1])
-        _usage_bars(lowest, positions, order, usage, _expert_colours(labels, order), width=8)
-        lowest.set(xlim=axes.get_xlim())
+        _usage_bars(lowest, positions, order, usage, colours, xlim=axes.get_xlim(), width=8)
     _label_experts(lowest, order, _size(figure)[0] - 0.77, positions)
-    lowest.set_xlabel("expert")
     return figure
 
 
@@ -364,22 +347,20 @@ def layer_grid(
     """
     columns = min(4, len(trees))
     rows, side, above = -(-len(trees) // columns), width / columns, 0.3 if order is None else 0.001
-    heights = rows * side * (0.95 + above), 0.5
-    figure = Figure(figsize=(width, sum(heights)))
-    upper, lower = figure.subfigures(2, 1, height_ratios=heights)
+    upper, lower = stacked_figures(width, rows * side * (0.95 + above), 0.5)
     outer = upper.add_gridspec(rows, columns, wspace=0.12, hspace=0.22, left=0.04, right=0.99)
     for i, (distance, tree) in enumerate(zip(condensed, trees, strict=True)):
         inner = outer[i // columns, i % columns].subgridspec(2, 1, height_ratios=(above, 1), hspace=0.03)
         top, middle = upper.add_subplot(inner[0]), upper.add_subplot(inner[1])
-        leaves = _draw_tree(top, tree, cut(tree, groups or len(tree) + 1))
+        leaves = order or _draw_tree(top, tree, groups)[0]
         top.set_visible(order is None)
-        image = _heatmap(middle, _square(distance, order or leaves))
-        _label_experts(middle, order or leaves, 0.8 * side, both=True)
+        image = _heatmap(middle, squareform(distance)[np.ix_(leaves, leaves)])
+        _label_experts(middle, leaves, 0.8 * side, both=True)
         (middle if order else top).set_title(titles[i] if titles else f"layer {i}")
     scale = lower.add_axes((0.3, 0.75, 0.4, 0.16))
-    bar = figure.colorbar(image, cax=scale, orientation="horizontal", label=label)
+    bar = lower.figure.colorbar(image, cax=scale, orientation="horizontal", label=label)
     bar.set_ticks([0, image.norm.vmax], labels=["0 (the same)", "largest of the layer"])
-    return figure
+    return lower.figure
 
 
 @styled
@@ -393,12 +374,12 @@ def usage_by_domain(stats, layer, *, title="", width=PAGE):
     """
     count = stats.layer(layer).usage_count.double()
     share = 100 * (count / count.sum(1, keepdim=True)).numpy()
-    figure, axes = one_panel(width, 0.7 + 0.17 * len(stats.domains))
+    axes = Figure(figsize=(width, 0.7 + 0.17 * len(stats.domains))).add_subplot()
     image = _heatmap(axes, share, SHARES)
     _label_experts(axes, range(share.shape[1]), 0.8 * width)
-    axes.set(yticks=range(len(stats.domains)), yticklabels=stats.domains, xlabel="expert", title=title)
-    figure.colorbar(image, ax=axes, pad=0.015, aspect=12, label="tokens, %")
-    return figure
+    axes.set(yticks=range(len(stats.domains)), yticklabels=stats.domains, title=title)
+    axes.figure.colorbar(image, ax=axes, pad=0.015, aspect=12, label="tokens, %")
+    return axes.figure
 
 
 @styled
@@ -416,8 +397,7 @@ def expert_profile(shares, tokens, *, expected, most=18, title="", width=PAGE):
     """
     tokens = tokens.head(most)
     figure = Figure(figsize=(width, 0.62 + 0.14 * max(len(shares), len(tokens), 6)))
-    margins = _margins(figure, left=0.85, right=0.1, bottom=0.38, top=0.24)
-    panels = figure.add_gridspec(1, 2, wspace=0.55, **margins).subplots()
+    panels = _panels(figure, 1, 2, left=0.85, right=0.1, bottom=0.38, top=0.24, wspace=0.55).subplots()
     names = [token.replace(" ", "␣").replace("$", r"\$")[:14] for token in tokens["token"]]
     for axes, values, labels, font, xlabel in (
         (panels[0], shares.values(), list(shares), "DejaVu Sans", "tokens of each domain, %"),
@@ -426,8 +406,11 @@ def expert_profile(shares, tokens, *, expected, most=18, title="", width=PAGE):
         axes.barh(range(len(labels)), [100 * v for v in values], height=0.75)
         axes.axvline(100 * expected, color="black", lw=0.7, ls=":")
         axes.set_yticks(range(len(labels)), labels, family=[font], size=6.5)
-        right = 112 * max([*values, 0.01])  # the counts need some space
-        axes.set(xlabel=xlabel, xlim=(0, right), ylim=(max(len(labels), 1) - 0.4, -0.6))
+        axes.set(
+            xlabel=xlabel,
+            xlim=(0, 112 * max([*values, 0.01])),  # the counts need some space
+            ylim=(max(len(labels), 1) - 0.4, -0.6),
+        )
         axes.tick_params(axis="y", length=0)
     for y, (share, count) in enumerate(zip(tokens["share"], tokens["count"], strict=True)):
         panels[1].text(100 * share, y, f" of {count}", va="center", size=5.5)
@@ -452,15 +435,20 @@ def curve(
     log : bool
         Whether ``x`` is drawn on a logarithmic axis.
     """
-    figure, axes = one_panel(width, 0.78 * width)
+    axes = Figure(figsize=(width, 0.78 * width)).add_subplot()
     groups = [("", frame)] if hue is None else list(frame.groupby(hue, sort=True))
     for i, (name, rows) in enumerate(groups):
         rows = rows.sort_values(x)
         offset = (i - (len(groups) - 1) / 2) * 0.006  # so that bars stand side by side
-        positions = rows[x] * 2 ** (4 * offset) if log else rows[x] + offset * np.ptp(frame[x].dropna())
-        bars = rows[error] if error and error in rows else None
-        look = dict(marker=MARKERS[i % len(MARKERS)], capsize=2, elinewidth=0.8)
-        axes.errorbar(positions, rows[y], yerr=bars, label=name, **look)
+        axes.errorbar(
+            rows[x] * 2 ** (4 * offset) if log else rows[x] + offset * np.ptp(frame[x].dropna()),
+            rows[y],
+            yerr=rows.get(error),
+            label=name,
+            marker=MARKERS[i % len(MARKERS)],
+            capsize=2,
+            elinewidth=0.8,
+        )
     lines = [reference] if isinstance(reference, tuple) else reference or []
     for (value, name), dashes in zip(lines, ("--", ":", "-."), strict=False):
         axes.axhline(value, ls=dashes, label=name, **REFERENCE)
@@ -471,9 +459,10 @@ def curve(
         axes.set_xticks(ticks, [f"{tick:,.0f}" for tick in ticks], minor=False)
     axes.set(xlabel=xlabel or x, ylabel=ylabel or y, title=title)
     if hue or lines:
-        beside = dict(loc="center left", bbox_to_anchor=(1, 0.5)) if len(groups) > 4 else {}
-        axes.legend(title=hue, **beside)
-    return figure
+        axes.legend(
+            title=hue, **(dict(loc="center left", bbox_to_anchor=(1, 0.5)) if len(groups) > 4 else {})
+        )
+    return axes.figure
 
 
 def _accuracy(task):
@@ -499,24 +488,33 @@ def task_bars(scores, *, before=None, label="merged", title="", width=COLUMN):
     """
     names = [name for name, task in scores["tasks"].items() if not math.isnan(_accuracy(task)[1])]
     rows = np.arange(len(names))
-    figure, axes = one_panel(width, 0.6 + 0.26 * len(names))
+    axes = Figure(figsize=(width, 0.6 + 0.26 * len(names))).add_subplot()
     models = {label: scores} if before is None else {"original": before, label: scores}
     for i, (model, values) in enumerate(models.items()):
-        bars = [_accuracy(values["tasks"].get(name, {}))[1:] for name in names]
-        lengths, errors = np.array(bars).reshape(-1, 2).T
+        lengths, errors = (
+            np.array([_accuracy(values["tasks"].get(name, {}))[1:] for name in names]).reshape(-1, 2).T
+        )
         offset = (i - (len(models) - 1) / 2) * 0.38
         axes.barh(rows + offset, lengths, 0.36, xerr=errors, label=model, error_kw={"elinewidth": 0.8})
-    levels = {y: chance_level(name) for y, name in enumerate(names) if chance_level(name) is not None}
+    levels = [(y, chance_level(name)) for y, name in enumerate(names) if chance_level(name) is not None]
     if levels:
-        ends = [end for y in levels for end in (y - 0.5, y + 0.5, None)]
-        values = [100 * level for level in levels.values() for _ in range(3)]
-        axes.plot(values, np.array(ends, float), ls=":", label="chance", **REFERENCE)
+        ends = np.array([end for y, _ in levels for end in (y - 0.5, y + 0.5, np.nan)])
+        axes.plot(
+            np.repeat([100 * level for _, level in levels], 3), ends, ls=":", label="chance", **REFERENCE
+        )
     matched = {"acc": "", "exact_match": " (exact match)"}
-    labels = [name.removeprefix("demo_") + matched[_accuracy(scores["tasks"][name])[0]] for name in names]
-    axes.set(yticks=rows, yticklabels=labels, ylim=(max(len(names), 1) - 0.5, -0.5))
-    axes.set(xlabel="accuracy, %", xlim=(0, 100), title=title)
+    axes.set(
+        yticks=rows,
+        yticklabels=[
+            name.removeprefix("demo_") + matched[_accuracy(scores["tasks"][name])[0]] for name in names
+        ],
+        ylim=(max(len(names), 1) - 0.5, -0.5),
+        xlabel="accuracy, %",
+        xlim=(0, 100),
+        title=title,
+    )
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
-    return figure
+    return axes.figure
 
 
 @styled
@@ -550,14 +548,19 @@ def method_dots(
     for axes, count in zip(all_axes, counts, strict=True):
         for name, marker in zip(sorted(frame[kind or ""].unique()), MARKERS, strict=False):
             rows = frame[(frame[panels] == count) & (frame[kind or ""] == name)]
-            bars = rows[error].fillna(0) if error else None
-            look = dict(fmt=marker, ms=3.5, capsize=1.5, elinewidth=0.8)
-            axes.errorbar(rows[value], rows["method"].map(order.index), xerr=bars, label=name, **look)
+            axes.errorbar(
+                rows[value],
+                rows["method"].map(order.index),
+                xerr=rows[error].fillna(0) if error else None,
+                label=name,
+                fmt=marker,
+                ms=3.5,
+                capsize=1.5,
+                elinewidth=0.8,
+            )
         if reference:
             axes.axvline(reference[0], ls="--", label=reference[1], **REFERENCE)
-        if log:
-            axes.set_xscale("log")
-        axes.set(title=f"{count} {panels}")
+        axes.set(title=f"{count} {panels}", xscale="log" if log else "linear")
         axes.grid(axis="y", color="0.92", lw=0.6)
     all_axes[0].set_yticks(range(len(order)), order)
     all_axes[0].invert_yaxis()
@@ -582,25 +585,26 @@ def tanglegram(first, second, *, groups=None, titles=("", ""), label="distance",
         Of the two trees.
     """
     experts = len(first) + 1
-    trees = first, untangled(second, leaf_order(first))
     figure = Figure(figsize=(width, max(2.2, 0.7 + 0.085 * experts)))
     left, middle, right = figure.subplots(1, 3, width_ratios=(1, 0.8, 1))
-    orders = []
-    for axes, tree, orientation, name in zip((left, right), trees, ("left", "right"), titles, strict=True):
-        labels = cut(tree, groups or experts)
-        orders.append(_draw_tree(axes, tree, labels, orientation=orientation, scale="bottom"))
+    drawn = []
+    for axes, tree, orientation, name in (
+        (left, first, "left", titles[0]),
+        (right, untangled(second, leaf_order(first)), "right", titles[1]),
+    ):
+        drawn.append(_draw_tree(axes, tree, groups, orientation=orientation, scale="bottom"))
         if groups:
             axes.axvline(cut_height(tree, groups), **CUT_LINE)
         axes.set(title=name, xlabel=label.replace(" between ", " between\n"))
-    colours = _expert_colours(cut(first, groups or experts), orders[0])
+    (order, colours), (other, _) = drawn
     size = min(7.0, 72 * figure.get_figheight() / (1.6 * experts))
-    for i, (expert, colour) in enumerate(zip(orders[0], colours, strict=True)):
-        ends = 10 * i + 5, 10 * orders[1].index(expert) + 5  # where SciPy draws the leaves
+    for i, (expert, colour) in enumerate(zip(order, colours, strict=True)):
+        ends = 10 * i + 5, 10 * other.index(expert) + 5  # where SciPy draws the leaves
         middle.plot((0.12, 0.88), ends, color=colour, lw=0.9)
         if size >= LEGIBLE:
-            middle.text(0.1, ends[0], str(expert), ha="right", va="center", size=size)
-            middle.text(0.9, ends[1], str(expert), ha="left", va="center", size=size)
-    middle.set(xlim=(0, 1), ylim=left.get_ylim(), title=f"{crossings(*orders)} crossings")
+            for x, y, side in zip((0.1, 0.9), ends, ("right", "left"), strict=True):
+                middle.text(x, y, str(expert), ha=side, va="center", size=size)
+    middle.set(xlim=(0, 1), ylim=left.get_ylim(), title=f"{crossings(order, other)} crossings")
     middle.axis("off")
     figure.suptitle(title)
     return figure
@@ -615,23 +619,27 @@ def domain_errors(frame, *, title="", label="relative error of the group's outpu
     frame : pandas.DataFrame
         Of :func:`hcsmoe_core.ui.anatomy.output_errors`.
     """
-    import seaborn
-
-    values = frame.pivot(index="combination", columns="domain", values="error")
-    values = values.loc[frame["combination"].unique(), frame["domain"].unique()]
+    values = frame.pivot(index="combination", columns="domain", values="error").loc[
+        frame["combination"].unique(), frame["domain"].unique()
+    ]
     tokens = frame.drop_duplicates("domain").set_index("domain")["tokens"]
-    figure, axes = one_panel(width, 0.9 + 0.3 * len(values))
-    scale = dict(label=label.replace(" of ", " of\n"), shrink=0.9, pad=0.01)
-    numbers = dict(
-        annot=True, fmt=".2f", annot_kws={"size": 6.5}
-    )  # black or white, by the colour that they stand on
-    limits = dict(vmin=0, vmax=max(1.0, np.nanmax(values)))
-    seaborn.heatmap(values, ax=axes, cmap=DISTANCES, cbar_kws=scale, **numbers, **limits)
+    axes = Figure(figsize=(width, 0.9 + 0.3 * len(values))).add_subplot()
+    seaborn.heatmap(
+        values,
+        ax=axes,
+        cmap=DISTANCES,
+        cbar_kws=dict(label=label.replace(" of ", " of\n"), shrink=0.9, pad=0.01),
+        annot=True,  # black or white, by the colour that they stand on
+        fmt=".2f",
+        annot_kws={"size": 6.5},
+        vmin=0,
+        vmax=max(1.0, np.nanmax(values)),
+    )
     axes.set_xticklabels([f"{domain}\n{tokens[domain]}" for domain in values], rotation=45, ha="right")
     axes.set(title=title, xlabel="domain, with its tokens in the sample", ylabel="")
     axes.set_yticklabels(values.index, rotation=0)
     axes.tick_params(length=0)
-    return figure
+    return axes.figure
 
 
 @styled
@@ -645,7 +653,7 @@ def neuron_matches(before, after, *, dominant, title="", width=COLUMN):
     dominant : int
         The expert that the others are matched to.
     """
-    figure, axes = one_panel(width, 0.78 * width)
+    axes = Figure(figsize=(width, 0.78 * width)).add_subplot()
     for member, colour in zip(after, itertools.cycle(COLOURS), strict=False):
         for matches, dashes, name in ((before, ":", None), (after, "-", f"expert {member}")):
             values = np.sort(np.diag(matches[member]))[::-1]
@@ -653,11 +661,14 @@ def neuron_matches(before, after, *, dominant, title="", width=COLUMN):
             axes.plot(positions, values, dashes, color=colour, label=name)
     axes.plot([], [], ":", color="0.4", label="unaligned")
     axes.axhline(0, color="0.6", lw=0.6)
-    ylabel = f"correlation with expert {dominant}'s neuron"
-    bottom = min(-0.3, axes.get_ylim()[0])
-    axes.set(xlabel="neurons, % (best match first)", ylabel=ylabel, title=title, ylim=(bottom, 1.02))
+    axes.set(
+        xlabel="neurons, % (best match first)",
+        ylabel=f"correlation with expert {dominant}'s neuron",
+        title=title,
+        ylim=(min(-0.3, axes.get_ylim()[0]), 1.02),
+    )
     axes.legend(loc="upper right")
-    return figure
+    return axes.figure
 
 
 @styled
@@ -681,20 +692,39 @@ def budget_strip(
     most, layers = max(map(len, costs)), range(len(costs))
     values = np.array([np.pad(cost, (0, most - len(cost)), constant_values=np.nan) for cost in costs])
     figure = on or Figure(figsize=(width, _strip_height(len(costs))))
-    margins = _margins(figure, left=0.72, right=0.75, bottom=0.62, top=0.25 if title else 0.08)
-    grid = figure.add_gridspec(1, 2, width_ratios=(1, 0.02), wspace=0.03, **margins)
+    grid = _panels(
+        figure,
+        1,
+        2,
+        left=0.72,
+        right=0.75,
+        bottom=0.62,
+        top=0.25 if title else 0.08,
+        width_ratios=(1, 0.02),
+        wspace=0.03,
+    )
     axes = figure.add_subplot(grid[0])
-    extent = (0.5, most + 0.5, len(costs) - 0.5, -0.5)
-    image = _heatmap(axes, values, f"{DISTANCES}_r", extent=extent)
+    image = _heatmap(axes, values, f"{DISTANCES}_r", extent=(0.5, most + 0.5, len(costs) - 0.5, -0.5))
     axes.plot(counts, layers, "o-", color=COLOURS[1], ms=4, mec="white", mew=0.6, label="this plan")
     if uniform:
-        outline = [patheffects.withStroke(linewidth=2.4, foreground="0.25")]  # visible on dark and on light
-        look = dict(color="white", lw=1.2, ls="--", path_effects=outline)
-        axes.axvline(uniform, label=f"{uniform} in every layer", **look)
+        axes.axvline(
+            uniform,
+            label=f"{uniform} in every layer",
+            color="white",
+            lw=1.2,
+            ls="--",
+            path_effects=[
+                patheffects.withStroke(linewidth=2.4, foreground="0.25")
+            ],  # visible on dark and light
+        )
     if layer is not None:
         axes.plot(counts[layer], layer, "o", color=COLOURS[3], ms=6.5, mec="white")
-    ticks = layers if len(costs) <= 12 else layers[::4]
-    axes.set(title=title, xlabel="experts kept", ylabel="MoE layer", yticks=ticks)
+    axes.set(
+        title=title,
+        xlabel="experts kept",
+        ylabel="MoE layer",
+        yticks=layers[:: 1 if len(costs) <= 12 else 4],
+    )
     figure.colorbar(image, cax=figure.add_subplot(grid[1]), label=label.replace(" of ", " of\n"))
     figure.legend(loc="lower center", ncols=2, borderaxespad=0.2)
     return figure
@@ -719,14 +749,12 @@ def cut_view(
     layer : int
         The layer shown.
     """
-    heights = 0.42 * width, _strip_height(len(costs))
-    figure = Figure(figsize=(width, sum(heights)))
-    upper, lower = figure.subfigures(2, 1, height_ratios=heights)
+    upper, lower = stacked_figures(width, 0.42 * width, _strip_height(len(costs)))
     left, right = upper.subfigures(1, 2, width_ratios=(0.6, 0.4))
     dendrogram(tree, groups=counts[layer], usage=usage, title=title, label=label, on=left)
     similarity_heatmap(condensed, tree, groups=counts[layer], label="the same distance", on=right)
     budget_strip(costs, counts, uniform=uniform, layer=layer, on=lower)
-    return figure
+    return lower.figure
 
 
 @styled
@@ -739,33 +767,46 @@ def expert_frequencies(stats, *, title="", width=PAGE):
     """
     counts = [layer.usage_count.double().numpy() for layer in stats.layers.values()]
     wide, experts = width > 5, max(count.shape[1] for count in counts)
-    few, more, many = (2, 4, 4) if wide else (1, 2, 3)
-    columns = few if len(counts) <= 4 else more if len(counts) <= 8 else many
+    columns = ((2, 4, 4) if wide else (1, 2, 3))[(len(counts) > 4) + (len(counts) > 8)]
     rows, entries = -(-len(counts) // columns), 6 if wide else 3
-    legend = 0.17 * -(-(len(stats.domains) + 1) // entries)
     figure, panels = panel_grid(
-        len(counts), columns, width, (0.78 if rows > 3 else 1.15) * rows + legend + 0.5
+        len(counts),
+        columns,
+        width,
+        (0.78 if rows > 3 else 1.15) * rows + 0.17 * -(-(len(stats.domains) + 1) // entries) + 0.5,
     )
     looks = [dict(color=c, hatch=h, edgecolor="white") for h in ("", "//////", "......") for c in COLOURS]
     for i, (axes, count) in enumerate(zip(panels, counts, strict=True)):
-        shares, bottom = 100 * count / count.sum(), np.zeros(count.shape[1])
-        for domain, share, look in zip(stats.domains, shares, itertools.cycle(looks), strict=False):
-            look = look | dict(width=0.86 if experts <= 40 else 1, lw=0)
-            axes.bar(range(len(share)), share, bottom=bottom, label=domain, **look)
-            bottom += share
-        axes.axhline(100 / len(bottom), color="black", lw=0.7, ls=":", label="an equal share")
+        shares, lowest = 100 * count / count.sum(), i + columns >= len(counts)
+        bottoms = np.cumsum([np.zeros(len(shares[0])), *shares], axis=0)
+        for domain, share, bottom, look in zip(
+            stats.domains, shares, bottoms, itertools.cycle(looks), strict=False
+        ):
+            axes.bar(
+                range(len(share)),
+                share,
+                bottom=bottom,
+                width=0.86 if experts <= 40 else 1,
+                label=domain,
+                lw=0,
+                **look,
+            )
+        axes.axhline(100 / len(shares[0]), color="black", lw=0.7, ls=":", label="an equal share")
         axes.set_title(f"layer {i}", loc="right", size=6.5, pad=1.5)
-        axes.set_xlim(-0.7, experts - 0.3)
-        if i + columns >= len(counts):
-            axes.set_xlabel("expert")
-            axes.tick_params(labelbottom=True)
-    step = next(
-        2**n for n in range(12) if experts <= 5.2 * width / columns * 2**n
-    )  # as many as there is space for
+        axes.set(xlim=(-0.7, experts - 0.3), xlabel="expert" if lowest else "")
+        axes.tick_params(labelbottom=lowest)
+    # As many as there is space for.
+    step = next(2**n for n in range(12) if experts <= 5.2 * width / columns * 2**n)
     panels[0].set_xticks(range(0, experts, step))
     figure.supylabel("routed tokens, %", size=matplotlib.rcParams["axes.labelsize"])
-    names = ["an equal share", *(stats.domains if len(stats.domains) > 1 else ())]
-    title_and_legend(figure, panels, title, order=names, ncols=entries, handlelength=1.2)
+    title_and_legend(
+        figure,
+        panels,
+        title,
+        order=["an equal share", *(stats.domains if len(stats.domains) > 1 else ())],
+        ncols=entries,
+        handlelength=1.2,
+    )
     return figure
 
 
@@ -787,23 +828,26 @@ def published_beside_ours(frame, *, title="", width=PAGE):
     values = 100 * frame[["published_retained", "retained"]].to_numpy()
     margin = 0.12 * (np.nanmax(values) - np.nanmin(values) + 1)
     left, right = np.nanmin(values) - margin, np.nanmax(values) + margin
+    look = dict(fmt="D", color=COLOURS[3], mfc="white", mew=1.1, ms=4, capsize=2, elinewidth=0.9)
     for axes, share in zip(panels, shares, strict=True):
         rows = frame[frame["kept"] == share]
         y = rows["method"].map(methods.index).to_numpy()
         theirs, ours = 100 * rows["published_retained"].to_numpy(), 100 * rows["retained"].to_numpy()
         axes.plot([theirs, ours], [y - 0.14, y + 0.14], color="0.7", lw=1, zorder=1)
         axes.plot(theirs, y - 0.14, "o", color=COLOURS[0], ms=4.5, label="published")
-        look = dict(fmt="D", color=COLOURS[3], mfc="white", mew=1.1, ms=4, capsize=2, elinewidth=0.9)
         bars = 100 * rows["retained_sd"].fillna(0).to_numpy()
         axes.errorbar(ours, y + 0.14, xerr=bars, label="ours", **look)
         absent = y[np.isnan(ours)]
         if len(absent):
-            look = dict(color="0.45", ms=4, clip_on=False, label="ours not measured")
-            axes.plot(np.full(len(absent), left), absent, "x", **look)
-        name = "{:.0%} of experts: published {experts}, ours {our_experts}".format(share, **rows.iloc[0])
-        axes.set_title(name, size=7, loc="left")
+            cross = dict(color="0.45", ms=4, clip_on=False, label="ours not measured")
+            axes.plot(np.full(len(absent), left), absent, "x", **cross)
+        axes.set_title(
+            "{:.0%} of experts: published {experts}, ours {our_experts}".format(share, **rows.iloc[0]),
+            size=7,
+            loc="left",
+        )
         axes.grid(axis="y", color="0.92", lw=0.6)
-    panels[0].set(yticks=range(len(methods)), yticklabels=methods)
+    panels[0].set_yticks(range(len(methods)), methods)
     panels[0].set(xlim=(left, right), ylim=(len(methods) - 0.4, -0.6))
     for axes in panels[-columns:]:
         axes.set_xlabel("accuracy, % of the unmerged model's")

@@ -5,8 +5,7 @@ import os
 from pathlib import Path
 
 from hcsmoe_core._util import versions, write_json
-from hcsmoe_core.studies.cache import slug
-from hcsmoe_core.studies.tables import write_table
+from hcsmoe_core.studies import cache, tables
 from hcsmoe_core.ui.figures import save
 
 NOTEBOOKS = (
@@ -17,8 +16,11 @@ NOTEBOOKS = (
     "04_merge",
     "05_accuracy",
     "06_ablation",
+    "07_paper",
+    "08_methods",
+    "09_bytes",
+    "10_theory",
 )
-NOTEBOOKS += ("07_paper", "08_methods", "09_bytes", "10_theory")
 
 
 class Record:
@@ -43,7 +45,7 @@ class Record:
         if Path(f"{notebook}.ipynb").exists():
             os.chdir("..")
         self.notebook, self.settings, self.files = notebook, settings, []
-        model = slug(settings["model"])
+        model = cache.slug(settings["model"])
         self.figures = Path(figures) / model
         self.results = Path(results or f"runs/{notebook}/{model}/results.json")
 
@@ -55,29 +57,34 @@ class Record:
     def table(self, frame, name):
         """Save a table as CSV and LaTeX under the notebook's number, and return it."""
         path = self.figures / f"{self.notebook[:2]}_{name}"
-        self.files += [write_table(frame, f"{path}{suffix}") for suffix in (".csv", ".tex")]
+        self.files += [tables.write_table(frame, f"{path}{suffix}") for suffix in (".csv", ".tex")]
         return frame
 
     def data(self, frame):
         """Save the rows behind the results as CSV, beside ``results.json``."""
-        write_table(frame, self.results.with_suffix(".csv"))
+        tables.write_table(frame, self.results.with_suffix(".csv"))
 
     def write(self, **values):
         """Write ``results.json`` as it is so far."""
-        content = {
-            "notebook": self.notebook,
-            "parameters": self.settings,
-            "figures": list(map(str, self.files)),
-        }
-        write_json(self.results, content | {"versions": versions()} | values)
+        write_json(
+            self.results,
+            {
+                "notebook": self.notebook,
+                "parameters": self.settings,
+                "figures": list(map(str, self.files)),
+                "versions": versions(),
+                **values,
+            },
+        )
 
     def close(self, **values):
         """Write ``results.json``, and print where everything is, how to run it again and what comes next."""
         self.write(**values)
         print(*self.files, self.results, sep="\n")
-        given = {name: value for name, value in self.settings.items() if value not in ("", None)}
-        options = [f"-p {k} {json.dumps(v) if isinstance(v, str) else v}" for k, v in given.items()]
-        paths = [f"{folder}/{self.notebook}.ipynb" for folder in ("notebooks", "runs")]
-        print("\nAgain: papermill", *paths, *options)
-        following = NOTEBOOKS[NOTEBOOKS.index(self.notebook) + 1 :]
-        print(*(f"Next: {name}.ipynb" for name in following[:1]))
+        options = [
+            f"-p {name} {json.dumps(value) if isinstance(value, str) else value}"
+            for name, value in self.settings.items()
+            if value not in ("", None)
+        ]
+        print(f"\nAgain: papermill notebooks/{self.notebook}.ipynb runs/{self.notebook}.ipynb", *options)
+        print(*(f"Next: {name}.ipynb" for name in NOTEBOOKS[NOTEBOOKS.index(self.notebook) + 1 :][:1]))

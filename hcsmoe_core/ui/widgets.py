@@ -6,19 +6,15 @@ import html
 import ipywidgets as widgets
 import numpy as np
 
-from hcsmoe_core._util import InputError, check_choice, check_count
-from hcsmoe_core.clustering import LINKAGES, cut
-from hcsmoe_core.clustering import linkage as tree_of
+from hcsmoe_core import clustering
+from hcsmoe_core._util import InputError, check_choice, check_count, require
 from hcsmoe_core.merging import apply_plan, restore
-from hcsmoe_core.methods import make_plan, merge_tree
+from hcsmoe_core.methods import make_plan, merge_tree, summary
 from hcsmoe_core.methods.similarities import allowed_linkages, available, described
-from hcsmoe_core.methods.summary import summarise
 from hcsmoe_core.score.evaluation import evaluate
 from hcsmoe_core.similarity import distances, metric_of
-from hcsmoe_core.studies.stability import agreement
-from hcsmoe_core.studies.tables import cut_costs, domain_mix
-from hcsmoe_core.ui import figures
-from hcsmoe_core.ui.anatomy import expert_tokens, merged_groups, output_errors, token_shares
+from hcsmoe_core.studies import stability, tables
+from hcsmoe_core.ui import anatomy, figures
 
 FULL_NAME = {"description_width": "initial"}
 WRAPPED = widgets.Layout(flex_flow="row wrap")
@@ -34,8 +30,8 @@ class Explorer(widgets.VBox):
     Parameters
     ----------
     draw : callable
-        Takes the controls' values by name; returns a Figure or PNG bytes, or one of them and a note to show
-        below it: a text or a data frame.
+        Takes the controls' values by name; returns a picture, as PNG, and a note to show below it: a text or
+        a data frame.
     controls
         ipywidgets by the names of ``draw``'s parameters.
 
@@ -51,8 +47,6 @@ class Explorer(widgets.VBox):
         self.picture, self.note = b"", ""
         super().__init__([widgets.HBox(list(controls.values()), layout=WRAPPED)])
         for control in controls.values():
-            if hasattr(control, "continuous_update"):
-                control.continuous_update = False
             control.observe(self._refresh, names="value")
         self._refresh()
 
@@ -69,9 +63,7 @@ class Explorer(widgets.VBox):
         key = self._key()
         try:
             if key not in self._cache:
-                result = self._draw(**self.values)
-                figure, note = result if isinstance(result, tuple) else (result, "")
-                self._cache[key] = figure if isinstance(figure, bytes) else figures.png(figure), note
+                self._cache[key] = self._draw(**self.values)
             self.picture, self.note = self._cache[key]
         except InputError as error:  # settings that do not go together: the picture stays, the note says why
             if not self._cache:
@@ -82,9 +74,8 @@ class Explorer(widgets.VBox):
 
     def _bundles(self):
         """Picture and note as outputs of a cell."""
-        if isinstance(self.note, str):
-            text, markup = self.note, html.escape(self.note).replace("\n", "<br>")
-        else:
+        text, markup = self.note, html.escape(str(self.note)).replace("\n", "<br>")
+        if not isinstance(text, str):
             text, markup = self.note.to_string(index=False), self.note.to_html(index=False)
         return {"image/png": self.picture, "text/plain": "picture"}, {"text/html": markup, "text/plain": text}
 
@@ -98,18 +89,16 @@ class Explorer(widgets.VBox):
 
 def usage_explorer(stats, *, layer=0):
     """Which experts the tokens of each domain go to, by layer."""
-    names = list(stats.layers)
 
     def draw(layer):
         share = 100 * stats.layer(layer).frequency
-        title = f"MoE layer {layer}"
         note = (
-            f"{names[layer]}: the most used expert gets {share.max():.1f} % of the routed tokens, "
+            f"{stats.layer_name(layer)}: the most used expert gets {share.max():.1f} % of the routed tokens, "
             f"the least used {share.min():.1f} %."
         )
-        return figures.usage_by_domain(stats, layer, title=title), note
+        return figures.png(figures.usage_by_domain(stats, layer, title=f"MoE layer {layer}")), note
 
-    return Explorer(draw, layer=_slider("layer", layer, 0, len(names) - 1))
+    return Explorer(draw, layer=_slider("layer", layer, 0, len(stats.layers) - 1))
 
 
 def similarity_explorer(stats, model, *, layer=0, similarity="expert-output", linkage="average", groups=None):
@@ -117,36 +106,44 @@ def similarity_explorer(stats, model, *, layer=0, similarity="expert-output", li
 
     def draw(layer, similarity, linkage):
         condensed = distances(stats, layer, similarity=similarity, model=model)
-        tree = tree_of(condensed, linkage, metric=metric_of(similarity))
-        strips = dict(usage=stats.layer(layer).frequency.numpy(), mix=domain_mix(stats, layer))
-        texts = dict(title=f"MoE layer {layer}, {similarity}, {linkage} linkage", label=described(similarity))
-        return figures.similarity_heatmap(condensed, tree, groups=groups, width=5, **strips, **texts)
+        figure = figures.similarity_heatmap(
+            condensed,
+            clustering.linkage(condensed, linkage, metric=metric_of(similarity)),
+            groups=groups,
+            width=5,
+            usage=stats.layer(layer).frequency.numpy(),
+            mix=tables.domain_mix(stats, layer),
+            title=f"MoE layer {layer}, {similarity}, {linkage} linkage",
+            label=described(similarity),
+        )
+        return figures.png(figure), ""
 
     return Explorer(
         draw,
         layer=_slider("layer", layer, 0, len(stats.layers) - 1),
         similarity=_choice("similarity", similarity, available(stats)),
-        linkage=_choice("linkage", linkage, LINKAGES),
+        linkage=_choice("linkage", linkage, clustering.LINKAGES),
     )
 
 
 def token_explorer(stats, input_ids, tokenizer, *, layer=0, expert=0, most=12):
     """Which tokens an expert gets: by domain, by token, and those with the largest routing weight."""
-    experts = min(layer_stats.num_experts for layer_stats in stats.layers.values())
 
     def draw(layer, expert):
-        usage, tokens = stats.layer(layer).usage_count, stats.layer(layer).tokens
-        by_domain = dict(zip(stats.domains, (usage[:, expert] / tokens).tolist(), strict=True))
-        expected = float(usage.sum() / tokens.sum() / usage.shape[1])
-        by_token = token_shares(stats, layer, expert, input_ids, tokenizer)
-        title = f"MoE layer {layer}, expert {expert}"
-        figure = figures.expert_profile(by_domain, by_token, expected=expected, title=title)
-        return figure, expert_tokens(stats, layer, expert, input_ids, tokenizer, most=most).round(3)
+        sums = stats.layer(layer)
+        figure = figures.expert_profile(
+            dict(zip(stats.domains, (sums.usage_count[:, expert] / sums.tokens).tolist(), strict=True)),
+            anatomy.token_shares(stats, layer, expert, input_ids, tokenizer),
+            expected=float(sums.usage_count.sum() / sums.tokens.sum() / sums.num_experts),
+            title=f"MoE layer {layer}, expert {expert}",
+        )
+        tokens = anatomy.expert_tokens(stats, layer, expert, input_ids, tokenizer, most=most)
+        return figures.png(figure), tokens.round(3)
 
     return Explorer(
         draw,
         layer=_slider("layer", layer, 0, len(stats.layers) - 1),
-        expert=_slider("expert", expert, 0, experts - 1),
+        expert=_slider("expert", expert, 0, min(sums.num_experts for sums in stats.layers.values()) - 1),
     )
 
 
@@ -154,21 +151,29 @@ def tangle_explorer(
     stats, model, *, layer=0, similarity="expert-output", first="average", second="ward", groups=None
 ):
     """Two merge trees of one layer's experts face to face."""
-    options = dict(similarity=similarity, model=model)
 
     def draw(layer, first, second):
-        trees = [merge_tree(stats, layer, linkage=linkage, **options) for linkage in (first, second)]
-        texts = dict(titles=(f"{first} linkage", f"{second} linkage"), title=f"MoE layer {layer}")
-        figure = figures.tanglegram(*trees, groups=groups, label=described(similarity), **texts)
-        if not groups:
-            return figure
-        index = agreement(*([cut(tree, groups)] for tree in trees))[0]
-        note = (
-            f"Adjusted Rand index of the two, cut into {groups} groups: {index:.2f} (1: the same, 0: chance)."
+        trees = [
+            merge_tree(stats, layer, linkage=linkage, similarity=similarity, model=model)
+            for linkage in (first, second)
+        ]
+        figure = figures.tanglegram(
+            *trees,
+            groups=groups,
+            label=described(similarity),
+            titles=(f"{first} linkage", f"{second} linkage"),
+            title=f"MoE layer {layer}",
         )
-        return figure, note
+        note = ""
+        if groups:
+            index = stability.agreement(*([clustering.cut(tree, groups)] for tree in trees))[0]
+            note = (
+                f"Adjusted Rand index of the two, cut into {groups} groups: {index:.2f} (1: the same, "
+                "0: chance)."
+            )
+        return figures.png(figure), note
 
-    linkages = allowed_linkages(similarity, LINKAGES)
+    linkages = allowed_linkages(similarity, clustering.LINKAGES)
     return Explorer(
         draw,
         layer=_slider("layer", layer, 0, len(stats.layers) - 1),
@@ -181,16 +186,17 @@ def merge_explorer(stats, model, plan, *, layer=0, group=0):
     """What each combination does to one group of a plan; groups are ordered by size, the largest first."""
 
     def draw(layer, group):
-        groups = merged_groups(plan, layer)
-        if group >= len(groups):
-            raise InputError(f"MoE layer {layer} has {len(groups)} merged groups; there is no group {group}.")
-        frame = output_errors(stats, model, layer, groups[group])
+        groups = anatomy.merged_groups(plan, layer)
+        count = len(groups)
+        require(group < count, f"MoE layer {layer} has {count} merged groups; there is no group {group}.")
+        frame = anatomy.output_errors(stats, model, layer, groups[group])
         best = frame[frame["domain"] == "all"].sort_values("error").iloc[0]
-        title = f"MoE layer {layer}, experts {', '.join(map(str, groups[group]))}"
-        note = f"Smallest error on the sample: {best['combination']}, {best['error']:.2f}."
-        return figures.domain_errors(frame, title=title), note
+        figure = figures.domain_errors(
+            frame, title=f"MoE layer {layer}, experts {', '.join(map(str, groups[group]))}"
+        )
+        return figures.png(figure), "Smallest error on the sample: {combination}, {error:.2f}.".format(**best)
 
-    most = max(len(merged_groups(plan, i)) for i in range(len(plan.layers)))
+    most = max(len(anatomy.merged_groups(plan, i)) for i in range(len(plan.layers)))
     return Explorer(
         draw,
         layer=_slider("layer", layer, 0, len(plan.layers) - 1),
@@ -236,33 +242,48 @@ class CutExplorer(Explorer):
         options = dict(similarity=similarity, model=model)
         self._tree = functools.cache(lambda i, name: merge_tree(stats, i, linkage=name, **options))
         self._condensed = functools.cache(lambda i: distances(stats, i, **options))
-        self._costs = functools.cache(lambda name: cut_costs(stats, linkage=name, **options))
+        self._costs = functools.cache(lambda name: tables.cut_costs(stats, linkage=name, **options))
         most = min(layer_stats.num_experts for layer_stats in stats.layers.values())
-        check_count("experts kept", experts, 1, most)
-        self.counts = [experts] * len(stats.layers)
-        height = dict(min=0, max=1, step=0.001, description="relative cut height", style=FULL_NAME)
+        self.counts = [check_count("experts kept", experts, 1, most)] * len(stats.layers)
         super().__init__(
             self._draw_cut,
             layer=_slider("layer", layer, 0, len(stats.layers) - 1),
-            linkage=_choice("linkage", linkage, allowed_linkages(similarity, LINKAGES)),
+            linkage=_choice("linkage", linkage, allowed_linkages(similarity, clustering.LINKAGES)),
             experts=_slider("experts kept here", experts, 1, most),
-            height=widgets.FloatSlider(0, **height),
+            height=widgets.FloatSlider(
+                0,
+                min=0,
+                max=1,
+                step=0.001,
+                description="relative cut height",
+                style=FULL_NAME,
+                continuous_update=False,
+            ),
         )
         self._path = widgets.Text(str(path), description="plan", layout=widgets.Layout(width="24em"))
         self._message = widgets.HTML()
         actions = {"same in every layer": self.spread, "save plan": self.save, "apply and score": self.score}
-        self._buttons = {name: widgets.Button(description=name) for name in actions}
+        as_wide_as_its_name = widgets.Layout(width="auto")
+        self._buttons = {
+            name: widgets.Button(description=name, layout=as_wide_as_its_name) for name in actions
+        }
         for name, button in self._buttons.items():
-            button.layout.width = "auto"
             button.on_click(lambda _, action=actions[name]: self._report(action))
-        row = widgets.HBox([*self._buttons.values(), self._path], layout=WRAPPED)
-        self.children = (*self.children, row, self._message)
+        self.children += (
+            widgets.HBox([*self._buttons.values(), self._path], layout=WRAPPED),
+            self._message,
+        )
 
     @property
     def plan(self):
         """The plan as set by the controls."""
-        options = dict(similarity=self._similarity, linkage=self.values["linkage"])
-        return make_plan(self._stats, self._model, experts=list(self.counts), **options)
+        return make_plan(
+            self._stats,
+            self._model,
+            experts=list(self.counts),
+            similarity=self._similarity,
+            linkage=self.values["linkage"],
+        )
 
     def spread(self) -> str:
         """Keep as many experts in every layer as in the one shown."""
@@ -303,7 +324,8 @@ class CutExplorer(Explorer):
             layer, height, experts = self.values["layer"], self._controls["height"], self._controls["experts"]
             tree, changed = self._tree(layer, self.values["linkage"]), change and change["owner"]
             if changed is height:
-                self.counts[layer] = _groups_at(tree, height.value * _top(tree))
+                joined = np.maximum.accumulate(tree[:, 2]) <= height.value * _top(tree)
+                self.counts[layer] = len(tree) + 1 - int(joined.sum())
             elif changed is experts:
                 self.counts[layer] = experts.value
             experts.max = len(tree) + 1
@@ -319,17 +341,25 @@ class CutExplorer(Explorer):
 
     def _draw_cut(self, layer, linkage, experts, height):
         tree, costs, count = self._tree(layer, linkage), self._costs(linkage), self.counts[layer]
-        options = dict(layer=layer, usage=self._stats.layer(layer).frequency.numpy(), uniform=self._uniform)
-        title = f"MoE layer {layer}, {linkage} linkage, {count} of {len(tree) + 1} experts kept"
-        options |= dict(title=title, label=described(self._similarity), width=8.4)
-        figure = figures.cut_view(self._condensed(layer), tree, costs, self.counts, **options)
-        summary = summarise(self._stats, layer, cut(tree, count))
+        figure = figures.cut_view(
+            self._condensed(layer),
+            tree,
+            costs,
+            self.counts,
+            layer=layer,
+            usage=self._stats.layer(layer).frequency.numpy(),
+            uniform=self._uniform,
+            title=f"MoE layer {layer}, {linkage} linkage, {count} of {len(tree) + 1} experts kept",
+            label=described(self._similarity),
+            width=8.4,
+        )
+        found = summary.summarise(self._stats, layer, clustering.cut(tree, count))
         uniform = [self._uniform] * len(costs)
         note = (
-            f"This layer: {100 * summary['saved']:.0f} % of its expert weights saved; "
-            f"{100 * summary['moved']:.0f} % of the routing mass goes to experts that are merged; "
-            f"routing entropy {summary['entropy']:.2f} → {summary['entropy_after']:.2f} nats; "
-            f"predicted relative error of its output {summary['function_error']:.3f}.\n"
+            f"This layer: {100 * found['saved']:.0f} % of its expert weights saved; "
+            f"{100 * found['moved']:.0f} % of the routing mass goes to experts that are merged; "
+            f"routing entropy {found['entropy']:.2f} → {found['entropy_after']:.2f} nats; "
+            f"predicted relative error of its output {found['function_error']:.3f}.\n"
             f"All layers: {sum(self.counts)} experts, predicted error {_mean_square(costs, self.counts):.3f} "
             f"(root mean square); with {self._uniform} in every layer ({sum(uniform)}): "
             f"{_mean_square(costs, uniform):.3f}."
@@ -343,18 +373,15 @@ def _mean_square(costs, counts):
 
 def _top(tree):
     """Height at which all experts are in one group, and 5 % above."""
-    return (float(tree[-1, 2]) * 1.05 if len(tree) else 1.0) or 1.0
-
-
-def _groups_at(tree, height):
-    """Number of groups where a tree is cut at some height."""
-    return len(tree) + 1 - int((np.maximum.accumulate(tree[:, 2]) <= height).sum()) if len(tree) else 1
+    return float(tree[-1, 2]) * 1.05 or 1.0
 
 
 def _slider(description, value, low, high):
     """An integer slider; a value out of range is an error, where ipywidgets would change it silently."""
     check_count(description, value, low, high)
-    return widgets.IntSlider(value, low, high, description=description, style=FULL_NAME)
+    return widgets.IntSlider(
+        value, low, high, description=description, style=FULL_NAME, continuous_update=False
+    )
 
 
 def _choice(description, value, options):

@@ -1,11 +1,15 @@
-"""The study of ``hcsmoe demo`` and ``hcsmoe figures``: every notebook on the embedded models."""
+"""The study of the embedded models: every notebook on them. ``./run`` and ``./run figures`` start it."""
 
 import itertools
 import shutil
 from pathlib import Path
+from typing import Annotated
+
+import typer
 
 from hcsmoe_core._util import EMBEDDED, check_choice
 from hcsmoe_core.studies import grids, sweep
+from hcsmoe_core.ui.cli import draw, main, side_by_side
 
 BRIEF = ("methods", "samples", "sizes")  # grids of the brief study
 # Notebooks that look at one model each, and those that read what was measured; the tour comes before all.
@@ -21,6 +25,42 @@ GALLERY = {
     "reduction-qwen": "demo-qwen/06_reduction-loss",
     "reduction-mixtral": "demo-mixtral/06_reduction-loss",
 }
+
+app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
+OUT = Annotated[Path, typer.Option(help="Folder of the executed notebooks and results.")]
+FIGURES = Annotated[Path, typer.Option(help="Folder of the figures.")]
+MODELS = Annotated[str, typer.Option(help="Embedded models, comma-separated.")]
+WORKERS = Annotated[int, typer.Option(help="Notebooks run side by side; 0 for one per core, at most two.")]
+LIMIT = Annotated[int | None, typer.Option(help="Items per task.")]
+
+
+@app.command()
+def demo(
+    out: OUT = Path("runs/demo"),
+    figures: FIGURES = Path("figures"),
+    models: MODELS = "demo-qwen,demo-mixtral",
+    workers: WORKERS = 0,
+    limit: LIMIT = 100,
+):
+    """Run the notebooks on the embedded models over a small grid: figures, tables and executed notebooks."""
+    run(_items(models), out, figures, side_by_side(workers), limit)
+
+
+@app.command("figures")
+def redraw(
+    out: OUT = Path("runs/demo"),
+    figures: FIGURES = Path("figures"),
+    models: MODELS = "demo-qwen,demo-mixtral",
+    workers: WORKERS = 0,
+    limit: LIMIT = 100,
+):
+    """Measure every grid, write its table and draw every figure again; scores that exist are kept."""
+    run(_items(models), out, figures, side_by_side(workers), limit, full=True)
+    gallery(figures, _items(models))
+
+
+def _items(models):
+    return [model.strip() for model in models.split(",") if model.strip()]
 
 
 def run(models, out, figures, workers, limit=None, *, full=False):
@@ -60,36 +100,11 @@ def run(models, out, figures, workers, limit=None, *, full=False):
     planned = grids.plans(chosen, models, ({"limit": limit} if limit else {}) | numbers | shared)
     done += grids.run(planned, cells, workers=workers)
     if full:
-        done += draw(chosen, models, cells, figures, workers)
+        done += draw(cells, figures, chosen, models, workers)
     tables = notebooks("06_ablation", sweep=str(cells), grid=",".join(BRIEF))
     tables += notebooks("07_paper", sweep=str(cells), **numbers) + notebooks(*TABLES)
     done += sweep.run_cells(tables, out, workers=workers, again=True, description="tables")
     report(models, out, cells, figures, len(done))
-
-
-def draw(chosen, models, cells, figures, workers) -> list[Path]:
-    """Table and figures of each grid and model by ``06_ablation``, from cells that are measured.
-
-    Parameters
-    ----------
-    chosen, models : list of str
-        Grids and models.
-    cells : path
-        Folder of the cells; the executed notebooks are written there, too.
-    figures : str or path
-    workers : int
-        Notebooks side by side.
-
-    Returns
-    -------
-    list of Path
-        Executed notebooks.
-    """
-    notebooks = []
-    for study, model in itertools.product(map(grids.load, chosen), models):
-        parameters = {"model": model, "sweep": str(cells), "grid": study.name, "figures": str(figures)}
-        notebooks.append((sweep.notebook_path("06_ablation"), parameters | study.read))
-    return sweep.run_cells(notebooks, cells, workers=workers, again=True, description="studies")
 
 
 def gallery(figures, models):
@@ -118,3 +133,7 @@ def report(models, out, cells, figures, executed):
         print(rows[["experts", "setting", "MB", "samples", "accuracy", "loss"]].to_string(index=False))
     print(f"\nnotebooks and results  {out}  ({executed} executed)")
     print(*(f"figures                {Path(figures) / model}" for model in models), sep="\n")
+
+
+if __name__ == "__main__":
+    main(app)
