@@ -1,7 +1,7 @@
 """The documentation site: generated pages, executed notebooks, and a strict build.
 
 ``./run docs`` makes it under ``runs/docs`` and serves it to this machine alone; ``./run docs --build`` only
-makes it. Either fails on a broken link or reference. Notebooks that are executed already are not executed again.
+makes it. Either fails on a broken link or reference. Notebooks executed before are not executed again.
 """
 
 import argparse
