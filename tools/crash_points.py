@@ -1,8 +1,8 @@
 """Crash points: a command killed at every n-th change of the file system, then given again.
 
 ``python -m tools.crash_points --points 160`` kills captures and merges, whole and streamed, and prints how
-many of the second runs gave the very bytes of an undisturbed run, left nothing behind, and were not refused. It
-works by forking this process, so that it needs a Unix system.
+many of the second runs gave the very bytes of an undisturbed run, left nothing behind, and were not refused.
+It works by forking this process, so that it needs a Unix system.
 """
 
 import argparse
