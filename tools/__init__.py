@@ -1,1 +1,1 @@
-"""What makes the embedded models, their tasks and the table of families; no part of the package."""
+"""What makes the embedded models and the documentation, and what ./run does; no part of the package."""

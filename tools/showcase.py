@@ -1,4 +1,4 @@
-"""The study of the embedded models: every notebook on them. ``./run`` and ``./run figures`` start it."""
+"""The study of the embedded models: every notebook on them, over grids of settings. ``./run figures`` is it."""
 
 import itertools
 import shutil
@@ -35,32 +35,18 @@ LIMIT = Annotated[int | None, typer.Option(help="Items per task.")]
 
 
 @app.command()
-def demo(
+def study(
+    full: Annotated[bool, typer.Option("--full", help="Every grid, not three, and every figure again.")] = False,
     out: OUT = Path("runs/demo"),
     figures: FIGURES = Path("figures"),
     models: MODELS = "demo-qwen,demo-mixtral",
     workers: WORKERS = 0,
     limit: LIMIT = 100,
 ):
-    """Run the notebooks on the embedded models over a small grid: figures, tables and executed notebooks."""
-    run(_items(models), out, figures, side_by_side(workers), limit)
-
-
-@app.command("figures")
-def redraw(
-    out: OUT = Path("runs/demo"),
-    figures: FIGURES = Path("figures"),
-    models: MODELS = "demo-qwen,demo-mixtral",
-    workers: WORKERS = 0,
-    limit: LIMIT = 100,
-):
-    """Measure every grid, write its table and draw every figure again; scores that exist are kept."""
-    run(_items(models), out, figures, side_by_side(workers), limit, full=True)
-    gallery(figures, _items(models))
-
-
-def _items(models):
-    return [model.strip() for model in models.split(",") if model.strip()]
+    """Run every notebook on the embedded models, over grids of settings; scores that exist are kept."""
+    run(_items(models), out, figures, side_by_side(workers), limit, full=full)
+    if full:
+        gallery(figures, _items(models))
 
 
 def run(models, out, figures, workers, limit=None, *, full=False):
