@@ -1,4 +1,4 @@
-"""The study of the embedded models: every notebook on them, over grids of settings. ``./run figures`` is it."""
+"""The study of the embedded models: every notebook on them, over grids. ``./run figures`` is it."""
 
 import itertools
 import shutil
@@ -36,7 +36,7 @@ LIMIT = Annotated[int | None, typer.Option(help="Items per task.")]
 
 @app.command()
 def study(
-    full: Annotated[bool, typer.Option("--full", help="Every grid, not three, and every figure again.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="Every grid, and every figure again.")] = False,
     out: OUT = Path("runs/demo"),
     figures: FIGURES = Path("figures"),
     models: MODELS = "demo-qwen,demo-mixtral",
@@ -47,6 +47,10 @@ def study(
     run(_items(models), out, figures, side_by_side(workers), limit, full=full)
     if full:
         gallery(figures, _items(models))
+
+
+def _items(models):
+    return [model.strip() for model in models.split(",") if model.strip()]
 
 
 def run(models, out, figures, workers, limit=None, *, full=False):
