@@ -145,7 +145,7 @@ def _resize(model, name, record):
         if record["mapped"]:
             remap(experts)
     except (AttributeError, KeyError, TypeError) as error:
-        message = f'config.json: "expert_merge" does not fit {name} ({error!r}); it was changed.'
+        message = f'config.json was changed: "expert_merge" does not fit {name} ({error!r}).'
         raise ValueError(message) from None
 
 

@@ -52,7 +52,7 @@ from hcsmoe_core.checkpoint import (
     on_disk,
     opened,
     parts_of,
-    shard,
+    SHARD,
     target_of,
     without_bars,
     write_part,
@@ -197,7 +197,7 @@ class _Source:
         self.shards = {str(file): _identity(file) for file in files}
         self.present = None  # index of the decoder layer that is in memory
         self.fingerprints = {}
-        self.names = parts_of(model, model.state_dict())
+        self.names = parts_of(model)
         part_of = {name: part for part, names in enumerate(self.names) for name in names}
         self.shard_of = [{} for _ in self.names]  # of each part: shard by name on disk
         self.stored = set()  # names in the model of all that is on disk
@@ -588,7 +588,7 @@ def _begin_merge(model, plan, work, stats, router, observer):
     target = target_of(model, plan, router)
     settings = {
         "plan": sha256_json([vars(layer_plan) for layer_plan in plan.layers]),
-        "router": target.router,
+        "router": target.result["router"],
         "dtype": str(model.dtype),
         "statistics": stats.identity() if plan.needs_sample else None,
         "checkpoint": source_of(model).identity(),
@@ -604,7 +604,7 @@ def _write_parts(source, plan, folder, stats, target, observed):
     count = len(source.names)
     for part in range(0 if (folder / WEIGHTS).exists() else count):
         observing = part > 0 and observed is not None and not observed.done(part - 1)
-        if (folder / shard(part, count)).exists() and not observing:
+        if (folder / SHARD.format(part + 1, count)).exists() and not observing:
             continue
         if part == 0 or observing:
             source.read_again()
