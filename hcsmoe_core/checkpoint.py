@@ -43,11 +43,8 @@ def load_model(model, *, dtype="auto", device="auto", experts_implementation=Non
     experts_implementation : str, optional
         How transformers runs experts, such as ``"eager"`` or ``"grouped_mm"``; by default its own choice.
 
-    Raises
-    ------
-    FileNotFoundError, InputError
-        If it is neither here nor on the hub; if it is not readable, or is quantised in a way that
-        transformers cannot undo.
+    Raises FileNotFoundError if it is neither here nor on the hub; InputError if it is not readable, or
+    quantised in a way that transformers cannot undo.
     """
     source = folder_of(model)
     load = _load if merge_record(source) is None else load_merged
@@ -67,7 +64,7 @@ def load_with(load, source, *, dtype, device_map, experts_implementation, merged
 
     ``device_map`` is that of transformers; a ``merged`` model has layers as ``config.json`` records them.
     """
-    config = readable_config(source, source)
+    config = readable_config(source)
     family = model_class(config)
     with readable(source):
         base = _transformers.class_with_loader(merged_class(family) if merged else family, load)
@@ -93,11 +90,8 @@ def _load_checked(model, files, config, usual):
 
 
 def load_skeleton(model, *, dtype="auto"):
-    """A model's modules on the meta device, from its configuration alone; of a merged folder, the original's.
-
-    Parameters are as for :func:`load_model`.
-    """
-    config = readable_config(folder_of(model), model)
+    """Build a model on the meta device from its configuration; of a merged folder, the original."""
+    config = readable_config(model)
     with readable(model):
         return skeleton_of(config, dtype=dtype)
 
@@ -124,15 +118,15 @@ def model_class(config):
     return next((c for c in classes if c.__name__ in (config.architectures or ())), classes[0])
 
 
-def readable_config(source, shown):
+def readable_config(model):
     """Load a configuration, set to turn quantised weights into floats; InputError if transformers cannot."""
-    with readable(shown):
-        config = AutoConfig.from_pretrained(source)
+    with readable(model):
+        config = AutoConfig.from_pretrained(folder_of(model))
     if quantisation := _quantisation(config):
         method = str(quantisation.get("quant_method", "an unnamed method"))
         require(
             method in DEQUANTISED,
-            f"{shown} is quantised with {method}, which transformers does not turn back into 16-bit weights "
+            f"{model} is quantised with {method}, which transformers does not turn back into 16-bit weights "
             f"(it does for {', '.join(DEQUANTISED)}); start from the checkpoint it was made from.",
         )
         quantisation["dequantize"] = True
@@ -255,10 +249,8 @@ def save_merged(
         ``bytes`` of the weight files, numbers of ``parameters`` and ``original`` ones, ``router`` ("plain" or
         "mapped"), ``limits`` of engines (lines of text), and ``fidelity`` as given.
 
-    Raises
-    ------
-    FileExistsError, InputError
-        If the folder exists; if the plan does not fit the model or cannot be written as asked.
+    Raises FileExistsError if the folder exists, InputError if the plan does not fit the model or cannot be
+    written as asked.
     """
     plan, router = exported(plan, router)
     check_absent(folder)
@@ -308,14 +300,15 @@ def target_of(model, plan, router=""):
         merged = type(model)(copy.deepcopy(model.config))
     original, names = merged.num_parameters(), {module: name for name, module in merged.named_modules()}
     layers = find_moe_layers(merged)
-    top_k = layers[0].top_k
+    top_k, trimmed = layers[0].top_k, any(layer.width and layer.joins for layer in plan.layers)
     pairs = zip(layers, plan.layers, strict=True)
     records = {layer.name: _record(layer, layer_plan, names) for layer, layer_plan in pairs}
     config, reason = (None, "") if router == "mapped" else _plain_config(model, plan, merged)
-    trimmed = any(layer.width and layer.joins for layer in plan.layers)
     remedy = '"mapped", or make the plan with shape "whole"' if trimmed else '"mapped"'
-    message = f'The "router" argument cannot be "plain" for this plan: {reason}. Use {remedy}.'
-    require(router != "plain" or config is not None, message)
+    require(
+        router != "plain" or config is not None,
+        f'The "router" argument cannot be "plain" for this plan: {reason}. Use {remedy}.',
+    )
     router, more = "mapped" if config is None else "plain", {}
     if config is None:  # "factored" is there for earlier versions, which look for it
         record = {"version": VERSION, "router": "mapped", "factored": False, "layers": records}
@@ -349,8 +342,7 @@ def _record(layer, layer_plan, names):
             tensors[f"{names[module]}.{name}"] = list(value.shape)
             continue
         if name == "config":
-            absent = object()
-            value = {k: new for k, new in vars(value).items() if vars(before).get(k, absent) is not new}
+            value = {k: new for k, new in vars(value).items() if (k, new) not in vars(before).items()}
         values.setdefault(names[module], {})[name] = value
     record = {"labels": state.labels, "extra": state.extra, "mapped": state.handle is not None}
     return record | {"tensors": tensors, "values": values}
@@ -482,36 +474,23 @@ def merge_record(folder):
 
 
 def load_merged(folder, *, dtype="auto", device="auto", experts_implementation=None, verify=True):
-    """Load a mapped checkpoint that :func:`save_merged` wrote.
+    """Load a mapped checkpoint that :func:`save_merged` wrote; the other arguments are :func:`load_model`'s.
 
     It computes what the live merged model computed, to the bit at the same dtype (on a CPU, where a file's
-    tensors lie in memory can change the last bit of a matrix product).
+    tensors lie in memory can change the last bit of a matrix product). With ``verify``, weight files are
+    compared with their checksums first.
 
-    Parameters
-    ----------
-    folder : path
-    dtype, device, experts_implementation
-        As for :func:`load_model`.
-    verify : bool
-        Compare the weight files with their checksums first.
-
-    Raises
-    ------
-    FileNotFoundError, InputError
-        If the folder or a weight file is missing; if it is not a mapped checkpoint, or damaged or changed.
+    Raises FileNotFoundError if the folder or a weight file is missing, InputError if it is not a mapped
+    checkpoint, or damaged or changed.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no folder {folder}; give one that save_merged wrote.")
     record = merge_record(folder)
     unmerged = f'{folder} is not a merged checkpoint: config.json has no "expert_merge". Use load_model.'
-    require(record is not None, unmerged)
+    require(record, unmerged)
     require(
-        isinstance(record, dict) and record.get("version") == VERSION and record.get("router") == "mapped",
-        f"{folder} is of another version of hcsmoe or its config.json was changed; merge again.",
-    )
-    require(
-        not record.get("factored"),
+        not (isinstance(record, dict) and record.get("factored")),
         f"{folder} keeps its experts as factors, as only earlier versions of hcsmoe do. Write it anew: "
         f"hcsmoe merge MODEL --plan {folder / 'plan.json'} --statistics STATISTICS --out OTHER",
     )

@@ -51,7 +51,7 @@ def replace_experts(layer: MoELayer, tensors, labels, *, rows=None, scales=None)
         sizes.
     """
     experts, stored = layer.experts, max(labels) + 1
-    merged = ExpertMap(labels, layer.extra, mapped=rows is None)
+    merged = ExpertMap(list(labels), layer.extra, mapped=rows is None)
     counts = {len(labels) + extra: stored + extra for extra in (0, layer.extra)}
     width = tensors[DOWN].shape[1 if layer.transposed else 2]
     new = _stored(layer, tensors)  # value by module and name

@@ -600,7 +600,7 @@ def _owned(work, out):
                 resume = "the same command goes on from there."
                 print(f"hcsmoe: finished steps are in {work}; {resume}", file=sys.stderr)
             else:
-                _remove(work)
+                shutil.rmtree(work, ignore_errors=True)
             raise
         _remove(work)
 
