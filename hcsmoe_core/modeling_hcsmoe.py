@@ -21,11 +21,9 @@ VERSION = 3
 
 @dataclass(eq=False)
 class ExpertMap:
-    """Where the choices of a layer's router go; the experts module of a merged layer has one as ``_merged``."""
+    """Where the choices of a layer's router go: ``_merged`` of the experts module of a merged layer."""
 
-    labels: (
-        list  # E int: merged expert of each that the router chose from before; -1 for one that was dropped
-    )
+    labels: list  # E int: merged expert of each that the router chose from before; -1 if it was dropped
     extra: int = 0  # choices beyond them, of experts without weights
     mapped: bool = True  # whether the router still chooses among E, rather than among r
     # By device. No buffer: transformers re-allocates those that are not persistent as it loads a checkpoint.

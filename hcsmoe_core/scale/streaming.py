@@ -324,8 +324,7 @@ class _LayerDone(Exception):  # noqa: N818 (no error)
 
 
 def _identity(file):
-    status = Path(file).stat()
-    return [status.st_size, status.st_mtime_ns]
+    return [Path(file).stat().st_size, Path(file).stat().st_mtime_ns]
 
 
 def stream_capture(
@@ -499,8 +498,8 @@ def stream_merged(
     """
     plan, router = checkpoint.exported(plan, router)
     check_absent(out)
-    target, work = _begin_merge(model, plan, Path(work), stats, router, observer), Path(work)
-    source, folder = moe.source_of(model), work / "model"
+    source, work = moe.source_of(model), Path(work)
+    target, folder = _begin_merge(model, plan, work, stats, router, observer), work / "model"
     observed = observer and observer(source, plan, work / "observed")
     _write_parts(source, plan, folder, stats, target, observed)
     fidelity = observed and observed.result()
@@ -571,11 +570,9 @@ def work_folder(out, model):
         If another process is at work there.
     """
     work = None if moe.source_of(model) is None else work_of(out)
-    with contextlib.ExitStack() as stack:
-        if work is not None:
-            if ranks.rank() == 0:
-                stack.enter_context(_owned(work, out))
-            ranks.barrier()
+    own = work is not None and ranks.rank() == 0
+    with _owned(work, out) if own else contextlib.nullcontext():
+        ranks.barrier()
         yield work
 
 
@@ -597,8 +594,10 @@ def _owned(work, out):
             yield
         except BaseException:
             if any(work.rglob("*.safetensors")):
-                resume = "the same command goes on from there."
-                print(f"hcsmoe: finished steps are in {work}; {resume}", file=sys.stderr)
+                print(
+                    f"hcsmoe: finished steps are in {work}; the same command goes on from there.",
+                    file=sys.stderr,
+                )
             else:
                 shutil.rmtree(work, ignore_errors=True)
             raise
@@ -642,9 +641,8 @@ def _begin(folder, settings):
     record = folder / "run.json"
     before = (_util.read_json(record) if record.exists() else None) or settings
     other = [name for name in settings if before.get(name) != settings[name]]
-    changed = "the checkpoint was changed meanwhile"
-    if other != ["checkpoint"]:
-        changed = f"it has other {', '.join(other)}"
+    listed = f"it has other {', '.join(other)}"
+    changed = "the checkpoint was changed meanwhile" if other == ["checkpoint"] else listed
     remedy = f"remove {folder} to start anew."
     require(not other, f"{folder} holds an unfinished run, but {changed}; {remedy}")
     _util.write_json(record, settings)
