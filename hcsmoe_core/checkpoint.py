@@ -238,10 +238,8 @@ def save_merged(
         :func:`load_merged` reads, and transformers with ``trust_remote_code=True``. By default plain if that
         computes the same, else mapped.
     tokenizer : transformers.PreTrainedTokenizerBase, optional
-    fidelity : dict, optional
-        What :func:`hcsmoe_core.score.fidelity.fidelity` measured, for the model card.
-    card : dict of str to str, optional
-        More lines for the model card, such as where the calibration tokens came from.
+    fidelity, card : dict, optional
+        For the model card: what :func:`hcsmoe_core.score.fidelity.fidelity` measured, and more lines by name.
 
     Returns
     -------
@@ -287,6 +285,7 @@ class Target:
 
     config: PreTrainedConfig  # of a plain checkpoint; of a mapped one that of the original
     more: dict  # further keys of config.json, which tell the loader of a mapped checkpoint of each layer
+    loader: str  # class that opens it
     hub_layout: bool  # False where files on the hub list text and other experts together, all alike many
     result: dict  # of save_merged, but for the bytes and the fidelity
 
@@ -309,23 +308,16 @@ def target_of(model, plan, router=""):
         router != "plain" or config is not None,
         f'The "router" argument cannot be "plain" for this plan: {reason}. Use {remedy}.',
     )
-    router, more = "mapped" if config is None else "plain", {}
+    router, more, kind = "plain" if config else "mapped", {}, type(model)
+    autos = [auto.__name__ for auto, family in _transformers.auto_classes(model.config) if family is kind]
     if config is None:  # "factored" is there for earlier versions, which look for it
         record = {"version": VERSION, "router": "mapped", "factored": False, "layers": records}
-        code = f"{export.MODELING.stem}.Merged{type(model).__name__}"
-        more = {"expert_merge": record, "auto_map": dict.fromkeys(_auto_names(model), code)}
-    result = {
-        "original": original,
-        "parameters": merged.num_parameters(),
-        "router": router,
-        "limits": export.limits(plan, router, top_k, model.dtype),
-    }
-    return Target(config or model.config, more, not more or not non_text_experts(model), result)
-
-
-def _auto_names(model):
-    """Names of the auto classes that load a model as its own class."""
-    return [a.__name__ for a, family in _transformers.auto_classes(model.config) if family is type(model)]
+        code = dict.fromkeys(autos, f"{export.MODELING.stem}.Merged{kind.__name__}")
+        more = {"expert_merge": record, "auto_map": code}
+    limits = export.limits(plan, router, top_k, model.dtype)
+    result = dict(original=original, parameters=merged.num_parameters(), router=router, limits=limits)
+    hub_layout, loader = not more or not non_text_experts(model), [*autos, kind.__name__][0]
+    return Target(config or model.config, more, loader, hub_layout, result)
 
 
 def _record(layer, layer_plan, names):
@@ -442,8 +434,7 @@ def finish(model, folder, target, plan, *, tokenizer=None, fidelity=None, card=N
     export.write_config(model, folder, target.config, target.more, source)
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     written = {"bytes": size, **target.result, "fidelity": fidelity}
-    loader = next(iter(_auto_names(model)), type(model).__name__)
-    export.write_card(model, folder, plan, written, loader=loader, lines=card)
+    export.write_card(model, folder, plan, written, loader=target.loader, lines=card)
     return written
 
 

@@ -147,8 +147,8 @@ def _either(numbers):
 def kept_of(plan):
     """What a plan leaves of each layer, in words: the number of experts, and their width if it is another."""
     widths = _either(layer.width for layer in plan.layers if layer.width)
-    counts = _either(layer.num_groups for layer in plan.layers)
-    return f"{counts} experts of {widths} neurons per layer" if widths else f"{counts} experts per layer"
+    trimmed = f" of {widths} neurons" if widths else ""
+    return f"{_either(layer.num_groups for layer in plan.layers)} experts{trimmed} per layer"
 
 
 def _summary(model, plan, written):

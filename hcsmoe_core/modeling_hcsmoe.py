@@ -84,11 +84,11 @@ def repeated(sizes, device):
     return torch.arange(len(sizes), device=device).repeat_interleave(torch.tensor(sizes, device=device))
 
 
+@dataclass(eq=False)
 class _DenseForward:
     """Forward of Llama 4's experts, each of which gets every token: a merged one those of all its members."""
 
-    def __init__(self, experts):
-        self.experts = experts
+    experts: nn.Module
 
     def __call__(self, hidden_states):
         experts = self.experts
@@ -163,10 +163,7 @@ def merged_class(base):
 
 
 def named_alike(subclass, base):
-    """A subclass of a model class under the name of that class.
-
-    transformers finds a family's weight conversion and experts implementations by these names.
-    """
+    """A subclass under its base's name, by which transformers finds conversions and implementations."""
     subclass.__name__ = subclass.__qualname__ = base.__name__
     subclass.__module__ = base.__module__
     return subclass
