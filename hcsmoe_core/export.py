@@ -110,27 +110,34 @@ ROUTERS = {
 def write_card(model, folder, plan, written, *, loader, lines=None):
     """Write the model card: what was merged, by which plan, the fidelity measured, how to load it.
 
-    ``written`` is what :func:`hcsmoe_core.checkpoint.save_merged` returns, ``loader`` the auto class that
-    opens the folder, ``lines`` are more rows of the summary, by name.
+    ``written`` is what :func:`hcsmoe_core.checkpoint.save_merged` returns, ``loader`` the class that opens
+    the folder, ``lines`` are more rows of the summary, by name.
     """
-    name = str(model.name_or_path)
+    name, kind = str(model.name_or_path), type(model).__name__
     local = not name or Path(name).exists() or name in _util.EMBEDDED
-    trimmed = all(layer.num_groups == len(layer.labels) for layer in plan.layers)
     tags = ["mixture-of-experts", "merge", "hcsmoe"]
     data = ModelCardData(library_name="transformers", tags=tags, base_model=None if local else name)
-    card = ModelCard.from_template(
-        data,
-        CARD,
-        title=Path(name).name if local else name,
-        kind=type(model).__name__,
-        left="trimmed" if trimmed else kept_of(plan),
-        summary=_table([("", ""), *(_summary(model, plan, written) | (lines or {})).items()]),
-        router=written["router"],
-        loader=loader,
-        limits=written["limits"],
-        fidelity=fidelity_text(written["fidelity"]) if written["fidelity"] else "Not measured.",
-        settings={key: json.dumps(value) for key, value in plan.settings.items()},
-    )
+    after, before = zip(*((layer.num_groups, len(layer.labels)) for layer in plan.layers), strict=True)
+    summary = {
+        "class": kind,
+        "method": plan.settings.get("method", "a plan written by hand"),
+        "experts per layer": f"{_either(after)} of {_either(before)}, in {len(plan.layers)} MoE layers",
+        "width of each expert": _either(layer.width for layer in plan.layers if layer.width),
+        "weights": f"{written['parameters']:,} of {written['original']:,}",
+        "size": f"{written['bytes'] / 1e9:.4g} GB",
+        "router": "; ".join(dict.fromkeys(ROUTERS[layer.router] for layer in plan.layers)),
+        "kind": written["router"],
+        "calibrated on": calibrated(plan) if plan.statistics else "",
+    }
+    fidelity = fidelity_text(written["fidelity"]) if written["fidelity"] else "Not measured."
+    texts = {
+        "title": Path(name).name if local else name,
+        "left": "trimmed" if after == before else kept_of(plan),
+        "summary": _table([("", ""), *filter(all, summary.items()), *(lines or {}).items()]),
+        "settings": {key: json.dumps(value) for key, value in plan.settings.items()},
+    }
+    texts |= {"kind": kind, "loader": loader, "fidelity": fidelity}
+    card = ModelCard.from_template(data, CARD, router=written["router"], limits=written["limits"], **texts)
     card.save(folder / "README.md")
 
 
@@ -149,22 +156,6 @@ def kept_of(plan):
     widths = _either(layer.width for layer in plan.layers if layer.width)
     trimmed = f" of {widths} neurons" if widths else ""
     return f"{_either(layer.num_groups for layer in plan.layers)} experts{trimmed} per layer"
-
-
-def _summary(model, plan, written):
-    after, before = zip(*((layer.num_groups, len(layer.labels)) for layer in plan.layers), strict=True)
-    rows = {
-        "class": type(model).__name__,
-        "method": plan.settings.get("method", "a plan written by hand"),
-        "experts per layer": f"{_either(after)} of {_either(before)}, in {len(plan.layers)} MoE layers",
-        "width of each expert": _either(layer.width for layer in plan.layers if layer.width),
-        "weights": f"{written['parameters']:,} of {written['original']:,}",
-        "size": f"{written['bytes'] / 1e9:.4g} GB",
-        "router": "; ".join(dict.fromkeys(ROUTERS[layer.router] for layer in plan.layers)),
-        "kind": written["router"],
-        "calibrated on": calibrated(plan) if plan.statistics else "",
-    }
-    return {key: value for key, value in rows.items() if value}
 
 
 def calibrated(plan):
