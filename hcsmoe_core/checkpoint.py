@@ -286,7 +286,6 @@ class Target:
     config: PreTrainedConfig  # of a plain checkpoint; of a mapped one that of the original
     more: dict  # further keys of config.json, which tell the loader of a mapped checkpoint of each layer
     loader: str  # class that opens it
-    hub_layout: bool  # False where files on the hub list text and other experts together, all alike many
     result: dict  # of save_merged, but for the bytes and the fidelity
 
 
@@ -316,8 +315,7 @@ def target_of(model, plan, router=""):
         more = {"expert_merge": record, "auto_map": code}
     limits = export.limits(plan, router, top_k, model.dtype)
     result = dict(original=original, parameters=merged.num_parameters(), router=router, limits=limits)
-    hub_layout, loader = not more or not non_text_experts(model), [*autos, kind.__name__][0]
-    return Target(config or model.config, more, loader, hub_layout, result)
+    return Target(config or model.config, more, [*autos, kind.__name__][0], result)
 
 
 def _record(layer, layer_plan, names):
@@ -412,8 +410,10 @@ def write_part(model, tensors, folder, part, count, target):
     The model may be on the meta device; ``part`` counts from 0.
     """
     shard = folder / SHARD.format(part + 1, count)
+    # Files on the hub may list text and other experts together, all alike many.
+    hub_layout = not (target.more and non_text_experts(model))
     with _util.writing(shard), without_bars():
-        options = dict(max_shard_size=1 << 60, save_original_format=target.hub_layout, variant="part")
+        options = dict(max_shard_size=1 << 60, save_original_format=hub_layout, variant="part")
         model.save_pretrained(folder, state_dict=tensors, **options)
     (folder / "model.part.safetensors").replace(shard)
 
