@@ -118,7 +118,8 @@ METHODS.update(
             "this project",
             title="for each layer and group what leaves the smallest residual on held-out tokens",
             group="residual",
-            cost="some solves of I×I and a greedy choice among (n+1)·I neurons per group tried, on the sample",
+            cost="some solves of I×I and a greedy choice among (n+1)·I neurons per group tried, "
+            "on the sample",
         ),
         "f-prune": Method(
             HC_SMOE + " (baseline)",
