@@ -228,8 +228,8 @@ def _plan(stats, layers, recipe: Recipe, experts, seed):
         planned = group(layers, counts, **recipe.by_kind["group"])
     else:
         planned = [_joined(layer, group, count, seed) for layer, count in zip(layers, counts, strict=True)]
-    settings = {"method": recipe.method, "experts": counts if np.ndim(experts) else int(experts)}
-    settings |= {"seed": seed} | recipe.settings
+    wanted = counts if np.ndim(experts) else int(experts)
+    settings = {"method": recipe.method, "experts": wanted, "seed": seed, **recipe.settings}
     return Plan(planned, settings, dict(stats.model), stats.identity(), recipe.by_kind.get("compress"))
 
 
