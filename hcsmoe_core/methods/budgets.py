@@ -209,5 +209,6 @@ def silhouettes(condensed, tree):
     from sklearn.metrics import silhouette_score
 
     square, experts = squareform(condensed), len(tree) + 1
-    values = {n: silhouette_score(square, cut(tree, n), metric="precomputed") for n in range(2, experts)}
-    return {1: 0.0, experts: 0.0} | {n: float(value) for n, value in values.items()}
+    return {1: 0.0, experts: 0.0} | {
+        n: float(silhouette_score(square, cut(tree, n), metric="precomputed")) for n in range(2, experts)
+    }

@@ -42,9 +42,11 @@ def check_points(recipe):
 @group("hierarchical", uses=("similarity", "merge", "combine"), limit="largest", check=check_ward)
 def hierarchical(layer, count, *, linkage: Literal[LINKAGES] = "average", largest: int = 0):
     """The first E − r joins of a merge tree (HC-SMoE); ``largest`` limits the size of groups, 0 does not."""
-    if largest:
-        return restricted(layer.free_distances, count, largest, linkage, metric=layer.metric)
-    return layer.cut(linkage, count)
+    return (
+        restricted(layer.free_distances, count, largest, linkage, metric=layer.metric)
+        if largest
+        else layer.cut(linkage, count)
+    )
 
 
 @group(
@@ -56,9 +58,8 @@ def hierarchical(layer, count, *, linkage: Literal[LINKAGES] = "average", larges
 def k_means(layer, count, *, centres="k-means++"):
     """k-means of points at the distances given; for ``centres`` see :func:`kmeans`."""
     points = similarities.coordinates(layer.free_distances, layer.metric)
-    if centres == "k-means++":
-        return kmeans(points[layer.order], count, seed=layer.random_state)[layer.rank]
-    return kmeans(points, count, centres=centres)
+    order = layer.order if centres == "k-means++" else np.arange(len(points))
+    return kmeans(points[order], count, centres=centres, seed=layer.random_state)[np.argsort(order)]
 
 
 @group("single-shot", uses=("similarity", "merge", "combine"), limit="group_limit")
@@ -232,19 +233,17 @@ def kmeans(points, groups, *, centres="k-means++", seed=0):
 
     points = np.asarray(points, dtype=np.float64)
     check_count("groups", groups, 1, len(points))
-    if isinstance(centres, str):
-        check_choice("centres", centres, ("k-means++", "first"))
-        chosen = list(range(groups))
-    else:
-        chosen = [check_count("centres", int(c), 0, len(points) - 1) for c in centres]
+    named = isinstance(centres, str) and check_choice("centres", centres, ("k-means++", "first"))
+    last = len(points) - 1
+    chosen = [*range(groups)] if named else [check_count("centres", int(c), 0, last) for c in centres]
     require(
         len(set(chosen)) == groups,
         f'The "centres" argument must name {groups} experts to start from; it names {len(set(chosen))}.',
     )
     if points.shape[1] == 0 or groups == len(points):  # all alike, or each alone
         return by_first_appearance(np.minimum(np.arange(len(points)), groups - 1))
-    random = isinstance(centres, str) and centres == "k-means++"
-    start = dict(init=centres, n_init=STARTS) if random else dict(init=points[chosen], n_init=1)
+    random = dict(init="k-means++", n_init=STARTS)
+    start = random if named == "k-means++" else dict(init=points[chosen], n_init=1)
     fitted = KMeans(groups, max_iter=300, tol=0, random_state=seed, **start).fit(points)
     distance = ((points - fitted.cluster_centers_[fitted.labels_]) ** 2).sum(1)
     return by_first_appearance(_filled(fitted.labels_, groups, distance))

@@ -10,6 +10,7 @@ import functools
 import itertools
 
 import numpy as np
+from scipy.linalg import block_diag
 from scipy.spatial.distance import squareform
 
 from hcsmoe_core import clustering
@@ -195,10 +196,11 @@ def make_plans(
     recipes = [resolve(method, **settings | linkage) for linkage in varied]
     _check_inputs(stats, model, recipes[0])
     protected = pruning.super_experts(stats) if recipes[0].steps["guard"] else {}
-    options = dict(model=model, seed=seed, progress=progress)
     layers = [
-        Layer(stats, index, recipes[0], protected=protected.get(name, ()), **options)
-        for index, name in enumerate(stats.layers)
+        Layer(
+            stats, i, recipes[0], model=model, seed=seed, protected=protected.get(name, ()), progress=progress
+        )
+        for i, name in enumerate(stats.layers)
     ]
     for recipe, count in itertools.product(recipes, experts):
         with suspended(find_moe_layers(model) if recipe.needs_model else ()):
@@ -224,10 +226,11 @@ def _plan(stats, layers, recipe: Recipe, experts, seed):
     for layer in layers:
         layer.recipe = recipe
     counts, group = _counts(layers, recipe, experts), recipe.present["group"]
-    if group.properties.get("whole"):
-        planned = group(layers, counts, **recipe.by_kind["group"])
-    else:
-        planned = [_joined(layer, group, count, seed) for layer, count in zip(layers, counts, strict=True)]
+    planned = (
+        group(layers, counts, **recipe.by_kind["group"])
+        if group.properties.get("whole")
+        else [_joined(layer, group, count, seed) for layer, count in zip(layers, counts, strict=True)]
+    )
     wanted = counts if np.ndim(experts) else int(experts)
     settings = {"method": recipe.method, "experts": wanted, "seed": seed, **recipe.settings}
     return Plan(planned, settings, dict(stats.model), stats.identity(), recipe.by_kind.get("compress"))
@@ -290,9 +293,9 @@ def _joined(layer, group, count, seed):
             f'group "{group.name}" must number {groups} groups of the {len(free)} free experts of '
             f"{layer.name} from 0; it gave {np.asarray(grouped).tolist()}.",
         )
-    labels = np.empty(layer.num_experts, dtype=np.int64)
-    labels[free], labels[protected] = grouped, np.arange(groups, count)
-    labels = clustering.by_first_appearance(labels)
+    numbers = np.empty(layer.num_experts, dtype=np.int64)
+    numbers[free], numbers[protected] = grouped, np.arange(groups, count)
+    labels = clustering.by_first_appearance(numbers)
     options, router = recipe.combination(seed), recipe.steps["router"]
     matched = options.get("align", "none") != "none" or recipe.present["combine"].properties.get("matched")
     return LayerPlan(
@@ -301,26 +304,27 @@ def _joined(layer, group, count, seed):
         merge_weights(labels, layer.sums, recipe.steps["merge"]).tolist(),
         combine=options,
         router=router,
-        mixture=None if memberships is None else _mixture(layer, labels, grouped, memberships),
+        mixture=None if memberships is None else _mixture(layer, numbers, memberships),
         dominant=layer.dominant(labels) if matched or router == "row-kept" else None,
         protected=protected,
     )
 
 
-def _mixture(layer, labels, grouped, memberships):
+def _mixture(layer, numbers, memberships):
     """Weight of every expert in every merged one, from the free experts' memberships of their groups."""
-    free, protected = layer.free, layer.protected
-    _, first = np.unique(grouped, return_index=True)
-    share = np.zeros((labels.max() + 1, layer.num_experts))
-    share[labels[protected], protected] = 1
-    share[np.ix_(labels[free[first]], free)] = memberships
-    share *= merge_weights(np.zeros_like(labels), layer.sums, layer.recipe.steps["merge"])
-    return (share / share.sum(1, keepdims=True)).tolist()
+    apart = block_diag(memberships, np.eye(len(layer.protected)))
+    share = np.take(apart, np.argsort([*layer.free, *layer.protected]), axis=1)
+    share *= merge_weights(np.zeros_like(numbers), layer.sums, layer.recipe.steps["merge"])
+    in_order = list(dict.fromkeys(numbers.tolist()))  # of first appearance
+    return (share / share.sum(1, keepdims=True))[in_order].tolist()
 
 
 def merge_tree(stats, layer, *, similarity="expert-output", metric="", linkage="average", model=None):
     """Merge tree of one layer, from its statistics: :func:`hcsmoe_core.similarity.distances`, then
     :func:`hcsmoe_core.clustering.linkage`.
     """
-    condensed = similarities.distances(stats, layer, similarity=similarity, metric=metric, model=model)
-    return clustering.linkage(condensed, linkage, metric=similarities.metric_of(similarity, metric))
+    return clustering.linkage(
+        similarities.distances(stats, layer, similarity=similarity, metric=metric, model=model),
+        linkage,
+        metric=similarities.metric_of(similarity, metric),
+    )

@@ -178,11 +178,11 @@ def _recipe(method, row, settings):
     steps |= {kind: chosen[kind] for kind in steps if kind in chosen}
     _check_names(steps)
     used = {
-        *("group", "budget", "router", "guard", *(("compress",) if steps["compress"] else ())),
+        *("group", "budget", "router", "guard", "compress"),
         *grouping.get("uses", ("merge", "combine")),
         *TABLES["budget"][steps["budget"]].properties.get("uses", ()),
     }
-    by_kind = {kind: {} for kind in DEFAULTS if kind in used}
+    by_kind = {kind: {} for kind in DEFAULTS if kind in used and steps[kind] != ""}
     if "similarity" in used:
         names = (name for name, _ in similarities.parts_of(steps["similarity"]))
         metrics = [similarities.part_metric(name, steps["metric"]) for name in names]

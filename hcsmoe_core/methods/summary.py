@@ -56,18 +56,15 @@ def function_error(sums, labels):
     G_kl``.
     """
     gram, share = sums.output_gram.sum(0).numpy(), sums.frequency.numpy()
-    weights = merge_weights(labels, sums, "frequency")
-    # row e: the weights of e's group
-    mixed = np.where((labels[:, None] == labels) & (labels != DROPPED), weights, 0.0)
+    together = (labels[:, None] == labels) & (labels != DROPPED)
+    mixed = np.where(together, merge_weights(labels, sums, "frequency"), 0.0)  # row e: of e's group
     lost = np.diag(gram) - 2 * (mixed * gram).sum(1) + ((mixed @ gram) * mixed).sum(1)
     return float(np.sqrt(np.maximum(share @ lost, 0) / (share @ np.diag(gram))))
 
 
 def _output_error(sums, labels):
-    kept = labels != DROPPED
     outputs, share = sums.mean_output.numpy(), sums.frequency.numpy()
-    weights = merge_weights(labels, sums, "frequency")
-    centres = np.zeros((labels.max() + 1, outputs.shape[1]))
-    np.add.at(centres, labels[kept], (weights[:, None] * outputs)[kept])
-    lost = share @ ((outputs - np.where(kept[:, None], centres[labels], 0)) ** 2).sum(1)
-    return float(np.sqrt(lost / (share @ (outputs**2).sum(1))))
+    weighted = merge_weights(labels, sums, "frequency")[:, None] * outputs
+    centres = np.stack([weighted[labels == group].sum(0) for group in range(labels.max() + 1)])
+    moved = outputs - np.where(labels[:, None] != DROPPED, centres[labels], 0)
+    return float(np.sqrt((share @ (moved**2).sum(1)) / (share @ (outputs**2).sum(1))))
