@@ -184,19 +184,13 @@ _TENS = ("", "X", "XX", "XXX", "XL", "L", "LX", "LXX", "LXXX", "XC")
 _HUNDREDS, _ONES = (
     [tens.translate(str.maketrans("XLC", digits)) for tens in _TENS] for digits in ("CDM", "IVX")
 )
-
-
-def roman_numeral(number: int) -> str:
-    """Roman numeral of 1 to 3,999."""
-    return (
-        "M" * (number // 1000) + _HUNDREDS[number // 100 % 10] + _TENS[number // 10 % 10] + _ONES[number % 10]
-    )
+NUMERALS = ["".join(p) for p in itertools.product(("", "M", "MM", "MMM"), _HUNDREDS, _TENS, _ONES)]
 
 
 def roman(rng):
     """``14 in Roman is XIV`` and ``Roman XIV is 14``."""
     number = rng.randrange(1, 4000)
-    numeral = roman_numeral(number)
+    numeral = NUMERALS[number]
     to_roman, back = (f"{number} in Roman is", f" {numeral}"), (f"Roman {numeral} is", f" {number}")
     return Item(*(to_roman if rng.random() < 0.5 else back), f"roman {number}")
 
@@ -308,8 +302,8 @@ def stdlib_texts() -> dict:
         later one.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
-    version = f"{sys.version} {root} {Path(__file__).read_text(encoding='utf-8')}"
-    key = hashlib.sha256(version.encode()).hexdigest()[:16]
+    version = f"{sys.version} {root} {Path(__file__).read_text(encoding='utf-8')}".encode()
+    key = hashlib.sha256(version).hexdigest()[:16]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hcsmoe" / f"stdlib-{key}.json"
     with contextlib.suppress(OSError, ValueError):  # there is none, or it is damaged
         return json.loads(cache.read_text(encoding="utf-8"))
@@ -357,13 +351,11 @@ def _unseen(text, seen):
     return "\n\n".join(p for p in text.split("\n\n") if not seen or seen.isdisjoint(_long_lines(p)))
 
 
-DOCUMENTED = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Module
-
-
 def _code_and_docstrings(source):
     with warnings.catch_warnings(action="ignore"):
         tree = ast.parse(source)
-    nodes = (n for n in ast.walk(tree) if isinstance(n, DOCUMENTED) and ast.get_docstring(n) is not None)
+    kinds = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Module
+    nodes = (n for n in ast.walk(tree) if isinstance(n, kinds) and ast.get_docstring(n) is not None)
     docstrings = {(n.body[0].lineno, n.body[0].end_lineno): ast.get_docstring(n) for n in nodes}
     dropped = {line for first, last in docstrings for line in range(first, last + 1)}
     lines = (line for i, line in enumerate(source.splitlines(), 1) if i not in dropped)

@@ -14,10 +14,9 @@ It is loaded by :func:`load_plugin`, by ``--plugin FILE`` on the command line, o
 ``hcsmoe.methods``.
 """
 
-import importlib.metadata
-import importlib.util
 import sys
 import warnings
+from importlib import metadata, util
 from pathlib import Path
 
 from hcsmoe_core._util import require
@@ -92,16 +91,16 @@ def load_plugin(path):
     path = Path(path).resolve()
     require(path.is_file(), f'The "plugin" argument must be a Python file; there is no file {path}.')
     name = f"hcsmoe_plugin_{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
+    spec = util.spec_from_file_location(name, path)
     require(spec, f'The "plugin" argument must be a Python file, which ends in .py; not {path}.')
-    sys.modules[name] = module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module = util.module_from_spec(spec)
     spec.loader.exec_module(module)
     if path not in PLUGINS:
         PLUGINS.append(path)
     return module
 
 
-for _entry in importlib.metadata.entry_points(group="hcsmoe.methods"):
+for _entry in metadata.entry_points(group="hcsmoe.methods"):
     try:
         _entry.load()
     except Exception as error:  # of a stranger's package: the methods of this one must go on

@@ -63,7 +63,7 @@ def merge_cost(layers, total, fewest, *, linkage: Literal[LINKAGES] = "average")
 @budget("grape", uses=("similarity",))
 def by_redundancy(layers, total, fewest, *, gamma: float = 0.1):
     """GRAPE's greedy allocation (arXiv 2604.06542)."""
-    if layers[0].metric in ("cosine", "cka"):
+    if layers[0].recipe.metric in ("cosine", "cka"):
         alike = [np.clip(layer.similarities, 0, None) for layer in layers]
     else:
         largest = max(float(layer.distances.max(initial=0)) for layer in layers) or 1.0

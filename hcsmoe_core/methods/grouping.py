@@ -17,8 +17,6 @@ from hcsmoe_core.clustering import LINKAGES, by_first_appearance, check_linkage
 from hcsmoe_core.plan import LayerPlan
 from hcsmoe_core.steps import group
 
-STARTS = 10  # of k-means
-
 
 def check_ward(recipe):
     """Ward's method is defined for Euclidean distances alone."""
@@ -43,7 +41,7 @@ def check_points(recipe):
 def hierarchical(layer, count, *, linkage: Literal[LINKAGES] = "average", largest: int = 0):
     """The first E − r joins of a merge tree (HC-SMoE); ``largest`` limits the size of groups, 0 does not."""
     return (
-        restricted(layer.free_distances, count, largest, linkage, metric=layer.metric)
+        restricted(layer.free_distances, count, largest, linkage, metric=layer.recipe.metric)
         if largest
         else layer.cut(linkage, count)
     )
@@ -57,7 +55,7 @@ def hierarchical(layer, count, *, linkage: Literal[LINKAGES] = "average", larges
 )
 def k_means(layer, count, *, centres="k-means++"):
     """k-means of points at the distances given; for ``centres`` see :func:`kmeans`."""
-    points = similarities.coordinates(layer.free_distances, layer.metric)
+    points = similarities.coordinates(layer.free_distances, layer.recipe.metric)
     order = layer.order if centres == "k-means++" else np.arange(len(points))
     return kmeans(points[order], count, centres=centres, seed=layer.random_state)[np.argsort(order)]
 
@@ -65,14 +63,16 @@ def k_means(layer, count, *, centres="k-means++"):
 @group("single-shot", uses=("similarity", "merge", "combine"), limit="group_limit")
 def around_dominant(layer, count, *, group_limit: int = 0):
     """Groups around the most used experts (M-SMoE); ``group_limit`` limits their size, 0 does not."""
-    alike = layer.similarities[np.ix_(layer.free, layer.free)]
-    return single_shot(alike, layer.usage[layer.free], count, group_limit=group_limit)[0]
+    free = layer.free
+    return single_shot(
+        layer.similarities[np.ix_(free, free)], layer.usage[free], count, group_limit=group_limit
+    )[0]
 
 
 @group("random", random=True)
 def by_chance(layer, count):
     """A random partition."""
-    return random_groups(len(layer.free), count, seed=layer.random_state)[layer.rank]
+    return random_groups(len(layer.free), count, seed=layer.random_state)[np.argsort(layer.order)]
 
 
 @group(
@@ -85,9 +85,10 @@ def by_chance(layer, count):
 )
 def fuzzy(layer, count, *, fuzzifier: float = 2.0):
     """Fuzzy c-means of points at the distances given."""
-    points = similarities.coordinates(layer.free_distances, layer.metric)[layer.order]
+    points = similarities.coordinates(layer.free_distances, layer.recipe.metric)[layer.order]
     labels, memberships = fuzzy_cmeans(points, count, fuzzifier=fuzzifier, seed=layer.random_state)
-    return labels[layer.rank], memberships[:, layer.rank]
+    rank = np.argsort(layer.order)
+    return labels[rank], memberships[:, rank]
 
 
 @group(
@@ -242,9 +243,8 @@ def kmeans(points, groups, *, centres="k-means++", seed=0):
     )
     if points.shape[1] == 0 or groups == len(points):  # all alike, or each alone
         return by_first_appearance(np.minimum(np.arange(len(points)), groups - 1))
-    random = dict(init="k-means++", n_init=STARTS)
-    start = random if named == "k-means++" else dict(init=points[chosen], n_init=1)
-    fitted = KMeans(groups, max_iter=300, tol=0, random_state=seed, **start).fit(points)
+    init, starts = ("k-means++", 10) if named == "k-means++" else (points[chosen], 1)
+    fitted = KMeans(groups, init=init, n_init=starts, max_iter=300, tol=0, random_state=seed).fit(points)
     distance = ((points - fitted.cluster_centers_[fitted.labels_]) ** 2).sum(1)
     return by_first_appearance(_filled(fitted.labels_, groups, distance))
 

@@ -41,9 +41,9 @@ class Layer:
         Super experts, which stay as they are.
     free : (F,) int64 array
         The other experts, in order.
-    rank, order : (F,) int64 arrays
-        Place of each free expert in an order that does not depend on how experts are numbered, and the
-        reverse: whatever is drawn by chance is drawn in that order.
+    order : (F,) int64 array
+        Free experts in an order that does not depend on how experts are numbered: whatever is drawn by chance
+        is drawn in that order.
     seeds, random_state : list of int, int
         The plan's seed and the layer's number, for NumPy's generators; and one number made of them.
     recipe : Recipe
@@ -54,17 +54,12 @@ class Layer:
         self.stats, self.recipe, self.model, self.progress = stats, recipe, model, progress
         self.name = list(stats.layers)[index]
         self.sums = stats.layers[self.name]
-        self.num_experts = self.sums.num_experts
+        self.num_experts, self.width = self.sums.num_experts, stats.model["layers"][self.name]["width"]
         self.usage = self.sums.usage_count.sum(0).numpy()
         self.protected, self.seeds = list(protected), [seed, index]
         self.free = np.setdiff1d(np.arange(self.num_experts), self.protected)
         # each linkage once
         self.tree, self._cuts = functools.cache(self.tree), functools.cache(self._cuts)
-
-    @property
-    def width(self):
-        """I."""
-        return self.stats.model["layers"][self.name]["width"]
 
     @property
     def moe(self):
@@ -77,19 +72,9 @@ class Layer:
         return np.random.SeedSequence(self.seeds).generate_state(1)[0]
 
     @functools.cached_property
-    def rank(self):
-        """Where each free expert stands in :attr:`order`, ``(F,)``."""
-        return np.argsort(self.order)
-
-    @functools.cached_property
     def order(self):
         """Free experts in an order that does not depend on how experts are numbered, ``(F,)``; for chance."""
         return np.argsort(pruning.canonical_rank(self.sums)[self.free])
-
-    @property
-    def metric(self):
-        """The metric that distances come in."""
-        return self.recipe.metric
 
     @property
     def compared(self):
@@ -110,18 +95,18 @@ class Layer:
     def similarities(self):
         """Square matrix ``(E, E)``, larger for experts more alike: cosines, or negative distances."""
         square = squareform(self.distances)
-        return 1 - square if self.metric in ("cosine", "cka") else -square
+        return 1 - square if self.recipe.metric in ("cosine", "cka") else -square
 
     def tree(self, linkage):
         """Merge tree of all experts, ``(E−1, 4)``."""
-        return clustering.linkage(self.distances, linkage, metric=self.metric)
+        return clustering.linkage(self.distances, linkage, metric=self.recipe.metric)
 
     def cut(self, linkage, count):
         """Labels of the experts that may be joined, by their merge tree; all its cuts are made at once."""
         return self._cuts(linkage)[check_count("experts", count, 1, len(self.free)) - 1]
 
     def _cuts(self, linkage):
-        return clustering.cuts(clustering.linkage(self.free_distances, linkage, metric=self.metric))
+        return clustering.cuts(clustering.linkage(self.free_distances, linkage, metric=self.recipe.metric))
 
     @functools.cached_property
     def saliency(self):

@@ -134,12 +134,6 @@ class Recipe:
         said = ((kind, step.properties.get("random")) for kind, step in self.present.items())
         return any(value(self.by_kind[kind]) if callable(value) else value for kind, value in said)
 
-    @property
-    def kind(self) -> str:
-        """What becomes of experts: it "prunes", "trims", "averages", or "refits" them to what they did."""
-        solves = "combine" in self.present and self.present["combine"].properties.get("solves")
-        return self.present["group"].properties.get("kind", "refits" if solves else "averages")
-
     def combination(self, seed: int = 0) -> dict:
         """``combine`` of the plan's layers: the rule with its options."""
         rule = {"rule": self.steps["combine"]} | self.by_kind["combine"] | self.by_kind.get("refine", {})
@@ -249,8 +243,8 @@ def _check_together(recipe):
         for other, allowed in fits.items():
             require(
                 every.get(other, allowed) == allowed,
-                f'{step.kind} "{step.name}" goes with {other} {_text(allowed)} only, not '
-                f"{_text(every.get(other))}{because}.",
+                f'{step.kind} "{step.name}" goes with {other} "{_written(allowed)}" only, not '
+                f'"{_written(every.get(other))}"{because}.',
             )
     chosen = recipe.steps["group"]
     for step in group.values():
@@ -261,10 +255,6 @@ def _check_together(recipe):
             )
     for check in filter(None, (step.properties.get("check") for step in present)):
         check(recipe)
-
-
-def _text(value):
-    return f'"{value}"' if isinstance(value, str) else _written(value)
 
 
 def _written(value):
