@@ -74,8 +74,8 @@ def by_redundancy(layers, total, fewest, *, gamma: float = 0.1):
 @budget("silhouette", uses=("similarity",), check=check_one_similarity)
 def silhouette(layers, total, fewest, *, linkage: Literal[LINKAGES] = "average"):
     """The counts with the largest sum of the layers' mean silhouettes."""
-    trees, distances = zip(*[(layer.tree(linkage), layer.distances) for layer in layers], strict=True)
-    return by_silhouette(distances, trees, total, fewest)
+    trees = [layer.tree(linkage) for layer in layers]
+    return by_silhouette([layer.distances for layer in layers], trees, total, fewest)
 
 
 def by_score(scores, total, fewest):

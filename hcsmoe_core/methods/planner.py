@@ -149,8 +149,9 @@ def make_plan(stats, model=None, *, experts, method="hc-smoe", seed=0, progress=
         If a choice is unknown, steps do not go together, ``experts`` is out of range, the statistics lack
         what is needed or are another model's, or the model was loaded merged.
     """
-    settings |= dict(method=method, seed=seed, progress=progress)
-    return next(make_plans(stats, model, experts=[experts], **settings))
+    return next(
+        make_plans(stats, model, experts=[experts], method=method, seed=seed, progress=progress, **settings)
+    )
 
 
 def make_plans(
@@ -177,8 +178,7 @@ def make_plans(
     InputError
         As :func:`make_plan`.
     """
-    varied = [{}] if linkages is None else [{"linkage": linkage} for linkage in linkages]
-    recipes = [resolve(method, **settings | linkage) for linkage in varied]
+    recipes = [resolve(method, **settings | ({"linkage": name} if name else {})) for name in linkages or [""]]
     _check_inputs(stats, model, recipes[0])
     protected = pruning.super_experts(stats) if recipes[0].steps["guard"] else {}
     layers = [
@@ -216,8 +216,12 @@ def _plan(stats, layers, recipe: Recipe, experts, seed):
         if group.properties.get("whole")
         else [_joined(layer, group, count, seed) for layer, count in zip(layers, counts, strict=True)]
     )
-    wanted = counts if np.ndim(experts) else int(experts)
-    settings = {"method": recipe.method, "experts": wanted, "seed": seed, **recipe.settings}
+    settings = {
+        "method": recipe.method,
+        "experts": counts if np.ndim(experts) else int(experts),
+        "seed": seed,
+        **recipe.settings,
+    }
     return Plan(planned, settings, dict(stats.model), stats.identity(), recipe.by_kind.get("compress"))
 
 

@@ -296,10 +296,10 @@ def parse_settings(items, *, option: str = "settings") -> dict:
             f"{option} takes name=value with a name of {', '.join(option_names())}; not {item!r}.",
         )
         value, default = _parsed(text), usual[name]
-        kind = "on or off" if isinstance(default, bool) else "a number"
         require(
             isinstance(default, str) or not isinstance(value, str),
-            f"{option} {name} takes {kind}; not {text!r}.",
+            f"{option} {name} takes "
+            f"{'on or off' if isinstance(default, bool) else 'a number'}; not {text!r}.",
         )
         settings[name] = [value] if isinstance(value, int) and isinstance(default, str) else value
     return settings
