@@ -243,8 +243,8 @@ def _check_together(recipe):
         for other, allowed in fits.items():
             require(
                 every.get(other, allowed) == allowed,
-                f'{step.kind} "{step.name}" goes with {other} "{_written(allowed)}" only, not '
-                f'"{_written(every.get(other))}"{because}.',
+                f'{step.kind} "{step.name}" goes with {other} {_quoted(allowed)} only, not '
+                f"{_quoted(every.get(other))}{because}.",
             )
     chosen = recipe.steps["group"]
     for step in group.values():
@@ -255,6 +255,10 @@ def _check_together(recipe):
             )
     for check in filter(None, (step.properties.get("check") for step in present)):
         check(recipe)
+
+
+def _quoted(value):
+    return f'"{value}"' if isinstance(value, str) else _written(value)
 
 
 def _written(value):
