@@ -39,7 +39,7 @@ ALL = tuple(NEEDS)
 PLAIN = [
     name
     for name in METHODS
-    if resolve(name).kind in ("prunes", "trims") or resolve(name).steps["router"] != "mapped"
+    if resolve(name).present["group"].properties.get("kind") or resolve(name).steps["router"] != "mapped"
 ]
 OPTIONS = {"o-prune": {"subsets": 50}}
 

@@ -36,15 +36,16 @@ def summarise(stats, layer, labels):
         "groups": groups,
         "saved": 1 - groups / len(labels),
         "moved": float(mass[joined].sum() / mass.sum()),
-        "entropy": _entropy(mass),
-        "entropy_after": _entropy(np.bincount(labels[kept], mass[kept])),
+        "entropy": entropy(mass),
+        "entropy_after": entropy(np.bincount(labels[kept], mass[kept])),
         "function_error": float("nan") if sums.output_gram is None else function_error(sums, labels),
         "output_error": float("nan") if sums.output_sum is None else _output_error(sums, labels),
     }
 
 
-def _entropy(mass):
-    share = mass / mass.sum()
+def entropy(mass):
+    """Entropy of a distribution given by masses, in nats."""
+    share = np.divide(mass, np.sum(mass))
     return float(-(share[share > 0] * np.log(share[share > 0])).sum())
 
 
@@ -55,19 +56,15 @@ def function_error(sums, labels):
     G_kl``.
     """
     gram, share = sums.output_gram.sum(0).numpy(), sums.frequency.numpy()
-    weights = merge_weights(labels, sums, "frequency")
-    mixed = np.where(
-        (labels[:, None] == labels) & (labels != DROPPED), weights, 0.0
-    )  # row e: the weights of e's group
+    together = (labels[:, None] == labels) & (labels != DROPPED)
+    mixed = np.where(together, merge_weights(labels, sums, "frequency"), 0.0)  # row e: of e's group
     lost = np.diag(gram) - 2 * (mixed * gram).sum(1) + ((mixed @ gram) * mixed).sum(1)
     return float(np.sqrt(np.maximum(share @ lost, 0) / (share @ np.diag(gram))))
 
 
 def _output_error(sums, labels):
-    kept = labels != DROPPED
     outputs, share = sums.mean_output.numpy(), sums.frequency.numpy()
-    weights = merge_weights(labels, sums, "frequency")
-    centres = np.zeros((labels.max() + 1, outputs.shape[1]))
-    np.add.at(centres, labels[kept], (weights[:, None] * outputs)[kept])
-    lost = share @ ((outputs - np.where(kept[:, None], centres[labels], 0)) ** 2).sum(1)
-    return float(np.sqrt(lost / (share @ (outputs**2).sum(1))))
+    weighted = merge_weights(labels, sums, "frequency")[:, None] * outputs
+    centres = np.stack([weighted[labels == group].sum(0) for group in range(labels.max() + 1)])
+    moved = outputs - np.where(labels[:, None] != DROPPED, centres[labels], 0)
+    return float(np.sqrt((share @ (moved**2).sum(1)) / (share @ (outputs**2).sum(1))))
