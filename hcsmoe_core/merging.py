@@ -3,7 +3,7 @@
 import torch
 from tqdm.auto import tqdm
 
-from hcsmoe_core._util import InputError, check_count, require
+from hcsmoe_core._util import check_count, require
 from hcsmoe_core.families import find_moe_layers, model_hash
 from hcsmoe_core.moe import Neurons, all_finite
 from hcsmoe_core.plan import check_layer
@@ -23,14 +23,10 @@ def apply_plan(model, plan, stats=None):
     Parameters
     ----------
     model : transformers.PreTrainedModel
+        Also what is returned.
     plan : Plan
     stats : Statistics, optional
         Those that the plan was made from, where experts are combined, or router rows fitted, by their sample.
-
-    Returns
-    -------
-    transformers.PreTrainedModel
-        The same model.
 
     Raises
     ------
@@ -40,8 +36,8 @@ def apply_plan(model, plan, stats=None):
     """
     layers = check_applicable(model, plan, stats)
     try:
-        hidden = None if plan.needs_sample else True
-        bar = tqdm(plan.layers, desc="merge", unit="layer", leave=False, disable=hidden)
+        quick = None if plan.needs_sample else True
+        bar = tqdm(plan.layers, desc="merge", unit="layer", leave=False, disable=quick)
         for layer, layer_plan in zip(layers, bar, strict=True):
             apply_layer(layer, layer_plan, stats)
         if plan.compress:
@@ -85,8 +81,7 @@ def check_applicable(model, plan, stats=None) -> list:
         require(
             stats is not None,
             "This plan looks at the sample of layer inputs, by which experts are combined or routers folded; "
-            "give "
-            "the statistics it was made from: apply_plan(model, plan, stats), or --statistics FILE.",
+            "give the statistics it was made from: apply_plan(model, plan, stats), or --statistics FILE.",
         )
         stats.check(("sample",), "This plan")
         require(
@@ -95,16 +90,6 @@ def check_applicable(model, plan, stats=None) -> list:
             f"({stats.identity()}); give the ones it was made from, or make the plan again.",
         )
     return layers
-
-
-def check_statistics(stats, model):
-    """Raise InputError unless the statistics were captured on this model."""
-    record = stats.model
-    require(
-        record["hash"] == model_hash(model),
-        f"These statistics were captured on another model ({record['name']}, {record['class']}) than the one "
-        f"given ({model.name_or_path or 'unnamed'}, {type(model).__name__}); capture on this one.",
-    )
 
 
 def check_fits(plan, model) -> list:
@@ -142,26 +127,22 @@ def merge_layer(layer, layer_plan, sample=None) -> dict:
     which may need the layer's sample. An expert that is alone in its group is copied, bit for bit, unless it
     is trimmed. InputError if a merged weight is not finite.
     """
-    names = {repr(layer_plan.rule_of(group)["rule"]) for group in range(layer_plan.num_groups)}
+    rules = [layer_plan.rule_of(group) for group in range(layer_plan.num_groups)]
+    names = " and ".join(sorted({repr(rule["rule"]) for rule in rules}))
     usable = sample is not None or not layer_plan.uses_sample
-    require(usable, f'{layer.name}: rule {" and ".join(sorted(names))} needs the "sample" argument.')
-    rule, combined = layer_plan.combine, {}
-    if (
-        layer_plan.rules
-        or rule["rule"] != "average"
-        or rule.get("align", "none") != "none"
-        or rule.get("refit")
-    ):
-        combined = _combined(layer, layer_plan, sample)
-    merged = {}
-    for name, tensor in layer.tensors().items():
-        merged[name] = combined[name] if name in combined else _averages(tensor, layer_plan)
-        if not all_finite(merged[name]):
-            groups = zip(merged[name], layer_plan.groups(), strict=True)
-            members = next(members for row, members in groups if not all_finite(row))
-            raise InputError(
-                f"{layer.name}: {name} of experts {members} merges to values that are not finite."
-            )
+    require(usable, f'{layer.name}: rule {names} needs the "sample" argument.')
+    plain = {"rule": "average", "align": "none", "refit": 0}
+    averaged = not layer_plan.rules and all(rules[0].get(key, value) == value for key, value in plain.items())
+    combined = {} if averaged else _combined(layer, layer_plan, sample)
+    merged = {
+        name: combined[name] if name in combined else _averages(tensor, layer_plan)
+        for name, tensor in layer.tensors().items()
+    }
+    for name, rows in merged.items():
+        groups = zip(layer_plan.groups(), rows, strict=True)
+        members = next((members for members, row in groups if not all_finite(row)), None)
+        message = f"{layer.name}: {name} of experts {members} merges to values that are not finite."
+        require(members is None, message)
     return merged
 
 
@@ -171,17 +152,15 @@ def _averages(tensor, layer_plan):
     merged = flat.new_empty(layer_plan.num_groups, flat.shape[1])
     wide = torch.float64 if tensor.dtype in (torch.float32, torch.float64) else torch.float32
     total, term = torch.empty(2, min(BLOCK, flat.shape[1]), dtype=wide, device=tensor.device)
-    for group, members in enumerate(layer_plan.groups()):
-        weights = layer_plan.weights
-        if layer_plan.mixture is not None:
-            weights = layer_plan.mixture[group]
-            members = [e for e, w in enumerate(weights) if w > 0]
+    if layer_plan.mixture is None:
+        groups = [(members, layer_plan.weights) for members in layer_plan.groups()]
+    else:
+        groups = [([e for e, w in enumerate(row) if w > 0], row) for row in layer_plan.mixture]
+    for row, (members, weights) in zip(merged, groups, strict=True):
         if len(members) == 1:
-            merged[group] = flat[members[0]]
+            row.copy_(flat[members[0]])
             continue
-        for average, *blocks in zip(
-            merged[group].split(BLOCK), *(flat[e].split(BLOCK) for e in members), strict=True
-        ):
+        for average, *blocks in zip(row.split(BLOCK), *(flat[e].split(BLOCK) for e in members), strict=True):
             block_sum, wide_block = total[: len(average)].zero_(), term[: len(average)]
             for expert, block in zip(members, blocks, strict=True):
                 block_sum.add_(wide_block.copy_(block), alpha=weights[expert])
@@ -306,7 +285,7 @@ def combine_group(group, options) -> Neurons:
         f"{' with refit' if rounds else ''} has nothing to solve; use one of {others}, without refit.",
     )
     neurons = rule(group, **{key: value for key, value in options.items() if key not in ("rule", "refit")})
-    if not rounds:
-        return neurons
-    ridge = {"ridge": options["ridge"]} if "ridge" in options else {}
-    return refine["refit"](group, neurons, rounds, **ridge)
+    if rounds:
+        ridge = {key: value for key, value in options.items() if key == "ridge"}
+        neurons = refine["refit"](group, neurons, rounds, **ridge)
+    return neurons

@@ -13,12 +13,12 @@ from scipy.spatial.distance import squareform
 
 from hcsmoe_core import clustering
 from hcsmoe_core import similarity as similarities
-from hcsmoe_core._util import InputError, check_count
-from hcsmoe_core.families import find_moe_layers, moe_layer
-from hcsmoe_core.merging import check_statistics
+from hcsmoe_core._util import InputError, check_count, require
+from hcsmoe_core.families import find_moe_layers, model_hash, moe_layer
 from hcsmoe_core.methods import pruning
 from hcsmoe_core.methods.recipes import Recipe, resolve
-from hcsmoe_core.plan import LayerPlan, Plan, merge_weights
+from hcsmoe_core.methods.summary import merge_weights
+from hcsmoe_core.plan import LayerPlan, Plan
 from hcsmoe_core.replace import suspended
 
 
@@ -215,7 +215,12 @@ def _check_inputs(stats, model, recipe):
     needs = [need for need in recipe.needs if need != "sample" or recipe.needs_model]
     stats.check(needs, f"Method {recipe.method!r}")
     if model is not None:
-        check_statistics(stats, model)
+        record, name = stats.model, model.name_or_path or "unnamed"
+        require(
+            record["hash"] == model_hash(model),
+            f"These statistics were captured on another model ({record['name']}, {record['class']}) than the "
+            f"one given ({name}, {type(model).__name__}); capture on this one.",
+        )
     elif recipe.needs_model:
         raise InputError(
             f"Method {recipe.method!r} looks at the experts' weights with these settings; "

@@ -17,8 +17,8 @@ from hcsmoe_core import similarity as similarities
 from hcsmoe_core._util import InputError
 from hcsmoe_core.merging import Group, combine_group
 from hcsmoe_core.methods.grouping import restricted
-from hcsmoe_core.methods.summary import function_error
-from hcsmoe_core.plan import LayerPlan, merge_weights
+from hcsmoe_core.methods.summary import function_error, merge_weights
+from hcsmoe_core.plan import LayerPlan
 from hcsmoe_core.statistics import OWN_TEXT, LayerSample
 from hcsmoe_core.steps import group
 
@@ -204,7 +204,7 @@ class Scorer:
     decides : (R,) bool tensor
         Which tokens of the sample are held out: :func:`held_out`.
     merge : str
-        Weights of averages: :func:`hcsmoe_core.plan.merge_weights`.
+        Weights of averages: :func:`hcsmoe_core.methods.summary.merge_weights`.
     tokens : int
         Of the sample that are looked at, at most, as far as these tell the neurons of an expert apart.
     """
