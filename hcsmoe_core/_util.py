@@ -15,7 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from hcsmoe_core._version import __version__
@@ -130,32 +129,6 @@ def check_absent(path):
     """Raise FileExistsError if ``path`` exists."""
     message = f"The output folder {path} exists; remove it or give another one."
     require(not Path(path).exists(), message, FileExistsError)
-
-
-def _lock_of(path):
-    return Path(path).with_name(f".{Path(path).name}.lock")
-
-
-@contextlib.contextmanager
-def locked(path):
-    """Lock ``path`` during the block, after waiting for other processes; a lock ends with its process."""
-    lock = _lock_of(path)
-    with FileLock(lock):
-        try:
-            yield
-        finally:
-            with contextlib.suppress(OSError):  # Windows removes no open file
-                lock.unlink()
-
-
-def is_locked(path) -> bool:
-    """Whether a living process has locked ``path``."""
-    lock = _lock_of(path)
-    try:
-        with FileLock(lock, blocking=False) if lock.exists() else contextlib.nullcontext():
-            return False
-    except Timeout:
-        return True
 
 
 def sha256_file(path) -> str:

@@ -98,16 +98,9 @@ def capture(
 class Tokens:
     """Calibration sequences in batches, some of which are this rank's; parameters as for :func:`capture`.
 
-    Attributes
-    ----------
-    starts : list of int
-        First sequence of each batch of this rank.
-    domains, of_sequence : list of str, list of N int
-        The domains, and which of them each sequence is of.
-    sampled : (R, 3) int64 tensor or None
-        Sequence, position and domain of each sampled token.
-    applied : (N, S) bool tensor or None
-        The tokens to which experts are applied, where these are not all.
+    ``starts`` are the first sequences of this rank's batches; ``sampled``, ``(R, 3)`` int64, the sequence,
+    position and domain of each sampled token, if any; ``applied``, ``(N, S)`` bool, the tokens to which
+    experts are applied, where these are not all.
     """
 
     def __init__(self, model, input_ids, *, needs, sample, batch_size, domains, every=1, ranks=None):
@@ -152,8 +145,8 @@ class Tokens:
     def bar(self, progress: bool):
         """Progress bar over this rank's tokens."""
         total = sum(self.input_ids[start : start + self.batch_size].numel() for start in self.starts)
-        hidden = None if progress and self.ranks.rank() == 0 else True
-        return tqdm(total=total, desc="capture", unit="token", unit_scale=True, disable=hidden)
+        shown = progress and self.ranks.rank() == 0
+        return tqdm(total=total, desc="capture", unit="token", unit_scale=True, disable=not shown or None)
 
     def finished(self, collectors) -> dict:
         """LayerStatistics of the collectors over all ranks, by layer name."""
@@ -183,14 +176,7 @@ class Tokens:
 
 
 class _Collector:
-    """Adds up one layer's statistics from what reaches its router and its experts.
-
-    Parameters
-    ----------
-    layer : MoELayer
-    source : Tokens
-        Whose ``batch``, a slice of sequences, comes next.
-    """
+    """Adds up one layer's statistics from what reaches its router and experts of the source's ``batch``."""
 
     def __init__(self, layer, source):
         self.layer, self.source, self.needs, self.device = layer, source, set(source.needs), layer.device
@@ -298,18 +284,16 @@ class _Collector:
             )
 
     def _add_sample(self, tokens, index, weight):
-        first, sequences = self.batch.start, len(self.source.of_sequence[self.batch])
+        experts, sequences = self.layer.num_experts, len(self.source.of_sequence[self.batch])
         length = len(tokens) // sequences
-        sequence, position = self.source.sampled[:, :2].T
-        ours = (sequence >= first) & (sequence < first + sequences)
-        rows = (sequence[ours] - first) * length + position[ours]
+        places = self.source.sampled[:, :2] - torch.tensor([self.batch.start, 0])
+        places = places[(places[:, 0] >= 0) & (places[:, 0] < sequences)]
+        rows = (places @ torch.tensor([length, 1])).to(tokens.device)
         complete = length * sequences == len(tokens) and bool((rows < len(tokens)).all())
         self._require(complete, "without the sample")
-        rows = rows.to(tokens.device)
         wide = torch.float64 if tokens.dtype == torch.float64 else torch.float32
-        experts = self.layer.num_experts
-        missing = self._zeros(len(tokens), experts).fill_(torch.nan)
-        logits = missing if self.logits is None else self.logits[:, :experts].to(tokens.device)
+        missing = torch.full((len(tokens), experts), torch.nan)
+        logits = (missing if self.logits is None else self.logits[:, :experts]).to(tokens.device)
         columns = (tokens[rows], logits[rows].to(wide), index[rows], weight[rows].to(wide))
         self.sampled.append([column.detach().cpu() for column in columns])
 
@@ -385,13 +369,8 @@ def _gathered(values, rows, size, ranks):
 def scoring_of(logits, index, weight) -> str:
     """How a router scores experts, "softmax" or "sigmoid" of its logits, inferred from the weights it gave.
 
-    The ratios of a token's weights are those of its scores, whatever is normalised or scaled afterwards; a
-    router that chooses one expert shows its score itself.
-
-    Parameters
-    ----------
-    logits : (T, E) tensor
-    index, weight : (T, k) tensor
+    The ratios of a token's weights ``(T, k)`` are those of its scores, whatever is normalised or scaled
+    afterwards; a router that chooses one expert shows its score itself.
     """
     log_scores = {"softmax": logits.log_softmax(1), "sigmoid": logsigmoid(logits)}
 

@@ -36,8 +36,8 @@ def apply_plan(model, plan, stats=None):
     """
     layers = check_applicable(model, plan, stats)
     try:
-        quick = None if plan.needs_sample else True
-        bar = tqdm(plan.layers, desc="merge", unit="layer", leave=False, disable=quick)
+        slow = plan.needs_sample
+        bar = tqdm(plan.layers, desc="merge", unit="layer", leave=False, disable=not slow or None)
         for layer, layer_plan in zip(layers, bar, strict=True):
             apply_layer(layer, layer_plan, stats)
         if plan.compress:
@@ -129,8 +129,10 @@ def merge_layer(layer, layer_plan, sample=None) -> dict:
     """
     rules = [layer_plan.rule_of(group) for group in range(layer_plan.num_groups)]
     names = " and ".join(sorted({repr(rule["rule"]) for rule in rules}))
-    usable = sample is not None or not layer_plan.uses_sample
-    require(usable, f'{layer.name}: rule {names} needs the "sample" argument.')
+    require(
+        sample is not None or not layer_plan.uses_sample,
+        f'{layer.name}: rule {names} needs the "sample" argument.',
+    )
     plain = {"rule": "average", "align": "none", "refit": 0}
     averaged = not layer_plan.rules and all(rules[0].get(key, value) == value for key, value in plain.items())
     combined = {} if averaged else _combined(layer, layer_plan, sample)
@@ -140,9 +142,8 @@ def merge_layer(layer, layer_plan, sample=None) -> dict:
     }
     for name, rows in merged.items():
         groups = zip(layer_plan.groups(), rows, strict=True)
-        members = next((members for members, row in groups if not all_finite(row)), None)
-        message = f"{layer.name}: {name} of experts {members} merges to values that are not finite."
-        require(members is None, message)
+        bad = next((members for members, row in groups if not all_finite(row)), None)
+        require(bad is None, f"{layer.name}: {name} of experts {bad} merges to values that are not finite.")
     return merged
 
 
@@ -152,11 +153,10 @@ def _averages(tensor, layer_plan):
     merged = flat.new_empty(layer_plan.num_groups, flat.shape[1])
     wide = torch.float64 if tensor.dtype in (torch.float32, torch.float64) else torch.float32
     total, term = torch.empty(2, min(BLOCK, flat.shape[1]), dtype=wide, device=tensor.device)
-    if layer_plan.mixture is None:
-        groups = [(members, layer_plan.weights) for members in layer_plan.groups()]
-    else:
-        groups = [([e for e, w in enumerate(row) if w > 0], row) for row in layer_plan.mixture]
-    for row, (members, weights) in zip(merged, groups, strict=True):
+    mixed, alike = layer_plan.mixture, [layer_plan.weights] * layer_plan.num_groups
+    for row, weights, members in zip(merged, mixed or alike, layer_plan.groups(), strict=True):
+        if mixed is not None:
+            members = [e for e, w in enumerate(weights) if w > 0]
         if len(members) == 1:
             row.copy_(flat[members[0]])
             continue

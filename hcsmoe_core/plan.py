@@ -14,7 +14,6 @@ from hcsmoe_core.clustering import by_first_appearance
 from hcsmoe_core.steps import combine, router
 
 FORMAT, VERSION = "hcsmoe-plan", 4
-READABLE = (1, 2, 3, 4)
 ROUTERS = (
     "mapped",  # keeps its E rows; its choice goes through the labels: exact, but no layer of the family
     "dropped",  # loses the rows of dropped experts
@@ -25,7 +24,6 @@ ROUTERS = (
 FORMER_ROUTERS = {"map": "mapped", "drop": "dropped", "average": "averaged"}  # in plans of version 1 to 3
 JOINED = ("averaged", "row-kept", "folded")  # routers with one row per group of joined experts
 DROPPED = -1  # label of an expert that is dropped
-ALIGNED = 16  # bytes, of a row in PyTorch's grouped products
 
 
 @dataclass(frozen=True)
@@ -70,8 +68,10 @@ class LayerPlan:
     @property
     def uses_sample(self) -> bool:
         """Whether combining looks at the sample of layer inputs."""
-        rules = self.rules or [self.combine]
-        return any(r.get("refit") or "sample" in combine[r["rule"]].needs_for(r) for r in rules)
+        return any(
+            rule.get("refit") or "sample" in combine[rule["rule"]].needs_for(rule)
+            for rule in self.rules or [self.combine]
+        )
 
     def groups(self) -> list:
         """Members of each group, ``[[expert, …], …]``."""
@@ -112,8 +112,8 @@ class Plan:
     @property
     def needs_sample(self) -> bool:
         """Whether applying it needs the statistics' sample of layer inputs."""
-        fitted = any(layer.router in router for layer in self.layers)
-        return fitted or self.compress is not None or any(layer.uses_sample for layer in self.layers)
+        fitted = (layer.router in router or layer.uses_sample for layer in self.layers)
+        return self.compress is not None or any(fitted)
 
     def save(self, path):
         """Write as JSON, in full or not at all, with a checksum that tells a damaged file."""
@@ -154,8 +154,9 @@ def load_plan(path) -> Plan:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        message = f"{path} is not a readable plan ({error}); is it cut short? Make it again."
-        raise InputError(message) from None
+        raise InputError(
+            f"{path} is not a readable plan ({error}); is it cut short? Make it again."
+        ) from None
     require(
         isinstance(content, dict) and isinstance(content.get("layers"), list),
         f'{path} is not a plan: it has no list "layers". Make one with: hcsmoe plan',
@@ -166,7 +167,7 @@ def load_plan(path) -> Plan:
         f'{path} was changed since it was written. Make it again, or remove its "sha256" to mean the change.',
     )
     require(
-        content.get("format", FORMAT) == FORMAT and content.get("version", VERSION) in READABLE,
+        content.get("format", FORMAT) == FORMAT and content.get("version", VERSION) in range(1, VERSION + 1),
         f"{path} is no plan of this version of hcsmoe ({FORMAT} {VERSION}); make it again.",
     )
     try:
@@ -243,6 +244,5 @@ def _are_shares(weights, count):
 
 
 def odd_widths(plan: Plan, dtype) -> list:
-    """Widths of trimmed experts that are not a multiple of 16 bytes."""
-    widths = {layer.width for layer in plan.layers if layer.width}
-    return sorted(width for width in widths if width * dtype.itemsize % ALIGNED)
+    """Widths of trimmed experts whose rows PyTorch's grouped products refuse: not a multiple of 16 bytes."""
+    return sorted({layer.width for layer in plan.layers if (layer.width or 0) * dtype.itemsize % 16})

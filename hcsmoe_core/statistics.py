@@ -172,8 +172,6 @@ class Statistics:
 
     def __add__(self, other):
         """Statistics of the tokens of both, which must be disjoint: of one model, and what both collected."""
-        if not isinstance(other, Statistics):
-            return NotImplemented
         require(
             self.model["hash"] == other.model["hash"],
             f"These statistics are of different models: {self.model['name']} and {other.model['name']}. "
@@ -207,7 +205,7 @@ class Statistics:
             tensors |= {f"{name}/{key}": value for key, value in layer.collected().items()}
             if self.sampled is not None:
                 tensors |= {f"{name}/sample/{key}": getattr(layer.sample, key) for key in SAMPLED}
-        record = {"model": self.model, "domains": self.domains, "sequences": self.sequences}
+        record = {key: getattr(self, key) for key in ("model", "domains", "sequences")}
         record |= {"layers": list(self.layers)}
         record |= {} if self.stability is None else {"stability": self.stability}
         header = json.dumps({"format": FORMAT, "about": record, "sha256": _digest(tensors, record)})
@@ -285,12 +283,15 @@ def load_statistics(path) -> Statistics:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except SafetensorError as error:
         raise InputError(f"{path} is not a readable statistics file ({error}); capture again.") from None
-    version = f"{path} is no statistics file of this version of hcsmoe ({FORMAT}); capture again."
-    require(header.get("format") == FORMAT, version)
-    record = header["about"]
-    unchanged = _digest(tensors, record) == header["sha256"]
-    require(unchanged, f"{path} was changed since it was written; capture again.")
-    layers, sampled = {}, tensors.get("sampled")
+    require(
+        header.get("format") == FORMAT,
+        f"{path} is no statistics file of this version of hcsmoe ({FORMAT}); capture again.",
+    )
+    record, layers, sampled = header["about"], {}, tensors.get("sampled")
+    require(
+        _digest(tensors, record) == header["sha256"],
+        f"{path} was changed since it was written; capture again.",
+    )
     for name in record.pop("layers"):
         values = {key: tensors[f"{name}/{key}"] for key in SUMS if f"{name}/{key}" in tensors}
         if sampled is not None:
