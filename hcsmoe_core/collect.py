@@ -21,8 +21,7 @@ from hcsmoe_core.steps import METHODS
 
 # Tokens that an expert is applied to at once: what stays in a CPU's caches, and what fills a GPU.
 CHUNK = {"cpu": 512, "cuda": 8192}
-# Numbers of all experts' outputs in memory at once, where pairs of experts are compared; small ones leave a
-# GPU idle.
+# Numbers of all experts' outputs in memory at once, where pairs of experts are compared.
 DENSE = {"cpu": 1 << 25, "cuda": 1 << 28}
 PAIRED = {"cpu": 1 << 20, "cuda": 1 << 26}  # of these, those in float64
 # Stands for the ranks where there is one process: see capture().
@@ -61,18 +60,14 @@ def capture(
         With its weights in memory, and not merged.
     input_ids : (N, S) int64 tensor
         Calibration sequences without padding: :func:`hcsmoe_core.calibration_tokens`.
-    methods : sequence of str
-        Methods to plan by later; what they need is collected. The default serves every similarity and linkage
-        of the HC-SMoE paper.
-    needs : sequence of str, optional
-        Names of :data:`hcsmoe_core.statistics.NEEDS` to collect instead; ``"usage"`` always is.
-    sample : int
-        Tokens in the sample of layer inputs, where one is collected.
+    methods, needs : sequence of str
+        Methods to plan by later, of which what they need is collected, or names of
+        :data:`hcsmoe_core.statistics.NEEDS` instead. The default serves all of the HC-SMoE paper.
+    sample, batch_size : int
+        Tokens in the sample of layer inputs, where one is collected; sequences per forward pass.
     every : int
         Apply the experts to every n-th token only, n ≤ S: outputs, norms and Gram matrices are then estimates
         of sums over all tokens. Usage and sample are of all tokens.
-    batch_size : int
-        Sequences per forward pass.
     domains : sequence of N str, optional
         Domain of each sequence; by default all are of one, ``"all"``.
     ranks : object, optional
@@ -344,8 +339,8 @@ class _Collector:
         sums = {key: value.cpu() for key, value in totals.items()}
         if "sample" in self.needs:
             rows, size = self.source.own_sample(), len(self.source.sampled)
-            columns = (torch.cat(chunks) for chunks in zip(*self.sampled, strict=True))
-            sums["sample"] = LayerSample(*(_gathered(column, rows, size, ranks) for column in columns))
+            columns = zip(*self.sampled, strict=True)
+            sums["sample"] = LayerSample(*(_gathered(torch.cat(c), rows, size, ranks) for c in columns))
         return LayerStatistics(**sums)
 
 

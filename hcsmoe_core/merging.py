@@ -20,24 +20,15 @@ def apply_plan(model, plan, stats=None):
     the model computes exactly what E experts would of which those of a group are equal. With others the
     router chooses among r rows by the model's own rule. The original weights stay in memory.
 
-    Parameters
-    ----------
-    model : transformers.PreTrainedModel
-        Also what is returned.
-    plan : Plan
-    stats : Statistics, optional
-        Those that the plan was made from, where experts are combined, or router rows fitted, by their sample.
-
-    Raises
-    ------
-    InputError
-        If the plan does not fit the model, needs statistics that are not given, the model is merged already,
-        or a merged weight is not finite. The model is then as it was.
+    Returns the model. ``stats`` are the Statistics that the plan was made from, where experts are combined or
+    router rows fitted by their sample. InputError, with the model as it was, if the plan does not fit it or
+    needs statistics that are not given, if it is merged already, or if a merged weight is not finite.
     """
     layers = check_applicable(model, plan, stats)
     try:
-        slow = plan.needs_sample
-        bar = tqdm(plan.layers, desc="merge", unit="layer", leave=False, disable=not slow or None)
+        bar = tqdm(
+            plan.layers, desc="merge", unit="layer", leave=False, disable=not plan.needs_sample or None
+        )
         for layer, layer_plan in zip(layers, bar, strict=True):
             apply_layer(layer, layer_plan, stats)
         if plan.compress:
@@ -120,7 +111,7 @@ def check_fits(plan, model) -> list:
 
 @torch.no_grad()
 def merge_layer(layer, layer_plan, sample=None) -> dict:
-    """The r experts that a plan leaves of a layer: for each of :meth:`MoELayer.tensors` the same with r rows.
+    """The r experts that a plan leaves of a layer: :meth:`MoELayer.tensors` with r rows each.
 
     Averages, ``W_g = Σ_{e in g} w_e W_e`` (HC-SMoE, arXiv 2410.08589, eq. 6), are summed in float32 (float64
     for float32 weights) and rounded once to the weights' dtype; for other rules see :func:`combine_group`,
@@ -192,15 +183,8 @@ def group_and_options(layer, layer_plan, group: int, sample):
 class Group:
     """The n experts that become one, and what the calibration sample says about them.
 
-    Attributes
-    ----------
-    members : list of n int
-    weights : (n,) float64 tensor
-        Of each member in the group; they sum to one.
-    dominant : int
-        Index of the dominant expert among the members.
-    experts : list of n Neurons
-        In float64, or float32 where the model is in 16 bits.
+    ``members`` are their numbers; ``weights``, ``(n,)`` float64, their shares, which sum to one; ``dominant``
+    is an index among them; ``experts``, n Neurons, are in float64, or float32 where the model is in 16 bits.
     """
 
     def __init__(self, layer, members, weights, dominant, sample):
@@ -220,11 +204,7 @@ class Group:
         return self._computed[key]
 
     def tokens(self, members=None):
-        """Sampled tokens routed to any member (or of ``members``, indices), ``(T, D)``, and these' gates
-        ``(T, n)``.
-
-        Gates are the applied routing weights, zero where an expert was not chosen.
-        """
+        """Sampled tokens routed to any member (of ``members``, indices), ``(T, D)``, and gates ``(T, n)``."""
         chosen = self.members if members is None else [self.members[m] for m in members]
 
         def gather():
@@ -236,11 +216,11 @@ class Group:
 
     def outputs(self, offset=None) -> torch.Tensor:
         """Sum of the members' gated outputs on :meth:`tokens`, ``Σ_e g_e (f_e(x) − offset)``, ``(T, D)``."""
-        tokens, gates = self.tokens()
-        total = self.once("outputs", lambda: self._gated_outputs(tokens, gates))
-        return total if offset is None else total - gates.sum(1, keepdim=True) * offset
+        total = self.once("outputs", self._gated_outputs)
+        return total if offset is None else total - self.tokens()[1].sum(1, keepdim=True) * offset
 
-    def _gated_outputs(self, tokens, gates):
+    def _gated_outputs(self):
+        tokens, gates = self.tokens()
         total = torch.zeros(len(tokens), self.layer.hidden_size, dtype=self.dtype, device=self.device)
         for expert, gate in zip(self.experts, gates.T, strict=True):
             rows = gate.nonzero()[:, 0]
@@ -274,8 +254,7 @@ def mean_of(experts, weights) -> Neurons:
 def combine_group(group, options) -> Neurons:
     """One expert from a group, by ``options``: ``rule``, a step of ``steps.combine``, with its own options.
 
-    With ``refit`` rounds, what the expert's neurons read is fitted as well. InputError if the rule is
-    unknown, or solves for a projection where that is not possible.
+    With ``refit`` rounds, what its neurons read is fitted too. InputError if nothing can be solved for.
     """
     rule, rounds = combine[options["rule"]], check_count("refit", options.get("refit", 0), 0)
     others = ", ".join(f'"{name}"' for name, step in combine.items() if not step.properties.get("solves"))

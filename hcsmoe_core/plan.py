@@ -128,10 +128,7 @@ class Plan:
 def with_router(plan: Plan, router: str) -> Plan:
     """The same plan with another router, ``"mapped"`` or one of :data:`JOINED`, in layers where experts join.
 
-    Raises
-    ------
-    InputError
-        If the plan drops experts, so that no other router is possible.
+    InputError if the plan drops experts, so that no other router is possible.
     """
     check_choice("router", router, tuple(name for name in ROUTERS if name != "dropped"))
     require(

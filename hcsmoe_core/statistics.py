@@ -47,9 +47,7 @@ class LayerSample:
     @cached_property
     def gates(self) -> torch.Tensor:
         """Applied routing weights ``(R, E)`` float64: zero where an expert was not chosen."""
-        return torch.zeros_like(self.logits, dtype=torch.float64).scatter_add_(
-            1, self.index, self.weight.double()
-        )
+        return torch.zeros_like(self.logits).double().scatter_add_(1, self.index, self.weight.double())
 
     @property
     def chosen(self) -> torch.Tensor:
@@ -266,10 +264,10 @@ def sample_of(hashes, length: int, size: int) -> torch.Tensor:
 
 def _digest(tensors, record):
     digest = hashlib.sha256(sha256_json(record).encode())
-    for name in sorted(tensors):
-        tensor = tensors[name].contiguous()
+    for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy())  # bfloat16 has no NumPy dtype
+        # As bytes, since bfloat16 has no NumPy dtype.
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
