@@ -26,9 +26,8 @@ def apply_plan(model, plan, stats=None):
     """
     layers = check_applicable(model, plan, stats)
     try:
-        bar = tqdm(
-            plan.layers, desc="merge", unit="layer", leave=False, disable=not plan.needs_sample or None
-        )
+        quick = not plan.needs_sample
+        bar = tqdm(plan.layers, desc="merge", unit="layer", leave=False, disable=quick or None)
         for layer, layer_plan in zip(layers, bar, strict=True):
             apply_layer(layer, layer_plan, stats)
         if plan.compress:

@@ -186,7 +186,7 @@ def _lock_of(path):
 
 
 @contextlib.contextmanager
-def locked(path):
+def locked(path: str | Path):
     """Lock ``path`` during the block, after waiting for other processes; a lock ends with its process."""
     lock = _lock_of(path)
     with FileLock(lock):
@@ -197,7 +197,7 @@ def locked(path):
                 lock.unlink()
 
 
-def is_locked(path) -> bool:
+def is_locked(path: str | Path) -> bool:
     """Whether a living process has locked ``path``."""
     lock = _lock_of(path)
     try:

@@ -122,7 +122,9 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def expected_bytes(model, needs, *, domains: int, tokens: int, sample: int = SAMPLE) -> int:
+def expected_bytes(
+    model: Any, needs: Sequence[str], *, domains: int, tokens: int, sample: int = SAMPLE
+) -> int:
     """Bytes of the statistics file that a capture on a model would give."""
     rows = min(sample, tokens) if "sample" in needs else 0
     total = rows * 24
