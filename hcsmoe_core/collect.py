@@ -176,7 +176,8 @@ class _Collector:
     def __init__(self, layer, source):
         self.layer, self.source, self.needs, self.device = layer, source, set(source.needs), layer.device
         self.batch, self.logits, self.scoring, self.sampled = slice(None), None, None, []
-        keys = ["applied", *(key for need in {"usage", *self.needs} for key in NEEDS[need])]
+        # In one order on every rank, as the ranks add them up one after another.
+        keys = ["applied", *(key for need in NEEDS if need in {"usage", *self.needs} for key in NEEDS[need])]
         counts = ("tokens", "applied", "usage_count")
         # Where outputs are affine in activations, those are summed: their mean gives the mean output.
         size = layer.width if layer.affine else layer.hidden_size
