@@ -143,7 +143,7 @@ def test_tasks_of_a_users_own(embedded, monkeypatch):
     def units(name):
         return tasks.configuration("demo_units") | {"task": name}
 
-    TASKS.add("my_units", TaskSource(units, bos=True))
+    TASKS["my_units"] = TaskSource(units, bos=True)
     scores = task_scores(model, tokenizer, ["my_units", "demo_units"], limit=20)["tasks"]
     assert scores["my_units"] == scores["demo_units"]
 

@@ -7,12 +7,11 @@ from hcsmoe_core.demo import corpus, tasks
 from hcsmoe_core.score.evaluation import TASKS, TaskSource
 from hcsmoe_core.text.calibration import SOURCES, Source
 
-SOURCES.add(
-    "demo",
-    Source(corpus.blocks, corpus.domains, shape=(96, 256), heldout="heldout", uncounted=corpus.STDLIB),
+SOURCES["demo"] = Source(
+    corpus.blocks, corpus.domains, shape=(96, 256), heldout="heldout", uncounted=corpus.STDLIB
 )
 for _name in tasks.NAMES:
-    TASKS.add(_name, TaskSource(tasks.configuration, default=True, bos=True))
+    TASKS[_name] = TaskSource(tasks.configuration, default=True, bos=True)
 
 
 def families(name: str) -> dict[int, list[int]] | None:

@@ -23,7 +23,8 @@ from dataclasses import dataclass
 
 from hcsmoe_core import similarity as similarities
 from hcsmoe_core._util import InputError, check_choice, check_count, require
-from hcsmoe_core.plan import MERGES, ROUTERS
+from hcsmoe_core.methods.summary import MERGES
+from hcsmoe_core.plan import ROUTERS
 from hcsmoe_core.statistics import NEEDS
 from hcsmoe_core.steps import METHODS, TABLES, group, router
 

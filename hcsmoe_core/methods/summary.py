@@ -2,7 +2,9 @@
 
 import numpy as np
 
-from hcsmoe_core.plan import DROPPED, merge_weights
+from hcsmoe_core.plan import DROPPED
+
+MERGES = ("frequency", "average", "routing-mass")  # weights of a group's members: see merge_weights()
 
 
 def summarise(stats, layer, labels):
@@ -68,3 +70,21 @@ def _output_error(sums, labels):
     centres = np.stack([weighted[labels == group].sum(0) for group in range(labels.max() + 1)])
     moved = outputs - np.where(labels[:, None] != DROPPED, centres[labels], 0)
     return float(np.sqrt((share @ (moved**2).sum(1)) / (share @ (outputs**2).sum(1))))
+
+
+def merge_weights(labels, layer_stats, merge: str) -> np.ndarray:
+    """Weight of each expert in its group, ``(E,)`` float64; they sum to one in each group, 0 where dropped.
+
+    By one of :data:`MERGES`: the number of tokens routed to each, alike, or the sum of the router's weights.
+    A group that no token was routed to is averaged with equal weights.
+    """
+    labels = np.asarray(labels)
+    share = {
+        "average": lambda: np.ones(len(labels)),
+        "frequency": lambda: layer_stats.usage_count.sum(0).double().numpy(),
+        "routing-mass": lambda: layer_stats.routing_mass.sum(0).numpy().clip(min=0),
+    }[merge]()
+    kept = labels != DROPPED
+    total = np.bincount(labels[kept], share[kept])
+    share = np.where(total[labels] > 0, share, 1.0)
+    return np.where(kept, share / np.bincount(labels[kept], share[kept])[labels], 0.0)

@@ -385,5 +385,5 @@ def _from_model(name, *, model, tokenizer, sequences, length, seed, folder, **_)
 
 _FILE, _DATASET = Source(_from_path), Source(_from_dataset)
 for _name in _DATASETS:
-    SOURCES.add(_name, _DATASET)
-SOURCES.add(NAME, Source(_from_model))
+    SOURCES[_name] = _DATASET
+SOURCES[NAME] = Source(_from_model)
