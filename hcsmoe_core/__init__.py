@@ -12,8 +12,8 @@
 or all of it at once, measured and with a model card: ``shrink("demo-qwen", experts=16, out="merged")``.
 
 Each verb is imported at its first use: ``import hcsmoe_core`` costs nothing. A folder is a floor and imports
-only what lies below it: ``ui``, ``studies``, ``demo``, ``score``, ``text``, ``methods``, ``scale``, and the
-files beside this one, the core. This file alone knows them all.
+only what lies below it: ``ui``, ``studies``, ``demo``, ``score``, ``text``, ``methods``, ``scale``,
+``checkpoint``, and the files beside this one, the core. This file alone knows them all.
 
 Symbols: L layers, E experts, r experts kept, T tokens, D hidden size, I expert width, k experts per token.
 """

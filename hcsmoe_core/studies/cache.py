@@ -24,7 +24,7 @@ from hcsmoe_core.statistics import DEFAULT_NEEDS, SAMPLE, Statistics, load_stati
 from hcsmoe_core.text.calibration import calibration_settings, calibration_tokens, domains_of, local_files
 
 PACKAGE = Path(__file__).parents[1]
-FLOORS = (".", "scale", "methods", "text", "score", "demo")  # folders whose code makes numbers
+FLOORS = (".", "checkpoint", "scale", "methods", "text", "score", "demo")  # folders whose code makes numbers
 HASHED = (
     2**26
 )  # bytes up to which a file goes by its content; a larger one goes by its size and time of writing

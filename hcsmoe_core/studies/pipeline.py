@@ -35,8 +35,8 @@ import torch
 
 from hcsmoe_core._util import EMBEDDED, InputError, check_absent, check_choice, check_count, sha256_json
 from hcsmoe_core.checkpoint import ROUTERS, exported, save_merged, target_of
+from hcsmoe_core.checkpoint.export import calibrated, fidelity_text, kept_of
 from hcsmoe_core.collect import capture
-from hcsmoe_core.export import calibrated, fidelity_text, kept_of
 from hcsmoe_core.families import find_moe_layers
 from hcsmoe_core.merging import apply_plan, restore
 from hcsmoe_core.methods import METHODS, RECOMMENDED, make_plan, resolve

@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 from transformers.utils import logging
 
-from hcsmoe_core import _transformers, _util, export, merging, moe, replace
+from hcsmoe_core import _transformers, _util, merging, moe, replace
 from hcsmoe_core._util import InputError, check_absent, check_choice, folder_of, read_json, require
+from hcsmoe_core.checkpoint import export
 from hcsmoe_core.families import decoder_layers, find_moe_layers, non_text_experts
 from hcsmoe_core.modeling_hcsmoe import VERSION, merged_class, room
 from hcsmoe_core.plan import JOINED, Plan, with_router
