@@ -4,21 +4,13 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
-from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
-from hcsmoe_core._util import (
-    InputError,
-    MissingPackageError,
-    Table,
-    check_count,
-    require,
-    sha256_json,
-    versions,
-)
+from hcsmoe_core._util import MissingPackageError, Table, check_count, require, sha256_json, versions
 from hcsmoe_core.collect import check_tokens, forward_options
 from hcsmoe_core.scale.streaming import replaced_forwards
 from hcsmoe_core.text.calibration import SOURCES, calibration_tokens, domains_of, scoring_of
@@ -99,11 +91,11 @@ def evaluate(
     if text is not None:
         started, (split, uncounted) = time.perf_counter(), scoring_of(text)
         rows = calibration_tokens(text, tokenizer, model=model, seed=seed, split=split, **size)
-        domains, rows_at_once = domains_of(text, sequences), max(1, batch_size // 4)
-        scores |= perplexity(model, rows, domains=domains, batch_size=rows_at_once, uncounted=uncounted)
+        how = dict(domains=domains_of(text, sequences), batch_size=max(1, batch_size // 4))
+        scores |= perplexity(model, rows, uncounted=uncounted, **how)
         seconds["perplexity"] = round(time.perf_counter() - started, 2)
-    device = {"dtype": str(model.dtype).removeprefix("torch."), "device": str(model.device)}
-    settings = {"tasks": tasks, "text": text and str(text), **options, **size, **device}
+    settings = {"tasks": tasks, "text": text and str(text), **options, **size}
+    settings |= {"dtype": str(model.dtype).removeprefix("torch."), "device": str(model.device)}
     return scores | {"settings": settings, "versions": versions(), "seconds": seconds}
 
 
@@ -129,16 +121,12 @@ def task_scores(
 
     Raises
     ------
-    InputError
-        If a task is unknown.
-    FileNotFoundError
-        If the data of a task are neither local nor available.
-    ImportError
-        If lm-evaluation-harness is not installed.
+    InputError, FileNotFoundError, ImportError
+        If a task is unknown, its data are neither local nor available, or lm-evaluation-harness is not
+        installed.
     """
     check_count("batch_size", batch_size, 1)
-    if limit is not None:
-        check_count("limit", limit, 1)
+    check_count("limit", 1 if limit is None else limit, 1)
     if not tasks:
         return {"tasks": {}}
     try:
@@ -158,26 +146,26 @@ def task_scores(
         log_samples=True,
         **dict.fromkeys(seeds, seed),
     )
-    groups = {
-        name: {
-            "tasks": [task.task_name for task in loaded[name].get_all_tasks()],
-            "by_size": all(rule.weight_by_size for rule in loaded[name].aggregate_metric_list or ()),
-        }
-        for name in output["group_subtasks"]
-        if name in loaded
+    groups = {name: loaded[name] for name in output["group_subtasks"] if name in loaded}
+    subtasks = {name: [task.task_name for task in group.get_all_tasks()] for name, group in groups.items()}
+    by_size = {
+        k: all(rule.weight_by_size for rule in g.aggregate_metric_list or ()) for k, g in groups.items()
     }
-    subtasks = {name: groups[name]["tasks"] if name in groups else [name] for name in loaded}
     return {
-        "tasks": {name: _scores(name, of_task, output) for name, of_task in subtasks.items()},
+        "tasks": {name: _scores(name, subtasks.get(name, [name]), output) for name in loaded},
         "items": {task: _items(rows) for task, rows in output["samples"].items()},
-        "groups": groups,
+        "groups": {name: {"tasks": subtasks[name], "by_size": by_size[name]} for name in groups},
     }
 
 
 def _scores(name, subtasks, output):
     """What the harness reports of a task, metrics such as ``"acc,none"`` as ``"acc"``."""
-    numbers = {k: v for k, v in output["results"][name].items() if "," in k and type(v) in (int, float)}
-    return {k.removesuffix(",none"): float(v) for k, v in numbers.items()} | {
+    metrics = {
+        key.removesuffix(",none"): float(value)
+        for key, value in output["results"][name].items()
+        if "," in key and isinstance(value, int | float) and not isinstance(value, bool)
+    }
+    return metrics | {
         "items": sum(output["n-samples"][task]["effective"] for task in subtasks),
         "shots": max(output["n-shot"][task] for task in subtasks),
         "version": str(output["versions"][name]),
@@ -288,9 +276,11 @@ def _error(changes, by_size):
     sizes = np.array([len(change) for change in changes])
     variances = np.array([change.var() for change in changes])
     with np.errstate(invalid="ignore"):  # 0/0, so nan, where a single item tells no spread
-        if by_size:
-            return float(np.sqrt(variances @ sizes / (sizes.sum() - len(sizes)) / sizes.sum()))
-        return float(np.sqrt((variances / (sizes - 1)).sum()) / len(sizes))
+        return float(
+            np.sqrt(variances @ sizes / (sizes.sum() - len(sizes)) / sizes.sum())
+            if by_size
+            else np.sqrt((variances / (sizes - 1)).sum()) / len(sizes)
+        )
 
 
 def paired_table(frame) -> str:
@@ -299,8 +289,8 @@ def paired_table(frame) -> str:
     percent, lines = frame.copy(), []
     percent[["score", "against", "difference", "error"]] *= 100
     for metric, rows in percent.groupby("metric", sort=False):
-        lines.append(f"{metric + ', %':<24}  against    score  difference  ± paired    won   lost")
-        lines += [line.format(**row) for row in rows.to_dict("records")]
+        head = f"{metric + ', %':<24}  against    score  difference  ± paired    won   lost"
+        lines += [head, *(line.format(**row) for row in rows.to_dict("records"))]
     return "\n".join(lines)
 
 
@@ -325,18 +315,20 @@ def perplexity(model, input_ids, *, domains=None, batch_size: int = 16, uncounte
     dict
         ``loss`` and ``perplexity`` by domain, and ``mean_loss``, the plain mean over the domains that count.
     """
-    input_ids, of_rows, of_domains = check_tokens(input_ids, model), [], {}
+    batches, by_domain = check_tokens(input_ids, model).split(batch_size), {}
+    bar = tqdm(batches, desc="perplexity", unit="batch", disable=None, leave=False)
+    of_rows = torch.cat([_losses(model, batch.to(model.device)).double().mean(1) for batch in bar]).tolist()
+    for domain, value in zip(domains or ["all"] * len(of_rows), of_rows, strict=True):
+        by_domain.setdefault(domain, []).append(value)
+    loss = {domain: sum(values) / len(values) for domain, values in by_domain.items()}
     if uncounted is None:
         uncounted = {domain for source in SOURCES.values() for domain in source.uncounted}
-    batches = input_ids.split(batch_size)
-    for batch in tqdm(batches, desc="perplexity", unit="batch", disable=None, leave=False):
-        of_rows += _losses(model, batch.to(model.device)).double().mean(1).tolist()
-    for domain, value in zip(domains or ["all"] * len(input_ids), of_rows, strict=True):
-        of_domains.setdefault(domain, []).append(value)
-    loss = {domain: sum(values) / len(values) for domain, values in of_domains.items()}
     counted = [value for domain, value in loss.items() if domain not in uncounted] or list(loss.values())
-    perplexities = {domain: math.exp(value) for domain, value in loss.items()}
-    return {"loss": loss, "perplexity": perplexities, "mean_loss": sum(counted) / len(counted)}
+    return {
+        "loss": loss,
+        "perplexity": {domain: math.exp(value) for domain, value in loss.items()},
+        "mean_loss": sum(counted) / len(counted),
+    }
 
 
 def _losses(model, rows):
@@ -344,8 +336,8 @@ def _losses(model, rows):
     input_ids, targets = rows[:, :-1], rows[:, 1:]
     size = max(1, LOGITS // (len(rows) * model.config.get_text_config().vocab_size))
     blocks = zip(_logits(model, input_ids, size), targets.split(size, 1), strict=True)
-    losses = [cross_entropy(logits.float().mT, of_block, reduction="none") for logits, of_block in blocks]
-    return torch.cat(losses, 1)
+    loss = partial(torch.nn.functional.cross_entropy, reduction="none")
+    return torch.cat([loss(logits.float().mT, wanted) for logits, wanted in blocks], 1)
 
 
 def _logits(model, input_ids, size):
@@ -367,7 +359,7 @@ def score_table(scores: dict) -> str:
     means = {key.removeprefix("mean_"): value for key, value in scores.items() if key.startswith("mean_acc")}
     tasks = scores["tasks"] | ({"mean": means} if "acc" in means else {})
     lines = [f"{'task':<24}     acc       ±  acc_norm       ±   items"]
-    lines += [_score_line(name, task) for name, task in tasks.items()]
+    lines += [f"{name:<24}{_cells(task)}".rstrip() for name, task in tasks.items()]
     if "loss" in scores:
         _, uncounted = scoring_of(scores["settings"]["text"])
         lines.append(f"\n{'text':<24}    loss  perplexity")
@@ -378,16 +370,10 @@ def score_table(scores: dict) -> str:
     return "\n".join(lines)
 
 
-def _score_line(name, task):
-    """One line of :func:`score_table`: accuracies with their standard errors, or whatever else there is."""
+def _cells(task):
+    """Accuracies of a task with their standard errors, which a single item lacks, or what else it has."""
     if "acc" not in task:
-        return f"{name:<24}" + "  ".join(
-            f"{k} {value:.4f}" for k, value in task.items() if isinstance(value, float)
-        )
-    error = {
-        metric: task.get(f"{metric}_stderr", math.nan) for metric in ("acc", "acc_norm")
-    }  # none of one item
-    cells = f"{task['acc']:>8.4f}{error['acc']:>8.4f}"
-    if "acc_norm" in task:
-        cells += f"{task['acc_norm']:>10.4f}{error['acc_norm']:>8.4f}"
-    return f"{name:<24}{cells:<34}{task.get('items', ''):>8}".rstrip()
+        return "  ".join(f"{key} {value:.4f}" for key, value in task.items() if isinstance(value, float))
+    pairs = [(task[key], task.get(f"{key}_stderr", math.nan)) for key in ("acc", "acc_norm") if key in task]
+    cells = "  ".join(f"{value:>8.4f}{error:>8.4f}" for value, error in pairs)
+    return f"{cells:<34}{task.get('items', ''):>8}"
