@@ -4,7 +4,6 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
@@ -336,8 +335,13 @@ def _losses(model, rows):
     input_ids, targets = rows[:, :-1], rows[:, 1:]
     size = max(1, LOGITS // (len(rows) * model.config.get_text_config().vocab_size))
     blocks = zip(_logits(model, input_ids, size), targets.split(size, 1), strict=True)
-    loss = partial(torch.nn.functional.cross_entropy, reduction="none")
-    return torch.cat([loss(logits.float().mT, wanted) for logits, wanted in blocks], 1)
+    return torch.cat(
+        [
+            torch.nn.functional.cross_entropy(logits.float().mT, wanted, reduction="none")
+            for logits, wanted in blocks
+        ],
+        1,
+    )
 
 
 def _logits(model, input_ids, size):

@@ -9,15 +9,11 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from hcsmoe_core import _transformers
+from hcsmoe_core import _transformers, collect, families, merging, statistics
 from hcsmoe_core._util import read_json, sha256_json, write_json
-from hcsmoe_core.collect import Tokens, check_tokens
-from hcsmoe_core.families import decoder_layers, find_moe_layers
-from hcsmoe_core.merging import apply_plan, restore
 from hcsmoe_core.plan import JOINED, odd_widths
 from hcsmoe_core.replace import replace_experts, restore_experts, resume_merge, suspend_merge
 from hcsmoe_core.scale.streaming import Outputs
-from hcsmoe_core.statistics import sequence_hashes
 
 NAMES = {
     "mapped": "mapped",
@@ -61,22 +57,18 @@ def fidelity(model, plan, input_ids, *, stats=None, progress: bool = True) -> di
     InputError
         As :func:`hcsmoe_core.apply_plan`.
     """
-    input_ids, layers, was_training = check_tokens(input_ids, model), find_moe_layers(model), model.training
-    applied = all(layer.merged for layer in layers)
-    if not applied:
-        apply_plan(model, plan, stats)
-    totals, disable = _Totals(model, plan), None if progress else True
-    bar = tqdm(total=input_ids.numel(), desc="fidelity", unit="token", disable=disable)
-    try:
-        with _variants(layers, plan) as variants, _runnable(model, plan), bar:
-            model.eval()
-            for row in input_ids.split(1):
-                _compare(model, layers, variants, row.to(model.device), totals)
-                bar.update(row.numel())
-    finally:
-        model.train(was_training)
-        if not applied:
-            restore(model)
+    input_ids, layers = collect.check_tokens(input_ids, model), families.find_moe_layers(model)
+    totals = _Totals(model, plan)
+    options = dict(unit="token", unit_scale=input_ids.shape[1], disable=None if progress else True)
+    with contextlib.ExitStack() as undo:
+        undo.callback(model.train, model.training)
+        if not all(layer.merged for layer in layers):
+            merging.apply_plan(model, plan, stats)
+            undo.callback(merging.restore, model)
+        variants = undo.enter_context(_variants(layers, plan))
+        undo.enter_context(_runnable(model.eval(), plan))
+        for row in tqdm(input_ids.split(1), "fidelity", **options):
+            _compare(model, layers, variants, row.to(model.device), totals)
     return totals.result(input_ids.numel())
 
 
@@ -113,7 +105,7 @@ def unseen(input_ids, seen, *, length: int) -> torch.Tensor | None:
     -------
     (M, S) int64 tensor or None
     """
-    fresh = [i for i, digest in enumerate(sequence_hashes(input_ids)) if digest not in set(seen)]
+    fresh = [i for i, digest in enumerate(statistics.sequence_hashes(input_ids)) if digest not in set(seen)]
     return input_ids[fresh, :length] if fresh else None
 
 
@@ -180,6 +172,14 @@ def _compare(model, layers, variants, row, totals):
 
 
 @contextlib.contextmanager
+def _hooked(hooks):
+    """Modules call a function after their forward during the block; ``hooks`` are pairs of them."""
+    with contextlib.ExitStack() as undo:
+        for module, hook in hooks:
+            undo.enter_context(module.register_forward_hook(hook, with_kwargs=True))
+        yield
+
+
 def _comparing_blocks(layers, variants, totals):
     """While the original runs, run each MoE block again on its inputs as every merged model."""
     running = []  # a block may hold another layer's, which must not be compared inside it
@@ -192,26 +192,20 @@ def _comparing_blocks(layers, variants, totals):
             totals.add("block_error", name, layer.name, first_tensor(merged), first_tensor(output))
             running.pop()
 
-    with contextlib.ExitStack() as hooks:
-        for layer in layers:
-            hook = layer.block.register_forward_hook(partial(compare, layer), with_kwargs=True)
-            hooks.enter_context(hook)
-        yield
+    return _hooked([(layer.block, partial(compare, layer)) for layer in layers])
 
 
 @contextlib.contextmanager
 def _hidden_states(model, layers):
     """Hidden states after the decoder layer of each MoE layer, by the latter's name."""
-    hidden, prefix = {}, decoder_layers(model)
+    hidden, prefix = {}, families.decoder_layers(model)
 
-    def store(name, decoder, inputs, output):
+    def store(name, decoder, inputs, keywords, output):
         hidden[name] = first_tensor(output)
 
-    with contextlib.ExitStack() as hooks:
-        for layer in layers if prefix else ():
-            index = layer.name[len(prefix) + 1 :].split(".")[0]
-            decoder = model.get_submodule(f"{prefix}.{index}")
-            hooks.enter_context(decoder.register_forward_hook(partial(store, layer.name)))
+    depth = prefix.count(".") + 2  # names of decoder layers are the prefix and a number
+    decoders = {layer.name: ".".join(layer.name.split(".")[:depth]) for layer in layers if prefix}
+    with _hooked([(model.get_submodule(path), partial(store, name)) for name, path in decoders.items()]):
         yield hidden
 
 
@@ -226,7 +220,7 @@ class _Observer:
     def __init__(self, input_ids, source, plan, folder):
         self.source, self.plan, self.folder = source, plan, folder
         folder.mkdir(exist_ok=True)
-        self.tokens = Tokens(source.model, input_ids, needs=(), sample=1, batch_size=1, domains=None)
+        self.tokens = collect.Tokens(source.model, input_ids, needs=(), sample=1, batch_size=1, domains=None)
         earlier = sorted(folder.glob("*.json"))
         self.totals = _Totals(source.model, plan, read_json(earlier[-1]) if earlier else None)
         self.outputs = {name: Outputs(folder / name) for name in ("original", *reversed(_names(plan)))}
@@ -322,35 +316,35 @@ class _Totals:
 
     def result(self, tokens):
         """As of :func:`fidelity`."""
-        models = {name: self._loss(name) | self._differences(name) for name in self.names}
         result = {
             "tokens": tokens,
             "layers": self.layers,
             "original": self._loss("original"),
-            "models": models,
+            "models": {name: self._loss(name) | self._differences(name) for name in self.names},
         }
         return result | {"warning": _warning(result)}
 
     def _loss(self, name):
-        if not self.predicts:
-            return {"loss": None, "perplexity": None}
-        loss, count = self.sums[f"loss {name}"]
+        loss, count = self.sums.get(f"loss {name}", (math.nan, 1))
         mean = loss / max(count, 1)
-        return {"loss": mean, "perplexity": math.exp(mean) if mean < 700 else math.inf}
+        perplexity = math.exp(mean) if mean < 700 else math.inf
+        return (
+            {"loss": mean, "perplexity": perplexity} if self.predicts else {"loss": None, "perplexity": None}
+        )
 
     def _differences(self, name):
         kl, same, count = self.sums[f"kl {name} original"]
-        differences = {"kl": kl / count, "agreement": same / count}
-        for kind in ("block_error", "hidden_error"):
-            sums = [self.sums.get(f"{kind} {name} {layer}", (math.nan, math.nan)) for layer in self.layers]
-            differences[kind] = [_relative(error, square) for error, square in sums]
-        if f"kl {name} mapped" in self.sums:
-            differences["kl_from_mapped"] = self.sums[f"kl {name} mapped"][0] / count
-        return differences
+        exact = self.sums.get(f"kl {name} mapped")
+        errors = {
+            kind: [self._error(f"{kind} {name} {layer}") for layer in self.layers]
+            for kind in ("block_error", "hidden_error")
+        }
+        more = {"kl_from_mapped": exact[0] / count} if exact else {}
+        return {"kl": kl / count, "agreement": same / count} | errors | more
 
-
-def _relative(error, square):
-    return math.sqrt(error / square) if square else (math.inf if error else 0.0)
+    def _error(self, key):
+        error, square = self.sums.get(key, (math.nan, math.nan))
+        return math.sqrt(error / square) if square else (math.inf if error else 0.0)
 
 
 def _warning(result):
