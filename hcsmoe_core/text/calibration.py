@@ -129,9 +129,8 @@ def domains_of(source: str | Path, sequences: int) -> list[str] | None:
     The parts of a mixture are domains: ``"c4"``, or the last component of the name of a file or data set.
     """
     parts = _parts(source, sequences)
-    if len(parts) == 1 and not _entry(parts[0][0]).domains:
-        return None
-    return [labels[i % len(labels)] for name, n in parts for labels in [_labels(name)] for i in range(n)]
+    of_parts = [labels[i % len(labels)] for name, n in parts for labels in [_labels(name)] for i in range(n)]
+    return of_parts if len(parts) > 1 or _entry(parts[0][0]).domains else None
 
 
 def scoring_of(source: str | Path) -> tuple[str | None, tuple[str, ...]]:
@@ -145,17 +144,10 @@ def local_files(source: str | Path) -> list[Path]:
     return [file for name, _ in _weights(source) if _entry(name) is _FILE for file in _files(name)]
 
 
-def is_path(name: str) -> bool:
-    """Whether a source is a path: it looks like one; ``owner/name`` is a data set unless it exists here."""
-    path = Path(name).expanduser()
-    explicit = name.startswith((".", "~")) or path.is_absolute()
-    return explicit or path.suffix in (*TEXT_SUFFIXES, IDS_SUFFIX) or (len(path.parts) > 1 and path.exists())
-
-
 def own_sequences(source: str | Path, sequences: int) -> int:
     """Number of sequences that the model writes itself; it writes whole batches."""
-    own = [(count, writing_of(name).batch) for name, count in _parts(source, sequences) if is_own(name)]
-    return sum(count + -count % batch for count, batch in own)
+    own = [(name, count) for name, count in _parts(source, sequences) if is_own(name)]
+    return sum(count + -count % writing_of(name).batch for name, count in own)
 
 
 def _weights(source):
@@ -201,10 +193,15 @@ def _parts(source, sequences):
 def _entry(name):
     """Entry of a part: of :data:`SOURCES`, or that of all files, or that of all other data sets.
 
-    The name of a data set must not be that of a file or folder here as well.
+    A path looks like one; ``owner/name`` is a data set unless it exists here, and a bare name of a data set
+    must not be that of a file or folder here.
     """
-    entry = dict(SOURCES).get(name.partition(":")[0], _DATASET)
-    entry = _FILE if entry is _DATASET and is_path(name) else entry
+    path = Path(name).expanduser()
+    explicit = (
+        name.startswith((".", "~")) or path.is_absolute() or path.suffix in (*TEXT_SUFFIXES, IDS_SUFFIX)
+    )
+    other = _FILE if explicit or (len(path.parts) > 1 and path.exists()) else _DATASET
+    entry = dict(SOURCES).get(name.partition(":")[0], other)
     require(
         entry is not _DATASET or not Path(name).exists(),
         f'The "source" argument names {name!r}, which is a file or folder here and may be a data set: write '
@@ -250,9 +247,8 @@ def _packed(name, documents, text_of=str, *, tokenizer, sequences, length, seed,
         for _ in range(0, len(order), DOCUMENTS_PER_BATCH)
     )
     whole = (block for stream in streams for block in zip(*[stream] * length, strict=False))
-    found = itertools.islice(whole, sequences)
-    options = dict(total=sequences, unit="block", disable=None, leave=False)
-    blocks = list(tqdm(found, "calibration tokens", **options))
+    bar = dict(desc="calibration tokens", total=sequences, unit="block", disable=None, leave=False)
+    blocks = list(tqdm(itertools.islice(whole, sequences), **bar))
     require(
         len(blocks) == sequences,
         f"{name} gives {len(blocks)} blocks of {length} tokens from {len(order)} documents, but {sequences} "
@@ -330,8 +326,8 @@ def _from_dataset(name, *, column, split, sequences, **arguments):
 
     known = name.rstrip(":")
     path, configuration, own_split, listed = (name.split(":", 3) + [""] * 3)[:4]
-    written = {"path": path, "name": configuration or None}, (listed or column).split(",")
-    options, columns = _DATASETS.get(known, written)
+    other = {"path": path, "name": configuration or None}, (listed or column).split(",")
+    options, columns = _DATASETS.get(known, other)
     try:
         rows = datasets.load_dataset(**options, split=own_split or split or "train")
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
