@@ -184,13 +184,10 @@ def _items(rows):
 
 def _mean_score(tasks, metric):
     """Plain mean over tasks, and its standard error if the tasks' are independent."""
-    values = [
-        (task[metric], task.get(f"{metric}_stderr", math.nan)) for task in tasks.values() if metric in task
-    ]
-    if not values:
-        return {}
-    mean, error = sum(value for value, _ in values) / len(values), math.hypot(*(error for _, error in values))
-    return {f"mean_{metric}": mean, f"mean_{metric}_stderr": error / len(values)}
+    values = [task[metric] for task in tasks.values() if metric in task]
+    errors = [task.get(f"{metric}_stderr", math.nan) for task in tasks.values() if metric in task]
+    mean = {f"mean_{metric}": sum(values) / max(len(values), 1)}
+    return mean | {f"mean_{metric}_stderr": math.hypot(*errors) / len(values)} if values else {}
 
 
 def paired(scores: dict, against: dict, *, metrics=("acc", "acc_norm")):
@@ -253,9 +250,9 @@ def _paired_task(task, metric, scores, against):
             "there; score both on the same items: the same limit, and the same data.",
         )
         pairs.append(np.array([one[metric], other[metric]], float))
-    sizes = [pair.shape[1] for pair in pairs] if group["by_size"] else None
-    score, reference = np.average([pair.mean(1) for pair in pairs], axis=0, weights=sizes).tolist()
     changes = [pair[0] - pair[1] for pair in pairs]
+    weights = [len(change) for change in changes] if group["by_size"] else None
+    score, reference = np.average([pair.mean(1) for pair in pairs], axis=0, weights=weights).tolist()
     change = np.concatenate(changes)
     return {
         "metric": metric,

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from torch import nn
 from tqdm.auto import tqdm
 
 from hcsmoe_core import _transformers, collect, families, merging, statistics
@@ -58,16 +57,17 @@ def fidelity(model, plan, input_ids, *, stats=None, progress: bool = True) -> di
         As :func:`hcsmoe_core.apply_plan`.
     """
     input_ids, layers = collect.check_tokens(input_ids, model), families.find_moe_layers(model)
-    totals = _Totals(model, plan)
-    options = dict(unit="token", unit_scale=input_ids.shape[1], disable=None if progress else True)
+    totals, bar = (
+        _Totals(model, plan),
+        {"unit_scale": input_ids.shape[1], "disable": None if progress else True},
+    )
     with contextlib.ExitStack() as undo:
         undo.callback(model.train, model.training)
         if not all(layer.merged for layer in layers):
             merging.apply_plan(model, plan, stats)
             undo.callback(merging.restore, model)
-        variants = undo.enter_context(_variants(layers, plan))
-        undo.enter_context(_runnable(model.eval(), plan))
-        for row in tqdm(input_ids.split(1), "fidelity", **options):
+        variants = undo.enter_context(_variants(model.eval(), layers, plan))
+        for row in tqdm(input_ids.split(1), "fidelity", unit="token", **bar):
             _compare(model, layers, variants, row.to(model.device), totals)
     return totals.result(input_ids.numel())
 
@@ -117,22 +117,13 @@ def _names(plan):
 
 
 @contextlib.contextmanager
-def _runnable(model, plan):
-    """Run experts one by one during the block, if kernels of grouped products refuse their width."""
-    usual = _transformers.experts_implementation(model)
-    with contextlib.ExitStack() as undo:
-        if usual not in (None, "eager") and odd_widths(plan, model.dtype):
-            undo.callback(model.set_experts_implementation, usual)
-            model.set_experts_implementation("eager")
-        yield
-
-
-@contextlib.contextmanager
-def _variants(layers, plan):
+def _variants(model, layers, plan):
     """The merged models of :func:`_names` for :func:`_in_place`: by name, then by layer.
 
-    During the block merged layers have their original experts; after it they are merged as before.
+    During the block merged layers have their original experts, and experts run one by one if kernels of
+    grouped products refuse their width; after it they are merged as before.
     """
+    usual = _transformers.experts_implementation(model)
     own, *exact = _names(plan)
     variants = {name: {} for name in (own, *exact)}
     with contextlib.ExitStack() as undo:
@@ -144,6 +135,9 @@ def _variants(layers, plan):
             for name in exact:
                 replace_experts(layer, tensors, labels)
                 variants[name][layer.name] = suspend_merge(layer)
+        if usual not in (None, "eager") and odd_widths(plan, model.dtype):
+            undo.callback(model.set_experts_implementation, usual)
+            model.set_experts_implementation("eager")
         yield variants
 
 
@@ -234,11 +228,7 @@ class _Observer:
 
     def push(self, index, layers):
         """Go through one decoder layer, whose MoE layers are merged, and compare what leaves it."""
-        with (
-            _variants(layers, self.plan) as variants,
-            _runnable(self.source.model, self.plan),
-            self.tokens.bar(True) as bar,
-        ):
+        with _variants(self.source.model, layers, self.plan) as variants, self.tokens.bar(True) as bar:
             bar.set_description(f"fidelity, layer {index}")
             bar.total *= len(self.outputs)
             with _comparing_blocks(layers, variants, self.totals):
@@ -247,26 +237,25 @@ class _Observer:
                 with _in_place(layers, variant):
                     self.source.push(index, self.outputs[name], self.tokens, [], bar)
         for start in self.tokens.starts if layers else ():
-            original = self._output("original", index, start)
+            states = {name: first_tensor(output) for name, output in self._read(index, start)}
             for name in variants:
-                output = self._output(name, index, start)
                 for layer in layers:
-                    self.totals.add("hidden_error", name, layer.name, output, original)
+                    self.totals.add("hidden_error", name, layer.name, states[name], states["original"])
         write_json(self._file(index), self.totals.sums)
         for outputs in self.outputs.values():
             outputs.drop(index - 1, self.tokens.starts)
 
-    def _output(self, name, index, start):
-        return first_tensor(self.outputs[name].read(index, start, self.source.device)["output"])
+    def _read(self, index, start):
+        """What left a decoder layer of each model, one after another."""
+        for name, outputs in self.outputs.items():
+            yield name, outputs.read(index, start, self.source.device)["output"]
 
     def result(self):
         """The same as :func:`fidelity` of a model in memory."""
         self.source.read_again()
-        last = len(self.source.layers) - 1
         for start in self.tokens.starts:
             rows, logits = self.tokens.begin([], start), {}
-            for name, outputs in self.outputs.items():
-                output = outputs.read(last, start, self.source.device)["output"]
+            for name, output in self._read(len(self.source.layers) - 1, start):
                 logits[name] = self.source.logits(output, rows)[0]
                 self.totals.add_loss(name, rows[0], logits)
         return self.totals.result(self.tokens.input_ids.numel())
@@ -294,8 +283,8 @@ class _Totals:
 
     def add(self, kind, name, layer, merged, original):
         """Squared error of some outputs, and the original's squares."""
-        error, original = merged.double() - original.double(), original.double()
-        self._add(f"{kind} {name} {layer}", error.square().sum(), original.square().sum())
+        original, merged = original.double(), merged.double()
+        self._add(f"{kind} {name} {layer}", (merged - original).square().sum(), original.square().sum())
 
     def add_loss(self, name, ids, logits):
         """Loss of one sequence ``ids [S]``, and how its distributions differ from the models' before it.
@@ -307,7 +296,7 @@ class _Totals:
             logs = logits[name][block].float().log_softmax(1)
             if self.predicts:
                 targets = ids[start + 1 : start + POSITIONS + 1].to(logs.device)
-                loss = nn.functional.nll_loss(logs[: len(targets)], targets, reduction="sum")
+                loss = torch.nn.functional.nll_loss(logs[: len(targets)], targets, reduction="sum")
                 self._add(f"loss {name}", loss.double(), len(targets))
             for other in logits.keys() - {name}:
                 wanted = logits[other][block].float().log_softmax(1)

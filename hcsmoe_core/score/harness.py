@@ -110,8 +110,8 @@ class Answering(HFLM):
         answers = {}
         for task in dict.fromkeys(request.task_name for request in requests):
             batch = {i: request for i, request in enumerate(requests) if request.task_name == task}
-            requested = [str(request.args) for request in batch.values()]
-            about = self.settings | {"task": task, "requests": sha256_json(requested)}
+            asked = sha256_json([str(request.args) for request in batch.values()])
+            about = self.settings | {"task": task, "requests": asked}
             path = self.folder / task / f"{sha256_json(about)[:16]}.json"
             stored = read_json(path) if path.exists() else None
             if stored is None:

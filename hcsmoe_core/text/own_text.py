@@ -113,8 +113,8 @@ def own_text(
     check_count("sequences", sequences, 1)
     check_count("length", length, 1)
     writing, rules = Writing(temperature, start, batch), _rules(model, tokenizer, start)
-    settings = [seed, length, rules, asdict(writing), str(model.dtype)]
-    identity = sha256_json([settings, families.model_hash(model), sha256_file(__file__)])
+    hashes = [families.model_hash(model), sha256_file(__file__)]
+    identity = sha256_json([seed, length, rules, asdict(writing), str(model.dtype), *hashes])
     name = f"{Path(str(model.name_or_path)).name or 'model'}-{identity[:12]}"
     cache = None if folder is None else Path(folder) / name
     batches = {first: _cached(cache, first) if cache else None for first in range(0, sequences, batch)}
@@ -213,17 +213,15 @@ def _batch(model, rules, temperature, seed, length, rows, bar):
         tokens = append(_drawn(scores, temperature, numbers[:, input_ids.shape[1]]))
         return torch.full_like(scores, -torch.inf).scatter(1, tokens.to(scores.device), 0.0)
 
-    config = GenerationConfig(do_sample=False, max_new_tokens=length - 1 or None, use_cache=True)
     prompt = append([None] * len(rows))
-    options = dict(
-        attention_mask=torch.ones_like(prompt), logits_processor=[choose], generation_config=config
-    )
     with contextlib.ExitStack() as undo:
         undo.callback(model.train, model.training)
         undo.callback(setattr, model, "generation_config", model.generation_config)
-        model.generation_config = GenerationConfig()  # or the checkpoint's fills in what ours leaves out
+        # The checkpoint's own would fill in what is left out here.
+        model.generation_config = GenerationConfig(do_sample=False, max_new_tokens=length - 1 or None)
         if length > 1:
-            model.eval().generate(prompt, **options)
+            mask = torch.ones_like(prompt)
+            model.eval().generate(prompt, attention_mask=mask, logits_processor=[choose])
     return torch.tensor(written)
 
 
