@@ -93,8 +93,10 @@ def evaluate(
         how = dict(domains=domains_of(text, sequences), batch_size=max(1, batch_size // 4))
         scores |= perplexity(model, rows, uncounted=uncounted, **how)
         seconds["perplexity"] = round(time.perf_counter() - started, 2)
-    settings = {"tasks": tasks, "text": text and str(text), **options, **size}
-    settings |= {"dtype": str(model.dtype).removeprefix("torch."), "device": str(model.device)}
+    settings = {"tasks": tasks, "text": text and str(text), **options, **size} | {
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": str(model.device),
+    }
     return scores | {"settings": settings, "versions": versions(), "seconds": seconds}
 
 

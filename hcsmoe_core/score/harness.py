@@ -99,8 +99,13 @@ class Answering(HFLM):
     def __init__(self, model, tokenizer, folder, seed, **options):
         super().__init__(pretrained=model, tokenizer=tokenizer, **options)
         self.folder = folder and Path(folder)
-        self.settings = options | {"seed": seed, "dtype": str(model.dtype), "device": model.device.type}
-        self.settings |= {"model": folder and identity(model, tokenizer), "versions": versions()}
+        self.settings = options | {
+            "seed": seed,
+            "dtype": str(model.dtype),
+            "device": model.device.type,
+            "model": folder and identity(model, tokenizer),
+            "versions": versions(),
+        }
 
     def _answers(self, kind, requests, disable_tqdm=False):
         """Answers to all requests of a kind, those of a task from its file where there is one."""

@@ -314,9 +314,10 @@ def _chat(tokenizer, special):
     """Tokens of the chat template before and after the user's turn; empty unless a special one ends it."""
     from jinja2 import TemplateError
 
-    turns = [{"role": "user", "content": USER}]
     try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": USER}], tokenize=False, add_generation_prompt=True
+        )
     except (TemplateError, ValueError):  # also where there is no template
         return ()
     encoded = [tokenizer(part, add_special_tokens=False)["input_ids"] for part in text.partition(USER)[::2]]
