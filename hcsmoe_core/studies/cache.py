@@ -22,9 +22,7 @@ from hcsmoe_core.text.calibration import calibration_settings, calibration_token
 
 PACKAGE = Path(__file__).parents[1]
 FLOORS = (".", "scale", "methods", "text", "score", "demo")  # folders whose code makes numbers
-HASHED = (
-    2**26
-)  # bytes up to which a file goes by its content; a larger one goes by its size and time of writing
+HASHED = 2**26  # bytes up to which a file goes by its content; a larger one by size and time of writing
 
 
 def key(settings: dict, *, model: str | None = None, code: str = "") -> str:
@@ -49,7 +47,7 @@ def code_hash(folder: str | Path = PACKAGE) -> str:
     figures.
     """
     files = sorted(path for floor in FLOORS for path in (Path(folder) / floor).glob("*.py"))
-    return sha256_json([[path.relative_to(folder).as_posix(), _by_stat(_plain, path)] for path in files])
+    return sha256_json([[path.relative_to(folder).as_posix(), by_stat(_plain, path)] for path in files])
 
 
 def function_hash(function: Callable) -> str:
@@ -82,11 +80,12 @@ def data_hash(parameters: dict, *, model: str | None = None) -> str:
     if model is None and parameters.get("model") and folder.is_dir():
         files += sorted(path for path in folder.iterdir() if path.is_file())
     return sha256_json(
-        [platform.python_version(), model, *([path.name, _by_stat(_content, path)] for path in files)]
+        [platform.python_version(), model, *([path.name, by_stat(_content, path)] for path in files)]
     )
 
 
-def _by_stat(function, path):
+def by_stat(function: Callable, path: Path) -> Any:
+    """What a function of a path, its size and its time of writing gives, called once while both stay."""
     stat = path.stat()
     return _remembered(function, path, stat.st_size, stat.st_mtime_ns)
 
@@ -156,23 +155,26 @@ def cached_statistics(
     folder : str or path
     """
     settings = calibration_settings(model.name_or_path, calibration, sequences, length)
+    source, size = settings["calibration"], dict(sequences=settings["sequences"], length=settings["length"])
     known = settings | {"seed": seed, "dtype": str(model.dtype), "sample": sample}
-    name = Path(folder) / f"{slug(model.name_or_path)}-{key(known, model=model_hash(model))}"
-    sums, sampled = (Path(f"{name}-{kind}.safetensors") for kind in ("sums", "sample"))
-    wanted = sampled if "sample" in needs else sums
+    name = f"{slug(model.name_or_path)}-{key(known, model=model_hash(model))}"
+    sums, sampled = (Path(folder) / f"{name}-{kind}.safetensors" for kind in ("sums", "sample"))
+    wanted, needs = (sampled, (*DEFAULT_NEEDS, "sample")) if "sample" in needs else (sums, DEFAULT_NEEDS)
     with locked(wanted):
         for path in (wanted, sampled):
             if path.exists():
                 return load_statistics(path)
-        source, size = settings["calibration"], (settings["sequences"], settings["length"])
-        options = dict(model=model, seed=seed, sequences=size[0], length=size[1])
-        input_ids = calibration_tokens(source, tokenizer, **options)
-        needs = (*DEFAULT_NEEDS, "sample") if wanted == sampled else DEFAULT_NEEDS
-        options = dict(needs=needs, sample=sample, batch_size=batch_size, domains=domains_of(source, size[0]))
+        input_ids = calibration_tokens(source, tokenizer, model=model, seed=seed, **size)
+        domains = domains_of(source, size["sequences"])
+        options = dict(needs=needs, sample=sample, batch_size=batch_size, domains=domains)
         with work_folder(wanted, model) as work:
-            if work is None:
-                stats = capture(model, input_ids, **options)
-            else:
-                stats = stream_capture(model, input_ids, work / "capture", **options)
+            stats = captured(model, input_ids, work, **options)
             stats.save(wanted)
     return stats
+
+
+def captured(model: Any, input_ids: Any, work: Path | None, *, ranks: Any = None, **options: Any) -> Any:
+    """:func:`hcsmoe_core.capture`, decoder layer by decoder layer where there is a work folder."""
+    if work is None:
+        return capture(model, input_ids, ranks=ranks, **options)
+    return stream_capture(model, input_ids, work / "capture", **options)

@@ -5,20 +5,20 @@
 import contextlib
 import importlib
 import os
+import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from hcsmoe_core._util import InputError, MissingPackageError, check_count
+from hcsmoe_core._util import MissingPackageError, check_count, require
 
 DEATHS = 3  # workers that a cell may lose (killed, out of memory, machine gone) before it counts as failed
-WORKER_TTL = (
-    "5 minutes"  # after which a worker that was not heard of is taken for dead, and its cells run elsewhere
-)
+WORKER_TTL = "5 minutes"  # after which a silent worker is taken for dead, and its cells run elsewhere
 GRACE = 120  # seconds before its job ends at which a worker takes no more cells
 # Options of a SLURM job: what they are by default, and what they mean.
 SLURM = {
@@ -57,10 +57,11 @@ class Engine:
     dashboard: str = ""
 
 
-class _Here(Executor):
+class Here(Executor):
     """Calls in this process, one after another."""
 
     def submit(self, fn, /, *args, **kwargs):
+        """Call a function; its future is done."""
         future = Future()
         try:
             future.set_result(fn(*args, **kwargs))
@@ -69,27 +70,19 @@ class _Here(Executor):
         return future
 
 
-def here() -> Engine:
-    """This process."""
-    return Engine(_Here(), window=1)
-
-
 class _Processes(Executor):
     """Processes of this machine; those that die are replaced, which ``ProcessPoolExecutor`` does not do."""
 
     def __init__(self, workers):
-        self._workers, self._pool = workers, None
-        self._start()
-
-    def _start(self):
-        self._pool = ProcessPoolExecutor(self._workers, mp_context=get_context("spawn"))
+        self._new = partial(ProcessPoolExecutor, workers, mp_context=get_context("spawn"))
+        self._pool = self._new()
 
     def submit(self, fn, /, *args, **kwargs):
         try:
             return self._pool.submit(fn, *args, **kwargs)
         except BrokenProcessPool:
             self._pool.shutdown(wait=False)
-            self._start()
+            self._pool = self._new()
             return self._pool.submit(fn, *args, **kwargs)
 
     def shutdown(self, wait=True, *, cancel_futures=True):
@@ -137,8 +130,7 @@ def scheduler(address: str, *, timeout: float = 30) -> Iterator[Engine]:
         ) from None
     with client:
         if not client.scheduler_info(n_workers=-1)["workers"]:
-            start = f"dask worker {address} --nthreads 1"
-            print(f"{address} has no workers yet; start some with: {start}", flush=True)
+            print(f"{address} has no workers yet; start some: dask worker {address} --nthreads 1", flush=True)
         yield _engine(client)
 
 
@@ -181,35 +173,31 @@ def job_options(options: Sequence[str] = ()) -> dict:
     job = {name: default for name, (default, _) in SLURM.items()}
     for option in options:
         name, equals, value = option.partition("=")
-        if not equals or name not in SLURM:
-            raise InputError(
-                f"--slurm-options takes name=value with a name of {', '.join(SLURM)}; not {option!r}."
-            )
+        allowed = f"name=value with a name of {', '.join(SLURM)}"
+        require(equals and name in SLURM, f"--slurm-options takes {allowed}; not {option!r}.")
         job[name] = value
     for name in ("gpus", "cores"):
-        if not job[name].isdigit():
-            raise InputError(f"--slurm-options {name} takes a whole number; not {job[name]!r}.")
+        text = f"--slurm-options {name} takes a whole number; not {job[name]!r}."
+        require(job[name].isdigit(), text)
     gpus, cores = int(job["gpus"]), int(job["cores"])
-    if gpus > 1 or cores < 1:
-        raise InputError(
-            f"--slurm-options takes cores of at least 1 and gpus of 0 or 1; not cores={cores} and "
-            f"gpus={gpus}."
-        )
+    text = f"cores of at least 1 and gpus of 0 or 1; not cores={cores} and gpus={gpus}."
+    require(gpus <= 1 and cores >= 1, f"--slurm-options takes {text}")
     left = max(_seconds(job["walltime"]) - GRACE, 1)
     lifetime = ["--lifetime", f"{left}s", "--lifetime-stagger", f"{min(GRACE // 2, left // 4)}s"]
     threads = [f"export {name}={cores}" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")]
-    resources = ["--resources", "GPU=1"] if gpus else []
-    made = dict(
-        cores=1, processes=1, job_cpu=cores, memory=job["memory"], walltime=job["walltime"], nanny=True
-    )
-    made |= dict(
-        job_script_prologue=threads + _lines(job["prologue"]),
-        job_extra_directives=_lines(job["directives"]) + (["--gpus=1"] if gpus else []),
-        worker_extra_args=[*lifetime, "--death-timeout", "300", *resources],
-    )
     job["local_directory"] = job["directory"]
     names = ("queue", "account", "interface", "python", "local_directory")
-    return made | {name: job[name] for name in names if job[name]}
+    return {name: job[name] for name in names if job[name]} | dict(
+        cores=1,
+        processes=1,
+        job_cpu=cores,
+        memory=job["memory"],
+        walltime=job["walltime"],
+        nanny=True,
+        job_script_prologue=threads + _lines(job["prologue"]),
+        job_extra_directives=_lines(job["directives"]) + ["--gpus=1"] * gpus,
+        worker_extra_args=[*lifetime, "--death-timeout", "300", *["--resources", "GPU=1"] * gpus],
+    )
 
 
 def _lines(text):
@@ -218,14 +206,12 @@ def _lines(text):
 
 def _seconds(walltime):
     """Seconds of a time as SLURM writes it: minutes, minutes:seconds, hours:minutes:seconds, days-hours:…"""
+    text = f"--slurm-options walltime takes a time such as 04:00:00 or 1-00:00:00; not {walltime!r}."
+    require(re.fullmatch(r"(\d+-)?\d+(:\d+){0,2}", walltime), text)
     days, dash, clock = walltime.rpartition("-")
-    parts = clock.split(":")
-    if not all(part.isdigit() for part in [*parts, *([days] if dash else [])]) or len(parts) > 3:
-        raise InputError(
-            f"--slurm-options walltime takes a time such as 04:00:00 or 1-00:00:00; not {walltime!r}."
-        )
+    parts = [int(part) for part in clock.split(":")]
     units = (3600, 60, 1) if dash or len(parts) == 3 else (60, 1)
-    return 86400 * int(days or 0) + sum(int(part) * unit for part, unit in zip(parts, units, strict=False))
+    return 86400 * int(days or 0) + sum(part * unit for part, unit in zip(parts, units, strict=False))
 
 
 def _engine(client, gpu=False):

@@ -6,7 +6,6 @@ notebook, run by papermill. It is done if its file is there. Locks keep two proc
 a cell that failed leaves its traceback in ``.failed.txt`` beside, and is tried again by the next run.
 """
 
-import concurrent.futures
 import contextlib
 import os
 import re
@@ -16,11 +15,10 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import BrokenExecutor, CancelledError
+from concurrent import futures
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from tqdm.auto import tqdm
 
@@ -120,13 +118,14 @@ def write_failure(done: Path, text: str) -> None:
 
 def state_of(done: Path) -> str:
     """One of :data:`STATES`; "interrupted" where the process that measured it is gone and left a part."""
-    if done.exists():
-        return "done"
-    if is_locked(done):
-        return "running"
-    if done.with_suffix(".failed.txt").exists():
-        return "failed"
-    return "interrupted" if part_of(done).exists() else "missing"
+    signs = {
+        "done": done.exists(),
+        "running": is_locked(done),
+        "failed": done.with_suffix(".failed.txt").exists(),
+        "interrupted": part_of(done).exists(),
+        "missing": True,
+    }
+    return next(state for state, seen in signs.items() if seen)
 
 
 def run(
@@ -160,37 +159,45 @@ def run(
     CellsError
         When all others are done, if some failed; it names them.
     """
-    engine, tries, failed, running = engine or engines.here(), Counter(), {}, {}
-    done = {i for i, cell in enumerate(cells) if cell.done.exists() and not again}
-    blocked = {i: first for i, first in (after or {}).items() if not {i, first} & done}
-    ready = [i for i in range(len(cells)) if i not in done and i not in blocked]
-    with tqdm(total=len(cells), initial=len(done), desc=description, unit="cell") as bar:
+    engine, after = engine or engines.Engine(engines.Here(), window=1), after or {}
+    todo = [i for i, cell in enumerate(cells) if again or not cell.done.exists()]
+    ready = [i for i in todo if after.get(i) not in todo]
+    tries, failed, running = Counter(), {}, {}
+    with tqdm(total=len(cells), initial=len(cells) - len(todo), desc=description, unit="cell") as bar:
         while ready or running:
             while ready and len(running) < (engine.window or len(cells)):
                 i, options = ready.pop(0), dict(again=again, threads=engine.threads)
                 running[engine.executor.submit(complete, cells[i], **options)] = i
-            finished = concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED).done
+            finished = futures.wait(running, return_when=futures.FIRST_COMPLETED).done
             for i, error in ((running.pop(future), _error_of(future)) for future in finished):
                 tries[i] += 1
-                if error and tries[i] <= (engines.DEATHS if isinstance(error, BrokenExecutor) else retries):
+                died = isinstance(error, futures.BrokenExecutor)
+                if error and tries[i] <= (engines.DEATHS if died else retries):
                     ready.insert(0, i)
                     continue
                 if error:
                     failed[i] = error
                     _keep_failure(cells[i].done, error)
-                ready += [waiting for waiting, first in blocked.items() if first == i]
-                blocked = {waiting: first for waiting, first in blocked.items() if first != i}
+                ready += [waiting for waiting in todo if after.get(waiting) == i]
                 bar.set_postfix({"failed": len(failed)} if failed else {}, refresh=False)
                 bar.update()
     if failed:
-        _raise_failed(cells, failed)
+        reasons = [f"{cells[i].text}: {_last_line(error)}" for i, error in sorted(failed.items())]
+        raise CellsError(
+            "\n  ".join([f"{len(failed)} of {len(cells)} cells failed; run again to retry them.", *reasons])
+            + f"\nTheir tracebacks are in {cells[min(failed)].done.parent}, in files .failed.txt."
+        ) from failed[min(failed)]
     return [cell.done for cell in cells]
+
+
+def _last_line(error):
+    return (str(error).strip() or type(error).__name__).splitlines()[-1]
 
 
 def _error_of(future):
     try:
         return future.exception()
-    except CancelledError:
+    except futures.CancelledError:
         raise RuntimeError(
             "The Dask scheduler is gone; the same command goes on where this one was."
         ) from None
@@ -204,19 +211,6 @@ def _keep_failure(done, error, seconds=10):
     if state in ("missing", "interrupted"):
         done.parent.mkdir(parents=True, exist_ok=True)
         write_failure(done, f"{type(error).__name__}: {error}")
-
-
-def _raise_failed(cells, failed):
-    reasons = []
-    for i, error in sorted(failed.items()):
-        last = (str(error).strip() or type(error).__name__).splitlines()[-1]
-        reasons.append(f"{cells[i].text}: {last}")
-    folder = cells[min(failed)].done.parent
-    raise CellsError(
-        f"{len(failed)} of {len(cells)} cells failed; run again to retry them.\n  "
-        + "\n  ".join(reasons)
-        + f"\nTheir tracebacks are in {folder}, in files .failed.txt."
-    ) from failed[min(failed)]
 
 
 def measure(
@@ -254,11 +248,11 @@ def measure(
     CellsError
         As :func:`run`.
     """
-    code, made = function_hash(function), []
-    for cell in cells:
-        done = Path(folder) / f"{prefix}{key(shared | cell, model=model, code=code)}.json"
-        made.append(Cell(done, partial(_write_result, function, shared | cell), text(cell)))
-    return [read_json(done) for done in run(made, description=description)]
+    code, every = function_hash(function), [shared | cell for cell in cells]
+    done = [Path(folder) / f"{prefix}{key(each, model=model, code=code)}.json" for each in every]
+    work = [partial(_write_result, function, each) for each in every]
+    made = map(Cell, done, work, map(text, cells))
+    return [read_json(path) for path in run(list(made), description=description)]
 
 
 def _write_result(function, settings, path):
@@ -271,8 +265,10 @@ def notebook_id(notebook: str | Path, parameters: dict) -> str:
 
 
 def notebook_cell(notebook: str | Path, parameters: dict, folder: str | Path) -> Cell:
-    """A notebook with parameters as a cell: executed it lies in the folder as ``NOTEBOOK-KEY.ipynb``, with
-    its results.
+    """A notebook with parameters as a cell.
+
+    Executed, it is in the folder as ``NOTEBOOK-KEY.ipynb`` if and only if it ran to its end, with its results
+    beside it (the parameter ``results`` is filled in).
     """
     name = notebook_id(notebook, parameters)
     work = partial(_execute, str(notebook), parameters, name)
@@ -302,8 +298,3 @@ def _execute(notebook, parameters, expected, path):
             config=Config(KernelManager={"transport": "ipc", "ip": str(Path(sockets) / "kernel")}),
             extra_arguments=["--log-level=50"],  # a kernel that is shut down calls the interrupt an error
         )
-
-
-def results_of(done: Path) -> Any:
-    """Results that a notebook left beside its executed file."""
-    return read_json(done.with_suffix(".json"))
