@@ -70,7 +70,7 @@ def data_hash(parameters: dict, *, model: str | None = None) -> str:
     model : str, optional
         As for :func:`key`.
     """
-    texts = [parameters.get(name) for name in ("calibration", "text") if parameters.get(name)]
+    texts = filter(None, map(parameters.get, ("calibration", "text")))
     files = [path for text in texts for path in local_files(text)]
     plugins = parameters.get("plugin") or []
     files += map(Path, [plugins] if isinstance(plugins, str) else plugins)

@@ -185,9 +185,9 @@ def job_options(options: Sequence[str] = ()) -> dict:
     left = max(_seconds(job["walltime"]) - GRACE, 1)
     lifetime = ["--lifetime", f"{left}s", "--lifetime-stagger", f"{min(GRACE // 2, left // 4)}s"]
     threads = [f"export {name}={cores}" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")]
-    job["local_directory"] = job["directory"]
-    names = ("queue", "account", "interface", "python", "local_directory")
-    return {name: job[name] for name in names if job[name]} | dict(
+    named = {name: job[name] for name in ("queue", "account", "interface", "python")}
+    named["local_directory"] = job["directory"]
+    return {name: value for name, value in named.items() if value} | dict(
         cores=1,
         processes=1,
         job_cpu=cores,

@@ -276,8 +276,8 @@ def cells_of(study: Study, model: str, overrides: dict | None = None) -> list[Ce
         study.require(name not in axes, "parameter", f"{name!r} is an axis of this grid.")
         _check_value(study, "parameter", name, value, more=(sweep.SEED, "figures", "plugin"))
     size, notebook = tables.model_size(load_skeleton(model))["num_experts"], study.notebook_path()
-    left_out = ("experts", "method", *sweep.NAMED)
-    base = {name: value for name, value in study.base.items() if name in defaults and name not in left_out}
+    scored = set(defaults) - {"experts", "method", *sweep.NAMED}
+    base = {name: value for name, value in study.base.items() if name in scored}
     wanted = [{"model": model} | base | overrides | {"experts": 0}]
     for cell in study.combinations(model in EMBEDDED):
         cell = {"model": model} | cell | overrides
@@ -367,8 +367,9 @@ def run(planned: list[tuple], folder: str | Path, **options: Any) -> list[Path]:
     for study, model, cells in planned:
         first = {cell.id: cell for cell in reversed(cells)}  # several settings may come to one cell
         listed = [{"id": name, "parameters": cell.given} for name, cell in reversed(first.items())]
-        about = dict(title=study.title, notebook=study.notebook_path(), cells=listed)
-        sweep.write_grid(folder, study.name, model, **about)
+        sweep.write_grid(
+            folder, study.name, model, title=study.title, notebook=study.notebook_path(), cells=listed
+        )
         unique = {cell.id: cell for cell in cells} | unique
     cells = list(unique.values())
     options |= dict(after=capturing(cells), description="accuracy")

@@ -261,21 +261,18 @@ def _captured(model, text, work, until, needs, **options):
 
 def _planned(model, stats, work, recipe):
     """The plan; that of a streamed model is kept in the work folder, as making it may take long."""
-    path = work and work / f"plan-{sha256_json([stats.identity(), recipe])[:12]}.json"
-    if path and path.exists():
-        return load_plan(path)
-    plan = make_plan(stats, model, **recipe)
-    if path:
-        plan.save(path)
-    return plan
+    if work is None:
+        return make_plan(stats, model, **recipe)
+    path = work / f"plan-{sha256_json([stats.identity(), recipe])[:12]}.json"
+    if not path.exists():
+        make_plan(stats, model, **recipe).save(path)
+    return load_plan(path)
 
 
 def _written(model, tokenizer, plan, stats, text, out, work, router, captured):
     """Write the checkpoint with the fidelity that is measured, or leave the merged model in memory."""
-    heldout = None
-    if text is not None:
-        seen = sequence_hashes(text.input_ids) + (stats.sequences if stats else [])
-        heldout = scoring.unseen(text.more, seen, length=HELD_OUT)
+    seen = (sequence_hashes(text.input_ids) if text else []) + (stats.sequences if stats else [])
+    heldout = scoring.unseen(text.more, seen, length=HELD_OUT) if text else None
     card = {"calibration": text.about} if captured else {}
     options = dict(stats=stats, tokenizer=tokenizer, card=card)
     if work is not None:
@@ -308,8 +305,8 @@ def _advice(model, stats, recipe):
             f"{advice}; statistics for both tell how they compare: hcsmoe capture --for "
             f"hc-smoe,{RECOMMENDED}."
         )
-    chosen = residual(model, stats, **recipe)
-    other = residual(model, stats, experts=recipe["experts"], method=best)
+    recommended = dict(experts=recipe["experts"], method=best)
+    chosen, other = (residual(model, stats, **each) for each in (recipe, recommended))
     if chosen is None or other is None:
         return f"{advice}; how they compare shows only once both are measured, as the router chooses anew."
     return (

@@ -251,8 +251,8 @@ def measure(
     code, every = function_hash(function), [shared | cell for cell in cells]
     done = [Path(folder) / f"{prefix}{key(each, model=model, code=code)}.json" for each in every]
     work = [partial(_write_result, function, each) for each in every]
-    made = map(Cell, done, work, map(text, cells))
-    return [read_json(path) for path in run(list(made), description=description)]
+    made = [*map(Cell, done, work, map(text, cells))]
+    return [read_json(path) for path in run(made, description=description)]
 
 
 def _write_result(function, settings, path):
@@ -270,10 +270,9 @@ def notebook_cell(notebook: str | Path, parameters: dict, folder: str | Path) ->
     Executed, it is in the folder as ``NOTEBOOK-KEY.ipynb`` if and only if it ran to its end, with its results
     beside it (the parameter ``results`` is filled in).
     """
-    name = notebook_id(notebook, parameters)
+    name, path = notebook_id(notebook, parameters), Path(notebook)
     work = partial(_execute, str(notebook), parameters, name)
-    done = Path(folder) / f"{Path(notebook).stem}-{name}.ipynb"
-    return Cell(done, work, f"{Path(notebook).name} {parameters}")
+    return Cell(Path(folder) / f"{path.stem}-{name}.ipynb", work, f"{path.name} {parameters}")
 
 
 def _execute(notebook, parameters, expected, path):

@@ -236,11 +236,13 @@ def status(folder: str | Path, names: str = "", model: str | None = None) -> Any
     -------
     pandas.DataFrame
     """
-    rows = []
-    for entry in grids_of(folder, names, model):
-        states = [runner.state_of(done) for done in _done_of(folder, entry)]
-        row = {"grid": entry["grid"], "model": entry["model"], "cells": len(states)}
-        rows.append(row | {state: states.count(state) for state in runner.STATES})
+    grids = grids_of(folder, names, model)
+    states = [[runner.state_of(done) for done in _done_of(folder, entry)] for entry in grids]
+    rows = [
+        {"grid": entry["grid"], "model": entry["model"], "cells": len(found)}
+        | {state: found.count(state) for state in runner.STATES}
+        for entry, found in zip(grids, states, strict=True)
+    ]
     return pd.DataFrame(rows)
 
 

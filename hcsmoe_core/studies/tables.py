@@ -64,10 +64,9 @@ def domain_mix(stats: Any, layer: int | str) -> dict | None:
     dict of str to array, or None
         None where the calibration tokens have one domain only; NaN for an expert that no token was routed to.
     """
-    if len(stats.domains) == 1:
-        return None
     count = stats.layer(layer).usage_count.double()
-    return dict(zip(stats.domains, (count / count.sum(0)).numpy(), strict=True))
+    shares = zip(stats.domains, (count / count.sum(0)).numpy(), strict=True)
+    return dict(shares) if len(stats.domains) > 1 else None
 
 
 def model_size(model: Any) -> dict[str, int]:
