@@ -373,7 +373,7 @@ def test_grids_share_cells_and_tables_are_csv_and_latex(tmp_path):
 
 
 def test_options_of_slurm_jobs(tmp_path):
-    from hcsmoe_core.studies.engines import job_options
+    from hcsmoe_core.studies.runner import job_options
 
     made = job_options(
         ["walltime=1-02:00:00", "cores=4", "gpus=1", "queue=fast", "directives=--constraint=a;--exclusive"]
@@ -398,7 +398,7 @@ def test_options_of_slurm_jobs(tmp_path):
 def test_cells_ask_for_a_gpu_where_workers_offer_one(resources):
     from distributed import Client, LocalCluster
 
-    from hcsmoe_core.studies.engines import scheduler
+    from hcsmoe_core.studies.runner import scheduler
 
     how = dict(
         n_workers=1, processes=False, threads_per_worker=1, dashboard_address=":0", resources=resources

@@ -12,7 +12,7 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from hcsmoe_core._util import folder_of
 from hcsmoe_core.checkpoint import load_tokenizer
-from hcsmoe_core.studies import cache, engines, runner, sweep
+from hcsmoe_core.studies import cache, runner, sweep
 
 SMALL = {"calibration": "demo", "sequences": 12, "length": 64}
 
@@ -108,11 +108,11 @@ if experts == 2 and runs <= pathlib.Path(results).parent.name.count("x"):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("deaths", [1, engines.DEATHS + 1])
+@pytest.mark.parametrize("deaths", [1, runner.DEATHS + 1])
 def test_a_process_that_is_killed_is_replaced(deaths, tmp_path):
     path, out = notebook(tmp_path, SCORE + DIE), tmp_path / ("x" * deaths)
     cells = [(path, {"model": "m", "experts": r}) for r in (1, 2)]
-    if deaths > engines.DEATHS:
+    if deaths > runner.DEATHS:
         with pytest.raises(
             RuntimeError, match=r"1 of 2 cells failed.*\n.*'experts': 2.*: .*terminated abruptly"
         ):

@@ -175,6 +175,8 @@ def cached_statistics(
 
 def captured(model: Any, input_ids: Any, work: Path | None, *, ranks: Any = None, **options: Any) -> Any:
     """:func:`hcsmoe_core.capture`, decoder layer by decoder layer where there is a work folder."""
-    if work is None:
-        return capture(model, input_ids, ranks=ranks, **options)
-    return stream_capture(model, input_ids, work / "capture", **options)
+    return (
+        capture(model, input_ids, ranks=ranks, **options)
+        if work is None
+        else stream_capture(model, input_ids, work / "capture", **options)
+    )

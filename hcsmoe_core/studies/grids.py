@@ -28,9 +28,8 @@ from typing import Annotated, Any, Literal, NamedTuple
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
+from hcsmoe_core import checkpoint, methods
 from hcsmoe_core._util import EMBEDDED, InputError, require
-from hcsmoe_core.checkpoint import load_skeleton
-from hcsmoe_core.methods import load_plugin, parse_settings
 from hcsmoe_core.studies import paper, runner, sweep, tables
 from hcsmoe_core.text.calibration import calibration_settings, domains_of, is_path
 
@@ -85,8 +84,11 @@ class Study(BaseModel):
     def parameters(self) -> dict:
         """The notebook's parameters with their defaults."""
         defaults = sweep.parameters_of(self.notebook_path())
-        suits = {"model", "experts", "method", "steps", sweep.SEED} <= set(defaults)
-        self.require(suits, "notebook", f"{self.notebook}.ipynb has not the parameters of 05_accuracy.")
+        self.require(
+            {"model", "experts", "method", "steps", sweep.SEED} <= set(defaults),
+            "notebook",
+            f"{self.notebook}.ipynb has not the parameters of 05_accuracy.",
+        )
         return defaults
 
     def combinations(self, embedded: bool, *, exclude: bool = True) -> list[dict]:
@@ -192,20 +194,20 @@ def _check(study):
         _check_value(study, key, name, value)
         places.setdefault(name, set()).add(key.rpartition(".")[2])
     for name, keys in places.items():
-        text = f"{name!r} is set in {' and in '.join(sorted(keys))}; leave one."
-        study.require(len(keys) == 1, "axes", text)
+        where = " and in ".join(sorted(keys))
+        study.require(len(keys) == 1, "axes", f"{name!r} is set in {where}; leave one.")
     cells = study.combinations(False, exclude=False)
     known = tuple(dict.fromkeys(name for cell in cells for name in cell))
     for excluded in study.exclude:
         for name in excluded:
             study.check_choice("exclude", name, known)
-        matches = any(excluded.items() <= cell.items() for cell in cells)
-        study.require(matches, "exclude", f"{excluded} matches no cell.")
+        matching = (cell for cell in cells if excluded.items() <= cell.items())
+        study.require(any(matching), "exclude", f"{excluded} matches no cell.")
     for cells in (study.combinations(False), study.combinations(True)):
         study.require(cells, "exclude", "excludes every cell.")
         for cell in cells:
-            size = {"experts", "reduction"} & set(cell)
-            study.require(len(size) == 1, "axes", "needs experts or reduction, and not both.")
+            one = ("experts" in cell) != ("reduction" in cell)
+            study.require(one, "axes", "needs experts or reduction, and not both.")
             study.check(f"axes: {cell}", sweep.recipe_of, cell)
 
 
@@ -215,8 +217,11 @@ def _values(study):
     for key, axes in {"axes": study.axes, "embedded": study.embedded}.items():
         for axis, value in ((axis, value) for axis, values in axes.items() for value in values):
             several = value if axis == "settings" else {axis: value}
-            text = f"must be mappings of parameters, such as {{method: reap}}; not {value!r}."
-            study.require(isinstance(several, dict), f"{key}.settings", text)
+            study.require(
+                isinstance(several, dict),
+                f"{key}.settings",
+                f"must be mappings of parameters, such as {{method: reap}}; not {value!r}.",
+            )
             yield from ((f"{key}.{axis}", name, one) for name, one in several.items())
 
 
@@ -230,9 +235,9 @@ def _check_value(study, key, name, value, more=()):
         suits = whole or (part and (part < 1 or name == "sequences"))
         study.require(suits, key, f"{name} must be {SHARES[name]}; not {value!r}.")
     elif name in defaults:
-        default = defaults[name]
-        suits = type(value) in ((int, type(None)) if default is None else (type(default),))
-        study.require(suits, key, f"{name} must be of the kind of {default!r}; not {value!r}.")
+        kinds = {type(defaults[name])} | ({int} if defaults[name] is None else set())
+        text = f"{name} must be of the kind of {defaults[name]!r}; not {value!r}."
+        study.require(type(value) in kinds, key, text)
     if name in ("calibration", "text") and value:
         study.check(key, domains_of, value, 10**6)
         absent = is_path(value) and not set("+*") & set(value) and not Path(value).expanduser().exists()
@@ -275,7 +280,7 @@ def cells_of(study: Study, model: str, overrides: dict | None = None) -> list[Ce
     for name, value in overrides.items():
         study.require(name not in axes, "parameter", f"{name!r} is an axis of this grid.")
         _check_value(study, "parameter", name, value, more=(sweep.SEED, "figures", "plugin"))
-    size, notebook = tables.model_size(load_skeleton(model))["num_experts"], study.notebook_path()
+    size, notebook = tables.model_size(checkpoint.load_skeleton(model))["num_experts"], study.notebook_path()
     scored = set(defaults) - {"experts", "method", *sweep.NAMED}
     base = {name: value for name, value in study.base.items() if name in scored}
     wanted = [{"model": model} | base | overrides | {"experts": 0}]
@@ -283,8 +288,8 @@ def cells_of(study: Study, model: str, overrides: dict | None = None) -> list[Ce
         cell = {"model": model} | cell | overrides
         reduction = cell.pop("reduction", None)
         cell["experts"] = _counted(study, "experts", cell.get("experts") or str(1 - share(reduction)), size)
-        text = f"{cell['experts']} are more than the {size} of {model}."
-        study.require(cell["experts"] <= size, "experts", text)
+        suits = cell["experts"] <= size
+        study.require(suits, "experts", f"{cell['experts']} are more than the {size} of {model}.")
         if "sequences" in cell:
             usual = calibration_settings(model, cell.get("calibration", ""))["sequences"]
             cell["sequences"] = _counted(study, "sequences", cell["sequences"], usual)
@@ -317,7 +322,7 @@ def overrides_from(items: Sequence[str]) -> dict:
         name, equals, value = item.partition("=")
         require(equals, f"--parameter takes name=value; not {item!r}.")
         plain = {name: int(value) if value.isdigit() else value}
-        overrides |= parse_settings([item]) if name in sweep.step_names()[1:] else plain
+        overrides |= methods.parse_settings([item]) if name in sweep.step_names()[1:] else plain
     return overrides
 
 
@@ -333,7 +338,7 @@ def plans(chosen: Sequence, models: Sequence[str], overrides: dict | None = None
         As for :func:`cells_of`.
     """
     if (overrides or {}).get("plugin"):
-        load_plugin(overrides["plugin"])
+        methods.load_plugin(overrides["plugin"])
     wanted = [str(name) for entry in chosen for name in (names() if entry == "all" else [entry])]
     studies = [load(name) for name in dict.fromkeys(wanted)]
     once = len({study.name for study in studies}) == len(studies)

@@ -45,8 +45,7 @@ from hcsmoe_core._util import (
 from hcsmoe_core.methods import METHODS, RECOMMENDED, make_plan, resolve
 from hcsmoe_core.methods.residual import held_out
 from hcsmoe_core.plan import JOINED, Plan, load_plan
-from hcsmoe_core.scale import ranks
-from hcsmoe_core.scale.streaming import open_model, stream_merged, tidied, work_folder
+from hcsmoe_core.scale import ranks, streaming
 from hcsmoe_core.score import fidelity as scoring
 from hcsmoe_core.statistics import SAMPLE, Statistics, load_statistics, sequence_hashes
 from hcsmoe_core.studies import cache, stability, tables
@@ -97,14 +96,14 @@ def shrink(
     """
     settings = _checked(plan, experts, method, router, settings)
     device = ranks.started(device)
-    if out is not None and (tidied(out) or check_absent(out)):
+    if out is not None and (streaming.tidied(out) or check_absent(out)):
         return {"out": Path(out)}
-    loaded, tokenizer = open_model(model, dtype=dtype, device=device, load=load, memory=memory)
+    loaded, tokenizer = streaming.open_model(model, dtype=dtype, device=device, load=load, memory=memory)
     plan = load_plan(plan) if isinstance(plan, str | Path) else plan
     stats = load_statistics(statistics) if isinstance(statistics, str | Path) else statistics
     captures, text, advice = plan is None and stats is None, None, ""
     _check_loaded(loaded, out, experts if plan is None else None)
-    with work_folder(out, loaded) as work:
+    with streaming.work_folder(out, loaded) as work:
         if captures or (fidelity and (calibration or model in EMBEDDED)):
             source = (calibration, sequences, length, column, calibration_seed)
             text = _text(loaded, tokenizer, *source, heldout=fidelity)
@@ -159,11 +158,10 @@ def capture_to_file(
     needs = tuple(dict.fromkeys(need for name in names for need in METHODS[resolve(name).method].needs))
     until = _until(until_stable, until_excess, list(stable_at) or None)
     device = ranks.started(device)
-    loaded, tokenizer = open_model(model, dtype=dtype, device=device, load=load, memory=memory)
-    with work_folder(out, loaded) as work:
+    loaded, tokenizer = streaming.open_model(model, dtype=dtype, device=device, load=load, memory=memory)
+    with streaming.work_folder(out, loaded) as work:
         text = _text(loaded, tokenizer, **source)
-        options = dict(sample=sample, every=every, batch_size=batch_size)
-        stats = _captured(loaded, text, work, until, needs, **options)
+        stats = _captured(loaded, text, work, until, needs, sample=sample, every=every, batch_size=batch_size)
         if ranks.left():
             return None
         stats.save(out)
@@ -189,8 +187,10 @@ def _check_loaded(model, out, experts):
     """Refuse a number of experts that no plan can have, and a streamed model that is not to be written."""
     if experts is not None:
         check_count("experts", experts, 1, tables.model_size(model)["num_experts"])
-    text = 'A streamed model can only be merged on disk; give the "out" argument, a new folder.'
-    require(out is not None or moe.source_of(model) is None, text)
+    require(
+        out is not None or moe.source_of(model) is None,
+        'A streamed model can only be merged on disk; give the "out" argument, a new folder.',
+    )
 
 
 class _Text(NamedTuple):
@@ -233,8 +233,10 @@ def _say(text):
 
 def _until(stable, excess, experts, settings=None):
     """Options of :func:`hcsmoe_core.studies.stability.capture_until_stable`, if tokens may be left."""
-    both = "Give one of --until-stable (groups agree) and --until-excess (groups cost as much), not both."
-    require(not (stable and excess), both)
+    require(
+        not (stable and excess),
+        "Give one of --until-stable (groups agree) and --until-excess (groups cost as much), not both.",
+    )
     settings = settings or {}
     trees = {name: settings[name] for name in ("similarity", "metric", "linkage") if name in settings}
     if settings.get("group") == "residual":
@@ -277,7 +279,7 @@ def _written(model, tokenizer, plan, stats, text, out, work, router, captured):
     options = dict(stats=stats, tokenizer=tokenizer, card=card)
     if work is not None:
         observer = None if heldout is None else scoring.observer(heldout)
-        return stream_merged(model, plan, out, work, router=router, observer=observer, **options)
+        return streaming.stream_merged(model, plan, out, work, router=router, observer=observer, **options)
     plan, router = checkpoint.exported(plan, router)
     if out is not None:
         checkpoint.target_of(model, plan, router)  # what cannot be written is refused before it is measured

@@ -12,7 +12,7 @@ import pandas as pd
 
 from hcsmoe_core._util import InputError, read_json, require, sha256_json, write_json
 from hcsmoe_core.methods import METHODS, format_settings, option_names, parse_settings, resolve
-from hcsmoe_core.studies import cache, engines, runner
+from hcsmoe_core.studies import cache, runner
 from hcsmoe_core.text.calibration import calibration_settings
 
 NOTEBOOKS = Path("notebooks")  # in the working directory
@@ -59,8 +59,10 @@ def check_parameters(notebook: str | Path, parameters: dict) -> None:
     """Raise InputError if a notebook has no parameter of some name; papermill would only warn."""
     known = parameters_of(notebook)
     unknown = ", ".join(repr(name) for name in parameters if name not in known)
-    text = f"{Path(notebook).name} has no parameter {unknown}; its parameters are {', '.join(known)}."
-    require(not unknown, text)
+    require(
+        not unknown,
+        f"{Path(notebook).name} has no parameter {unknown}; its parameters are {', '.join(known)}.",
+    )
 
 
 def chosen_steps(parameters: dict) -> dict:
@@ -132,7 +134,7 @@ def run_cells(
     folder: str | Path,
     *,
     workers: int = 1,
-    engine: engines.Engine | None = None,
+    engine: runner.Engine | None = None,
     **options: Any,
 ) -> list[Path]:
     """Run notebooks side by side, each in a process of its own, and go on past those that fail.
@@ -163,7 +165,7 @@ def run_cells(
     for notebook, parameters in cells:
         check_parameters(notebook, parameters)
     made = [runner.notebook_cell(notebook, parameters, folder) for notebook, parameters in cells]
-    with contextlib.nullcontext(engine) if engine else engines.processes(workers) as where:
+    with contextlib.nullcontext(engine) if engine else runner.processes(workers) as where:
         return runner.run(made, engine=where, **options)
 
 
@@ -334,21 +336,21 @@ def collect(
 def _row(content, declared=None):
     """One row of :func:`collect`; the method is written as the grid has it."""
     scores, row = content["scores"], dict(content["parameters"])
-    if declared is not None and row["experts"]:
-        steps = chosen_steps(declared)
-        row |= {"method": declared.get("method", "hc-smoe")} | {name: steps.get(name, "") for name in NAMED}
+    if row.get("experts"):
+        steps = chosen_steps(row if declared is None else declared)
+        if declared is not None:
+            row |= {"method": declared.get("method", "hc-smoe")} | {n: steps.get(n, "") for n in NAMED}
         row["steps"] = format_settings({name: steps[name] for name in steps if name not in NAMED})
     row["setting"] = setting_name(row)
     if row.get("experts"):
-        settings, steps = recipe_of(row).settings, chosen_steps(row)
-        row["steps"] = format_settings({name: steps[name] for name in steps if name not in NAMED})
-        row |= {n: ",".join(map(str, v)) if isinstance(v, list) else v for n, v in settings.items()}
+        settings = recipe_of(row).settings.items()
+        row |= {name: ",".join(map(str, v)) if isinstance(v, list) else v for name, v in settings}
         row |= calibration_settings(row["model"], *(row.get(name) for name in SOURCE))
     names = ("mean_acc", "mean_acc_stderr", "mean_acc_norm", "mean_loss")
     means = {"mean_loss": math.nan} | {name: scores[name] for name in names if name in scores}
-    row |= means | content["size"]
-    row |= {f"acc_{task}": found["acc"] for task, found in scores["tasks"].items() if "acc" in found}
-    return row | {f"loss_{domain}": loss for domain, loss in scores.get("loss", {}).items()}
+    accuracies = {f"acc_{task}": found["acc"] for task, found in scores["tasks"].items() if "acc" in found}
+    losses = {f"loss_{domain}": loss for domain, loss in scores.get("loss", {}).items()}
+    return row | means | content["size"] | accuracies | losses
 
 
 def setting_name(parameters: dict) -> str:

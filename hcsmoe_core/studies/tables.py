@@ -12,8 +12,7 @@ from hcsmoe_core._util import check_choice, replacing
 from hcsmoe_core.clustering import cut
 from hcsmoe_core.demo import models as demo
 from hcsmoe_core.families import find_moe_layers
-from hcsmoe_core.methods import merge_tree
-from hcsmoe_core.methods.summary import summarise
+from hcsmoe_core.methods import merge_tree, summary
 from hcsmoe_core.similarity import allowed_linkages
 
 
@@ -89,7 +88,9 @@ def cut_table(stats: Any, plan: Any) -> Any:
 
     See :func:`hcsmoe_core.methods.summary.summarise`.
     """
-    rows = [{"layer": layer.name} | summarise(stats, layer.name, layer.labels) for layer in plan.layers]
+    rows = [
+        {"layer": layer.name} | summary.summarise(stats, layer.name, layer.labels) for layer in plan.layers
+    ]
     return pd.DataFrame(rows).rename(columns=CUT_COLUMNS)
 
 
@@ -129,7 +130,9 @@ def cut_costs(
     options = dict(similarity=similarity, linkage=linkage, model=model)
     trees = {layer: merge_tree(stats, layer, **options) for layer in stats.layers}
     return [
-        np.array([summarise(stats, layer, cut(tree, count))[cost] for count in range(1, len(tree) + 2)])
+        np.array(
+            [summary.summarise(stats, layer, cut(tree, count))[cost] for count in range(1, len(tree) + 2)]
+        )
         for layer, tree in trees.items()
     ]
 

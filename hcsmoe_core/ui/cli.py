@@ -521,7 +521,7 @@ def _workers(workers: int) -> int:
 
 def _engine(workers: int, scheduler: str, slurm: bool, jobs: int, options: list[str], folder: Path) -> Any:
     """Where cells run."""
-    from hcsmoe_core.studies import engines
+    from hcsmoe_core.studies import runner as engines
 
     if sum((bool(workers), bool(scheduler), slurm)) > 1:
         raise InputError("Give only one of --workers, --scheduler and --slurm.")
