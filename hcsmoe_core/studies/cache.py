@@ -4,7 +4,6 @@ kept by that.
 
 import ast
 import functools
-import hashlib
 import inspect
 import platform
 import re
@@ -109,7 +108,7 @@ def _plain_hash(text):
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             node.body = node.body[ast.get_docstring(node, clean=False) is not None :]
-    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()
+    return sha256_json(ast.dump(tree))
 
 
 def slug(model: Any) -> str:
@@ -165,10 +164,16 @@ def cached_statistics(
             if path.exists():
                 return load_statistics(path)
         input_ids = calibration_tokens(source, tokenizer, model=model, seed=seed, **size)
-        domains = domains_of(source, size["sequences"])
-        options = dict(needs=needs, sample=sample, batch_size=batch_size, domains=domains)
         with work_folder(wanted, model) as work:
-            stats = captured(model, input_ids, work, **options)
+            stats = captured(
+                model,
+                input_ids,
+                work,
+                needs=needs,
+                sample=sample,
+                batch_size=batch_size,
+                domains=domains_of(source, size["sequences"]),
+            )
             stats.save(wanted)
     return stats
 

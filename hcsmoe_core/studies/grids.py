@@ -206,8 +206,11 @@ def _check(study):
     for cells in (study.combinations(False), study.combinations(True)):
         study.require(cells, "exclude", "excludes every cell.")
         for cell in cells:
-            one = ("experts" in cell) != ("reduction" in cell)
-            study.require(one, "axes", "needs experts or reduction, and not both.")
+            study.require(
+                ("experts" in cell) != ("reduction" in cell),
+                "axes",
+                "needs experts or reduction, and not both.",
+            )
             study.check(f"axes: {cell}", sweep.recipe_of, cell)
 
 
@@ -236,8 +239,9 @@ def _check_value(study, key, name, value, more=()):
         study.require(suits, key, f"{name} must be {SHARES[name]}; not {value!r}.")
     elif name in defaults:
         kinds = {type(defaults[name])} | ({int} if defaults[name] is None else set())
-        text = f"{name} must be of the kind of {defaults[name]!r}; not {value!r}."
-        study.require(type(value) in kinds, key, text)
+        study.require(
+            type(value) in kinds, key, f"{name} must be of the kind of {defaults[name]!r}; not {value!r}."
+        )
     if name in ("calibration", "text") and value:
         study.check(key, domains_of, value, 10**6)
         absent = is_path(value) and not set("+*") & set(value) and not Path(value).expanduser().exists()
@@ -288,8 +292,9 @@ def cells_of(study: Study, model: str, overrides: dict | None = None) -> list[Ce
         cell = {"model": model} | cell | overrides
         reduction = cell.pop("reduction", None)
         cell["experts"] = _counted(study, "experts", cell.get("experts") or str(1 - share(reduction)), size)
-        suits = cell["experts"] <= size
-        study.require(suits, "experts", f"{cell['experts']} are more than the {size} of {model}.")
+        study.require(
+            cell["experts"] <= size, "experts", f"{cell['experts']} are more than the {size} of {model}."
+        )
         if "sequences" in cell:
             usual = calibration_settings(model, cell.get("calibration", ""))["sequences"]
             cell["sequences"] = _counted(study, "sequences", cell["sequences"], usual)
@@ -377,8 +382,8 @@ def run(planned: list[tuple], folder: str | Path, **options: Any) -> list[Path]:
         )
         unique = {cell.id: cell for cell in cells} | unique
     cells = list(unique.values())
-    options |= dict(after=capturing(cells), description="accuracy")
-    return sweep.run_cells([(cell.notebook, cell.parameters) for cell in cells], folder, **options)
+    notebooks = [(cell.notebook, cell.parameters) for cell in cells]
+    return sweep.run_cells(notebooks, folder, after=capturing(cells), description="accuracy", **options)
 
 
 def capturing(cells: Sequence[Cell]) -> dict[int, int]:

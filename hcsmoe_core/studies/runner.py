@@ -38,6 +38,7 @@ from hcsmoe_core._util import (
 )
 from hcsmoe_core.studies.cache import function_hash, key
 
+THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 STATES = ("done", "failed", "running", "interrupted", "missing")
 DEATHS = 3  # workers that a cell may lose (killed, out of memory, machine gone) before it counts as failed
 WORKER_TTL = "5 minutes"  # after which a silent worker is taken for dead, and its cells run elsewhere
@@ -124,7 +125,7 @@ def complete(cell: Cell, *, again: bool = False, threads: int | None = None) -> 
 @contextlib.contextmanager
 def _environment(threads):
     """Environment for processes that are started in the block, and this one's restored after it."""
-    limits = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads)) if threads else {}
+    limits = dict.fromkeys(THREADS, str(threads)) if threads else {}
     before = dict(os.environ)
     os.environ |= limits | {"TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false"}
     try:
@@ -476,7 +477,6 @@ def job_options(options: Sequence[str] = ()) -> dict:
     )
     left = max(_seconds(job["walltime"]) - GRACE, 1)
     lifetime = ["--lifetime", f"{left}s", "--lifetime-stagger", f"{min(GRACE // 2, left // 4)}s"]
-    threads = [f"export {name}={cores}" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")]
     named = {name: job[name] for name in ("queue", "account", "interface", "python")}
     named["local_directory"] = job["directory"]
     return {name: value for name, value in named.items() if value} | dict(
@@ -486,7 +486,7 @@ def job_options(options: Sequence[str] = ()) -> dict:
         memory=job["memory"],
         walltime=job["walltime"],
         nanny=True,
-        job_script_prologue=threads + _lines(job["prologue"]),
+        job_script_prologue=[f"export {name}={cores}" for name in THREADS] + _lines(job["prologue"]),
         job_extra_directives=_lines(job["directives"]) + ["--gpus=1"] * gpus,
         worker_extra_args=[*lifetime, "--death-timeout", "300", *["--resources", "GPU=1"] * gpus],
     )
