@@ -143,6 +143,7 @@ def part_of(done: Path) -> Path:
 
 def write_failure(done: Path, text: str) -> None:
     """Keep why a cell failed."""
+    done.parent.mkdir(parents=True, exist_ok=True)
     done.with_suffix(".failed.txt").write_text(re.sub(r"\x1b\[[0-9;]*m", "", text), encoding="utf-8")
 
 
@@ -239,8 +240,7 @@ def run(
     again : bool
         Measure cells even if they are done.
     retries : int
-        How often a cell that fails is tried again. One whose worker dies is, up to
-        :data:`DEATHS` times.
+        How often a cell that fails is tried again; one whose worker dies is :data:`DEATHS` times.
     after : dict of int to int
         By index, the cell that one waits for.
     description : str
@@ -269,7 +269,8 @@ def run(
                     continue
                 if error:
                     failed[i] = error
-                    _keep_failure(cells[i].done, error)
+                    if state_of(cells[i].done) not in ("done", "failed"):  # it died before it could tell
+                        write_failure(cells[i].done, f"{type(error).__name__}: {error}")
                 ready += [waiting for waiting in todo if after.get(waiting) == i]
                 bar.set_postfix({"failed": len(failed)} if failed else {}, refresh=False)
                 bar.update()
@@ -293,13 +294,6 @@ def _error_of(future):
         raise RuntimeError(
             "The Dask scheduler is gone; the same command goes on where this one was."
         ) from None
-
-
-def _keep_failure(done, error):
-    """Keep why a cell failed whose worker died before it could tell."""
-    if state_of(done) not in ("done", "failed"):
-        done.parent.mkdir(parents=True, exist_ok=True)
-        write_failure(done, f"{type(error).__name__}: {error}")
 
 
 def measure(
