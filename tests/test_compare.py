@@ -10,7 +10,7 @@ import pytest
 from test_cli import hcsmoe
 
 from hcsmoe_core._util import InputError
-from hcsmoe_core.studies import comparison, sweep
+from hcsmoe_core.studies import comparison, runner, sweep
 from hcsmoe_core.studies.runner import CellsError
 from hcsmoe_core.ui import figures
 
@@ -109,7 +109,7 @@ def test_cells_are_measured_once_and_shown_in_the_notebook(tmp_path, monkeypatch
         "compared": str(tmp_path / "c"),
         "figures": str(tmp_path / "figures"),
     }
-    sweep.run_cell(sweep.notebook_path("08_methods"), parameters, tmp_path / "out")
+    runner.complete(runner.notebook_cell(sweep.notebook_path("08_methods"), parameters, tmp_path / "out"))
     drawn = sorted(p.name for p in (tmp_path / "figures" / "demo-mixtral").iterdir())
     assert drawn == [f"08_{name}.{kind}" for name in ("accuracy", "loss") for kind in ("pdf", "png")]
 

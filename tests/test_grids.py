@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from hcsmoe_core.studies import grids, paper, sweep
+from hcsmoe_core.studies import grids, paper, runner, sweep
 from tools import showcase
 
 DEFAULTS = sweep.parameters_of(sweep.notebook_path("05_accuracy"))
@@ -106,7 +106,7 @@ def test_shares_are_of_the_models_experts_and_of_the_sources_sequences(tmp_path)
         ),
         (
             {"axes": {"experts": ["1/2"], "method": ["hcsmoe"]}},
-            "axes.method: 'hcsmoe' is unknown; allowed are hc-smoe",
+            'axes: .*"method" argument must be one of "hc-smoe", .*\'hcsmoe\'',
         ),
         ({"axes": {"experts": ["1/2"], "linkage": []}}, "axes.linkage: List should have at least 1 item"),
         ({"axes": {"experts": ["1/2", "1/2"]}}, "axes.experts: has '1/2' twice"),
@@ -205,6 +205,29 @@ def test_what_does_not_suit_the_model_or_is_an_axis_is_refused(tmp_path):
     }
 
 
+def test_all_items_can_be_asked_for_by_name(tmp_path):
+    study = grids.load(written(tmp_path, axes={"experts": [4], "limit": [None, 5]}))
+    assert [cell.given["limit"] for cell in grids.cells_of(study, "demo-mixtral")[1:]] == [None, 5]
+    study = grids.load(written(tmp_path, base={"limit": None}))
+    cells = grids.cells_of(study, "demo-mixtral")
+    assert cells[0].id == grids.cells_of(grids.load(written(tmp_path)), "demo-mixtral")[0].id
+    overridden = grids.cells_of(grids.load(written(tmp_path)), "demo-mixtral", {"limit": None})
+    assert [cell.id for cell in overridden] == [cell.id for cell in cells]
+
+
+def test_the_name_of_a_source_is_no_path_where_there_is_a_folder_of_that_name(tmp_path, monkeypatch):
+    (tmp_path / "notebooks").symlink_to(sweep.NOTEBOOKS.resolve())
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "notes.txt").write_text("text")
+    monkeypatch.chdir(tmp_path)
+    axes = {"experts": [4], "calibration": ["demo", "notes.txt", "./demo"]}
+    cells = grids.cells_of(grids.load(written(tmp_path, axes=axes)), "demo-mixtral")[1:]
+    wanted = ["demo", str(tmp_path / "notes.txt"), str(tmp_path / "demo")]
+    assert [cell.given["calibration"] for cell in cells] == wanted
+    with pytest.raises(ValueError, match=r"there is no file \./dem in"):
+        grids.load(written(tmp_path, base={"calibration": "./dem"}))
+
+
 SAME = [  # cells of which each pair makes the same plan and scores it alike
     ({}, {"linkage": "average", "merge": "frequency", "similarity": "expert-output"}),
     ({}, {"method": "hc-smoe", "plan_seed": 5, "metric": "euclidean"}),
@@ -236,7 +259,7 @@ def test_cells_are_one_if_they_make_the_same_plan(pairs, same):
         first, second = (sweep.canonical({"model": "demo-mixtral", "experts": 4} | p, DEFAULTS) for p in pair)
         assert (first == second) == same, pair
         path = sweep.notebook_path("05_accuracy")
-        assert (sweep.cell_id(path, first) == sweep.cell_id(path, second)) == same
+        assert (runner.notebook_id(path, first) == runner.notebook_id(path, second)) == same
     unmerged = [{"experts": 0}, {"experts": 0, "method": "reap", "calibration_seed": 7, "sequences": 3}]
     assert len({json.dumps(sweep.canonical({"model": "m"} | p, DEFAULTS)) for p in unmerged}) == 1
 
@@ -289,7 +312,7 @@ CELLS = {
 
 def test_the_table_has_every_setting_and_what_is_missing_is_told_against_the_grid(tmp_path):
     measured(tmp_path, CELLS)
-    sweep.write_failure(tmp_path / "05_accuracy-e.ipynb", "Traceback\nValueError: no\x1b[31m good")
+    runner.write_failure(tmp_path / "05_accuracy-e.ipynb", "Traceback\nValueError: no\x1b[31m good")
     frame = sweep.collect(tmp_path, grid="some", model="demo-mixtral")
     assert frame["setting"].tolist() == [
         "original", "hc-smoe, 96 sequences", "hc-smoe, group k-means, 96 sequences", "hc-smoe, 24 sequences"
@@ -304,7 +327,7 @@ def test_the_table_has_every_setting_and_what_is_missing_is_told_against_the_gri
         ["missing", 2, "reap"],
     ]
     row = sweep.status(tmp_path).iloc[0]
-    assert row[["cells", *sweep.STATES]].tolist() == [6, 4, 1, 0, 0, 1]
+    assert row[["cells", *runner.STATES]].tolist() == [6, 4, 1, 0, 0, 1]
     assert sweep.failures(tmp_path)[0].endswith("ValueError: no good")
     with pytest.raises(FileNotFoundError, match="other was not swept into .*, which has some"):
         sweep.collect(tmp_path, grid="other")
@@ -317,16 +340,16 @@ def test_a_process_that_died_is_told_from_one_that_runs(tmp_path):
     part = tmp_path / ".05_accuracy-a.part.ipynb"
     part.touch()
     (tmp_path / ".05_accuracy-a.ipynb.lock").touch()  # as SIGKILL leaves it
-    assert sweep.state_of(done) == "interrupted"
+    assert runner.state_of(done) == "interrupted"
     with locked(done):
-        assert sweep.state_of(done) == "running"
+        assert runner.state_of(done) == "running"
     assert not (tmp_path / ".05_accuracy-a.ipynb.lock").exists()
     part.unlink()
-    assert sweep.state_of(done) == "missing"
-    sweep.write_failure(done, "why")
-    assert sweep.state_of(done) == "failed"
+    assert runner.state_of(done) == "missing"
+    runner.write_failure(done, "why")
+    assert runner.state_of(done) == "failed"
     done.touch()
-    assert sweep.state_of(done) == "done"
+    assert runner.state_of(done) == "done"
 
 
 def test_grids_share_cells_and_tables_are_csv_and_latex(tmp_path):
@@ -350,7 +373,7 @@ def test_grids_share_cells_and_tables_are_csv_and_latex(tmp_path):
 
 
 def test_options_of_slurm_jobs(tmp_path):
-    from hcsmoe_core.studies.engines import job_options
+    from hcsmoe_core.studies.runner import job_options
 
     made = job_options(
         ["walltime=1-02:00:00", "cores=4", "gpus=1", "queue=fast", "directives=--constraint=a;--exclusive"]
@@ -375,7 +398,7 @@ def test_options_of_slurm_jobs(tmp_path):
 def test_cells_ask_for_a_gpu_where_workers_offer_one(resources):
     from distributed import Client, LocalCluster
 
-    from hcsmoe_core.studies.engines import scheduler
+    from hcsmoe_core.studies.runner import scheduler
 
     how = dict(
         n_workers=1, processes=False, threads_per_worker=1, dashboard_address=":0", resources=resources

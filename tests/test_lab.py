@@ -20,7 +20,7 @@ import pytest
 from conftest import ROOT
 
 import hcsmoe_core as core
-from hcsmoe_core.studies import sweep
+from hcsmoe_core.studies import runner, sweep
 
 pytestmark = pytest.mark.slow
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -284,11 +284,12 @@ def test_a_cut_drawn_in_the_notebook_is_merged_by_the_command(lab):
 
 
 def test_a_notebook_that_papermill_ran_shows_its_pictures_unrun(lab):
-    done = sweep.run_cell(
+    cell = runner.notebook_cell(
         sweep.notebook_path("01_similarity"),
         SMALL | {"figures": str(lab.folder / "figures")},
         lab.notebooks / "papermill",
     )
+    done = runner.complete(cell)
     with window(lab, f"papermill/{done.name}") as page:
         shown = page.locator(".jp-OutputArea img")
         shown.first.wait_for()

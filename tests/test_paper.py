@@ -9,7 +9,7 @@ import torch
 
 from hcsmoe_core.demo import tasks as demo_tasks
 from hcsmoe_core.statistics import LayerStatistics, Statistics
-from hcsmoe_core.studies import paper, sweep
+from hcsmoe_core.studies import paper, runner, sweep
 from hcsmoe_core.ui import figures
 
 QWEN, MIXTRAL = "Qwen/Qwen1.5-MoE-A2.7B-Chat", "mistralai/Mixtral-8x7B-v0.1"
@@ -297,7 +297,8 @@ def test_the_notebook_shows_every_table_of_a_sweep_that_has_some_rows(model, tmp
         "sweep": str(tmp_path / "cells"),
         "figures": str(tmp_path / "figures"),
     } | source
-    path = sweep.run_cell(sweep.notebook_path("07_paper"), parameters, tmp_path / "runs")
+    made = runner.notebook_cell(sweep.notebook_path("07_paper"), parameters, tmp_path / "runs")
+    path = runner.complete(made)
     outputs = {c.id: c.outputs for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code"}
     assert not [o for found in outputs.values() for o in found if o.output_type == "error"]
     for name in (*paper.published()["tables"], "efficiency"):

@@ -39,7 +39,7 @@ def test_the_road_is_that_of_its_steps(tmp_path):
 
 
 def test_what_cannot_be_done_is_refused_before_a_model_is_loaded(monkeypatch, tmp_path):
-    monkeypatch.setattr(pipeline, "open_model", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr(pipeline.streaming, "open_model", lambda *_, **__: pytest.fail("loaded"))
     for options, message in (
         ({}, "Give either a plan"),
         (dict(experts=4, plan=tmp_path / "p.json"), "Give either a plan"),

@@ -12,7 +12,7 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from hcsmoe_core._util import folder_of
 from hcsmoe_core.checkpoint import load_tokenizer
-from hcsmoe_core.studies import cache, engines, sweep
+from hcsmoe_core.studies import cache, runner, sweep
 
 SMALL = {"calibration": "demo", "sequences": 12, "length": 64}
 
@@ -27,14 +27,14 @@ def test_grid_is_every_combination():
 def test_ids_follow_notebook_parameters_and_core(tmp_path, monkeypatch):
     path = tmp_path / "n.ipynb"
     shutil.copy(ROOT / "notebooks/05_accuracy.ipynb", path)
-    first = sweep.cell_id(path, {"a": 1, "b": 2})
-    assert sweep.cell_id(path, {"b": 2, "a": 1}) == first
-    assert sweep.cell_id(path, {"a": 1, "b": 3}) != first
+    first = runner.notebook_id(path, {"a": 1, "b": 2})
+    assert runner.notebook_id(path, {"b": 2, "a": 1}) == first
+    assert runner.notebook_id(path, {"a": 1, "b": 3}) != first
     monkeypatch.setattr(cache, "code_hash", lambda: "other")
-    assert sweep.cell_id(path, {"a": 1, "b": 2}) != first
+    assert runner.notebook_id(path, {"a": 1, "b": 2}) != first
     monkeypatch.undo()
     path.write_text(path.read_text() + "\n")
-    assert sweep.cell_id(path, {"a": 1, "b": 2}) != first
+    assert runner.notebook_id(path, {"a": 1, "b": 2}) != first
 
 
 def test_a_misspelt_parameter_is_an_error_before_anything_runs(tmp_path):
@@ -108,18 +108,18 @@ if experts == 2 and runs <= pathlib.Path(results).parent.name.count("x"):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("deaths", [1, engines.DEATHS + 1])
+@pytest.mark.parametrize("deaths", [1, runner.DEATHS + 1])
 def test_a_process_that_is_killed_is_replaced(deaths, tmp_path):
     path, out = notebook(tmp_path, SCORE + DIE), tmp_path / ("x" * deaths)
     cells = [(path, {"model": "m", "experts": r}) for r in (1, 2)]
-    if deaths > engines.DEATHS:
+    if deaths > runner.DEATHS:
         with pytest.raises(
             RuntimeError, match=r"1 of 2 cells failed.*\n.*'experts': 2.*: .*terminated abruptly"
         ):
             sweep.run_cells(cells, out)
         assert "BrokenProcessPool" in next(out.glob("*.failed.txt")).read_text()
         assert (
-            sweep.state_of(next(out.glob("*.failed.txt")).with_suffix("").with_suffix(".ipynb")) == "failed"
+            runner.state_of(next(out.glob("*.failed.txt")).with_suffix("").with_suffix(".ipynb")) == "failed"
         )
         return
     assert all(path.exists() for path in sweep.run_cells(cells, out))
@@ -184,7 +184,7 @@ def test_notebooks_run_with_default_and_with_changed_parameters_and_draw_the_sam
     default = [(name, {}) for name in changed]
     executed = sweep.run_cells(cells_of(model, first, [*default, *changed.items()], scored), out, workers=2)
     made = [(path, given) for path, given in cells_of(model, first, [], scored)]
-    named = [{"id": sweep.cell_id(path, given), "parameters": given} for path, given in made]
+    named = [{"id": runner.notebook_id(path, given), "parameters": given} for path, given in made]
     absent = {"id": "0" * 12, "parameters": {"model": model, "experts": 3, "method": "reap"}}
     sweep.write_grid(out, "some", model, title="Some", notebook=made[0][0], cells=[*named, absent])
     executed += sweep.run_cells(

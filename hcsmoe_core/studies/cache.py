@@ -5,7 +5,6 @@ kept by that.
 import ast
 import contextlib
 import functools
-import hashlib
 import inspect
 import platform
 import re
@@ -25,9 +24,7 @@ from hcsmoe_core.text.calibration import calibration_settings, calibration_token
 
 PACKAGE = Path(__file__).parents[1]
 FLOORS = (".", "checkpoint", "scale", "methods", "text", "score", "demo")  # folders whose code makes numbers
-HASHED = (
-    2**26
-)  # bytes up to which a file goes by its content; a larger one goes by its size and time of writing
+HASHED = 2**26  # bytes up to which a file goes by its content; a larger one by size and time of writing
 
 
 def key(settings: dict, *, model: str | None = None, code: str = "") -> str:
@@ -52,7 +49,7 @@ def code_hash(folder: str | Path = PACKAGE) -> str:
     figures.
     """
     files = sorted(path for floor in FLOORS for path in (Path(folder) / floor).glob("*.py"))
-    return sha256_json([[path.relative_to(folder).as_posix(), _by_stat(_plain, path)] for path in files])
+    return sha256_json([[path.relative_to(folder).as_posix(), by_stat(_plain, path)] for path in files])
 
 
 def function_hash(function: Callable) -> str:
@@ -75,7 +72,7 @@ def data_hash(parameters: dict, *, model: str | None = None) -> str:
     model : str, optional
         As for :func:`key`.
     """
-    texts = [parameters.get(name) for name in ("calibration", "text") if parameters.get(name)]
+    texts = filter(None, map(parameters.get, ("calibration", "text")))
     files = [path for text in texts for path in local_files(text)]
     plugins = parameters.get("plugin") or []
     files += map(Path, [plugins] if isinstance(plugins, str) else plugins)
@@ -85,11 +82,12 @@ def data_hash(parameters: dict, *, model: str | None = None) -> str:
     if model is None and parameters.get("model") and folder.is_dir():
         files += sorted(path for path in folder.iterdir() if path.is_file())
     return sha256_json(
-        [platform.python_version(), model, *([path.name, _by_stat(_content, path)] for path in files)]
+        [platform.python_version(), model, *([path.name, by_stat(_content, path)] for path in files)]
     )
 
 
-def _by_stat(function, path):
+def by_stat(function: Callable, path: Path) -> Any:
+    """What a function of a path, its size and its time of writing gives, called once while both stay."""
     stat = path.stat()
     return _remembered(function, path, stat.st_size, stat.st_mtime_ns)
 
@@ -113,7 +111,7 @@ def _plain_hash(text):
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             node.body = node.body[ast.get_docstring(node, clean=False) is not None :]
-    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()
+    return sha256_json(ast.dump(tree))
 
 
 def slug(model: Any) -> str:
@@ -159,24 +157,26 @@ def cached_statistics(
     folder : str or path
     """
     settings = calibration_settings(model.name_or_path, calibration, sequences, length)
+    source, size = settings["calibration"], dict(sequences=settings["sequences"], length=settings["length"])
     known = settings | {"seed": seed, "dtype": str(model.dtype), "sample": sample}
-    name = Path(folder) / f"{slug(model.name_or_path)}-{key(known, model=model_hash(model))}"
-    sums, sampled = (Path(f"{name}-{kind}.safetensors") for kind in ("sums", "sample"))
-    wanted = sampled if "sample" in needs else sums
+    name = f"{slug(model.name_or_path)}-{key(known, model=model_hash(model))}"
+    sums, sampled = (Path(folder) / f"{name}-{kind}.safetensors" for kind in ("sums", "sample"))
+    wanted, needs = (sampled, (*DEFAULT_NEEDS, "sample")) if "sample" in needs else (sums, DEFAULT_NEEDS)
     with locked(wanted):
         for path in (wanted, sampled):
             if path.exists():
                 return load_statistics(path)
-        source, size = settings["calibration"], (settings["sequences"], settings["length"])
-        options = dict(model=model, seed=seed, sequences=size[0], length=size[1])
-        input_ids = calibration_tokens(source, tokenizer, **options)
-        needs = (*DEFAULT_NEEDS, "sample") if wanted == sampled else DEFAULT_NEEDS
-        options = dict(needs=needs, sample=sample, batch_size=batch_size, domains=domains_of(source, size[0]))
+        input_ids = calibration_tokens(source, tokenizer, model=model, seed=seed, **size)
         with work_folder(wanted, model) as work:
-            if work is None:
-                stats = capture(model, input_ids, **options)
-            else:
-                stats = stream_capture(model, input_ids, work / "capture", **options)
+            stats = captured(
+                model,
+                input_ids,
+                work,
+                needs=needs,
+                sample=sample,
+                batch_size=batch_size,
+                domains=domains_of(source, size["sequences"]),
+            )
             stats.save(wanted)
     return stats
 
@@ -205,3 +205,12 @@ def is_locked(path: str | Path) -> bool:
             return False
     except Timeout:
         return True
+
+
+def captured(model: Any, input_ids: Any, work: Path | None, *, ranks: Any = None, **options: Any) -> Any:
+    """:func:`hcsmoe_core.capture`, decoder layer by decoder layer where there is a work folder."""
+    return (
+        capture(model, input_ids, ranks=ranks, **options)
+        if work is None
+        else stream_capture(model, input_ids, work / "capture", **options)
+    )

@@ -4,11 +4,10 @@ A file of ``notebooks/grids`` has these keys, of which ``title`` and ``axes`` ar
 
     title: Linkage and similarity
     about: What it asks, in a sentence or two.
-    paper: [linkage]              # what of the paper it is: tables, or contents of "absent", of
-    published.json notebook: 05_accuracy         # or a path from the file to a notebook with the same
-    parameters base: {merge: average}        # parameters of all cells
-    axes:                         # every combination is a cell: parameters of the notebook, and steps of
-    methods
+    paper: [linkage]              # its tables in the paper, or contents of "absent" of published.json
+    notebook: 05_accuracy         # or a path from the file to a notebook with the same parameters
+    base: {merge: average}        # parameters of all cells
+    axes:                         # every combination is a cell: of parameters and of steps of methods
       experts: [3/4, 50%, 8]      # a share of the model's experts, or a number; or reduction: [25%]
       linkage: [average, ward]
       settings: [{method: reap}, {method: hc-smoe, merge: average}]  # an axis whose values set several
@@ -22,20 +21,17 @@ always among the cells.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
-from hcsmoe_core._util import EMBEDDED, InputError
-from hcsmoe_core.checkpoint import load_skeleton
-from hcsmoe_core.methods import METHODS, load_plugin, parse_settings
-from hcsmoe_core.studies import paper, sweep
-from hcsmoe_core.studies.tables import model_size
-from hcsmoe_core.text.calibration import calibration_settings, domains_of
+from hcsmoe_core import checkpoint, methods
+from hcsmoe_core._util import EMBEDDED, InputError, require
+from hcsmoe_core.studies import paper, runner, sweep, tables
+from hcsmoe_core.text.calibration import calibration_settings, domains_of, is_path
 
 FOLDER = sweep.NOTEBOOKS / "grids"
 SHARES = {  # parameters that may be a share, and what they take
@@ -44,14 +40,12 @@ SHARES = {  # parameters that may be a share, and what they take
     "sequences": "a share such as 1/4 or 25%, or a whole number from 1",
 }
 OWN = ("model", sweep.SEED, "steps", "figures", "results", "plugin")  # parameters that a grid does not set
-FILES = (".txt", ".json", ".jsonl", ".safetensors")
 PAPER = (*paper.published()["tables"], *(entry["content"] for entry in paper.published()["absent"]))
 
 
 def _unique(values):
-    twice = [value for value in values if values.count(value) > 1]
-    if twice:
-        raise ValueError(f"has {twice[0]!r} twice")
+    for value in values:
+        require(values.count(value) == 1, f"has {value!r} twice")
     return values
 
 
@@ -75,10 +69,6 @@ class Study(BaseModel):
     read: dict[Literal["where", "x", "hue", "metric", "at"], Any] = {}
     _path: Path = PrivateAttr()
 
-    def model_post_init(self, context: Any) -> None:
-        """Keep the file's path."""
-        self._path = context
-
     @property
     def name(self) -> str:
         """Name of the file."""
@@ -88,15 +78,17 @@ class Study(BaseModel):
         """The notebook's file."""
         local = self.notebook.endswith(".ipynb")
         path = self._path.parent / self.notebook if local else sweep.NOTEBOOKS / f"{self.notebook}.ipynb"
-        if not path.is_file():
-            raise self.error("notebook", f"there is no notebook {path} in {Path.cwd()}.")
+        self.require(path.is_file(), "notebook", f"there is no notebook {path} in {Path.cwd()}.")
         return path.resolve()
 
     def parameters(self) -> dict:
         """The notebook's parameters with their defaults."""
         defaults = sweep.parameters_of(self.notebook_path())
-        if not {"model", "experts", "method", "steps", sweep.SEED} <= set(defaults):
-            raise self.error("notebook", f"{self.notebook}.ipynb has not the parameters of 05_accuracy.")
+        self.require(
+            {"model", "experts", "method", "steps", sweep.SEED} <= set(defaults),
+            "notebook",
+            f"{self.notebook}.ipynb has not the parameters of 05_accuracy.",
+        )
         return defaults
 
     def combinations(self, embedded: bool, *, exclude: bool = True) -> list[dict]:
@@ -106,18 +98,23 @@ class Study(BaseModel):
         left_out = self.exclude if exclude else ()
         return [cell for cell in cells if not any(some.items() <= cell.items() for some in left_out)]
 
-    def error(self, key: str, text: str) -> InputError:
-        """An error that names the file and the key."""
-        return InputError(f"{self._path.name}, {key}: {text}")
+    def require(self, condition: Any, key: str, text: str) -> None:
+        """Raise InputError with the file, the key and a text unless a condition holds."""
+        self.check(key, require, condition, text)
+
+    def check(self, key: str, function: Any, *arguments: Any) -> None:
+        """Call a function, with the file and the key before its errors on the input."""
+        try:
+            function(*arguments)
+        except InputError as error:
+            raise InputError(f"{self._path.name}, {key}: {error}") from None
 
     def check_choice(self, key: str, value: Any, allowed: Sequence) -> None:
         """Raise InputError unless a value is allowed."""
-        if value not in allowed:
-            raise self.error(key, f"{value!r} is unknown; allowed are {', '.join(allowed)}.")
+        self.require(value in allowed, key, f"{value!r} is unknown; allowed are {', '.join(allowed)}.")
 
 
-@dataclass(frozen=True)
-class Cell:
+class Cell(NamedTuple):
     """One setting: its parameters as the grid has them, those that are run, and the cell's name."""
 
     notebook: Path
@@ -148,15 +145,20 @@ def load(name: str | Path) -> Study:
     """
     path = Path(name) if Path(name).suffix in (".yml", ".yaml") else FOLDER / f"{name}.yml"
     if not path.is_file():
-        listed = ", ".join(names()) or "none"
         raise FileNotFoundError(
-            f"There is no grid {name}; give a .yml file, all, or one of {listed} (those of "
-            f"{FOLDER.resolve()})."
+            f"There is no grid {name}; give a .yml file, all, or one of {', '.join(names()) or 'none'} "
+            f"(those of {FOLDER.resolve()})."
         )
     try:
-        study = Study.model_validate(_read(path), context=path)
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        keys = ", ".join(Study.model_fields)
+        require(isinstance(content, dict), f"{path.name} must be a mapping with the keys {keys}.")
+        study = Study.model_validate(content)
+    except yaml.YAMLError as error:
+        raise InputError(f"{path.name} is not readable YAML: {' '.join(str(error).split())}") from None
     except ValidationError as error:
         raise InputError(f"{path.name}, {_explained(error.errors()[0])}") from None
+    study._path = path
     _check(study)
     return study
 
@@ -166,21 +168,11 @@ class _Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node, deep=False):
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        twice = [key for key in keys if keys.count(key) > 1]
-        if twice:
-            problem = f"the key {twice[0]!r} is there twice"
-            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+        for key in keys:
+            if keys.count(key) > 1:
+                problem = f"the key {key!r} is there twice"
+                raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
         return super().construct_mapping(node, deep)
-
-
-def _read(path):
-    try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise InputError(f"{path.name} is not readable YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{path.name} must be a mapping with the keys {', '.join(Study.model_fields)}.")
-    return content
 
 
 def _explained(error):
@@ -200,65 +192,60 @@ def _check(study):
     places = {}
     for key, name, value in _values(study):
         _check_value(study, key, name, value)
-        places.setdefault(name, set()).add(
-            key if key == "base" else key.removeprefix("embedded.").removeprefix("axes.")
-        )
-    for name, found in places.items():
-        if len(found) > 1:
-            raise study.error("axes", f"{name!r} is set in {' and in '.join(sorted(found))}; leave one.")
+        places.setdefault(name, set()).add(key.rpartition(".")[2])
+    for name, keys in places.items():
+        where = " and in ".join(sorted(keys))
+        study.require(len(keys) == 1, "axes", f"{name!r} is set in {where}; leave one.")
     cells = study.combinations(False, exclude=False)
+    known = tuple(dict.fromkeys(name for cell in cells for name in cell))
     for excluded in study.exclude:
         for name in excluded:
-            study.check_choice("exclude", name, tuple(dict.fromkeys(name for cell in cells for name in cell)))
-        if not any(excluded.items() <= cell.items() for cell in cells):
-            raise study.error("exclude", f"{excluded} matches no cell.")
-    for embedded in (False, True):
-        cells = study.combinations(embedded)
-        if not cells:
-            raise study.error("exclude", "excludes every cell.")
+            study.check_choice("exclude", name, known)
+        matching = (cell for cell in cells if excluded.items() <= cell.items())
+        study.require(any(matching), "exclude", f"{excluded} matches no cell.")
+    for cells in (study.combinations(False), study.combinations(True)):
+        study.require(cells, "exclude", "excludes every cell.")
         for cell in cells:
-            if len({"experts", "reduction"} & set(cell)) != 1:
-                raise study.error("axes", "needs experts or reduction, and not both.")
-            try:
-                sweep.recipe_of(cell)
-            except InputError as error:
-                raise study.error("axes", f"{cell}: {error}") from None
+            study.require(
+                ("experts" in cell) != ("reduction" in cell),
+                "axes",
+                "needs experts or reduction, and not both.",
+            )
+            study.check(f"axes: {cell}", sweep.recipe_of, cell)
 
 
 def _values(study):
     """All that a study sets: where, the parameter and its value."""
     yield from (("base", name, value) for name, value in study.base.items())
     for key, axes in {"axes": study.axes, "embedded": study.embedded}.items():
-        for axis, values in axes.items():
-            for value in values:
-                if axis == "settings" and not isinstance(value, dict):
-                    text = "must be mappings of parameters, such as {method: reap}"
-                    raise study.error(f"{key}.settings", f"{text}; not {value!r}.")
-                several = value if axis == "settings" else {axis: value}
-                yield from ((f"{key}.{axis}", name, one) for name, one in several.items())
+        for axis, value in ((axis, value) for axis, values in axes.items() for value in values):
+            several = value if axis == "settings" else {axis: value}
+            study.require(
+                isinstance(several, dict),
+                f"{key}.settings",
+                f"must be mappings of parameters, such as {{method: reap}}; not {value!r}.",
+            )
+            yield from ((f"{key}.{axis}", name, one) for name, one in several.items())
 
 
 def _check_value(study, key, name, value, more=()):
     """Raise InputError unless a parameter may be set and the value is of its kind."""
-    defaults = study.parameters()
+    defaults, part = study.parameters(), share(value)
     own = [parameter for parameter in defaults if parameter not in OWN]
     study.check_choice(key, name, tuple(dict.fromkeys([*own, *sweep.step_names(), "reduction", *more])))
-    part, default = share(value), defaults.get(name)
     if name in SHARES:
         whole = type(value) is int and value >= 1 and name != "reduction"
-        if not (whole or (part and (part < 1 or name == "sequences"))):
-            raise study.error(key, f"{name} must be {SHARES[name]}; not {value!r}.")
-    elif name == "method":
-        study.check_choice(key, value, tuple(METHODS))
-    elif name in defaults and type(value) is not (int if default is None else type(default)):
-        raise study.error(key, f"{name} must be of the kind of {default!r}; not {value!r}.")
+        suits = whole or (part and (part < 1 or name == "sequences"))
+        study.require(suits, key, f"{name} must be {SHARES[name]}; not {value!r}.")
+    elif name in defaults:
+        kinds = {type(defaults[name])} | ({int} if defaults[name] is None else set())
+        study.require(
+            type(value) in kinds, key, f"{name} must be of the kind of {defaults[name]!r}; not {value!r}."
+        )
     if name in ("calibration", "text") and value:
-        try:
-            domains_of(value, 10**6)
-        except InputError as error:
-            raise study.error(key, str(error)) from None
-        if Path(value).suffix in FILES and "*" not in value and not Path(value).exists():
-            raise study.error(key, f"there is no file {value} in {Path.cwd()}.")
+        study.check(key, domains_of, value, 10**6)
+        absent = is_path(value) and not set("+*") & set(value) and not Path(value).expanduser().exists()
+        study.require(not absent, key, f"there is no file {value} in {Path.cwd()}.")
 
 
 def share(value: Any) -> Fraction | None:
@@ -293,36 +280,44 @@ def cells_of(study: Study, model: str, overrides: dict | None = None) -> list[Ce
         If a parameter cannot be set, or a number does not suit the model.
     """
     overrides, defaults = overrides or {}, study.parameters()
-    _check_overrides(study, overrides)
-    size = model_size(load_skeleton(model))["num_experts"]
-    left_out = ("experts", "method", *sweep.NAMED)
-    base = {name: value for name, value in study.base.items() if name in defaults and name not in left_out}
-    found = [{"model": model} | base | overrides | {"experts": 0}]
+    axes = [name for key, name, _ in _values(study) if key != "base"] + [sweep.SEED] * bool(study.seeds)
+    for name, value in overrides.items():
+        study.require(name not in axes, "parameter", f"{name!r} is an axis of this grid.")
+        _check_value(study, "parameter", name, value, more=(sweep.SEED, "figures", "plugin"))
+    size, notebook = tables.model_size(checkpoint.load_skeleton(model))["num_experts"], study.notebook_path()
+    scored = set(defaults) - {"experts", "method", *sweep.NAMED}
+    base = {name: value for name, value in study.base.items() if name in scored}
+    wanted = [{"model": model} | base | overrides | {"experts": 0}]
     for cell in study.combinations(model in EMBEDDED):
         cell = {"model": model} | cell | overrides
-        cell["experts"] = _experts(study, cell, size)
-        if isinstance(cell.get("sequences"), str):
+        reduction = cell.pop("reduction", None)
+        cell["experts"] = _counted(study, "experts", cell.get("experts") or str(1 - share(reduction)), size)
+        study.require(
+            cell["experts"] <= size, "experts", f"{cell['experts']} are more than the {size} of {model}."
+        )
+        if "sequences" in cell:
             usual = calibration_settings(model, cell.get("calibration", ""))["sequences"]
-            cell["sequences"] = _counted(study, "sequences", share(cell["sequences"]) * usual)
-        cell.pop("reduction", None)
-        found += [cell | ({} if seed is None else {sweep.SEED: seed}) for seed in study.seeds or (None,)]
-    made = []
-    for cell in found:
-        given = {name: _absolute(name, value) for name, value in cell.items()}
-        parameters = sweep.canonical(given, defaults)
-        notebook = study.notebook_path()
-        made.append(Cell(notebook, given, parameters, sweep.cell_id(notebook, parameters)))
-    return made
+            cell["sequences"] = _counted(study, "sequences", cell["sequences"], usual)
+        wanted += [cell | ({} if seed is None else {sweep.SEED: seed}) for seed in study.seeds or (None,)]
+    given = [{name: _absolute(name, value) for name, value in cell.items()} for cell in wanted]
+    pairs = [(cell, sweep.canonical(cell, defaults)) for cell in given]
+    return [Cell(notebook, *pair, runner.notebook_id(notebook, pair[1])) for pair in pairs]
 
 
-def _check_overrides(study, overrides):
-    axes = {name for key, name, _ in _values(study) if key != "base"} | (
-        {sweep.SEED} if study.seeds else set()
-    )
-    for name, value in overrides.items():
-        if name in axes:
-            raise study.error("parameter", f"{name!r} is an axis of this grid.")
-        _check_value(study, "parameter", name, value, more=(sweep.SEED, "figures", "plugin"))
+def _counted(study, key, value, whole):
+    """A number: as it is given, or the share of a whole."""
+    if isinstance(value, int):
+        return value
+    number = share(value) * whole
+    study.require(round(number) >= 1, key, f"a share of {float(number):.2g} is none.")
+    return round(number)
+
+
+def _absolute(name, value):
+    """Files by their whole path, because workers may be in another folder."""
+    text, file = name in ("calibration", "text"), name in ("model", "plugin")
+    path = is_path(value) if text else file and value not in ("", *EMBEDDED)
+    return str(Path(value).resolve()) if path and Path(value).exists() else value
 
 
 def overrides_from(items: Sequence[str]) -> dict:
@@ -330,35 +325,10 @@ def overrides_from(items: Sequence[str]) -> dict:
     overrides = {}
     for item in items:
         name, equals, value = item.partition("=")
-        if not equals:
-            raise InputError(f"--parameter takes name=value; not {item!r}.")
-        if name in sweep.step_names()[1:]:
-            overrides |= parse_settings([item])
-        else:
-            overrides[name] = int(value) if value.isdigit() else value
+        require(equals, f"--parameter takes name=value; not {item!r}.")
+        plain = {name: int(value) if value.isdigit() else value}
+        overrides |= methods.parse_settings([item]) if name in sweep.step_names()[1:] else plain
     return overrides
-
-
-def _experts(study, cell, size):
-    """Experts kept, of a model's number."""
-    given = cell.get("experts")
-    if isinstance(given, int):
-        if given > size:
-            raise study.error("experts", f"{given} are more than the {size} of {cell['model']}.")
-        return given
-    return _counted(study, "experts", (share(given) if given else 1 - share(cell["reduction"])) * size)
-
-
-def _counted(study, key, number):
-    if round(number) < 1:
-        raise study.error(key, f"a share of {float(number):.2g} is none.")
-    return round(number)
-
-
-def _absolute(name, value):
-    """Files by their whole path, because workers may be in another folder."""
-    files = name in ("calibration", "text", "model", "plugin") and value not in ("", *EMBEDDED)
-    return str(Path(value).resolve()) if files and Path(value).exists() else value
 
 
 def plans(chosen: Sequence, models: Sequence[str], overrides: dict | None = None) -> list[tuple]:
@@ -373,11 +343,11 @@ def plans(chosen: Sequence, models: Sequence[str], overrides: dict | None = None
         As for :func:`cells_of`.
     """
     if (overrides or {}).get("plugin"):
-        load_plugin(overrides["plugin"])
+        methods.load_plugin(overrides["plugin"])
     wanted = [str(name) for entry in chosen for name in (names() if entry == "all" else [entry])]
     studies = [load(name) for name in dict.fromkeys(wanted)]
-    if len({study.name for study in studies}) < len(studies):
-        raise InputError("Two grids have the same name; give one of them another.")
+    once = len({study.name for study in studies}) == len(studies)
+    require(once, "Two grids have the same name; give one of them another.")
     return [(study, model, cells_of(study, model, overrides)) for model in models for study in studies]
 
 
@@ -407,12 +377,13 @@ def run(planned: list[tuple], folder: str | Path, **options: Any) -> list[Path]:
     for study, model, cells in planned:
         first = {cell.id: cell for cell in reversed(cells)}  # several settings may come to one cell
         listed = [{"id": name, "parameters": cell.given} for name, cell in reversed(first.items())]
-        path = study.notebook_path()
-        sweep.write_grid(folder, study.name, model, title=study.title, notebook=path, cells=listed)
+        sweep.write_grid(
+            folder, study.name, model, title=study.title, notebook=study.notebook_path(), cells=listed
+        )
         unique = {cell.id: cell for cell in cells} | unique
     cells = list(unique.values())
-    options |= dict(after=capturing(cells), description="accuracy")
-    return sweep.run_cells([(cell.notebook, cell.parameters) for cell in cells], folder, **options)
+    notebooks = [(cell.notebook, cell.parameters) for cell in cells]
+    return sweep.run_cells(notebooks, folder, after=capturing(cells), description="accuracy", **options)
 
 
 def capturing(cells: Sequence[Cell]) -> dict[int, int]:
@@ -434,5 +405,5 @@ def table(chosen: Sequence) -> str:
         count = 1 + len(study.combinations(False)) * len(study.seeds or (None,))
         paper_tables = f"the paper's {', '.join(study.paper)}" if study.paper else "not in the paper"
         lines.append(f"{study.name}: {study.title} ({count} cells, {paper_tables})")
-        lines += [f"    {study.about}"] if study.about else []
+        lines += [f"    {study.about}"] * bool(study.about)
     return "\n".join(lines)

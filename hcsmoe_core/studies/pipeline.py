@@ -27,29 +27,29 @@
 
 import contextlib
 import sys
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from hcsmoe_core._util import EMBEDDED, InputError, check_absent, check_choice, check_count, sha256_json
-from hcsmoe_core.checkpoint import ROUTERS, exported, save_merged, target_of
-from hcsmoe_core.checkpoint.export import calibrated, fidelity_text, kept_of
-from hcsmoe_core.collect import capture
-from hcsmoe_core.families import find_moe_layers
-from hcsmoe_core.merging import apply_plan, restore
+from hcsmoe_core import checkpoint, families, merging, moe
+from hcsmoe_core._util import (
+    EMBEDDED,
+    InputError,
+    check_absent,
+    check_choice,
+    check_count,
+    require,
+    sha256_json,
+)
+from hcsmoe_core.checkpoint import export
 from hcsmoe_core.methods import METHODS, RECOMMENDED, make_plan, resolve
 from hcsmoe_core.methods.residual import held_out
-from hcsmoe_core.moe import source_of
 from hcsmoe_core.plan import JOINED, Plan, load_plan
-from hcsmoe_core.scale import ranks
-from hcsmoe_core.scale.streaming import open_model, stream_capture, stream_merged, tidied, work_folder
+from hcsmoe_core.scale import ranks, streaming
 from hcsmoe_core.score import fidelity as scoring
 from hcsmoe_core.statistics import SAMPLE, Statistics, load_statistics, sequence_hashes
-from hcsmoe_core.studies.cost import expected_bytes
-from hcsmoe_core.studies.stability import capture_until_stable, stability_table, with_rows
-from hcsmoe_core.studies.tables import model_size
+from hcsmoe_core.studies import cache, cost, stability, tables
 from hcsmoe_core.text.calibration import calibration_settings, calibration_tokens, domains_of, own_sequences
 from hcsmoe_core.text.own_text import GRAM, NAME, repetition
 
@@ -92,23 +92,24 @@ def shrink(
     Returns
     -------
     dict, or None on every rank but the first
-        That of :func:`hcsmoe_core.save_merged` with ``out``, ``plan`` and ``advice`` (text, or empty);
-        without a folder only ``fidelity`` of these, the merged ``model`` and its ``tokenizer``. ``out`` alone
-        if it was complete before.
+        That of :func:`hcsmoe_core.save_merged` (without a folder: ``model``, ``tokenizer``, ``fidelity``),
+        with ``out``, ``plan`` and ``advice`` (text, or empty); ``out`` alone if it was complete before.
     """
     settings = _checked(plan, experts, method, router, settings)
     device = ranks.started(device)
-    if out is not None and (tidied(out) or check_absent(out)):
+    if out is not None and (streaming.tidied(out) or check_absent(out)):
         return {"out": Path(out)}
-    loaded, tokenizer = open_model(model, dtype=dtype, device=device, load=load, memory=memory)
-    plan, stats, text, advice = _read(plan, load_plan), _read(statistics, load_statistics), None, ""
-    with _work_folder(out, loaded, experts if plan is None else None) as work:
-        captures = plan is None and stats is None
+    loaded, tokenizer = streaming.open_model(model, dtype=dtype, device=device, load=load, memory=memory)
+    plan = load_plan(plan) if isinstance(plan, str | Path) else plan
+    stats = load_statistics(statistics) if isinstance(statistics, str | Path) else statistics
+    captures, text, advice = plan is None and stats is None, None, ""
+    _check_loaded(loaded, out, experts if plan is None else None)
+    with streaming.work_folder(out, loaded) as work:
         if captures or (fidelity and (calibration or model in EMBEDDED)):
             source = (calibration, sequences, length, column, calibration_seed)
             text = _text(loaded, tokenizer, *source, heldout=fidelity)
         if captures:
-            until = _until(until_stable, until_excess, experts, resolve(method, **settings))
+            until = _until(until_stable, until_excess, [experts], resolve(method, **settings).settings)
             options = dict(sample=sample, every=every, batch_size=batch_size)
             stats = _captured(loaded, text, work, until, resolve(method, **settings).needs, **options)
         if ranks.left():
@@ -117,8 +118,7 @@ def shrink(
             recipe = dict(method=method, experts=experts, seed=plan_seed) | settings
             plan = _planned(loaded, stats, work, recipe)
             advice = _advice(loaded, stats, recipe) if fidelity else ""
-        about = {"calibration": text.about} if captures else {}
-        written = _written(loaded, tokenizer, plan, stats, text, out, work, router, about)
+        written = _written(loaded, tokenizer, plan, stats, text, out, work, router, captures)
     return written | {"out": out, "plan": plan, "advice": advice}
 
 
@@ -128,20 +128,16 @@ def capture_to_file(
     *,
     methods: tuple = (),
     stable_at: tuple = (),
-    calibration: str = "",
-    sequences: int = 0,
-    length: int = 0,
-    column: str = "text",
-    calibration_seed: int = 42,
-    sample: int = SAMPLE,
-    every: int = 1,
     until_stable: float = 0.0,
     until_excess: float = 0.0,
-    batch_size: int = 8,
     dtype: str = "auto",
     device: str = "auto",
     load: str = "auto",
     memory: str = "",
+    sample: int = SAMPLE,
+    every: int = 1,
+    batch_size: int = 8,
+    **source: Any,
 ) -> str | None:
     """Capture a model's statistics to a file; the arguments are those of :func:`shrink`.
 
@@ -151,6 +147,8 @@ def capture_to_file(
         To collect for; ``["all"]`` for all.
     stable_at : sequence of int
         With ``until_…``: numbers of groups that have to be stable.
+    **source
+        ``calibration``, ``sequences``, ``length``, ``column`` and ``calibration_seed``.
 
     Returns
     -------
@@ -159,13 +157,12 @@ def capture_to_file(
     """
     names = list(METHODS) if list(methods) == ["all"] else methods or ["hc-smoe"]
     needs = tuple(dict.fromkeys(need for name in names for need in METHODS[resolve(name).method].needs))
-    until = _until(until_stable, until_excess, stable_at)
+    until = _until(until_stable, until_excess, list(stable_at) or None)
     device = ranks.started(device)
-    loaded, tokenizer = open_model(model, dtype=dtype, device=device, load=load, memory=memory)
-    with work_folder(out, loaded) as work:
-        text = _text(loaded, tokenizer, calibration, sequences, length, column, calibration_seed)
-        options = dict(sample=sample, every=every, batch_size=batch_size)
-        stats = _captured(loaded, text, work, until, needs, **options)
+    loaded, tokenizer = streaming.open_model(model, dtype=dtype, device=device, load=load, memory=memory)
+    with streaming.work_folder(out, loaded) as work:
+        text = _text(loaded, tokenizer, **source)
+        stats = _captured(loaded, text, work, until, needs, sample=sample, every=every, batch_size=batch_size)
         if ranks.left():
             return None
         stats.save(out)
@@ -175,39 +172,29 @@ def capture_to_file(
 
 def _checked(plan, experts, method, router, settings):
     """Settings of the method, after all that can be refused before a model is loaded."""
-    check_choice("router", router, ("", *ROUTERS))
-    if (plan is None) == (experts == 0):
-        raise InputError(
-            "Give either a plan (--plan FILE) or the number of experts kept per layer (--experts, from 1 to "
-            "the "
-            "model's number), and not both."
-        )
-    if plan is not None:
-        return settings
-    settings = settings | ({"router": router} if router in JOINED else {})
-    resolve(method, **settings)
+    check_choice("router", router, ("", *checkpoint.ROUTERS))
+    require(
+        (plan is None) != (experts == 0),
+        "Give either a plan (--plan FILE) or the number of experts kept per layer (--experts, from 1 to the "
+        "model's number), and not both.",
+    )
+    if plan is None:
+        settings = settings | ({"router": router} if router in JOINED else {})
+        resolve(method, **settings)
     return settings
 
 
-def _read(value, load):
-    return load(value) if isinstance(value, str | Path) else value
-
-
-@contextlib.contextmanager
-def _work_folder(out, model, experts):
-    """The work folder of a streamed model, or None; a number of experts that no plan can have is refused."""
+def _check_loaded(model, out, experts):
+    """Refuse a number of experts that no plan can have, and a streamed model that is not to be written."""
     if experts is not None:
-        check_count("experts", experts, 1, model_size(model)["num_experts"])
-    if out is None and source_of(model) is not None:
-        raise InputError(
-            'A streamed model can only be merged on disk; give the "out" argument, a new folder.'
-        )
-    with work_folder(out, model) as work:
-        yield work
+        check_count("experts", experts, 1, tables.model_size(model)["num_experts"])
+    require(
+        out is not None or moe.source_of(model) is None,
+        'A streamed model can only be merged on disk; give the "out" argument, a new folder.',
+    )
 
 
-@dataclass
-class _Text:
+class _Text(NamedTuple):
     """Calibration tokens, what they are, and as many of the same source with some after them."""
 
     input_ids: torch.Tensor
@@ -216,25 +203,24 @@ class _Text:
     more: torch.Tensor
 
 
-def _text(model, tokenizer, calibration, sequences, length, column, seed, heldout=0):
-    """Calibration tokens; text of the model's own where none was asked for and the usual source is
-    unavailable.
-    """
-    settings = calibration_settings(model.name_or_path, calibration, sequences, length)
-    source, count, size = settings["calibration"], settings["sequences"], settings["length"]
-    options = dict(model=model, length=size, seed=seed, column=column)
+def _text(
+    model, tokenizer, calibration="", sequences=0, length=0, column="text", calibration_seed=42, heldout=0
+):
+    """Calibration tokens; text of the model's own where none was asked for and the usual is unavailable."""
+    source, count, size = calibration_settings(model.name_or_path, calibration, sequences, length).values()
+    options = dict(model=model, length=size, seed=calibration_seed, column=column)
     try:
         input_ids = more = calibration_tokens(source, tokenizer, sequences=count, **options)
     except FileNotFoundError as error:
-        if calibration or source_of(model) is not None:  # what was asked for is never replaced
+        if calibration or moe.source_of(model) is not None:  # what was asked for is never replaced
             raise
         print(f"hcsmoe: {error}\nNo calibration was given: the model writes its own text.", file=sys.stderr)
-        return _text(model, tokenizer, NAME, sequences, length, column, seed, heldout)
+        return _text(model, tokenizer, NAME, sequences, length, column, calibration_seed, heldout)
     if heldout:
         with contextlib.suppress(InputError):  # there is not text enough for both
             more = calibration_tokens(source, tokenizer, sequences=count + heldout, **options)
     name = Path(source).name if Path(source).exists() else source
-    about = f"{count} × {size} tokens of {name}, seed {seed}"
+    about = f"{count} × {size} tokens of {name}, seed {calibration_seed}"
     if own_sequences(source, count):
         about += f", {repetition(input_ids):.1%} of {GRAM}-grams repeated"
         _say(f"calibrating on {about}")
@@ -246,75 +232,67 @@ def _say(text):
         print(text)
 
 
-def _until(stable, excess, experts, recipe=None):
-    """Options of :func:`capture_until_stable` for the trees that a method cuts; none if all tokens are
-    taken.
-    """
-    if stable and excess:
-        raise InputError(
-            "Give one of --until-stable (groups agree) and --until-excess (groups cost as much), not both."
-        )
-    if not (stable or excess):
-        return {}
-    until = {"agreement": stable} if stable else {"excess": excess}
-    settings = recipe.settings if recipe else {}
-    until |= {name: settings[name] for name in ("similarity", "metric", "linkage") if name in settings}
+def _until(stable, excess, experts, settings=None):
+    """Options of :func:`hcsmoe_core.studies.stability.capture_until_stable`, if tokens may be left."""
+    require(
+        not (stable and excess),
+        "Give one of --until-stable (groups agree) and --until-excess (groups cost as much), not both.",
+    )
+    settings = settings or {}
+    trees = {name: settings[name] for name in ("similarity", "metric", "linkage") if name in settings}
     if settings.get("group") == "residual":
-        until["similarity"] = "functional-routed"  # of the distances it groups by, the one that tokens change
-    return until | {"experts": [experts] if isinstance(experts, int) else list(experts) or None}
+        trees["similarity"] = "functional-routed"  # of the distances it groups by, the one that tokens change
+    limit = {"agreement": stable} if stable else {"excess": excess}
+    return limit | trees | {"experts": experts} if stable or excess else {}
 
 
 def _captured(model, text, work, until, needs, **options):
     """Statistics of a model, decoder layer by decoder layer where there is a work folder."""
     ids, domains = text.input_ids, text.domains
-    size = dict(domains=len(set(domains)) if domains else 1, tokens=ids.numel(), sample=options["sample"])
+    size = dict(domains=len(set(domains or [""])), tokens=ids.numel(), sample=options["sample"])
     way = "" if work is None else ", decoder layer by decoder layer"
-    _say(f"collecting {', '.join(needs)}{way}: {expected_bytes(model, needs, **size) / 1e6:.1f} MB")
-    options |= dict(needs=needs, domains=domains)
-    if until:
-        stats = capture_until_stable(model, ids, ranks=ranks, **until, **options)
-        _say(stability_table(stats).round(3).to_string(index=False))
-        state = "stable" if stats.stability["stable"] else "not stable yet"
-        _say(f"{state} after {stats.num_tokens:,} of {ids.numel():,} tokens")
-        return stats
-    if work is None:
-        return capture(model, ids, ranks=ranks, **options)
-    return stream_capture(model, ids, work / "capture", **options)
+    _say(f"collecting {', '.join(needs)}{way}: {cost.expected_bytes(model, needs, **size) / 1e6:.1f} MB")
+    options |= dict(needs=needs, domains=domains, ranks=ranks)
+    if not until:
+        return cache.captured(model, ids, work, **options)
+    stats = stability.capture_until_stable(model, ids, **until, **options)
+    _say(stability.stability_table(stats).round(3).to_string(index=False))
+    state = "stable" if stats.stability["stable"] else "not stable yet"
+    _say(f"{state} after {stats.num_tokens:,} of {ids.numel():,} tokens")
+    return stats
 
 
 def _planned(model, stats, work, recipe):
     """The plan; that of a streamed model is kept in the work folder, as making it may take long."""
-    path = work and work / f"plan-{sha256_json([stats.identity(), recipe])[:12]}.json"
-    if path and path.exists():
-        return load_plan(path)
-    plan = make_plan(stats, model, **recipe)
-    if path:
-        plan.save(path)
-    return plan
+    if work is None:
+        return make_plan(stats, model, **recipe)
+    path = work / f"plan-{sha256_json([stats.identity(), recipe])[:12]}.json"
+    if not path.exists():
+        make_plan(stats, model, **recipe).save(path)
+    return load_plan(path)
 
 
-def _written(model, tokenizer, plan, stats, text, out, work, router, card):
+def _written(model, tokenizer, plan, stats, text, out, work, router, captured):
     """Write the checkpoint with the fidelity that is measured, or leave the merged model in memory."""
-    heldout = None
-    if text is not None:
-        seen = sequence_hashes(text.input_ids) + (stats.sequences if stats else [])
-        heldout = scoring.unseen(text.more, seen, length=HELD_OUT)
+    seen = (sequence_hashes(text.input_ids) if text else []) + (stats.sequences if stats else [])
+    heldout = scoring.unseen(text.more, seen, length=HELD_OUT) if text else None
+    card = {"calibration": text.about} if captured else {}
     options = dict(stats=stats, tokenizer=tokenizer, card=card)
     if work is not None:
         observer = None if heldout is None else scoring.observer(heldout)
-        return stream_merged(model, plan, out, work, router=router, observer=observer, **options)
-    plan, router = exported(plan, router)
+        return streaming.stream_merged(model, plan, out, work, router=router, observer=observer, **options)
+    plan, router = checkpoint.exported(plan, router)
     if out is not None:
-        target_of(model, plan, router)  # what cannot be written is refused before it is measured
-    apply_plan(model, plan, stats)
+        checkpoint.target_of(model, plan, router)  # what cannot be written is refused before it is measured
+    merging.apply_plan(model, plan, stats)
     try:
         measured = None if heldout is None else scoring.fidelity(model, plan, heldout)
         if out is None:
             return {"model": model, "tokenizer": tokenizer, "fidelity": measured}
-        return save_merged(model, plan, out, router=router, fidelity=measured, **options)
+        return checkpoint.save_merged(model, plan, out, router=router, fidelity=measured, **options)
     finally:
         if out is not None:
-            restore(model)
+            merging.restore(model)
 
 
 def _advice(model, stats, recipe):
@@ -322,21 +300,21 @@ def _advice(model, stats, recipe):
     best = resolve(RECOMMENDED).method
     if resolve(recipe["method"]).method == best:
         return ""
-    how = f"Recommended: method {best!r} (--method {RECOMMENDED})"
-    if source_of(model) is not None:
-        return f"{how}."
+    advice = f"Recommended: method {best!r} (--method {RECOMMENDED})"
+    if moe.source_of(model) is not None:
+        return f"{advice}."
     if not set(resolve(best).needs) <= set(stats.needs):
         return (
-            f"{how}; statistics for both tell how they compare: hcsmoe capture --for hc-smoe,{RECOMMENDED}."
+            f"{advice}; statistics for both tell how they compare: hcsmoe capture --for "
+            f"hc-smoe,{RECOMMENDED}."
         )
-    chosen = residual(model, stats, **recipe)
-    other = residual(model, stats, experts=recipe["experts"], method=best)
+    recommended = dict(experts=recipe["experts"], method=best)
+    chosen, other = (residual(model, stats, **each) for each in (recipe, recommended))
     if chosen is None or other is None:
-        return f"{how}; how they compare shows only once both are measured, as the router chooses anew."
+        return f"{advice}; how they compare shows only once both are measured, as the router chooses anew."
     return (
-        f"{how} would lose {other:.1%} of the layers' outputs on calibration tokens that plans are not "
-        "fitted to, "
-        f"{recipe['method']!r} {chosen:.1%}."
+        f"{advice} would lose {other:.1%} of the layers' outputs on calibration tokens that plans are not "
+        f"fitted to, {recipe['method']!r} {chosen:.1%}."
     )
 
 
@@ -360,13 +338,13 @@ def residual(model: Any, stats: Statistics, **recipe: Any) -> float | None:
         None where the router of the plan chooses anew; see :func:`layer_outputs`.
     """
     fitted, judges = split_sample(stats)
-    layers = find_moe_layers(model)
+    layers = families.find_moe_layers(model)
     before = [layer_outputs(layer, judges) for layer in layers]
-    apply_plan(model, make_plan(fitted, model, progress=False, **recipe), fitted)
+    merging.apply_plan(model, make_plan(fitted, model, progress=False, **recipe), fitted)
     try:
         after = [layer_outputs(layer, judges) for layer in layers]
     finally:
-        restore(model)
+        merging.restore(model)
     if any(outputs is None for outputs in after):
         return None
     errors = [(new - old).norm() / old.norm() for old, new in zip(before, after, strict=True)]
@@ -380,7 +358,7 @@ def split_sample(stats: Statistics) -> tuple[Statistics, Statistics]:
     """
     domains, sequences = stats.sampled[:, 2].unique(), stats.sampled[:, [0, 2]].unique(dim=0)
     judges = held_out(stats.sampled, "sequences" if len(sequences) > len(domains) else "domains")
-    return with_rows(stats, ~judges), with_rows(stats, judges)
+    return stability.with_rows(stats, ~judges), stability.with_rows(stats, judges)
 
 
 @torch.no_grad()
@@ -425,16 +403,14 @@ def written_text(written: dict) -> str:
         return f"{out}: complete; what an interrupted run had left beside it is removed"
     plan, measured = written["plan"], written["fidelity"]
     lines = [
-        f"{out}: {kept_of(plan)}, {written['parameters']:,} of {written['original']:,} weights, "
+        f"{out}: {export.kept_of(plan)}, {written['parameters']:,} of {written['original']:,} weights, "
         f"{written['bytes'] / 1e6:.1f} MB, {written['router']}; {LOADING[written['router']]} or hcsmoe "
-        f"evaluate {out}"
-    ]
-    if plan.statistics:
-        lines.append(f"calibrated on {calibrated(plan)}; text of other kinds may lose more")
-    lines += [f"- {line}" for line in written["limits"]]
-    lines.append(
+        f"evaluate {out}",
+        plan.statistics and f"calibrated on {export.calibrated(plan)}; text of other kinds may lose more",
+        *(f"- {line}" for line in written["limits"]),
         "Fidelity was not measured, as no tokens were held out: see --fidelity and --calibration."
         if measured is None
-        else fidelity_text(measured | {"warning": ""})
-    )
-    return "\n".join([*lines, *filter(None, [written["advice"]])])
+        else export.fidelity_text(measured | {"warning": ""}),
+        written["advice"],
+    ]
+    return "\n".join(filter(None, lines))

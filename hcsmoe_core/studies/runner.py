@@ -1,34 +1,53 @@
-"""The one runner: cells that are measured once each, kept in files and resumed by their names, here or on an
-engine.
+"""The one runner: cells that are measured once each, kept in files and resumed by their names.
 
 A cell is a piece of work that writes one file: a function of its settings, run in this process, or a
 notebook, run by papermill. It is done if its file is there. Locks keep two processes from measuring the same;
 a cell that failed leaves its traceback in ``.failed.txt`` beside, and is tried again by the next run.
+
+An engine says where cells run: in this process, in processes of this machine, or on a Dask cluster's workers,
+behind ``Executor.submit``.
 """
 
-import concurrent.futures
 import contextlib
+import importlib
 import os
 import re
 import socket
 import tempfile
-import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Sequence
-from concurrent.futures import BrokenExecutor, CancelledError
+from collections.abc import Callable, Iterator, Sequence
+from concurrent import futures
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
 
-from hcsmoe_core._util import read_json, sha256_file, write_json
-from hcsmoe_core.studies import engines
+from hcsmoe_core._util import MissingPackageError, check_count, read_json, require, sha256_file, write_json
 from hcsmoe_core.studies.cache import function_hash, is_locked, key, locked
 
+THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 STATES = ("done", "failed", "running", "interrupted", "missing")
+DEATHS = 3  # workers that a cell may lose (killed, out of memory, machine gone) before it counts as failed
+WORKER_TTL = "5 minutes"  # after which a silent worker is taken for dead, and its cells run elsewhere
+GRACE = 120  # seconds before its job ends at which a worker takes no more cells
+# Options of a SLURM job: what they are by default, and what they mean.
+SLURM = {
+    "queue": ("", "partition"),
+    "account": ("", "account that is charged"),
+    "walltime": ("04:00:00", "of a job; a cell that is not done by then runs again in another job"),
+    "memory": ("16GB", "of a job"),
+    "cores": ("1", "CPU cores of a job, all for the one cell that it runs at a time"),
+    "gpus": ("0", "GPUs of a job: one, or none"),
+    "directives": ("", "other #SBATCH lines, separated by ;"),
+    "prologue": ("", "shell commands before the worker starts, separated by ;"),
+    "directory": ("", "of the workers' scratch files"),
+    "interface": ("", "network interface that workers and scheduler talk by"),
+    "python": ("", "Python of the workers, if not this one"),
+}
 
 
 class CellsError(RuntimeError):
@@ -97,7 +116,7 @@ def complete(cell: Cell, *, again: bool = False, threads: int | None = None) -> 
 @contextlib.contextmanager
 def _environment(threads):
     """Environment for processes that are started in the block, and this one's restored after it."""
-    limits = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads)) if threads else {}
+    limits = dict.fromkeys(THREADS, str(threads)) if threads else {}
     before = dict(os.environ)
     os.environ |= limits | {"TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false"}
     try:
@@ -115,24 +134,88 @@ def part_of(done: Path) -> Path:
 
 def write_failure(done: Path, text: str) -> None:
     """Keep why a cell failed."""
+    done.parent.mkdir(parents=True, exist_ok=True)
     done.with_suffix(".failed.txt").write_text(re.sub(r"\x1b\[[0-9;]*m", "", text), encoding="utf-8")
 
 
 def state_of(done: Path) -> str:
     """One of :data:`STATES`; "interrupted" where the process that measured it is gone and left a part."""
-    if done.exists():
-        return "done"
-    if is_locked(done):
-        return "running"
-    if done.with_suffix(".failed.txt").exists():
-        return "failed"
-    return "interrupted" if part_of(done).exists() else "missing"
+    signs = {
+        "done": done.exists(),
+        "running": is_locked(done),
+        "failed": done.with_suffix(".failed.txt").exists(),
+        "interrupted": part_of(done).exists(),
+        "missing": True,
+    }
+    return next(state for state, seen in signs.items() if seen)
+
+
+@dataclass
+class Engine:
+    """Where cells run.
+
+    Attributes
+    ----------
+    executor : concurrent.futures.Executor
+    threads : int or None
+        CPU threads per cell; None where the worker's environment says it.
+    window : int or None
+        Cells submitted at a time; None for all.
+    dashboard : str
+        Address of Dask's dashboard, or empty.
+    """
+
+    executor: futures.Executor
+    threads: int | None = None
+    window: int | None = None
+    dashboard: str = ""
+
+
+class _Here(futures.Executor):
+    """Calls in this process, one after another."""
+
+    def submit(self, fn, /, *args, **kwargs):
+        """Call a function; its future is done."""
+        future = futures.Future()
+        try:
+            future.set_result(fn(*args, **kwargs))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+
+class _Processes(futures.Executor):
+    """Processes of this machine; those that die are replaced, which ``ProcessPoolExecutor`` does not do."""
+
+    def __init__(self, workers):
+        self._new = partial(futures.ProcessPoolExecutor, workers, mp_context=get_context("spawn"))
+        self._pool = self._new()
+
+    def submit(self, fn, /, *args, **kwargs):
+        try:
+            return self._pool.submit(fn, *args, **kwargs)
+        except futures.BrokenExecutor:
+            self._pool.shutdown(wait=False)
+            self._pool = self._new()
+            return self._pool.submit(fn, *args, **kwargs)
+
+    def shutdown(self, wait=True, *, cancel_futures=True):
+        self._pool.shutdown(wait=wait, cancel_futures=cancel_futures)
+
+
+@contextlib.contextmanager
+def processes(workers: int) -> Iterator[Engine]:
+    """Processes of this machine that share its cores."""
+    check_count("workers", workers, 1)
+    # No more cells are submitted than run: a process that dies takes all that were submitted with it.
+    with _Processes(workers) as executor:
+        yield Engine(executor, threads=max(1, (os.cpu_count() or 1) // workers), window=workers)
 
 
 def run(
     cells: Sequence[Cell],
     *,
-    engine: engines.Engine | None = None,
+    engine: Engine | None = None,
     again: bool = False,
     retries: int = 0,
     after: dict | None = None,
@@ -148,8 +231,7 @@ def run(
     again : bool
         Measure cells even if they are done.
     retries : int
-        How often a cell that fails is tried again. One whose worker dies is, up to
-        :data:`hcsmoe_core.studies.engines.DEATHS` times.
+        How often a cell that fails is tried again; one whose worker dies is :data:`DEATHS` times.
     after : dict of int to int
         By index, the cell that one waits for.
     description : str
@@ -160,63 +242,49 @@ def run(
     CellsError
         When all others are done, if some failed; it names them.
     """
-    engine, tries, failed, running = engine or engines.here(), Counter(), {}, {}
-    done = {i for i, cell in enumerate(cells) if cell.done.exists() and not again}
-    blocked = {i: first for i, first in (after or {}).items() if not {i, first} & done}
-    ready = [i for i in range(len(cells)) if i not in done and i not in blocked]
-    with tqdm(total=len(cells), initial=len(done), desc=description, unit="cell") as bar:
+    engine, after = engine or Engine(_Here(), window=1), after or {}
+    todo = [i for i, cell in enumerate(cells) if again or not cell.done.exists()]
+    ready = [i for i in todo if after.get(i) not in todo]
+    tries, failed, running = Counter(), {}, {}
+    with tqdm(total=len(cells), initial=len(cells) - len(todo), desc=description, unit="cell") as bar:
         while ready or running:
             while ready and len(running) < (engine.window or len(cells)):
                 i, options = ready.pop(0), dict(again=again, threads=engine.threads)
                 running[engine.executor.submit(complete, cells[i], **options)] = i
-            finished = concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED).done
+            finished = futures.wait(running, return_when=futures.FIRST_COMPLETED).done
             for i, error in ((running.pop(future), _error_of(future)) for future in finished):
                 tries[i] += 1
-                if error and tries[i] <= (engines.DEATHS if isinstance(error, BrokenExecutor) else retries):
+                died = isinstance(error, futures.BrokenExecutor)
+                if error and tries[i] <= (DEATHS if died else retries):
                     ready.insert(0, i)
                     continue
                 if error:
                     failed[i] = error
-                    _keep_failure(cells[i].done, error)
-                ready += [waiting for waiting, first in blocked.items() if first == i]
-                blocked = {waiting: first for waiting, first in blocked.items() if first != i}
+                    if state_of(cells[i].done) not in ("done", "failed"):  # it died before it could tell
+                        write_failure(cells[i].done, f"{type(error).__name__}: {error}")
+                ready += [waiting for waiting in todo if after.get(waiting) == i]
                 bar.set_postfix({"failed": len(failed)} if failed else {}, refresh=False)
                 bar.update()
     if failed:
-        _raise_failed(cells, failed)
+        reasons = [f"{cells[i].text}: {_last_line(error)}" for i, error in sorted(failed.items())]
+        raise CellsError(
+            "\n  ".join([f"{len(failed)} of {len(cells)} cells failed; run again to retry them.", *reasons])
+            + f"\nTheir tracebacks are in {cells[min(failed)].done.parent}, in files .failed.txt."
+        ) from failed[min(failed)]
     return [cell.done for cell in cells]
+
+
+def _last_line(error):
+    return (str(error).strip() or type(error).__name__).splitlines()[-1]
 
 
 def _error_of(future):
     try:
         return future.exception()
-    except CancelledError:
+    except futures.CancelledError:
         raise RuntimeError(
             "The Dask scheduler is gone; the same command goes on where this one was."
         ) from None
-
-
-def _keep_failure(done, error, seconds=10):
-    """Keep why a cell failed whose worker died before it could tell."""
-    until = time.monotonic() + seconds
-    while (state := state_of(done)) == "running" and time.monotonic() < until:
-        time.sleep(0.05)  # the lock of a process that was killed may outlive it for a moment
-    if state in ("missing", "interrupted"):
-        done.parent.mkdir(parents=True, exist_ok=True)
-        write_failure(done, f"{type(error).__name__}: {error}")
-
-
-def _raise_failed(cells, failed):
-    reasons = []
-    for i, error in sorted(failed.items()):
-        last = (str(error).strip() or type(error).__name__).splitlines()[-1]
-        reasons.append(f"{cells[i].text}: {last}")
-    folder = cells[min(failed)].done.parent
-    raise CellsError(
-        f"{len(failed)} of {len(cells)} cells failed; run again to retry them.\n  "
-        + "\n  ".join(reasons)
-        + f"\nTheir tracebacks are in {folder}, in files .failed.txt."
-    ) from failed[min(failed)]
 
 
 def measure(
@@ -254,11 +322,11 @@ def measure(
     CellsError
         As :func:`run`.
     """
-    code, made = function_hash(function), []
-    for cell in cells:
-        done = Path(folder) / f"{prefix}{key(shared | cell, model=model, code=code)}.json"
-        made.append(Cell(done, partial(_write_result, function, shared | cell), text(cell)))
-    return [read_json(done) for done in run(made, description=description)]
+    code, every = function_hash(function), [shared | cell for cell in cells]
+    done = [Path(folder) / f"{prefix}{key(each, model=model, code=code)}.json" for each in every]
+    work = [partial(_write_result, function, each) for each in every]
+    made = [*map(Cell, done, work, map(text, cells))]
+    return [read_json(path) for path in run(made, description=description)]
 
 
 def _write_result(function, settings, path):
@@ -271,13 +339,14 @@ def notebook_id(notebook: str | Path, parameters: dict) -> str:
 
 
 def notebook_cell(notebook: str | Path, parameters: dict, folder: str | Path) -> Cell:
-    """A notebook with parameters as a cell: executed it lies in the folder as ``NOTEBOOK-KEY.ipynb``, with
-    its results.
+    """A notebook with parameters as a cell.
+
+    Executed, it is in the folder as ``NOTEBOOK-KEY.ipynb`` if and only if it ran to its end, with its results
+    beside it (the parameter ``results`` is filled in).
     """
-    name = notebook_id(notebook, parameters)
+    name, path = notebook_id(notebook, parameters), Path(notebook)
     work = partial(_execute, str(notebook), parameters, name)
-    done = Path(folder) / f"{Path(notebook).stem}-{name}.ipynb"
-    return Cell(done, work, f"{Path(notebook).name} {parameters}")
+    return Cell(Path(folder) / f"{path.stem}-{name}.ipynb", work, f"{path.name} {parameters}")
 
 
 def _execute(notebook, parameters, expected, path):
@@ -304,6 +373,137 @@ def _execute(notebook, parameters, expected, path):
         )
 
 
-def results_of(done: Path) -> Any:
-    """Results that a notebook left beside its executed file."""
-    return read_json(done.with_suffix(".json"))
+@contextlib.contextmanager
+def scheduler(address: str, *, timeout: float = 30) -> Iterator[Engine]:
+    """The workers of a Dask scheduler that runs already.
+
+    Workers must see this folder, and run this version; one thread each, because a cell takes a whole process.
+    How long a silent worker is waited for, and how many may die under a cell, is up to the scheduler (Dask's
+    own: 5 minutes, 3). Where workers have a resource ``GPU``, every cell asks for one:
+    ``CUDA_VISIBLE_DEVICES=0 dask worker tcp://… --nthreads 1 --resources GPU=1``.
+
+    Parameters
+    ----------
+    address : str
+        Such as ``"tcp://10.0.0.1:8786"``.
+    timeout : float
+        Seconds to wait for it.
+
+    Raises
+    ------
+    ImportError
+        If dask.distributed is not installed.
+    OSError
+        If nothing answers there.
+    """
+    distributed = _import("distributed")
+    try:
+        client = distributed.Client(address, timeout=timeout, name="hcsmoe-sweep")
+    except (OSError, ValueError) as error:
+        raise OSError(
+            f"No Dask scheduler answers at {address} ({error}); start one with: dask scheduler"
+        ) from None
+    with client:
+        if not client.scheduler_info(n_workers=-1)["workers"]:
+            print(f"{address} has no workers yet; start some: dask worker {address} --nthreads 1", flush=True)
+        yield _engine(client)
+
+
+@contextlib.contextmanager
+def slurm(jobs: int, options: Sequence[str] = (), *, logs: str | Path) -> Iterator[Engine]:
+    """A Dask cluster of SLURM jobs, each with one worker; a job that ends or is cancelled is replaced.
+
+    Parameters
+    ----------
+    jobs : int
+        Jobs side by side.
+    options : sequence of str
+        ``name=value`` of :data:`SLURM`.
+    logs : path
+        Folder of the jobs' output.
+
+    Raises
+    ------
+    ImportError
+        If dask-jobqueue is not installed.
+    InputError
+        If an option is unknown.
+    """
+    check_count("jobs", jobs, 1)
+    job = job_options(options)
+    dask_jobqueue, distributed, dask = _import("dask_jobqueue"), _import("distributed"), _import("dask")
+    Path(logs).mkdir(parents=True, exist_ok=True)
+    settings = {
+        "distributed.scheduler.allowed-failures": DEATHS,
+        "distributed.scheduler.worker-ttl": WORKER_TTL,
+    }
+    with dask.config.set(settings), dask_jobqueue.SLURMCluster(log_directory=str(logs), **job) as cluster:
+        cluster.adapt(minimum_jobs=jobs, maximum_jobs=jobs)
+        with distributed.Client(cluster, name="hcsmoe-sweep") as client:
+            yield _engine(client, gpu="GPU=1" in job["worker_extra_args"])
+
+
+def job_options(options: Sequence[str] = ()) -> dict:
+    """Arguments of ``dask_jobqueue.SLURMCluster`` for ``name=value`` options of :data:`SLURM`."""
+    job = {name: default for name, (default, _) in SLURM.items()}
+    for option in options:
+        name, equals, value = option.partition("=")
+        require(
+            equals and name in SLURM,
+            f"--slurm-options takes name=value with a name of {', '.join(SLURM)}; not {option!r}.",
+        )
+        job[name] = value
+    for name in ("gpus", "cores"):
+        require(job[name].isdigit(), f"--slurm-options {name} takes a whole number; not {job[name]!r}.")
+    gpus, cores = int(job["gpus"]), int(job["cores"])
+    require(
+        gpus <= 1 and cores >= 1,
+        f"--slurm-options takes cores of at least 1 and gpus of 0 or 1; not cores={cores} and gpus={gpus}.",
+    )
+    left = max(_seconds(job["walltime"]) - GRACE, 1)
+    lifetime = ["--lifetime", f"{left}s", "--lifetime-stagger", f"{min(GRACE // 2, left // 4)}s"]
+    named = {name: job[name] for name in ("queue", "account", "interface", "python")}
+    named["local_directory"] = job["directory"]
+    return {name: value for name, value in named.items() if value} | dict(
+        cores=1,
+        processes=1,
+        job_cpu=cores,
+        memory=job["memory"],
+        walltime=job["walltime"],
+        nanny=True,
+        job_script_prologue=[f"export {name}={cores}" for name in THREADS] + _lines(job["prologue"]),
+        job_extra_directives=_lines(job["directives"]) + ["--gpus=1"] * gpus,
+        worker_extra_args=[*lifetime, "--death-timeout", "300", *["--resources", "GPU=1"] * gpus],
+    )
+
+
+def _lines(text):
+    return [line.strip() for line in text.split(";") if line.strip()]
+
+
+def _seconds(walltime):
+    """Seconds of a time as SLURM writes it: minutes, minutes:seconds, hours:minutes:seconds, days-hours:…"""
+    require(
+        re.fullmatch(r"(\d+-)?\d+(:\d+){0,2}", walltime),
+        f"--slurm-options walltime takes a time such as 04:00:00 or 1-00:00:00; not {walltime!r}.",
+    )
+    days, dash, clock = walltime.rpartition("-")
+    parts = [int(part) for part in clock.split(":")]
+    units = (3600, 60, 1) if dash or len(parts) == 3 else (60, 1)
+    return 86400 * int(days or 0) + sum(part * unit for part, unit in zip(parts, units, strict=False))
+
+
+def _engine(client, gpu=False):
+    """The engine of a Dask client; cells ask for a GPU where any worker offers one."""
+    info = client.scheduler_info(n_workers=-1)
+    gpu = gpu or any("GPU" in worker["resources"] for worker in info["workers"].values())
+    executor = client.get_executor(pure=False, **({"resources": {"GPU": 1}} if gpu else {}))
+    return Engine(executor, dashboard=client.dashboard_link if "dashboard" in info["services"] else "")
+
+
+def _import(name: str) -> Any:
+    """A package of the extra "cluster"."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise MissingPackageError('Clusters need Dask: pip install "hcsmoe[cluster]"') from None

@@ -2,30 +2,24 @@
 
 import ast
 import contextlib
-import functools
 import itertools
-import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from hcsmoe_core._util import InputError, sha256_json, write_json
+from hcsmoe_core._util import InputError, read_json, require, sha256_json, write_json
 from hcsmoe_core.methods import METHODS, format_settings, option_names, parse_settings, resolve
-from hcsmoe_core.studies import engines, runner
-from hcsmoe_core.studies.cache import slug
-from hcsmoe_core.studies.runner import STATES, notebook_id, results_of, state_of, write_failure
+from hcsmoe_core.studies import cache, runner
 from hcsmoe_core.text.calibration import calibration_settings
-
-__all__ = ["STATES", "state_of", "write_failure"]
 
 NOTEBOOKS = Path("notebooks")  # in the working directory
 NAMED = ("similarity", "linkage", "merge")  # steps that are parameters of 05_accuracy; "steps" has the others
 SOURCE = ("calibration", "sequences", "length")
 SEED = "calibration_seed"
 SAMPLES = (SEED, "plan_seed")  # parameters that tell samples of one setting apart
-cell_id = notebook_id
 
 
 def step_names() -> tuple[str, ...]:
@@ -51,12 +45,10 @@ def grid(base: dict, **axes: Sequence) -> list[dict]:
 
 def parameters_of(notebook: str | Path) -> dict:
     """Parameters of a notebook with their defaults."""
-    path = Path(notebook)
-    return dict(_parameters_of(path, path.stat().st_mtime_ns))
+    return dict(cache.by_stat(_parameters_of, Path(notebook)))
 
 
-@functools.lru_cache(maxsize=64)
-def _parameters_of(path, written):
+def _parameters_of(path, *_):
     import papermill
 
     found = papermill.inspect_notebook(str(path))
@@ -67,18 +59,17 @@ def check_parameters(notebook: str | Path, parameters: dict) -> None:
     """Raise InputError if a notebook has no parameter of some name; papermill would only warn."""
     known = parameters_of(notebook)
     unknown = ", ".join(repr(name) for name in parameters if name not in known)
-    if unknown:
-        raise InputError(
-            f"{Path(notebook).name} has no parameter {unknown}; its parameters are {', '.join(known)}."
-        )
+    require(
+        not unknown,
+        f"{Path(notebook).name} has no parameter {unknown}; its parameters are {', '.join(known)}.",
+    )
 
 
 def chosen_steps(parameters: dict) -> dict:
     """Steps and options that a cell sets, whether they stand by name or in its parameter ``steps``."""
-    names = NAMED if "steps" in parameters else step_names()[1:]
-    given = {name: parameters.get(name) for name in names}
-    given = {name: value for name, value in given.items() if value not in (None, "") and value == value}
-    return parse_settings((parameters.get("steps") or "").split()) | given
+    given = {name: parameters.get(name) for name in (NAMED if "steps" in parameters else step_names()[1:])}
+    named = {name: value for name, value in given.items() if value not in (None, "") and value == value}
+    return parse_settings((parameters.get("steps") or "").split()) | named
 
 
 def recipe_of(parameters: dict) -> Any:
@@ -116,15 +107,16 @@ def canonical(parameters: dict, defaults: dict) -> dict:
 
 def _shortest(recipe):
     """The method, and the fewest other settings, that come to the same recipe."""
-    best = None
-    for method in METHODS:
-        own = resolve(method).settings
-        changed = {name: value for name, value in recipe.settings.items() if own.get(name) != value}
+    own = {method: resolve(method).settings for method in METHODS}
+    changes = {
+        method: {name: value for name, value in recipe.settings.items() if usual.get(name) != value}
+        for method, usual in own.items()
+    }
+    for method, changed in sorted(changes.items(), key=lambda item: len(item[1])):
         with contextlib.suppress(InputError):  # steps that do not go together
-            if best is None or len(changed) < len(best[1]):
-                same = resolve(method, **changed).settings == recipe.settings
-                best = (method, changed) if same else best
-    return best
+            if resolve(method, **changed).settings == recipe.settings:
+                return method, changed
+    return recipe.method, changes[recipe.method]
 
 
 def _unusual(parameters):
@@ -137,22 +129,12 @@ def _unusual(parameters):
     return given | {name: 0 for name in SOURCE[1:] if settings[name] == default[name]}
 
 
-def run_cell(notebook: str | Path, parameters: dict, folder: str | Path, *, again: bool = False) -> Path:
-    """Run one notebook, unless it is done; see :func:`hcsmoe_core.studies.runner.complete`.
-
-    The executed notebook is in the folder as ``NOTEBOOK-ID.ipynb`` if and only if it ran to its end, with its
-    results beside it (the parameter ``results`` is filled in).
-    """
-    check_parameters(notebook, parameters)
-    return runner.complete(runner.notebook_cell(notebook, parameters, folder), again=again)
-
-
 def run_cells(
     cells: Sequence[tuple],
     folder: str | Path,
     *,
     workers: int = 1,
-    engine: engines.Engine | None = None,
+    engine: runner.Engine | None = None,
     **options: Any,
 ) -> list[Path]:
     """Run notebooks side by side, each in a process of its own, and go on past those that fail.
@@ -183,9 +165,8 @@ def run_cells(
     for notebook, parameters in cells:
         check_parameters(notebook, parameters)
     made = [runner.notebook_cell(notebook, parameters, folder) for notebook, parameters in cells]
-    with contextlib.ExitStack() as stack:
-        engine = engine or stack.enter_context(engines.processes(workers))
-        return runner.run(made, engine=engine, **options)
+    with contextlib.nullcontext(engine) if engine else runner.processes(workers) as where:
+        return runner.run(made, engine=where, **options)
 
 
 def write_grid(folder: str | Path, name: str, model: str, *, title: str, notebook: str | Path, cells: list):
@@ -200,7 +181,7 @@ def write_grid(folder: str | Path, name: str, model: str, *, title: str, noteboo
         ``id`` and ``parameters``, the latter as the grid has them.
     """
     content = {"grid": name, "model": model, "title": title, "notebook": Path(notebook).stem, "cells": cells}
-    write_json(Path(folder) / f"{name}-{slug(model)}.grid.json", content)
+    write_json(Path(folder) / f"{name}-{cache.slug(model)}.grid.json", content)
 
 
 def grids_of(folder: str | Path, names: str = "", model: str | None = None) -> list[dict]:
@@ -218,20 +199,21 @@ def grids_of(folder: str | Path, names: str = "", model: str | None = None) -> l
     FileNotFoundError
         If there is no such grid.
     """
-    grids = [
-        json.loads(path.read_text(encoding="utf-8")) for path in sorted(Path(folder).glob("*.grid.json"))
-    ]
-    grids = [entry for entry in grids if model is None or entry["model"] == model]
+    files = sorted(Path(folder).glob("*.grid.json"))
+    grids = [entry for entry in map(read_json, files) if model in (None, entry["model"])]
     wanted = [name.strip() for name in names.split(",") if name.strip()]
     known = list(dict.fromkeys(entry["grid"] for entry in grids))
     for name in wanted or ([] if grids else ["any grid"]):
         if name not in known:
-            what = f"{name} of {model}" if model else name
             raise FileNotFoundError(
-                f"{what} was not swept into {folder}, which has {', '.join(known) or 'none'}; see hcsmoe "
-                "sweep."
+                f"{name}{_of(model)} was not swept into {folder}, which has {', '.join(known) or 'none'}; "
+                "see hcsmoe sweep."
             )
     return [entry for name in wanted or known for entry in grids if entry["grid"] == name]
+
+
+def _of(model):
+    return f" of {model}" if model else ""
 
 
 def _done_of(folder, entry):
@@ -243,26 +225,26 @@ def cells_of(folder: str | Path, names: str = "", model: str | None = None) -> d
     """Cells of grids, as :func:`grids_of`: by the executed notebook, parameters as the first grid has
     them.
     """
-    found = {}
-    for entry in grids_of(folder, names, model):
-        found = _done_of(folder, entry) | found
-    return found
+    grids = reversed(grids_of(folder, names, model))
+    return {done: given for entry in grids for done, given in _done_of(folder, entry).items()}
 
 
 def status(folder: str | Path, names: str = "", model: str | None = None) -> Any:
-    """How far each grid is: a row per grid and model, with the number of cells in each of :data:`STATES`.
+    """How far each grid is: a row per grid and model, with its number of cells and of those in each state.
 
-    Cells that grids share count in each of them.
+    States are those of :data:`hcsmoe_core.studies.runner.STATES`; a cell that grids share counts in each.
 
     Returns
     -------
     pandas.DataFrame
     """
-    rows = []
-    for entry in grids_of(folder, names, model):
-        states = [state_of(done) for done in _done_of(folder, entry)]
-        row = {"grid": entry["grid"], "model": entry["model"], "cells": len(states)}
-        rows.append(row | {state: states.count(state) for state in STATES})
+    grids = grids_of(folder, names, model)
+    states = [[runner.state_of(done) for done in _done_of(folder, entry)] for entry in grids]
+    rows = [
+        {"grid": entry["grid"], "model": entry["model"], "cells": len(found)}
+        | {state: found.count(state) for state in runner.STATES}
+        for entry, found in zip(grids, states, strict=True)
+    ]
     return pd.DataFrame(rows)
 
 
@@ -280,12 +262,10 @@ def status_text(folder: str | Path, names: str = "", models: Sequence = (None,))
 
 def failures(folder: str | Path, names: str = "", model: str | None = None) -> list[str]:
     """Cells of grids that failed: a line each, with the file of the traceback and its last line."""
-    lines = []
-    for done, parameters in cells_of(folder, names, model).items():
-        if state_of(done) == "failed":
-            text = done.with_suffix(".failed.txt").read_text(encoding="utf-8").strip()
-            lines.append(f"{done.stem}.failed.txt {parameters}: {text.splitlines()[-1]}")
-    return lines
+    cells = cells_of(folder, names, model).items()
+    failed = {done.with_suffix(".failed.txt"): g for done, g in cells if runner.state_of(done) == "failed"}
+    texts = {path: path.read_text(encoding="utf-8").strip().splitlines() for path in failed}
+    return [f"{path.name} {given}: {texts[path][-1]}" for path, given in failed.items()]
 
 
 def table_of(folder: str | Path, names: str = "", models: Sequence = (None,)) -> Any:
@@ -296,12 +276,9 @@ def table_of(folder: str | Path, names: str = "", models: Sequence = (None,)) ->
     pandas.DataFrame
     """
     entries = [entry for model in models for entry in grids_of(folder, names, model)]
-    frames = []
-    for entry in entries:
-        frame = collect(folder, model=entry["model"], grid=entry["grid"])
-        frame.insert(0, "grid", entry["grid"])
-        frames.append(frame)
-    return pd.concat(frames, ignore_index=True)
+    frames = [collect(folder, model=entry["model"], grid=entry["grid"]) for entry in entries]
+    grids = pd.concat(frames, keys=[entry["grid"] for entry in entries], names=["grid", "row"])
+    return grids.reset_index("grid").reset_index(drop=True)
 
 
 def collect(
@@ -333,18 +310,19 @@ def collect(
     """
     if grid:
         declared = cells_of(folder, grid, model).items()
-        contents = [(results_of(done), given) for done, given in declared if done.exists()]
+        measured = [(done.with_suffix(".json"), given) for done, given in declared if done.exists()]
+        contents = [(read_json(path), given) for path, given in measured]
     else:
         paths = sorted(Path(folder).glob(f"{notebook}-*.json"), key=lambda path: path.stat().st_mtime)
-        newest = {sha256_json(c["parameters"]): c for c in map(results_of, paths)}
+        newest = {sha256_json(c["parameters"]): c for c in map(read_json, paths)}
         contents = [(content, None) for content in newest.values()]
     rows = [
         _row(content, given) for content, given in contents if model in (None, content["parameters"]["model"])
     ]
     if not rows:
-        what = f"{notebook} cells of {model}" if model else f"{notebook} cells"
         raise FileNotFoundError(
-            f"There are no {what} in {folder}; run some first: ./run does on the embedded models."
+            f"There are no {notebook} cells{_of(model)} in {folder}; run some first: ./run does on the "
+            "embedded models."
         )
     merged = [row for row in rows if row.get("experts")]
     words = {"calibration": "{}", "sequences": "{} sequences", "length": "{} tokens each"}
@@ -358,21 +336,21 @@ def collect(
 def _row(content, declared=None):
     """One row of :func:`collect`; the method is written as the grid has it."""
     scores, row = content["scores"], dict(content["parameters"])
-    if declared is not None and row["experts"]:
-        steps = chosen_steps(declared)
-        row |= {"method": declared.get("method", "hc-smoe")} | {name: steps.pop(name, "") for name in NAMED}
-        row["steps"] = format_settings(steps)
+    if row.get("experts"):
+        steps = chosen_steps(row if declared is None else declared)
+        if declared is not None:
+            row |= {"method": declared.get("method", "hc-smoe")} | {n: steps.get(n, "") for n in NAMED}
+        row["steps"] = format_settings({name: steps[name] for name in steps if name not in NAMED})
     row["setting"] = setting_name(row)
     if row.get("experts"):
-        settings, steps = recipe_of(row).settings, chosen_steps(row)
-        row["steps"] = format_settings({name: steps[name] for name in steps if name not in NAMED})
-        row |= {n: ",".join(map(str, v)) if isinstance(v, list) else v for n, v in settings.items()}
+        settings = recipe_of(row).settings.items()
+        row |= {name: ",".join(map(str, v)) if isinstance(v, list) else v for name, v in settings}
         row |= calibration_settings(row["model"], *(row.get(name) for name in SOURCE))
-    row["mean_loss"] = float("nan")  # where no text was scored
     names = ("mean_acc", "mean_acc_stderr", "mean_acc_norm", "mean_loss")
-    row |= {name: scores[name] for name in names if name in scores} | content["size"]
-    row |= {f"acc_{task}": found["acc"] for task, found in scores["tasks"].items() if "acc" in found}
-    return row | {f"loss_{domain}": loss for domain, loss in scores.get("loss", {}).items()}
+    means = {"mean_loss": math.nan} | {name: scores[name] for name in names if name in scores}
+    accuracies = {f"acc_{task}": found["acc"] for task, found in scores["tasks"].items() if "acc" in found}
+    losses = {f"loss_{domain}": loss for domain, loss in scores.get("loss", {}).items()}
+    return row | means | content["size"] | accuracies | losses
 
 
 def setting_name(parameters: dict) -> str:
@@ -411,8 +389,7 @@ def over_samples(cells: Any) -> Any:
     grouped = once.groupby(key, sort=False)
     frame = grouped[[name for name in (*step_names(), *SOURCE) if name in once]].first()
     frame = frame.join(grouped[measured].mean()).join(grouped[scores].std(ddof=1).add_suffix("_sd"))
-    original = cells.loc[cells["experts"] == 0, "mean_acc"]
-    whole = original.iloc[0] if len(original) else float("nan")
+    whole = next(iter(cells.loc[cells["experts"] == 0, "mean_acc"]), math.nan)
     retained = dict(retained=frame["mean_acc"] / whole, retained_sd=frame["mean_acc_sd"] / whole)
     return frame.assign(samples=grouped.size(), **retained).reset_index()
 
@@ -428,6 +405,7 @@ def missing_of(folder: str | Path, names: str, model: str | None = None) -> Any:
     """Cells of grids that are not done, as the grids have them, with their ``state``, as a
     pandas.DataFrame.
     """
-    rows = [{"state": state_of(done)} | given for done, given in cells_of(folder, names, model).items()]
+    cells = cells_of(folder, names, model).items()
+    rows = [{"state": runner.state_of(done)} | given for done, given in cells]
     frame = pd.DataFrame([row for row in rows if row["state"] != "done"])
     return frame.drop(columns="model", errors="ignore").fillna("")

@@ -12,19 +12,23 @@ from hcsmoe_core import demo
 from hcsmoe_core._util import check_choice, replacing
 from hcsmoe_core.clustering import cut
 from hcsmoe_core.families import find_moe_layers
-from hcsmoe_core.methods import merge_tree
+from hcsmoe_core.methods import merge_tree, summary
 from hcsmoe_core.methods.similarities import allowed_linkages
-from hcsmoe_core.methods.summary import summarise
 
 
 def layer_table(model: Any) -> Any:
     """What is in a model: one row per MoE layer, as a pandas.DataFrame."""
-    rows = []
-    for layer in find_moe_layers(model):
-        size = sum(t.numel() * t.element_size() for t in layer.tensors().values())
-        row = {"layer": layer.name, "experts": layer.num_experts, "top-k": layer.top_k}
-        row |= {"hidden": layer.hidden_size, "width": layer.width, "experts, MB": round(size / 1e6, 2)}
-        rows.append(row)
+    rows = [
+        {
+            "layer": layer.name,
+            "experts": layer.num_experts,
+            "top-k": layer.top_k,
+            "hidden": layer.hidden_size,
+            "width": layer.width,
+            "experts, MB": round(sum(t.nbytes for t in layer.tensors().values()) / 1e6, 2),
+        }
+        for layer in find_moe_layers(model)
+    ]
     return pd.DataFrame(rows)
 
 
@@ -38,12 +42,16 @@ def usage_table(stats: Any) -> Any:
         number of experts that no token was routed to; ``information, nats``, the mutual information of expert
         and domain over routed pairs (0: routing does not depend on the domain).
     """
-    rows = []
-    for name, layer in stats.layers.items():
-        share = layer.frequency * len(layer.frequency)
-        information = mutual_info_score(None, None, contingency=layer.usage_count.numpy())
-        row = {"layer": name, "least used": float(share.min()), "most used": float(share.max())}
-        rows.append(row | {"unused": int((share == 0).sum()), "information, nats": information})
+    rows = [
+        {
+            "layer": name,
+            "least used": float((layer.frequency * len(layer.frequency)).min()),
+            "most used": float((layer.frequency * len(layer.frequency)).max()),
+            "unused": int((layer.frequency == 0).sum()),
+            "information, nats": mutual_info_score(None, None, contingency=layer.usage_count.numpy()),
+        }
+        for name, layer in stats.layers.items()
+    ]
     return pd.DataFrame(rows)
 
 
@@ -55,10 +63,9 @@ def domain_mix(stats: Any, layer: int | str) -> dict | None:
     dict of str to array, or None
         None where the calibration tokens have one domain only; NaN for an expert that no token was routed to.
     """
-    if len(stats.domains) == 1:
-        return None
     count = stats.layer(layer).usage_count.double()
-    return dict(zip(stats.domains, (count / count.sum(0)).numpy(), strict=True))
+    shares = zip(stats.domains, (count / count.sum(0)).numpy(), strict=True)
+    return dict(shares) if len(stats.domains) > 1 else None
 
 
 def model_size(model: Any) -> dict[str, int]:
@@ -71,7 +78,7 @@ def model_size(model: Any) -> dict[str, int]:
     return {
         "weights": sum(p.numel() for p in parameters),
         "expert_weights": sum(t.numel() for layer in layers for t in layer.tensors().values()),
-        "bytes": sum(p.numel() * p.element_size() for p in parameters),
+        "bytes": sum(p.nbytes for p in parameters),
         "num_experts": min(layer.num_experts for layer in layers),
     }
 
@@ -81,7 +88,9 @@ def cut_table(stats: Any, plan: Any) -> Any:
 
     See :func:`hcsmoe_core.methods.summary.summarise`.
     """
-    rows = [{"layer": layer.name} | summarise(stats, layer.name, layer.labels) for layer in plan.layers]
+    rows = [
+        {"layer": layer.name} | summary.summarise(stats, layer.name, layer.labels) for layer in plan.layers
+    ]
     return pd.DataFrame(rows).rename(columns=CUT_COLUMNS)
 
 
@@ -118,12 +127,14 @@ def cut_costs(
     list of L (E,) float64 arrays
         Cost of 1, 2, …, E groups.
     """
-    costs = []
-    for layer in stats.layers:
-        tree = merge_tree(stats, layer, similarity=similarity, linkage=linkage, model=model)
-        counts = range(1, len(tree) + 2)
-        costs.append(np.array([summarise(stats, layer, cut(tree, count))[cost] for count in counts]))
-    return costs
+    options = dict(similarity=similarity, linkage=linkage, model=model)
+    trees = {layer: merge_tree(stats, layer, **options) for layer in stats.layers}
+    return [
+        np.array(
+            [summary.summarise(stats, layer, cut(tree, count))[cost] for count in range(1, len(tree) + 2)]
+        )
+        for layer, tree in trees.items()
+    ]
 
 
 def family_agreement(stats: Any, model: Any, *, linkages: Sequence[str], similarities: Sequence[str]) -> Any:
@@ -137,15 +148,13 @@ def family_agreement(stats: Any, model: Any, *, linkages: Sequence[str], similar
     families = demo.families(model.name_or_path)
     if families is None:
         return None
-    rows = []
-    for similarity in similarities:
-        for linkage in allowed_linkages(similarity, linkages):
-            options = dict(similarity=similarity, linkage=linkage, model=model)
-            trees = [merge_tree(stats, layer, **options) for layer in stats.layers]
-            for count, family in families.items():
-                scores = [adjusted_rand_score(family, cut(tree, count)) for tree in trees]
-                row = {"similarity": similarity, "linkage": linkage, "groups": count}
-                rows.append(row | {f"layer {i}": round(s, 2) for i, s in enumerate(scores)})
+    rows, layers = [], {f"layer {i}": layer for i, layer in enumerate(stats.layers)}
+    choices = [(name, linkage) for name in similarities for linkage in allowed_linkages(name, linkages)]
+    for choice in (dict(similarity=name, linkage=linkage) for name, linkage in choices):
+        trees = {title: merge_tree(stats, layer, model=model, **choice) for title, layer in layers.items()}
+        for count, family in families.items():
+            scores = {title: adjusted_rand_score(family, cut(tree, count)) for title, tree in trees.items()}
+            rows.append(choice | {"groups": count} | {t: round(s, 2) for t, s in scores.items()})
     return pd.DataFrame(rows)
 
 
@@ -163,8 +172,7 @@ def write_table(frame: Any, path: str | Path) -> Path:
             frame.to_csv(part, index=False)
         else:
             told = [name for name in frame if frame[name].astype(str).nunique() > 1 or len(frame) == 1]
-            text = frame[told].to_latex(index=False, escape=True, float_format="%.4f", na_rep="")
-            part.write_text(text, encoding="utf-8")
+            frame[told].to_latex(part, index=False, escape=True, float_format="%.4f", na_rep="")
     return path
 
 

@@ -554,7 +554,7 @@ def side_by_side(workers: int) -> int:
 
 def _engine(workers: int, scheduler: str, slurm: bool, jobs: int, options: list[str], folder: Path) -> Any:
     """Where cells run."""
-    from hcsmoe_core.studies import engines
+    from hcsmoe_core.studies import runner
 
     require(
         sum(map(bool, (workers, scheduler, slurm))) <= 1,
@@ -562,11 +562,11 @@ def _engine(workers: int, scheduler: str, slurm: bool, jobs: int, options: list[
     )
     require(slurm or not options, "--slurm-options needs --slurm.")
     if scheduler:
-        return engines.scheduler(scheduler)
+        return runner.scheduler(scheduler)
     return (
-        engines.slurm(jobs, options, logs=folder / "logs")
+        runner.slurm(jobs, options, logs=folder / "logs")
         if slurm
-        else engines.processes(side_by_side(workers))
+        else runner.processes(side_by_side(workers))
     )
 
 
