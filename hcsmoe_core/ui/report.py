@@ -40,7 +40,8 @@ ADVICE = {
     "afterwards halves the file again at almost no cost.",
     "in part": "Round the experts to 8 or 4 bits first, which costs less for the bytes that it saves. Then "
     'merge only what is cheap (budget "By cost"), lock the layers that resist, and measure the result.',
-    "no": "Round the experts instead: 4 bits save three quarters of the bytes, whatever experts share. Where operations must fall too, trim every expert's neurons "
+    "no": "Round the experts instead: 4 bits save three quarters of the bytes, whatever experts share. Where "
+    "operations must fall too, trim every expert's neurons "
     '("--method trimming") instead of joining experts.',
 }
 
@@ -109,10 +110,11 @@ def verdict(stats: Any, *, linkage: str = "average", seed: int = 0) -> dict:
     Returns
     -------
     dict
-        ``answer`` ("yes", "in part", "no"); ``experts``, "families", "unrelated" or "mixed"; ``share``, that of
-        the experts that could go at a predicted error of at most 0.3; ``forecast``, a data frame of predicted
-        errors by share; ``layers``, a data frame with :func:`kinship` and errors of each layer; ``resisting``,
-        the numbers of layers without families or with an error over 1.3 times the median; ``basis``.
+        ``answer`` ("yes", "in part", "no"); ``experts``, "families", "unrelated" or "mixed"; ``share``, that
+        of the experts that could go at a predicted error of at most 0.3; ``forecast``, a data frame of
+        predicted errors by share; ``layers``, a data frame with :func:`kinship` and errors of each layer;
+        ``resisting``, numbers of the layers without families or with an error over 1.3 times the median;
+        ``basis``, what the errors are of.
     """
     check_choice("linkage", linkage, LINKAGES)
     stats.check(("outputs",), "The verdict")
@@ -144,7 +146,7 @@ def verdict(stats: Any, *, linkage: str = "average", seed: int = 0) -> dict:
 
 
 def _forecast(errors):
-    """Predicted error, root mean square over layers, of evenly spread and of cheapest joins, by share gone."""
+    """Predicted error (root mean square over layers) of even and of cheapest joins, by share gone."""
     # Each join costs the squared error that it adds; a tree of such heights is what the budget takes.
     trees = [np.pad(np.diff(e[::-1] ** 2)[:, None], ((0, 0), (2, 1))) for e in errors]
     sizes, rows = [len(e) for e in errors], []
@@ -274,17 +276,23 @@ def _tables(stats, model, result, options):
     together = [layers.rename(columns=names), quality[columns], usage.drop(columns="layer")]
     shown = result["forecast"].iloc[3::4]
     return {
-        "What it costs to let experts go": shown.assign(**{"share gone": shown["share gone"].map("{:.1%}".format)}),
-        "Every layer": pd.concat(together, axis=1).assign(families=layers["families"].map({True: "yes", False: "no"})).rename_axis("layer").reset_index(),
+        "What it costs to let experts go": shown.assign(
+            **{"share gone": shown["share gone"].map("{:.1%}".format)}
+        ),
+        "Every layer": pd.concat(together, axis=1)
+        .assign(families=layers["families"].map({True: "yes", False: "no"}))
+        .rename_axis("layer")
+        .reset_index(),
     }
 
 
 def _html(table):
-    return f'<div class="scroll">{table.to_html(index=False, border=0, float_format="{:.3f}".format, na_rep="")}</div>'
+    text = table.to_html(index=False, border=0, float_format="{:.3f}".format, na_rep="")
+    return f'<div class="scroll">{text}</div>'
 
 
 def report(source: str, out: str | Path, *, against: str = "", options: dict, **calibration: Any) -> str:
-    """Write a report of statistics or of a model, captured with ``calibration`` if it was not; what is told."""
+    """Write a report of a statistics file or of a model, which is captured; returns the verdict in words."""
     (stats, model), other = _statistics(source, calibration), None
     if against:
         other = _statistics(against, calibration)[0]

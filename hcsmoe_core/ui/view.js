@@ -366,7 +366,7 @@ class View {
       make("span", {}, this.undoButton, this.redoButton),
       make("label", {}, "Find", this.search),
       choice("Heights", [["auto", "automatic"], ["linear", "linear"], ["log", "logarithmic"], ["rank", "by rank"]], (v) => { this.heightMode = v; this.touch("base"); }),
-      choice("Colours", [["linear", "to 98th percentile"], ["log", "logarithmic"], ["rank", "by rank"]], (v) => { this.colourMode = v; this.touch("heat"); }),
+      choice("Colours", [["linear", "linear, robust"], ["log", "logarithmic"], ["rank", "by rank"]], (v) => { this.colourMode = v; this.touch("heat"); }),
       choice("Scale", [["own", "of this layer"], ["all", "of all layers"]], (v) => { this.shared = v === "all"; this.touch("heat"); }),
       button("?", () => this.help.showModal(), "Keys"));
     const plan = make("div", { class: "bar" },
@@ -468,7 +468,7 @@ class View {
     this.root.classList.toggle("dark", 0.3 * r + 0.59 * g + 0.11 * b < 110);
     const variable = (name) => getComputedStyle(this.root).getPropertyValue(name).trim();
     this.colours = Object.fromEntries(["bg", "fg", "muted", "line", "field", "accent"].map((n) => [n, variable(`--${n}`)]));
-    const w = Math.max(260, this.figure.clientWidth), left = 58, side = Math.min(w - left - 12, 660);
+    const w = Math.max(260, this.figure.clientWidth), left = 58, side = Math.min(w - left - 12, 640, Math.max(440, 0.64 * window.innerHeight));
     const tree = { x: left, y: 10, w: side, h: clamp(0.34 * side, 110, 210) };
     const heat = { x: left, y: tree.y + tree.h + 34, w: side, h: side };
     const usage = { x: left, y: heat.y + side + 8, w: side, h: 46 };
@@ -476,7 +476,7 @@ class View {
     const domains = { x: left, y: usage.y + usage.h + 5, w: side, h: many ? 12 * this.data.domains.length : 0 };
     this.box = { tree, heat, usage, domains, legend: domains.y + domains.h + 12 };
     this.size(this.figure, w, this.box.legend + 38 + (many ? 30 : 0));
-    const across = Math.max(260, this.strip.clientWidth), rows = this.layers.length, row = clamp(Math.floor(440 / rows), 6, 18);
+    const across = Math.max(260, this.strip.clientWidth), rows = this.layers.length, row = clamp(Math.floor(440 / rows), 6, 24);
     this.box.strip = { x: 34, y: 20, w: across - 46, h: rows * row, row };
     this.size(this.strip, across, rows * row + 76);
     const place = (element, box) => Object.assign(element.style, { left: `${box.x}px`, top: `${box.y}px`, width: `${box.w}px`, height: `${box.h}px` });
@@ -506,7 +506,7 @@ class View {
 
   makeLevels(layer, key) {
     const E = layer.size, heights = layer.heights, positive = heights.filter((h) => h > 0);
-    const flat = E > 3 && heights[Math.floor(0.9 * (E - 2))] < 0.4 * layer.top;
+    const flat = E > 3 && (heights[Math.floor(0.9 * (E - 2))] < 0.4 * layer.top || heights[E >> 1] < 0.2 * layer.top);
     const mode = key === "auto" ? (flat ? "log" : "linear") : key;
     const low = positive.length ? Math.max(positive[0], positive[positive.length >> 1] / 60) * 0.85 : 1, top = layer.top * 1.04;
     const level = { linear: (h) => h / top, log: (h) => (h <= low ? 0.012 : 0.012 + (0.988 * Math.log(h / low)) / Math.log(top / low)), rank: (_, t) => (t + 1) / E }[mode];
@@ -537,7 +537,9 @@ class View {
 
   scale() { // of the heatmap: share of the colour map for a distance, and what the legend says
     const sorted = this.shared ? this.pooled : this.now.sorted, n = sorted.length;
-    const at = (q) => sorted[Math.min(n - 1, Math.floor(q * n))] ?? 0, high = at(0.98) || at(1) || 1, largest = n ? sorted[n - 1] : 0;
+    const at = (q) => sorted[Math.min(n - 1, Math.floor(q * n))] ?? 0, quartile = 2 * at(0.75);
+    const outlying = quartile > 0 && quartile < at(0.98), high = (outlying ? quartile : at(0.98)) || at(1) || 1; // a few outliers leave the rest its contrast
+    const upTo = outlying ? "twice the upper quartile" : "the 98th percentile", largest = n ? sorted[n - 1] : 0;
     const of = this.shared ? "of all layers" : "of this layer";
     if (this.colourMode === "rank") {
       const rank = (d) => { let low = 0, up = n; while (low < up) { const m = (low + up) >> 1; if (sorted[m] < d) low = m + 1; else up = m; } return low / (n || 1); };
@@ -545,9 +547,9 @@ class View {
     }
     if (this.colourMode === "log") {
       const low = at(0.02) || high / 1000;
-      return { share: (d) => Math.log(Math.max(d, low) / low) / Math.log(high / low || 2), ends: [short(low), short(high)], text: `logarithmic, 2nd to 98th percentile ${of}; largest ${short(largest)}` };
+      return { share: (d) => Math.log(Math.max(d, low) / low) / Math.log(high / low || 2), ends: [short(low), short(high)], text: `logarithmic, from the 2nd percentile to ${upTo} ${of}; largest ${short(largest)}` };
     }
-    return { share: (d) => d / high, ends: ["0", short(high)], text: `to the 98th percentile ${of}; largest ${short(largest)}` };
+    return { share: (d) => d / high, ends: ["0", short(high)], text: `up to ${upTo} ${of}; largest ${short(largest)}` };
   }
 
   // -- drawing

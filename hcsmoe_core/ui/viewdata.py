@@ -112,8 +112,8 @@ def output_distances(sums: Any) -> tuple[np.ndarray, np.ndarray]:
     """Mean squared distances ``(E, E)`` between experts' outputs, and the outputs' own mean squares ``(E,)``.
 
     Token by token where the statistics hold Grams, else between mean outputs; NaN where they hold neither.
-    By these the error of any grouping is known: a group g loses ``Σ_{k<l∈g} p_k p_l d²_kl / Σ_g p`` if each of
-    its experts, with usage p, is replaced by the group's usage-weighted mean.
+    By these the error of any grouping is known: a group g loses ``Σ_{k<l∈g} p_k p_l d²_kl / Σ_g p`` if each
+    of its experts, with usage p, is replaced by the group's usage-weighted mean.
     """
     if sums.output_gram is not None:
         gram = (sums.output_gram.sum(0) / sums.tokens.sum()).numpy()
@@ -164,7 +164,7 @@ def cut_values(tree: np.ndarray, square: np.ndarray, share: np.ndarray, mass: np
 
 
 def _packed(values):
-    """Values of at least 0 as 16 bits each: ``max · (q / 65535)²``, exact to 1 in 1,000 down to max / 1,000."""
+    """Values of at least 0 as 16 bits each: ``max · (q / 65535)²``, to 1 in 1,000 down to max / 1,000."""
     top = float(values.max(initial=0))
     levels = np.rint(65535 * np.sqrt(values / (top or 1)))
     encoded = base64.b64encode(np.nan_to_num(levels).astype("<u2").tobytes()).decode()
