@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 from scipy.spatial.distance import pdist, squareform
 from scipy.stats import spearmanr
+from sklearn.isotonic import isotonic_regression
 
 from hcsmoe_core._util import check_choice, replacing, require
 from hcsmoe_core.clustering import LINKAGES, cut
@@ -147,8 +148,10 @@ def verdict(stats: Any, *, linkage: str = "average", seed: int = 0) -> dict:
 
 def _forecast(errors):
     """Predicted error (root mean square over layers) of even and of cheapest joins, by share gone."""
-    # Each join costs the squared error that it adds; a tree of such heights is what the budget takes.
-    trees = [np.pad(np.diff(e[::-1] ** 2)[:, None], ((0, 0), (2, 1))) for e in errors]
+    # Each join costs the squared error that it adds, on the lower convex hull over the numbers of experts; a
+    # tree of such heights is what the budget takes.
+    slopes = [isotonic_regression(np.diff(e[::-1] ** 2)) if len(e) > 1 else np.empty(0) for e in errors]
+    trees = [np.pad(slope[:, None], ((0, 0), (2, 1))) for slope in slopes]
     sizes, rows = [len(e) for e in errors], []
     for gone in SHARES:
         evenly = [max(1, round(size * (1 - gone))) for size in sizes]
@@ -157,7 +160,7 @@ def _forecast(errors):
             float(np.sqrt(np.mean([e[n - 1] ** 2 for e, n in zip(errors, counts, strict=True)])))
             for counts in (evenly, cheapest)
         ]
-        rows.append(dict(zip(("share gone", "evenly", "by cost"), (gone, *means), strict=True)))
+        rows.append({"share gone": gone, "evenly": means[0], "by cost": min(means)})
     return pd.DataFrame(rows)
 
 
@@ -270,20 +273,15 @@ def _tables(stats, model, result, options):
     linkage, similarity = options["linkage"], options["similarity"]
     half = max(1, min(sums.num_experts for sums in stats.layers.values()) // 2)
     quality = quality_table(stats, model, similarity=similarity, linkages=[linkage], groups=half)
-    layers, usage = result["layers"], usage_table(stats)
-    names = {"left": "spread left at half", "unrelated": "of unrelated experts"}
+    layers = result["layers"].assign(families=result["layers"]["families"].map({True: "yes", False: "no"}))
     columns = ["cophenetic correlation", "silhouette", "largest", "alone"]
-    together = [layers.rename(columns=names), quality[columns], usage.drop(columns="layer")]
+    together = [layers, quality[columns], usage_table(stats).drop(columns="layer")]
+    names = {"left": "spread left at half", "unrelated": "of unrelated experts"}
+    names |= {"largest": "largest group at half", "alone": "alone at half"}
+    every = pd.concat(together, axis=1).rename(columns=names).rename_axis("layer").reset_index()
     shown = result["forecast"].iloc[3::4]
-    return {
-        "What it costs to let experts go": shown.assign(
-            **{"share gone": shown["share gone"].map("{:.1%}".format)}
-        ),
-        "Every layer": pd.concat(together, axis=1)
-        .assign(families=layers["families"].map({True: "yes", False: "no"}))
-        .rename_axis("layer")
-        .reset_index(),
-    }
+    shown = shown.assign(**{"share gone": shown["share gone"].map("{:.1%}".format)})
+    return {"What it costs to let experts go": shown, "Every layer": every}
 
 
 def _html(table):

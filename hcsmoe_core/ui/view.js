@@ -196,20 +196,29 @@ function totals(layers, states) {
   };
 }
 
-function cheapest(layers, free, total) { // as methods.budgets.by_merge_cost, of the squared error that each join adds
-  const counts = new Map(free.map((i) => [i, layers[i].size])), joins = [];
-  free.forEach((i) => {
-    const E = layers[i].size;
-    let top = 0;
-    for (let t = 0; t < E - 1; t++) {
-      top = Math.max(top, (layers[i].error[E - t - 2] ?? 0) ** 2 - (layers[i].error[E - t - 1] ?? 0) ** 2);
-      joins.push([top, i, t]);
+function slopes(layer) { // squared error that each join adds, on the lower convex hull over the numbers of groups
+  const E = layer.size, squares = layer.error.map((e) => (e ?? 0) ** 2), blocks = [];
+  for (let t = 0; t < E - 1; t++) {
+    blocks.push([squares[E - t - 2] - squares[E - t - 1], 1]);
+    while (blocks.length > 1 && blocks.at(-2)[0] >= blocks.at(-1)[0]) {
+      const [b, n] = blocks.pop(), [a, m] = blocks.pop();
+      blocks.push([(a * m + b * n) / (m + n), m + n]);
     }
-  });
-  joins.sort((a, b) => a[0] - b[0] || a[1] - b[1] || a[2] - b[2]);
+  }
+  return blocks.flatMap(([slope, n]) => new Array(n).fill(slope));
+}
+
+function cheapest(layers, free, total) { // the cheapest joins of all layers, as methods.budgets.by_merge_cost makes them
+  const counts = new Map(free.map((i) => [i, layers[i].size]));
+  const joins = free.flatMap((i) => slopes(layers[i]).map((slope, t) => [slope, i, t])).sort((a, b) => a[0] - b[0] || a[1] - b[1] || a[2] - b[2]);
   let surplus = sum([...counts.values()]) - total;
   for (const [, i] of joins) if (surplus > 0 && counts.get(i) > 1) { counts.set(i, counts.get(i) - 1); surplus--; }
-  return counts;
+  const even = evenly(free, total), lost = (some) => sum(free.map((i) => (layers[i].error[some.get(i) - 1] ?? 0) ** 2));
+  return free.every((i) => even.get(i) <= layers[i].size) && lost(even) < lost(counts) ? even : counts;
+}
+
+function evenly(free, total) {
+  return new Map(free.map((i, k) => [i, Math.floor(total / free.length) + (k < total % free.length ? 1 : 0)]));
 }
 
 // ---- two pens: the same drawing on a canvas and as SVG -----------------------------------------------
@@ -594,8 +603,8 @@ class View {
     let ticks = [];
     if (mode === "rank") ticks = [0.25, 0.5, 0.75, 1].map((q) => { const t = Math.max(0, Math.round(q * layer.size) - 1); return [level(0, Math.min(t, layer.size - 2)), `${layer.size - t - 1}`]; });
     else {
-      const rough = layer.top / 3, base = 10 ** Math.floor(Math.log10(rough)), step = [1, 2, 5, 10].map((k) => k * base).find((s) => s >= rough) ?? base;
-      const values = mode === "linear" ? [0, 1, 2, 3].map((k) => k * step) : [0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1].map((k) => k * 10 ** Math.ceil(Math.log10(layer.top)));
+      const rough = layer.top / 4, base = 10 ** Math.floor(Math.log10(rough)), step = [1, 2, 5, 10].map((k) => k * base).find((s) => s >= rough) ?? base;
+      const values = mode === "linear" ? [0, 1, 2, 3, 4].map((k) => k * step) : [0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1].map((k) => k * 10 ** Math.ceil(Math.log10(layer.top)));
       ticks = values.filter((v) => v <= layer.top * 1.03 && (mode === "linear" || level(v) > 0.03)).map((v) => [mode === "linear" ? v / (layer.top * 1.04) : level(v), short(v)]);
     }
     let free = Infinity;
@@ -740,8 +749,10 @@ class View {
       pen.lines(lines, { stroke: "#ffffff", width: 2.2 });
       pen.lines(lines, { stroke: c.accent, width: 1.3 });
     });
-    let free = -Infinity;
-    for (const p of positions.slice(0, 60)) if (this.treeX(p + 0.5) - free > Math.max(cell, 12)) { this.tag(pen, p, true); this.tag(pen, p, false); free = this.treeX(p + 0.5); }
+    const free = { true: -Infinity, false: -Infinity }; // numbers that would cover each other are left out
+    for (const p of positions) for (const [top, at, need] of [[true, this.treeX(p + 0.5), 10 + 7 * String(layer.size - 1).length], [false, this.heatY(p + 0.5), 17]]) {
+      if (at - free[top] >= need) { this.tag(pen, p, top); free[top] = at; }
+    }
   }
 
   tag(pen, position, top) { // an expert's number, legible whatever lies below it
@@ -981,7 +992,7 @@ class View {
     const fixed = sum(before.map((state, i) => (state.locked ? solved(this.layers[i], state).groups : 0)));
     const total = per * this.layers.length, rest = total - fixed;
     if (rest < free.length) { this.note(`Locked layers keep ${fixed} experts of ${total} already; unlock one or keep more.`); return; }
-    const counts = byCost ? cheapest(this.layers, free, rest) : new Map(free.map((i, k) => [i, Math.floor(rest / free.length) + (k < rest % free.length ? 1 : 0)]));
+    const counts = byCost ? cheapest(this.layers, free, rest) : evenly(free, rest);
     this.states = before.map((old, i) => (old.locked ? old : cutTo(this.layers[i], old, Math.min(counts.get(i), this.layers[i].size))));
     this.commit(before);
     const { groups, error } = totals(this.layers, this.states);
@@ -1279,7 +1290,7 @@ class View {
     const { plan } = this.data, all = this.layers.map((layer, i) => solved(layer, this.states[i]));
     const settings = { ...plan.settings, experts: all.map((s) => s.groups) };
     if (all.some((s) => !s.plain)) settings.edited = true;
-    const layers = this.layers.map((layer, i) => ({ name: layer.name, labels: all[i].labels, weights: layer.weights(all[i].labels, all[i].groups) }));
+    const layers = this.layers.map((layer, i) => ({ name: layer.name, labels: all[i].labels, weights: layer.weights(all[i].labels, all[i].groups), combine: this.data.combine }));
     return { ...plan, layers, settings };
   }
 
@@ -1311,6 +1322,7 @@ class View {
 
   export(kind) {
     if (kind === "csv") { download(this.fileName(".csv"), this.csv(), "text/csv"); return; }
+    this.hover = null;
     const [w, h] = this.figure.extent, [sw, sh] = this.strip.extent, c = this.colours, width = w + sw + 36, height = Math.max(h, sh) + 30;
     const s = this.solved, title = `${this.data.title}, MoE layer ${this.layer}: ${s.groups} of ${this.now.size} experts kept`;
     const drawAll = (pen, moved) => {

@@ -68,6 +68,7 @@ def view_data(
     return {
         "title": title or stats.model.get("name", ""),
         "plan": record | {"model": start.model, "statistics": start.statistics},
+        "combine": start.layers[0].combine,
         "start": [layer.num_groups for layer in start.layers],
         "label": described(similarity),
         "error": "predicted error of outputs" if exact else "predicted error of mean outputs",
