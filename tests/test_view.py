@@ -8,8 +8,9 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_model, tokens
+from conftest import ROOT, tiny_model, tokens
 from sklearn.isotonic import isotonic_regression
+from test_lab import lab, window  # noqa: F401 (a fixture)
 
 import hcsmoe_core as core
 from hcsmoe_core._util import InputError
@@ -358,26 +359,27 @@ def test_dark_narrow_and_sharp(report, tmp_path):
 
 
 def test_a_large_report_is_small_and_quick(tmp_path):
-    """The work of a frame of a drag; benchmarks/view.py measures the time between frames."""
+    """At most 20 ms between the frames of a drag, and of work in each: medians."""
     path = tmp_path / "large.html"
     write_report(planted(48, 128, families=24), path)
     assert path.stat().st_size < 10e6
     with opened(path) as page:
-        assert drag_times(page)[1] <= 20
+        assert min(max(drag_times(page)) for _ in range(3)) <= 20  # other work on the machine counts, too
 
 
 DRAG = """new Promise((done) => {
   const frame = view.figure.getBoundingClientRect(), { tree } = view.box, times = [];
   const send = (name, y) => view.figure.dispatchEvent(new PointerEvent(name, {
-    clientX: frame.left + tree.x + 300, clientY: frame.top + y, pointerId: 1, bubbles: true, isPrimary: true }));
+    clientX: frame.left + tree.x + 300, clientY: frame.top + y, pointerId: 1, bubbles: true }));
   view.figure.setPointerCapture = () => {};
   view.frames.length = 0;
   send("pointerdown", view.treeY(view.midLevel(view.solved.groups)));
   const next = (time) => {
     times.push(time);
-    if (times.length > 101) { send("pointerup", tree.y + 40); done([times, view.frames.map((one) => one[1])]); return; }
-    send("pointermove", tree.y + tree.h * (0.5 + 0.45 * Math.sin(times.length / 9)));
-    requestAnimationFrame(next);
+    const y = tree.y + tree.h * (0.5 + 0.45 * Math.sin(times.length / 9));
+    send(times.length > 101 ? "pointerup" : "pointermove", y);
+    if (times.length > 101) done([times, view.frames.map((one) => one[1])]);
+    else requestAnimationFrame(next);
   };
   requestAnimationFrame(next);
 })"""
@@ -414,3 +416,34 @@ def test_the_command_writes_a_report(tmp_path, families, capsys, monkeypatch):
     assert "Against the other capture" in text
     data = json.loads(text.partition('id="data">')[2].partition("</script>")[0])
     assert len(data["against"]["layers"]) == 4
+
+
+@pytest.mark.slow
+def test_the_widget_in_jupyterlab(lab):
+    import nbformat
+
+    code = [
+        "from test_view import View, planted\nstats = planted(families=10)\nview = View(stats)\nview",
+        "[layer.num_groups for layer in view.plan.layers]",
+        "view.layer, view.selected = 2, [5, 6]",
+    ]
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in code])
+    notebook.cells[0].source = f"import sys\nsys.path.insert(0, {str(ROOT / 'tests')!r})\n{code[0]}"
+    nbformat.write(notebook, lab.notebooks / "view.ipynb")
+    with window(lab, "view.ipynb") as page:
+        page.keyboard.press("Shift+Enter")
+        shown = page.locator(".hcs")
+        shown.get_by_text("Nothing selected").wait_for()
+        cut_slider = shown.get_by_role("slider", name="cut of the merge tree")
+        cut_slider.focus()
+        for _ in range(3):
+            page.keyboard.press("ArrowUp")  # and not JupyterLab's own: the cell stays selected
+        shown.get_by_text("13 of 32").wait_for()
+        page.locator(".jp-CodeCell .cm-content").nth(1).click()
+        page.keyboard.press("Shift+Enter")
+        page.get_by_text("[13, 16, 16, 16]").wait_for()
+        page.keyboard.press("Shift+Enter")
+        shown.get_by_role("heading", name="Experts 5, 6").wait_for()
+        assert shown.get_by_label("layer", exact=True).input_value() == "2"
+        if os.environ.get("SHOT"):
+            page.screenshot(path=os.environ["SHOT"])
