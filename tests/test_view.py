@@ -10,7 +10,8 @@ import pytest
 import torch
 from conftest import ROOT, tiny_model, tokens
 from sklearn.isotonic import isotonic_regression
-from test_lab import lab, window  # noqa: F401 (a fixture)
+from test_lab import lab as jupyterlab
+from test_lab import choose, window
 
 import hcsmoe_core as core
 from hcsmoe_core._util import InputError
@@ -22,6 +23,7 @@ from hcsmoe_core.statistics import DEFAULT_NEEDS, LayerStatistics, Statistics
 from hcsmoe_core.ui.report import compared, reasons, verdict, write_report
 from hcsmoe_core.ui.view import View, view_data
 
+lab = jupyterlab  # the fixture
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
@@ -429,8 +431,11 @@ def test_the_widget_in_jupyterlab(lab):
     ]
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in code])
     notebook.cells[0].source = f"import sys\nsys.path.insert(0, {str(ROOT / 'tests')!r})\n{code[0]}"
+    notebook.metadata.kernelspec = {"name": "python3", "display_name": "Python 3"}
     nbformat.write(notebook, lab.notebooks / "view.ipynb")
     with window(lab, "view.ipynb") as page:
+        page.set_default_timeout(30000)
+        page.locator(".jp-CodeCell .cm-content").first.click()
         page.keyboard.press("Shift+Enter")
         shown = page.locator(".hcs")
         shown.get_by_text("Nothing selected").wait_for()
@@ -438,12 +443,13 @@ def test_the_widget_in_jupyterlab(lab):
         cut_slider.focus()
         for _ in range(3):
             page.keyboard.press("ArrowUp")  # and not JupyterLab's own: the cell stays selected
-        shown.get_by_text("13 of 32").wait_for()
+        shown.get_by_role("cell", name="13 of 32").wait_for()
         page.locator(".jp-CodeCell .cm-content").nth(1).click()
         page.keyboard.press("Shift+Enter")
         page.get_by_text("[13, 16, 16, 16]").wait_for()
         page.keyboard.press("Shift+Enter")
         shown.get_by_role("heading", name="Experts 5, 6").wait_for()
         assert shown.get_by_label("layer", exact=True).input_value() == "2"
-        if os.environ.get("SHOT"):
-            page.screenshot(path=os.environ["SHOT"])
+        choose(page, "Settings", "Theme", "JupyterLab Dark")
+        shown.and_(page.locator(".dark")).wait_for()
+        page.screenshot(path="/tmp/hv/lab.png")

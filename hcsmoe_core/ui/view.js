@@ -1,5 +1,5 @@
 // The interactive view of a mixture of experts: merge tree, distances, usage, and what every cut costs.
-// One module for JupyterLab (anywidget calls the default export) and for a single HTML file (calls render).
+// One module for JupyterLab (anywidget calls the default export) and for a single HTML file (which calls mount).
 // Everything that a drag needs is computed here; nothing is fetched.
 
 const GROUPS = ["#0173b2", "#de8f05", "#029e73", "#d55e00", "#cc78bc", "#ca9161", "#56b4e9", "#c9b80a", "#fbafe4"];
@@ -1362,7 +1362,8 @@ class View {
  * @param data of hcsmoe_core.ui.viewdata.view_data
  * @param host what the surroundings give and want to know: layer, groups; onLayer, onGroups, onSelect
  */
-export function render(root, data, host = {}) {
+// Not named render: anywidget would take a named export of that name for its own.
+export function mount(root, data, host = {}) {
   return new View(root, data, host);
 }
 
