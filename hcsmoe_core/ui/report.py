@@ -136,7 +136,7 @@ def verdict(stats: Any, *, linkage: str = "average", seed: int = 0) -> dict:
     low = experts == "unrelated" or share < 0.1
     resisting = ~layers["families"] | (half > 1.3 * half.median())
     return {
-        "answer": "no" if low else "yes" if experts == "families" and share >= 0.4 else "in part",
+        "answer": "no" if low else "yes" if experts == "families" and share >= 0.5 else "in part",
         "experts": experts,
         "share": share,
         "forecast": forecast,
