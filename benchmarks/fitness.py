@@ -20,7 +20,7 @@ from hcsmoe_core.studies import tables as study
 
 def measure(name, limit):
     model, tokenizer = core.load_model(name, dtype="float32")
-    stats = cache.statistics(model, tokenizer)
+    stats = cache.cached_statistics(model, tokenizer)
     experts = study.model_size(model)["num_experts"]
     curve = []
     for kept in range(experts, experts // 4 - 1, -max(1, experts // 8)):

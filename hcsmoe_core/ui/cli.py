@@ -391,62 +391,6 @@ def compare(
     print(f"{comparison.table(frame)}\n\n{table}")
 
 
-@app.command()
-def reproduce(
-    name: Annotated[str, typer.Argument(help="qwen1.5-moe (the paper's Table 2) or mixtral-8x7b (Table 3).")],
-    dry_run: Annotated[
-        bool, _option("List every step with its cost; needs neither network nor weights.")
-    ] = False,
-    model: Annotated[
-        str, _option("Folder of the model, or another one; by default the paper's, from the hub.")
-    ] = "",
-    tasks: TASKS = "",
-    limit: LIMIT = None,
-    batch_size: Annotated[int, _option("Requests per forward pass.")] = 16,
-    teraflops: Annotated[float, _option("10^12 operations per second that the device sustains.")] = 100.0,
-    bandwidth: Annotated[float, _option("GB per second at which weights are read.")] = 2.0,
-    calibration: CALIBRATION = "",
-    sequences: SEQUENCES = 0,
-    length: LENGTH = 0,
-    calibration_seed: CALIBRATION_SEED = 42,
-    dtype: DTYPE = "auto",
-    device: DEVICE = "auto",
-    load: LOAD = "auto",
-    memory: MEMORY = "",
-    out: Annotated[Path, _option("Folder of the cells; those that are done are kept.")] = Path(
-        "runs/reproduce"
-    ),
-):
-    """Reproduce a table of the HC-SMoE paper, all methods at both sizes, beside the published values."""
-    from hcsmoe_core.studies import reproduce as study
-
-    options = dict(
-        model=model,
-        tasks=_items(tasks) or None,
-        limit=limit,
-        batch_size=batch_size,
-        dtype=dtype,
-        calibration=calibration,
-        sequences=sequences,
-        length=length,
-    )
-    print(
-        study.step_table(study.estimate(name, teraflops=teraflops, bandwidth=bandwidth, **options)),
-        flush=True,
-    )
-    if not dry_run:
-        cells = study.run(
-            name,
-            calibration_seed=calibration_seed,
-            device=device,
-            load=load,
-            memory=memory,
-            folder=out,
-            **options,
-        )
-        print(f"\n{study.report(name, cells, model)}\n\n{cells}")
-
-
 PARAMETER = Annotated[
     list[str] | None,
     _option("Another parameter of all cells, as name=value; may be repeated.", "--parameter", "-p"),

@@ -9,7 +9,8 @@ import traitlets
 from hcsmoe_core._util import check_count, require
 from hcsmoe_core.clustering import by_first_appearance
 from hcsmoe_core.methods import make_plan
-from hcsmoe_core.plan import Plan, merge_weights
+from hcsmoe_core.methods.summary import merge_weights
+from hcsmoe_core.plan import Plan
 from hcsmoe_core.ui.viewdata import SCRIPT, STYLE, view_data
 
 __all__ = ["View", "view_data"]
