@@ -1,6 +1,7 @@
 """Files written whole or not at all, locks, hashes, tables of named entries, and checks of arguments."""
 
 import contextlib
+import difflib
 import hashlib
 import importlib
 import importlib.metadata
@@ -8,6 +9,7 @@ import json
 import operator
 import os
 import platform
+import re
 import secrets
 import shutil
 from collections import UserDict
@@ -58,7 +60,7 @@ class Table(UserDict):
         return self._entries
 
     def __getitem__(self, name):
-        return self.data[check_choice(self.argument, name, self.data)]
+        return self.data[choice_of(self.argument, name, self.data)]
 
 
 def require(condition, message: str):
@@ -68,10 +70,31 @@ def require(condition, message: str):
 
 
 def check_choice(argument: str, value, choices):
-    """``value``; InputError listing the choices if it is none of them."""
-    listed = ", ".join(f'"{choice}"' for choice in choices)
-    require(value in choices, f'The "{argument}" argument must be one of {listed}; not {value!r}.')
+    """``value``; InputError listing the choices, the closest first, if it is none of them."""
+    if value not in choices:
+        listed = closest_first(value, [f'"{choice}"' for choice in choices])
+        raise InputError(f'The "{argument}" argument must be one of {listed}; not {value!r}.')
     return value
+
+
+def choice_of(argument: str, value, choices):
+    """The choice that ``value`` names, whatever its case, hyphens and underscores; InputError if none."""
+    spelt = {_letters(choice): choice for choice in choices if isinstance(value, str)}
+    return check_choice(argument, value if value in choices else spelt.get(_letters(value), value), choices)
+
+
+def closest_first(value, choices) -> str:
+    """Names separated by commas, first those close to ``value``; if there are any, at most twelve."""
+    by_letters, wanted = {_letters(choice): choice for choice in choices}, _letters(value)
+    close = [name for name in by_letters if len(wanted) > 2 and wanted in name][:8]
+    close += difflib.get_close_matches(wanted, by_letters)
+    listed = list(dict.fromkeys([*map(by_letters.get, close), *choices]))
+    more = f", … ({len(listed)} in all)" if close and len(listed) > 12 else ""
+    return ", ".join(map(str, listed[:12] if more else listed)) + more
+
+
+def _letters(name):
+    return re.sub(r"[\W_]", "", str(name)).lower()
 
 
 def check_count(argument: str, value, low: int, high: int | None = None) -> int:
@@ -98,7 +121,10 @@ def replacing(path):
     part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
         with writing(path):
+            part.touch()
+            mode = part.stat().st_mode  # by the umask; safetensors writes files that only their owner reads
             yield part
+        part.chmod(mode)
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 from transformers.utils import logging
 
 from hcsmoe_core import _transformers, _util, export, moe, replace
-from hcsmoe_core._util import InputError, check_absent, check_choice, folder_of, read_json
+from hcsmoe_core._util import InputError, check_absent, check_choice, choice_of, folder_of, read_json
 from hcsmoe_core.families import decoder_layers, find_moe_layers, non_text_experts
 from hcsmoe_core.merging import apply_plan, check_fits, restore
 from hcsmoe_core.modeling_hcsmoe import VERSION, merged_class, room
@@ -224,13 +224,21 @@ def opened(file):
 
 
 def _dtype(dtype):
-    final = isinstance(dtype, torch.dtype) or check_choice("dtype", dtype, DTYPES) == "auto"
-    return dtype if final else getattr(torch, dtype)
+    dtype = dtype if isinstance(dtype, torch.dtype) else choice_of("dtype", dtype, DTYPES)
+    return dtype if dtype == "auto" or isinstance(dtype, torch.dtype) else getattr(torch, dtype)
 
 
 def device_of(device):
-    """The device that an option names; ``"auto"`` is a GPU if there is one."""
-    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    """The device that an option names; ``"auto"`` is a GPU if there is one. InputError if it is not here."""
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise InputError(
+            f'The "device" argument is {device}, which PyTorch cannot use here ({reason}); use auto or cpu.'
+        ) from None
+    return device
 
 
 def save_merged(
@@ -446,6 +454,7 @@ def write_part(model, tensors, folder, index, count, target):
     with _util.writing(partial), without_bars():
         model.save_pretrained(partial, state_dict=tensors, **options)
     for file in sorted(partial.iterdir(), key=lambda file: file.name == WEIGHTS):  # last: it says "done"
+        file.chmod(partial.stat().st_mode & 0o666)  # by the umask
         file.replace(folder / (shard(index, count) if file.name == WEIGHTS else file.name))
     partial.rmdir()
 

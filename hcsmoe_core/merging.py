@@ -81,6 +81,8 @@ def check_applicable(model, plan, stats=None) -> list:
         f"The plan was made for another model ({record.get('name')}, {record.get('class')}): this one has "
         "the same shape but other weights. Make a plan from this model's statistics.",
     )
+    if stats is not None:
+        check_statistics(stats, model)
     if plan.needs_sample:
         require(
             stats is not None,

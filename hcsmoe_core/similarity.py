@@ -30,7 +30,7 @@ def parts_of(similarity: str) -> list:
     parts = {}
     for term in str(similarity).split("+"):
         weight, star, name = (text.strip() for text in term.rpartition("*"))
-        check_choice("similarity", name, steps.similarity)
+        name = choice_of("similarity", name, steps.similarity)
         require(name not in parts, f'The "similarity" argument names one similarity twice: {similarity!r}.')
         try:
             parts[name] = float(weight) if star else 1.0

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from hcsmoe_core._util import InputError, Table, check_choice, check_count
+from hcsmoe_core._util import InputError, Table, check_choice, check_count, choice_of
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Step:
             raise InputError(f'{self.kind} "{self.name}" has no option {name!r}; its options: {listed}.')
         default = self.options[name]
         if name in self.choices:
-            return check_choice(name, value, self.choices[name])
+            return choice_of(name, value, self.choices[name])
         if isinstance(default, bool):
             return bool(check_choice(name, value, (False, True)))
         if isinstance(default, int):

@@ -22,7 +22,7 @@ import functools
 from dataclasses import dataclass
 
 from hcsmoe_core import similarity as similarities
-from hcsmoe_core._util import InputError, check_choice, check_count
+from hcsmoe_core._util import InputError, check_choice, check_count, choice_of, closest_first
 from hcsmoe_core.plan import MERGES, ROUTERS
 from hcsmoe_core.statistics import NEEDS
 from hcsmoe_core.steps import METHODS, TABLES, group, router
@@ -164,7 +164,7 @@ def resolve(method: str = "hc-smoe", **settings) -> Recipe:
         If the method or a setting is unknown, no step of the method takes an option, or steps do not go
         together.
     """
-    check_choice("method", method, (*METHODS, RECOMMENDED))
+    method = choice_of("method", method, (*METHODS, RECOMMENDED))
     name = POINTS_TO if method == RECOMMENDED else method
     return _recipe(name, METHODS[name].settings, settings)
 
@@ -202,7 +202,8 @@ def _check_names(steps):
     choices |= {"merge": MERGES, "guard": (False, True)}
     pairs = [step.properties.get("pair", {}) for step in group.values()]
     for kind, allowed in choices.items():
-        check_choice(kind, steps[kind], (*allowed, *(p[kind] for p in pairs if p.get(kind) == steps[kind])))
+        paired = (p[kind] for p in pairs if p.get(kind) == steps[kind])
+        steps[kind] = choice_of(kind, steps[kind], (*allowed, *paired))
     steps["guard"] = bool(steps["guard"])
 
 
@@ -304,7 +305,7 @@ def parse_settings(items, *, option: str = "settings") -> dict:
         name, equals, text = item.partition("=")
         if not equals or name not in option_names():
             raise InputError(
-                f"{option} takes name=value with a name of {', '.join(option_names())}; not {item!r}."
+                f"{option} takes name=value with a name of {closest_first(name, option_names())}; not {item!r}."
             )
         settings[name], default = _parsed(text), usual[name]
         if isinstance(settings[name], str) > isinstance(default, str):

@@ -50,6 +50,7 @@ def evaluate(
     length: int = 256,
     seed: int = 0,
     answers=None,
+    lm_eval_out=None,
 ) -> dict:
     """Score a model, merged or not.
 
@@ -67,6 +68,9 @@ def evaluate(
     batch_size, seed : int
     answers : str or path, optional
         Folder that keeps a model's answers, so that the same question is never asked twice; by default none.
+    lm_eval_out : str or path, optional
+        Folder for the results and samples in lm-evaluation-harness' own format; by default they are not
+        written.
 
     Returns
     -------
@@ -84,7 +88,7 @@ def evaluate(
         raise InputError("Scoring needs the model's tokenizer, and its folder has none; give one.")
     options = {"limit": limit, "batch_size": batch_size, "seed": seed}
     started = time.perf_counter()
-    scores = task_scores(model, tokenizer, tasks, answers=answers, **options)
+    scores = task_scores(model, tokenizer, tasks, answers=answers, lm_eval_out=lm_eval_out, **options)
     for metric in ("acc", "acc_norm"):
         scores |= _mean_score(scores["tasks"], metric)
     seconds = {"tasks": round(time.perf_counter() - started, 2)}
@@ -109,6 +113,7 @@ def task_scores(
     batch_size: int = 64,
     seed: int = 0,
     answers=None,
+    lm_eval_out=None,
 ) -> dict:
     """Scores on tasks of lm-evaluation-harness; arguments as for :func:`evaluate`.
 
@@ -134,23 +139,25 @@ def task_scores(
         check_count("limit", limit, 1)
     if not tasks:
         return {"tasks": {}}
-    try:
-        import lm_eval
-    except ImportError:
-        raise MissingPackageError('Scoring needs lm-evaluation-harness: pip install "hcsmoe[eval]"') from None
-    from hcsmoe_core.score.harness import Answering, load_tasks
+    check_tasks(tasks)
+    import lm_eval
+
+    from hcsmoe_core.score.harness import Answering, load_tasks, quiet, save_output
 
     loaded = load_tasks(tasks)
     bos = any(name in TASKS and TASKS[name].bos for name in tasks)
     seeds = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
-    output = lm_eval.simple_evaluate(
-        model=Answering(model, tokenizer, answers, seed, batch_size=batch_size, add_bos_token=bos or None),
-        tasks=list(loaded.values()),
-        task_manager=lm_eval.tasks.TaskManager(include_defaults=False),  # the tasks are loaded
-        limit=limit,
-        log_samples=True,
-        **dict.fromkeys(seeds, seed),
-    )
+    with quiet():
+        output = lm_eval.simple_evaluate(
+            model=Answering(model, tokenizer, answers, seed, batch_size=batch_size, add_bos_token=bos or None),
+            tasks=list(loaded.values()),
+            task_manager=lm_eval.tasks.TaskManager(include_defaults=False),  # the tasks are loaded
+            limit=limit,
+            log_samples=True,
+            **dict.fromkeys(seeds, seed),
+        )
+    if lm_eval_out is not None:
+        save_output(output, str(model.name_or_path), lm_eval_out)
     groups = {name: _group(loaded[name]) for name in output["group_subtasks"] if name in loaded}
     scores = {name: _scores(name, groups.get(name, {"tasks": [name]})["tasks"], output) for name in loaded}
     return {
@@ -158,6 +165,15 @@ def task_scores(
         "items": {task: _items(rows) for task, rows in output["samples"].items()},
         "groups": groups,
     }
+
+
+def check_tasks(tasks: list[str]):
+    """Raise InputError if the harness knows no task of some name, or is not installed."""
+    try:
+        from hcsmoe_core.score.harness import check_tasks as check
+    except ImportError:
+        raise MissingPackageError('Scoring needs lm-evaluation-harness: pip install "hcsmoe[eval]"') from None
+    check(tasks)
 
 
 def _group(group):

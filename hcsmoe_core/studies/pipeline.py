@@ -35,8 +35,8 @@ import torch
 
 from hcsmoe_core._util import EMBEDDED, InputError, check_absent, check_choice, check_count, sha256_json
 from hcsmoe_core.checkpoint import ROUTERS, exported, save_merged, target_of
-from hcsmoe_core.collect import capture, expected_bytes
-from hcsmoe_core.export import calibrated, fidelity_text, kept_of
+from hcsmoe_core.collect import capture, expected_bytes, needs_of
+from hcsmoe_core.export import calibrated, kept_of
 from hcsmoe_core.families import find_moe_layers
 from hcsmoe_core.merging import apply_plan, restore
 from hcsmoe_core.methods import METHODS, RECOMMENDED, make_plan, resolve
@@ -99,8 +99,10 @@ def shrink(
     device = ranks.started(device)
     if out is not None and (tidied(out) or check_absent(out)):
         return {"out": Path(out)}
-    loaded, tokenizer = open_model(model, dtype=dtype, device=device, load=load, memory=memory)
     plan, stats, text, advice = _read(plan, load_plan), _read(statistics, load_statistics), None, ""
+    if plan is None and stats is not None:
+        stats.check(resolve(method, **settings).needs, f"Method {method!r}")
+    loaded, tokenizer = open_model(model, dtype=dtype, device=device, load=load, memory=memory)
     with _work_folder(out, loaded, experts if plan is None else None) as work:
         captures = plan is None and stats is None
         if captures or (fidelity and (calibration or model in EMBEDDED)):
@@ -126,6 +128,7 @@ def capture_to_file(
     out: str | Path,
     *,
     methods: tuple = (),
+    needs: tuple = (),
     stable_at: tuple = (),
     calibration: str = "",
     sequences: int = 0,
@@ -148,6 +151,8 @@ def capture_to_file(
     ----------
     methods : sequence of str
         To collect for; ``["all"]`` for all.
+    needs : sequence of str
+        Names of :data:`hcsmoe_core.statistics.NEEDS` to collect instead.
     stable_at : sequence of int
         With ``until_…``: numbers of groups that have to be stable.
 
@@ -157,10 +162,13 @@ def capture_to_file(
         What was written, in a line.
     """
     names = list(METHODS) if list(methods) == ["all"] else methods or ["hc-smoe"]
-    needs = tuple(dict.fromkeys(need for name in names for need in METHODS[resolve(name).method].needs))
+    needs = needs_of((), needs) or tuple(
+        dict.fromkeys(need for name in names for need in METHODS[resolve(name).method].needs)
+    )
     until = _until(until_stable, until_excess, stable_at)
     device = ranks.started(device)
     loaded, tokenizer = open_model(model, dtype=dtype, device=device, load=load, memory=memory)
+    find_moe_layers(loaded)  # a model without any is refused before text is fetched
     with work_folder(out, loaded) as work:
         text = _text(loaded, tokenizer, calibration, sequences, length, column, calibration_seed)
         options = dict(sample=sample, every=every, batch_size=batch_size)
@@ -169,7 +177,7 @@ def capture_to_file(
             return None
         stats.save(out)
     size = Path(out).stat().st_size / 1e6
-    return f"{out}: {stats.num_tokens:,} tokens, {len(stats.layers)} MoE layers, {size:.1f} MB"
+    return f"wrote {out}: {stats.num_tokens:,} tokens, {len(stats.layers)} MoE layers, {size:.1f} MB"
 
 
 def _checked(plan, experts, method, router, settings):
@@ -326,7 +334,8 @@ def _advice(model, stats, recipe):
         return f"{how}."
     if not set(resolve(best).needs) <= set(stats.needs):
         return (
-            f"{how}; statistics for both tell how they compare: hcsmoe capture --for hc-smoe,{RECOMMENDED}."
+            f"{how}; statistics for both tell how they compare: hcsmoe capture {model.name_or_path} "
+            f"--for {recipe['method']},{RECOMMENDED} --out FILE.safetensors."
         )
     chosen = residual(model, stats, **recipe)
     other = residual(model, stats, experts=recipe["experts"], method=best)
@@ -421,12 +430,13 @@ def written_text(written: dict) -> str:
     """
     out = written["out"]
     if "plan" not in written:
-        return f"{out}: complete; what an interrupted run had left beside it is removed"
+        return f"wrote {out}: complete; what an interrupted run had left beside it is removed"
     plan, measured = written["plan"], written["fidelity"]
     lines = [
-        f"{out}: {kept_of(plan)}, {written['parameters']:,} of {written['original']:,} weights, "
-        f"{written['bytes'] / 1e6:.1f} MB, {written['router']}; {LOADING[written['router']]} or hcsmoe "
-        f"evaluate {out}"
+        f"wrote {out}: {kept_of(plan)}",
+        f"{written['parameters']:,} of {written['original']:,} weights, {written['bytes'] / 1e6:.1f} MB",
+        f"{written['router']}; {LOADING[written['router']]}",
+        f"measure it: hcsmoe evaluate {out}",
     ]
     if plan.statistics:
         lines.append(f"calibrated on {calibrated(plan)}; text of other kinds may lose more")
@@ -434,6 +444,18 @@ def written_text(written: dict) -> str:
     lines.append(
         "Fidelity was not measured, as no tokens were held out: see --fidelity and --calibration."
         if measured is None
-        else fidelity_text(measured | {"warning": ""})
+        else _fidelity_lines(measured)
     )
     return "\n".join([*lines, *filter(None, [written["advice"]])])
+
+
+def _fidelity_lines(measured):
+    """What :func:`hcsmoe_core.score.fidelity.fidelity` measured, in lines for a terminal."""
+    lines = [f"{'on ' + format(measured['tokens'], ',') + ' held-out tokens':<29}perplexity  KL, nats  same token"]
+    lines += [f"{'original':<29}{measured['original']['perplexity']:>10.4g}"]
+    for name, scores in measured["models"].items():
+        lines += [f"{name:<29}{scores['perplexity']:>10.4g}{scores['kl']:>10.4g}{scores['agreement']:>12.1%}"]
+    for name, scores in measured["models"].items():
+        low, high = min(scores["block_error"]), max(scores["block_error"])
+        lines += [f"relative error of the layers' outputs, {name}: {low:.3g} to {high:.3g} (see README.md there)"]
+    return "\n".join(lines)

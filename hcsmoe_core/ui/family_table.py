@@ -3,7 +3,7 @@
 import textwrap
 from pathlib import Path
 
-from hcsmoe_core._util import check_choice, read_json
+from hcsmoe_core._util import choice_of, read_json
 
 TABLE = Path(__file__).with_name("families.json")
 
@@ -33,8 +33,7 @@ def text(names=None) -> str:
     import transformers
 
     version, rows = committed()
-    for name in names or ():
-        check_choice("names", name, sorted({row["family"] for row in rows}))
+    names = [choice_of("family", name, sorted({row["family"] for row in rows})) for name in names or ()]
     others = f"\ntried out with transformers {version}; {transformers.__version__} is installed"
     return table([row for row in rows if not names or row["family"] in names]) + (
         others if version != transformers.__version__ else ""
