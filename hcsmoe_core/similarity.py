@@ -14,7 +14,7 @@ import torch
 from scipy.spatial.distance import pdist, squareform
 
 from hcsmoe_core import steps
-from hcsmoe_core._util import check_choice, require
+from hcsmoe_core._util import check_choice, choice_of, require
 from hcsmoe_core.families import moe_layer
 from hcsmoe_core.replace import suspended
 

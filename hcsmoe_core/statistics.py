@@ -147,8 +147,9 @@ class Statistics:
         require(
             not missing,
             f"{purpose} needs {' and '.join(map(repr, missing))}, but these statistics hold "
-            f"{', '.join(self.needs)} only; capture again with needs={(*self.needs, *missing)}, or by: hcsmoe "
-            f"capture {self.model['name']} --needs {','.join((*self.needs, *missing))} --out FILE.safetensors",
+            f"{', '.join(self.needs)} only; capture again with needs={(*self.needs, *missing)}, or by: "
+            f"hcsmoe capture {self.model['name']} --needs {','.join((*self.needs, *missing))} "
+            "--out FILE.safetensors",
         )
 
     def identity(self) -> dict:

@@ -305,7 +305,8 @@ def parse_settings(items, *, option: str = "settings") -> dict:
         name, equals, text = item.partition("=")
         if not equals or name not in option_names():
             raise InputError(
-                f"{option} takes name=value with a name of {closest_first(name, option_names())}; not {item!r}."
+                f"{option} takes name=value with a name of {closest_first(name, option_names())}; not "
+                f"{item!r}."
             )
         settings[name], default = _parsed(text), usual[name]
         if isinstance(settings[name], str) > isinstance(default, str):

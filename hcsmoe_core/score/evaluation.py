@@ -149,7 +149,9 @@ def task_scores(
     seeds = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
     with quiet():
         output = lm_eval.simple_evaluate(
-            model=Answering(model, tokenizer, answers, seed, batch_size=batch_size, add_bos_token=bos or None),
+            model=Answering(
+                model, tokenizer, answers, seed, batch_size=batch_size, add_bos_token=bos or None
+            ),
             tasks=list(loaded.values()),
             task_manager=lm_eval.tasks.TaskManager(include_defaults=False),  # the tasks are loaded
             limit=limit,

@@ -22,7 +22,6 @@ from hcsmoe_core._util import InputError, closest_first, read_json, sha256_json,
 from hcsmoe_core.families import find_moe_layers
 from hcsmoe_core.score.evaluation import TASKS
 
-
 manager_of = functools.cache(TaskManager)  # indexing the harness' own tasks takes seconds
 
 
@@ -151,10 +150,14 @@ class Answering(HFLM):
 
     def _answers(self, kind, requests, disable_tqdm=False):
         """Answers to all requests of a kind, those of a task from its file where there is one."""
-        show = dict(total=len(requests), desc="answers", unit="request", disable=disable_tqdm or None, leave=False)
+        show = dict(
+            total=len(requests), desc="answers", unit="request", disable=disable_tqdm or None, leave=False
+        )
         with tqdm(**show) as bar:
             shared = SimpleNamespace(update=bar.update, close=lambda: None)
-            with mock.patch("lm_eval.models.huggingface.tqdm", lambda *items, **_: items[0] if items else shared):
+            with mock.patch(
+                "lm_eval.models.huggingface.tqdm", lambda *items, **_: items[0] if items else shared
+            ):
                 return self._asked(getattr(super(), kind), requests, bar)
 
     def _asked(self, ask, requests, bar):

@@ -26,6 +26,7 @@
 """
 
 import contextlib
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -451,11 +452,15 @@ def written_text(written: dict) -> str:
 
 def _fidelity_lines(measured):
     """What :func:`hcsmoe_core.score.fidelity.fidelity` measured, in lines for a terminal."""
-    lines = [f"{'on ' + format(measured['tokens'], ',') + ' held-out tokens':<29}perplexity  KL, nats  same token"]
-    lines += [f"{'original':<29}{measured['original']['perplexity']:>10.4g}"]
-    for name, scores in measured["models"].items():
-        lines += [f"{name:<29}{scores['perplexity']:>10.4g}{scores['kl']:>10.4g}{scores['agreement']:>12.1%}"]
+    lines = [
+        f"{'on ' + format(measured['tokens'], ',') + ' held-out tokens':<29}perplexity  KL, nats  same token"
+    ]
+    for name, scores in ({"original": measured["original"]} | measured["models"]).items():
+        numbers = (scores["perplexity"] or math.nan, scores.get("kl", 0), scores.get("agreement", 1))
+        lines += ["{:<29}{:>10.4g}{:>10.4g}{:>12.1%}".format(name, *numbers)]
     for name, scores in measured["models"].items():
         low, high = min(scores["block_error"]), max(scores["block_error"])
-        lines += [f"relative error of the layers' outputs, {name}: {low:.3g} to {high:.3g} (see README.md there)"]
+        lines += [
+            f"relative error of the layers' outputs, {name}: {low:.3g} to {high:.3g} (see README.md there)"
+        ]
     return "\n".join(lines)

@@ -35,7 +35,11 @@ def step_names() -> tuple[str, ...]:
 
 def notebooks_folder() -> Path:
     """Folder of the project's notebooks: ``./notebooks`` if they are there, else that of the package."""
-    places = (Path("notebooks"), PACKAGE / "notebooks", PACKAGE.parent / "notebooks")  # of a wheel, a checkout
+    places = (
+        Path("notebooks"),
+        PACKAGE / "notebooks",
+        PACKAGE.parent / "notebooks",
+    )  # of a wheel, a checkout
     return next((place for place in places if (place / "05_accuracy.ipynb").is_file()), places[0])
 
 
