@@ -35,6 +35,7 @@ def quiet():
         with (
             mock.patch("lm_eval.evaluator.get_git_commit_hash", return_value=None),
             mock.patch("lm_eval.api.task.tqdm", lambda items, **_: items),
+            mock.patch("lm_eval.api.model.tqdm", lambda items, **_: items),
         ):
             yield
     finally:

@@ -97,10 +97,11 @@ def merge_forecast(
     rows = _rows(skeleton, calibration_settings(model, calibration, sequences, length), recipe.needs, 1)
     for name in () if captures else ("calibration", "own text", "capture", "statistics"):
         rows.pop(name, None)
+    if captures:
+        rows["statistics"] = rows["statistics"].partition(" under ")[0] + " in memory"
     rows["merged"] = f"{amount(left)} weights, {amount(left * each)}B on disk"
     rows["memory"] = (
-        f"about {amount(whole)}B, or {amount(streamed)}B where layers are streamed; "
-        f"{amount(free_memory('cpu'))}B are free"
+        f"about {amount(whole)}B, or {amount(streamed)}B streamed; {amount(free_memory('cpu'))}B are free"
     )
     return _lines(rows)
 

@@ -169,7 +169,8 @@ def capture_to_file(
     until = _until(until_stable, until_excess, stable_at)
     device = ranks.started(device)
     loaded, tokenizer = open_model(model, dtype=dtype, device=device, load=load, memory=memory)
-    find_moe_layers(loaded)  # a model without any is refused before text is fetched
+    if any(layer.merged for layer in find_moe_layers(loaded)):  # a model without any is refused here, too
+        raise InputError(f"{model} is merged already; capture on the original.")
     with work_folder(out, loaded) as work:
         text = _text(loaded, tokenizer, calibration, sequences, length, column, calibration_seed)
         options = dict(sample=sample, every=every, batch_size=batch_size)

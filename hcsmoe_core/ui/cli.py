@@ -672,7 +672,8 @@ def sweep(
     from hcsmoe_core.studies import grids, sweep, tables
 
     if not grid and not status:
-        return _say(grids.table(grids.names()))
+        _say(grids.table(grids.names()))
+        return
     names = [name for entry in grid or () for name in (grids.names() if entry == "all" else [entry])]
     read, models = ",".join(Path(name).stem for name in names), model or [None]
     if status:
@@ -777,10 +778,8 @@ def _spoken(message: str, command: Callable) -> str:
 
     def option(match):
         name = match[1] if match[1] in options else ARGUMENTS.get(match[1], match[1])
-        settable = (
-            "others" in options and name in importlib.import_module("hcsmoe_core.methods").option_names()
-        )
-        return options.get(name, f"--set {name}" if settable else match[0])
+        names = importlib.import_module("hcsmoe_core.methods").option_names() if "others" in options else ()
+        return options.get(name, f"--set {name}" if name in names else match[0])
 
     message = re.sub(r'(?:[Tt]he )?"(\w+)" (?:argument|setting)', option, message)
     for phrase, meant in PHRASES.items():

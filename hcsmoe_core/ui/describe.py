@@ -46,8 +46,9 @@ def plan_table(stats: Any, plan: Any) -> str:
         cut, width = summarise(stats, layer.name, layer.labels), stats.model["layers"][layer.name]["width"]
         saved = 1 - layer.num_groups * (layer.width or width) / width / len(layer.labels)
         error = cut["output_error"] if np.isnan(cut["function_error"]) else cut["function_error"]
-        averaged = layer.rules is None and layer.combine == {"rule": "average"} and layer.router == "mapped"
-        known = averaged and layer.width is None and not np.isnan(error)
+        rule = {"align": "none"} | layer.combine
+        averaged = layer.router == "mapped" and rule == {"rule": "average", "align": "none"}
+        known = averaged and not (layer.rules or layer.width or np.isnan(error))
         cells = (
             f"{layer.num_groups} of {len(layer.labels)}",
             "later" if plan.compress else f"{saved:.1%}",
@@ -76,7 +77,7 @@ def describe(path: str) -> str:
 
 def _facts(**facts):
     return [
-        f"{name.replace('_', ' '):<14}{value}" for name, value in facts.items() if value not in ("", None)
+        f"{name.replace('_', ' '):<16}{value}" for name, value in facts.items() if value not in ("", None)
     ]
 
 
@@ -146,7 +147,7 @@ def explain(name: str) -> str:
     method = METHODS[recipe.method]
     lines = [f"{recipe.method}: {method.title}", *(["also: " + RECOMMENDED] if name == RECOMMENDED else [])]
     lines += _facts(paper=method.paper, cost=method.cost, needs=", ".join(recipe.needs))
-    for step in dict.fromkeys(recipe.present.values()):
+    for step in {step.name: step for step in recipe.present.values()}.values():
         lines += ["", f'{step.kind} "{step.name}"']
         lines += textwrap.indent(inspect.getdoc(step.function) or "", "  ").splitlines()
         for option, default in step.options.items():
