@@ -11,9 +11,8 @@ on every run.
 import argparse
 
 import hcsmoe_core as core
-from hcsmoe_core._util import write_json
+from hcsmoe_core._util import EMBEDDED, write_json
 from hcsmoe_core.clustering import LINKAGES
-from hcsmoe_core.demo import models
 from hcsmoe_core.methods.similarities import available
 from hcsmoe_core.studies import cache
 from hcsmoe_core.studies import tables as study
@@ -59,7 +58,7 @@ def main():
     parser.add_argument("--out", help="results to write (.json)")
     parser.add_argument("--limit", type=int, help="items of each task; by default all")
     arguments = parser.parse_args()
-    found = {name: measure(name, arguments.limit) for name in models.NAMES}
+    found = {name: measure(name, arguments.limit) for name in EMBEDDED}
     if arguments.out:
         write_json(arguments.out, found)
 

@@ -12,6 +12,7 @@ results/gpu.json.
 """
 
 import argparse
+from types import SimpleNamespace
 
 import torch
 from measuring import interleaved, machine, tell
@@ -19,7 +20,7 @@ from transformers import MixtralConfig, Qwen2MoeConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeExperts
 
-from hcsmoe_core.collect import CHUNK, _Collector
+from hcsmoe_core.collect import CHUNK, ONE_PROCESS, _Collector
 from hcsmoe_core.moe import MoELayer
 
 TARGET = 0.6
@@ -79,10 +80,10 @@ def measure(shape, arguments):
     weights = sum(t.numel() * t.element_size() for t in layer.tensors().values())
 
     def collect(needs):
-        collector = _Collector(layer, 1, needs)
-        collector.batch_domains = [0]
-        collector.restore_experts(None, (tokens, index, weight), {})
-        return collector.finish(torch.empty(0), 0)
+        one = dict(domains=["all"], of_sequence=[0], applied=None, ranks=ONE_PROCESS)
+        collector = _Collector(layer, SimpleNamespace(needs=needs, **one))
+        collector.take_experts(None, (tokens, index, weight), {})
+        return collector.finish()
 
     found = {"shape": shape, "weights, GB": weights / 1e9}
     size = CHUNK["cpu" if device == "cpu" else "cuda"]

@@ -15,7 +15,7 @@ import argparse
 from measuring import machine, tell, timed
 
 import hcsmoe_core as core
-from hcsmoe_core.demo import models
+from hcsmoe_core._util import EMBEDDED
 from hcsmoe_core.studies.stability import agreement, capture_until_stable, partitions
 from hcsmoe_core.text.calibration import domains_of
 
@@ -67,7 +67,7 @@ def main():
     parser.add_argument("--sequences", type=int, default=128)
     parser.add_argument("--out")
     arguments = parser.parse_args()
-    rows = [row for name in models.NAMES for row in measure(name, arguments)]
+    rows = [row for name in EMBEDDED for row in measure(name, arguments)]
     tell({"rows": rows, "machine": machine()}, arguments.out)
 
 

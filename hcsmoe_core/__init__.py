@@ -1,7 +1,4 @@
-"""hcsmoe: see which experts of a sparse mixture-of-experts model compute the same, merge them, know what it
-cost.
-
-The verbs of the library, in the order of the work::
+"""See which experts of a sparse mixture-of-experts model compute the same, merge them, know what it cost::
 
     model, tokenizer = load_model("demo-qwen")
     input_ids = calibration_tokens("demo", tokenizer, sequences=48, length=256)
@@ -14,9 +11,9 @@ The verbs of the library, in the order of the work::
 
 or all of it at once, measured and with a model card: ``shrink("demo-qwen", experts=16, out="merged")``.
 
-Each verb is imported when it is first used, so that ``import hcsmoe_core`` costs nothing. A folder of this
-package is a floor and imports only what lies below it: ``ui``, ``studies``, ``demo``, ``score``, ``text``,
-``methods``, ``scale``, and the files beside this one, the core. This file alone knows them all.
+Each verb is imported at its first use: ``import hcsmoe_core`` costs nothing. A folder is a floor and imports
+only what lies below it: ``ui``, ``studies``, ``demo``, ``score``, ``text``, ``methods``, ``scale``,
+``checkpoint``, and the files beside this one, the core. This file alone knows them all.
 
 Symbols: L layers, E experts, r experts kept, T tokens, D hidden size, I expert width, k experts per token.
 """

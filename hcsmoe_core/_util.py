@@ -13,10 +13,10 @@ import re
 import secrets
 import shutil
 from collections import UserDict
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from hcsmoe_core._version import __version__
@@ -35,22 +35,15 @@ class MissingPackageError(InputError, ImportError):
 
 
 class Table(UserDict):
-    """Entries by name, registered by modules that are imported at the first lookup.
+    """Entries by name; ``argument`` is what errors call a name.
 
-    Parameters
-    ----------
-    argument : str
-        What errors call the name that is looked up.
+    Modules add or replace entries by ``table[name] = entry``; those that do are imported at the first lookup.
     """
 
     providers: ClassVar[list] = []  # names of modules that register entries, of this table or another
 
     def __init__(self, argument):
-        self.argument, self._entries = argument, {}
-
-    def add(self, name: str, entry):
-        """Add or replace one entry."""
-        self._entries[name] = entry
+        self.argument, self.aliases, self._entries = argument, {}, {}
 
     @property
     def data(self):
@@ -60,13 +53,17 @@ class Table(UserDict):
         return self._entries
 
     def __getitem__(self, name):
+        name = self.aliases.get(name, name)
         return self.data[choice_of(self.argument, name, self.data)]
 
+    def __setitem__(self, name, entry):
+        self._entries[name] = entry
 
-def require(condition, message: str):
-    """Raise InputError with a message unless a condition on the input holds."""
+
+def require(condition, message: str, error=InputError):
+    """Raise an error with a message unless a condition on the input holds."""
     if not condition:
-        raise InputError(message)
+        raise error(message)
 
 
 def check_choice(argument: str, value, choices):
@@ -112,22 +109,27 @@ def check_count(argument: str, value, low: int, high: int | None = None) -> int:
 
 
 @contextlib.contextmanager
-def replacing(path):
+def _beside(path, remove):
     """Temporary path beside ``path``, renamed to it when the block ends, removed when the block fails."""
     path = Path(path)
-    if path.is_dir():
-        raise IsADirectoryError(f"{path} is a folder; give the path of a file.")
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
-        with writing(path):
-            part.touch()
-            mode = part.stat().st_mode  # by the umask; safetensors writes files that only their owner reads
-            yield part
-        part.chmod(mode)
+        yield part
         os.replace(part, path)
     finally:
-        part.unlink(missing_ok=True)
+        remove(part)
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """Temporary file beside ``path``, renamed to it when the block ends, removed when the block fails."""
+    require(not Path(path).is_dir(), f"{path} is a folder; give the path of a file.", IsADirectoryError)
+    with _beside(path, lambda part: part.unlink(missing_ok=True)) as part, writing(path):
+        part.touch()
+        mode = part.stat().st_mode  # by the umask; safetensors writes files that only their owner reads
+        yield part
+        part.chmod(mode)
 
 
 @contextlib.contextmanager
@@ -141,59 +143,18 @@ def writing(path):
 
 @contextlib.contextmanager
 def new_folder(path):
-    """Temporary folder beside ``path``, renamed to it when the block ends, removed when the block fails.
-
-    Raises
-    ------
-    FileExistsError
-        If ``path`` exists: nothing is ever overwritten.
-    """
-    path = Path(path)
+    """As :func:`replacing` for a folder; FileExistsError if ``path`` exists: nothing is ever overwritten."""
     check_absent(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
-    part.mkdir()
-    try:
+    with _beside(path, partial(shutil.rmtree, ignore_errors=True)) as part:
+        part.mkdir()
         yield part
         check_absent(path)  # another process may have been faster; a rename would replace an empty folder
-        os.replace(part, path)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 def check_absent(path):
     """Raise FileExistsError if ``path`` exists."""
-    if Path(path).exists():
-        raise FileExistsError(f"The output folder {path} exists; remove it or give another one.")
-
-
-def _lock_of(path):
-    return Path(path).with_name(f".{Path(path).name}.lock")
-
-
-@contextlib.contextmanager
-def locked(path):
-    """Lock ``path`` during the block, after waiting for other processes; a lock ends with its process."""
-    lock = _lock_of(path)
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(lock):
-        try:
-            yield
-        finally:
-            with contextlib.suppress(OSError):  # Windows removes no open file
-                lock.unlink()
-
-
-def is_locked(path) -> bool:
-    """Whether a living process has locked ``path``."""
-    lock = _lock_of(path)
-    if not lock.exists():
-        return False
-    try:
-        with FileLock(lock, blocking=False):
-            return False
-    except Timeout:
-        return True
+    message = f"The output folder {path} exists; remove it or give another one."
+    require(not Path(path).exists(), message, FileExistsError)
 
 
 def sha256_file(path) -> str:

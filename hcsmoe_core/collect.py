@@ -9,26 +9,19 @@ import inspect
 from types import SimpleNamespace
 
 import torch
+from torch.nn.functional import logsigmoid
 from tqdm.auto import tqdm
 
+from hcsmoe_core import statistics
 from hcsmoe_core._util import check_choice, check_count, require
 from hcsmoe_core.families import find_moe_layers, model_hash
 from hcsmoe_core.moe import check_loaded, router_logits
-from hcsmoe_core.statistics import (
-    NEEDS,
-    SAMPLE,
-    LayerSample,
-    LayerStatistics,
-    Statistics,
-    sample_of,
-    sequence_hashes,
-)
+from hcsmoe_core.statistics import NEEDS, SAMPLE, LayerSample, LayerStatistics, Statistics
 from hcsmoe_core.steps import METHODS
 
 # Tokens that an expert is applied to at once: what stays in a CPU's caches, and what fills a GPU.
 CHUNK = {"cpu": 512, "cuda": 8192}
-# Numbers of all experts' outputs in memory at once, where pairs of experts are compared; small ones leave a
-# GPU idle.
+# Numbers of all experts' outputs in memory at once, where pairs of experts are compared.
 DENSE = {"cpu": 1 << 25, "cuda": 1 << 28}
 PAIRED = {"cpu": 1 << 20, "cuda": 1 << 26}  # of these, those in float64
 # Stands for the ranks where there is one process: see capture().
@@ -42,9 +35,8 @@ def needs_of(methods, needs=None) -> tuple:
     if needs is None:
         methods = [methods] if isinstance(methods, str) else methods
         needs = [need for method in methods for need in METHODS[method].needs]
-    for need in needs:
-        check_choice("needs", need, tuple(NEEDS))
-    return tuple(need for need in NEEDS if need in needs)
+    known = {check_choice("needs", need, NEEDS) for need in needs}
+    return tuple(need for need in NEEDS if need in known)
 
 
 def capture(
@@ -68,18 +60,14 @@ def capture(
         With its weights in memory, and not merged.
     input_ids : (N, S) int64 tensor
         Calibration sequences without padding: :func:`hcsmoe_core.calibration_tokens`.
-    methods : sequence of str
-        Methods to plan by later; what they need is collected. The default serves every similarity and linkage
-        of the HC-SMoE paper.
-    needs : sequence of str, optional
-        Names of :data:`hcsmoe_core.statistics.NEEDS` to collect instead; ``"usage"`` always is.
-    sample : int
-        Tokens in the sample of layer inputs, where one is collected.
+    methods, needs : sequence of str
+        Methods to plan by later, of which what they need is collected, or names of
+        :data:`hcsmoe_core.statistics.NEEDS` instead. The default serves all of the HC-SMoE paper.
+    sample, batch_size : int
+        Tokens in the sample of layer inputs, where one is collected; sequences per forward pass.
     every : int
         Apply the experts to every n-th token only, n ≤ S: outputs, norms and Gram matrices are then estimates
         of sums over all tokens. Usage and sample are of all tokens.
-    batch_size : int
-        Sequences per forward pass.
     domains : sequence of N str, optional
         Domain of each sequence; by default all are of one, ``"all"``.
     ranks : object, optional
@@ -92,33 +80,29 @@ def capture(
     require(not any(layer.merged for layer in layers), merged)
     for layer in layers:
         check_loaded(layer)
-    was_training = model.training
-    try:
-        with tokens.collecting(layers) as collectors, torch.no_grad(), tokens.bar(progress) as bar:
-            for start in tokens.starts:
-                rows = tokens.begin(collectors, start)
-                model.eval()(input_ids=rows.to(model.device), use_cache=False, **forward_options(model))
-                bar.update(rows.numel())
-    finally:
-        model.train(was_training)
+    with contextlib.ExitStack() as after, tokens.collecting(layers) as collectors, torch.no_grad():
+        after.callback(model.train, model.training)
+        bar = after.enter_context(tokens.bar(progress))
+        for start in tokens.starts:
+            rows = tokens.begin(collectors, start)
+            model.eval()(input_ids=rows.to(model.device), use_cache=False, **forward_options(model))
+            bar.update(rows.numel())
     return tokens.statistics(model, tokens.finished(collectors))
 
 
 class Tokens:
     """Calibration sequences in batches, some of which are this rank's; parameters as for :func:`capture`.
 
-    Attributes
-    ----------
-    starts : list of int
-        First sequence of each batch of this rank.
+    ``starts`` are the first sequences of this rank's batches; ``sampled``, ``(R, 3)`` int64, the sequence,
+    position and domain of each sampled token, if any; ``applied``, ``(N, S)`` bool, the tokens to which
+    experts are applied, where these are not all.
     """
 
     def __init__(self, model, input_ids, *, needs, sample, batch_size, domains, every=1, ranks=None):
         self.input_ids, self.ranks = check_tokens(input_ids, model), ranks or ONE_PROCESS
         count, length = self.input_ids.shape
-        self.every = check_count("every", every, 1, length)
+        self.every, self.needs = check_count("every", every, 1, length), needs_of((), needs)
         self.batch_size, sample = check_count("batch_size", batch_size, 1), check_count("sample", sample, 1)
-        self.needs = needs_of((), needs)
         names = ["all"] * count if domains is None else [str(name) for name in domains]
         require(
             len(names) == count,
@@ -126,50 +110,48 @@ class Tokens:
         )
         self.domains = list(dict.fromkeys(names))
         self.of_sequence = [self.domains.index(name) for name in names]
-        self.hashes = sequence_hashes(self.input_ids)
-        sampled = "sample" in self.needs
-        self.chosen = sample_of(self.hashes, length, sample) if sampled else torch.empty(0, 2).long()
+        self.hashes = statistics.sequence_hashes(self.input_ids)
+        self.sampled = self.applied = None
+        if "sample" in self.needs:
+            chosen = statistics.sample_of(self.hashes, length, sample)
+            self.sampled = torch.cat([chosen, torch.tensor(self.of_sequence)[chosen[:, :1]]], 1)
+        if self.every > 1:
+            shifts = torch.tensor([[int(name, 16) % self.every] for name in self.hashes])
+            self.applied = (torch.arange(length) + shifts) % self.every == 0
         self.starts = self.ranks.share(list(range(0, count, self.batch_size)))
 
     @contextlib.contextmanager
     def collecting(self, layers):
         """Collectors hooked to layers for the block."""
-        collectors = [_Collector(layer, len(self.domains), self.needs) for layer in layers]
-        handles = []
-        try:
+        collectors = [_Collector(layer, self) for layer in layers]
+        with contextlib.ExitStack() as hooks:
             for collector in collectors:
-                handles += collector.layer.add_hooks(collector.take_router, collector.restore_experts)
+                for hook in collector.layer.add_hooks(collector.take_router, collector.take_experts):
+                    hooks.enter_context(hook)
             yield collectors
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def begin(self, collectors, start: int) -> torch.Tensor:
         """Ids of the batch that starts at a sequence, after telling the collectors whose tokens will come."""
-        stop, applied = start + self.batch_size, None
-        if self.every > 1:
-            shifts = torch.tensor([int(name, 16) % self.every for name in self.hashes[start:stop]])
-            position = torch.arange(self.input_ids.shape[1]) + shifts[:, None]
-            applied = (position % self.every == 0).flatten()
-        rows = self.chosen[(self.chosen[:, 0] >= start) & (self.chosen[:, 0] < stop)]
+        batch = slice(start, start + self.batch_size)
         for collector in collectors:
-            collector.batch_applied = applied
-            collector.batch_domains = self.of_sequence[start:stop]
-            collector.batch_rows = rows - torch.tensor([start, 0])
-        return self.input_ids[start:stop]
+            collector.batch = batch
+        return self.input_ids[batch]
 
     def bar(self, progress: bool):
         """Progress bar over this rank's tokens."""
         total = sum(self.input_ids[start : start + self.batch_size].numel() for start in self.starts)
-        hidden = None if progress and self.ranks.rank() == 0 else True
-        return tqdm(total=total, desc="capture", unit="token", unit_scale=True, disable=hidden)
+        shown = progress and self.ranks.rank() == 0
+        return tqdm(total=total, desc="capture", unit="token", unit_scale=True, disable=not shown or None)
 
     def finished(self, collectors) -> dict:
         """LayerStatistics of the collectors over all ranks, by layer name."""
-        batch = self.chosen[:, 0] // self.batch_size
-        by_batch = torch.argsort(batch, stable=True)  # the order in which the collectors saw the sample
-        own = torch.isin(batch[by_batch], torch.tensor(self.starts) // self.batch_size)
-        return {c.layer.name: c.finish(by_batch[own], len(self.chosen), self.ranks) for c in collectors}
+        return {collector.layer.name: collector.finish() for collector in collectors}
+
+    def own_sample(self) -> torch.Tensor:
+        """Indices of this rank's tokens among the sampled ones, in the order in which collectors see them."""
+        batch = self.sampled[:, 0] // self.batch_size
+        order = torch.argsort(batch, stable=True)
+        return order[torch.isin(batch[order], torch.tensor(self.starts) // self.batch_size)]
 
     def statistics(self, model, by_layer: dict) -> Statistics:
         """Statistics of a model from LayerStatistics by layer name."""
@@ -183,38 +165,34 @@ class Tokens:
                 for layer in layers
             },
         }
-        if self.every > 1:
-            record["every"] = self.every
+        record |= {"every": self.every} if self.every > 1 else {}
         by_layer = {layer.name: by_layer[layer.name] for layer in layers}
         return Statistics(by_layer, self.domains, record, self.hashes, self.sampled)
 
-    @property
-    def sampled(self):
-        """Sequence, position and domain of each sampled token, ``(R, 3)`` int64; None without a sample."""
-        if "sample" not in self.needs:
-            return None
-        return torch.cat([self.chosen, torch.tensor(self.of_sequence)[self.chosen[:, :1]]], 1)
-
 
 class _Collector:
-    """Adds up one layer's statistics from what reaches its router and its experts."""
+    """Adds up one layer's statistics from what reaches its router and experts of the source's ``batch``."""
 
-    def __init__(self, layer, domains, needs):
-        self.layer, self.needs, self.device = layer, set(needs), layer.device
-        experts, matrices = layer.num_experts, {"logit_gram", *NEEDS["grams"]}
-        self.totals = {key: torch.zeros(domains, dtype=torch.int64) for key in ("tokens", "applied")}
-        self.totals["usage_count"] = self._zeros(domains, experts, dtype=torch.int64)
-        wanted = [need for need in ("norms", "grams") if need in self.needs]
-        for key in (*NEEDS["usage"][2:], *(key for need in wanted for key in NEEDS[need])):
-            self.totals[key] = self._zeros(domains, experts, *([experts] if key in matrices else []))
-        if "outputs" in self.needs:  # of activations, where outputs are affine in them
-            size = layer.width if layer.affine else layer.hidden_size
-            self.totals["output_sum"] = self._zeros(domains, experts, size)
-        self.batch_domains = self.batch_rows = self.batch_applied = None
-        self.logits, self.scoring, self.sampled = None, None, []
+    def __init__(self, layer, source):
+        self.layer, self.source, self.needs, self.device = layer, source, set(source.needs), layer.device
+        self.batch, self.logits, self.scoring, self.sampled = slice(None), None, None, []
+        # In one order on every rank, as the ranks add them up one after another.
+        keys = ["applied", *(key for need in NEEDS if need in {"usage", *self.needs} for key in NEEDS[need])]
+        counts = ("tokens", "applied", "usage_count")
+        # Where outputs are affine in activations, those are summed: their mean gives the mean output.
+        size = layer.width if layer.affine else layer.hidden_size
+        inner = dict.fromkeys(("logit_gram", *NEEDS["grams"]), [layer.num_experts] * 2)
+        inner |= {"tokens": [], "applied": [], "output_sum": [layer.num_experts, size]}
+        shapes = {key: (len(source.domains), *inner.get(key, [layer.num_experts])) for key in keys}
+        self.totals = {key: self._zeros(*shape, whole=key in counts) for key, shape in shapes.items()}
 
-    def _zeros(self, *shape, dtype=torch.float64):
-        return torch.zeros(*shape, dtype=dtype, device=self.device)
+    def _zeros(self, *shape, whole=False):
+        return torch.zeros(*shape, dtype=torch.int64 if whole else torch.float64, device=self.device)
+
+    def _add(self, place, **sums):
+        """Add to the totals of a domain, or of a domain and an expert."""
+        for key, value in sums.items():
+            self.totals[key][place] += value
 
     def take_router(self, module, inputs, output):
         """Forward hook of the router."""
@@ -222,40 +200,35 @@ class _Collector:
         self.logits = router_logits(output, experts, self.layer.extra).double()
         for domain, rows in self._by_domain(len(self.logits), self.logits.device):
             logits = self.logits[rows, :experts]
-            self.totals["logit_gram"][domain] += logits.T @ logits
+            self._add(domain, logit_gram=logits.T @ logits)
 
-    def restore_experts(self, module, inputs, keywords):
+    def take_experts(self, module, inputs, keywords):
         """Forward pre-hook of the experts: tokens [T, D], chosen experts [T, k] and their weights [T, k]."""
         tokens, index, weight = [*inputs, *keywords.values()][:3]
-        tokens = tokens.reshape(-1, tokens.shape[-1])
+        tokens, experts = tokens.reshape(-1, tokens.shape[-1]), self.layer.num_experts
         index, weight = index.reshape(len(tokens), -1), weight.reshape(len(tokens), -1).double()
         # An expert without weights counts as none: its choice becomes one of weight zero.
-        weight = weight.masked_fill(index >= self.layer.num_experts, 0)
-        index = index.clamp(max=self.layer.num_experts - 1)
-        gates = self._zeros(len(tokens), self.layer.num_experts).scatter_add_(1, index, weight)
+        weight, index = weight.masked_fill(index >= experts, 0), index.clamp(max=experts - 1)
+        gates = self._zeros(len(tokens), experts).scatter_add_(1, index, weight)
         for domain, rows in self._by_domain(len(tokens), tokens.device):
             gate = gates[rows]
-            self.totals["tokens"][domain] += len(gate)
-            self.totals["routing_mass"][domain] += gate.sum(0)
+            self._add(domain, tokens=len(gate), routing_mass=gate.sum(0))
             chosen = (weight[rows] != 0).long()  # some routers send a skipped token to expert 0 with weight 0
             self.totals["usage_count"][domain].index_add_(0, index[rows].flatten(), chosen.flatten())
             if self.logits is not None:
-                self._add_scores(domain, self.logits[rows], index[rows], weight[rows])
+                logits = self.logits[rows]
+                self.scoring = self.scoring or scoring_of(logits, index[rows], weight[rows])
+                scores = logits.softmax(1) if self.scoring == "softmax" else logits.sigmoid()
+                self._add(domain, score_mass=scores.sum(0)[:experts])
         if self.needs & {"outputs", "norms", "grams"}:
-            for domain, rows in self._by_domain(len(tokens), tokens.device, self.batch_applied):
+            for domain, rows in self._by_domain(len(tokens), tokens.device, self.source.applied):
                 self._apply(domain, tokens[rows], gates[rows])
         if "sample" in self.needs:
             self._add_sample(tokens, index, weight)
 
-    def _add_scores(self, domain, logits, index, weight):
-        if self.scoring is None:
-            self.scoring = scoring_of(logits, index, weight)
-        scores = logits.softmax(1) if self.scoring == "softmax" else logits.sigmoid()
-        self.totals["score_mass"][domain] += scores.sum(0)[: self.layer.num_experts]
-
     def _apply(self, domain, tokens, gates):
         """Apply the experts to tokens ``[T, D]`` with gates ``[T, E]``, a chunk at a time."""
-        self.totals["applied"][domain] += len(tokens)
+        self._add(domain, applied=len(tokens))
         size = CHUNK[_kind(tokens)]
         if "grams" in self.needs:
             size = max(1, min(size, DENSE[_kind(tokens)] // (self.layer.num_experts * tokens.shape[1])))
@@ -266,34 +239,29 @@ class _Collector:
         """Apply every expert to all tokens if sums over all tokens are wanted, else to those routed to it."""
         layer, norms, grams = self.layer, "norms" in self.needs, "grams" in self.needs
         if layer.affine and not (norms or grams):
-            self.totals["output_sum"][domain] += layer.hidden_sums(tokens)
+            self._add(domain, output_sum=layer.hidden_sums(tokens))
             return
         everywhere = bool(self.needs & {"outputs", "grams"})
         # Where the mean output follows from the mean activation, only routed tokens need the down projection.
-        whole = grams or not everywhere or not layer.affine
-        routed = _routed(gates) if norms else [None] * layer.num_experts
-        sums, outputs = [], []
-        for expert, rows in enumerate(routed):
+        whole, outputs = grams or not everywhere or not layer.affine, []
+        for expert, rows in enumerate(_routed(gates)):
             hidden = layer.expert_hidden(expert, tokens if everywhere else tokens[rows])
             output = layer.expert_output(expert, hidden if whole else hidden[rows])
             if "outputs" in self.needs:
-                sums.append((hidden if layer.affine else output).sum(0, dtype=torch.float64))
-            if rows is not None and len(rows):
+                values = hidden if layer.affine else output
+                self._add((domain, expert), output_sum=values.sum(0, dtype=torch.float64))
+            if norms and len(rows):
                 own = output[rows] if whole and everywhere else output
-                self._add_norms(domain, expert, own, gates[rows, expert])
+                self._add_norms((domain, expert), own, gates[rows, expert])
             if grams:
                 outputs.append(output)
-        if "outputs" in self.needs:
-            self.totals["output_sum"][domain] += torch.stack(sums)
         if grams:
             self._add_grams(domain, outputs, gates)
 
-    def _add_norms(self, domain, expert, output, gate):
+    def _add_norms(self, place, output, gate):
         norm = output.double().norm(dim=1)
-        self.totals["norm_sum"][domain, expert] += norm.sum()
-        self.totals["gated_norm_sum"][domain, expert] += gate @ norm
-        largest = self.totals["output_max"][domain]
-        largest[expert] = torch.maximum(largest[expert], output.abs().max().double())
+        self._add(place, norm_sum=norm.sum(), gated_norm_sum=gate @ norm)
+        self.totals["output_max"][place].clamp_(min=output.abs().max().double())
 
     def _add_grams(self, domain, outputs, gates):
         """Inner products of all pairs of experts' outputs, ``E × [T, D]``, per token and summed."""
@@ -303,71 +271,78 @@ class _Collector:
             gram = flat @ flat.mT  # [t, E, E]
             square = gram.diagonal(dim1=1, dim2=2)
             inverse = 1 / square.sqrt().clamp(min=torch.finfo(torch.float64).tiny)
-            self.totals["output_gram"][domain] += gram.sum(0)
-            self.totals["routed_gram"][domain] += (gram * gate[..., None]).sum(0)
-            self.totals["routed_square"][domain] += gate.T @ square
-            self.totals["cosine_sum"][domain] += gram.mul_(inverse[..., None]).mul_(inverse[:, None]).sum(0)
+            self._add(
+                domain,
+                output_gram=gram.sum(0),
+                routed_gram=(gram * gate[..., None]).sum(0),
+                routed_square=gate.T @ square,
+                cosine_sum=gram.mul_(inverse[..., None]).mul_(inverse[:, None]).sum(0),
+            )
 
     def _add_sample(self, tokens, index, weight):
-        sequences, experts = len(self.batch_domains), self.layer.num_experts
+        experts, sequences = self.layer.num_experts, len(self.source.of_sequence[self.batch])
         length = len(tokens) // sequences
-        rows = self.batch_rows[:, 0] * length + self.batch_rows[:, 1]
-        complete = length * sequences == len(tokens) and (not len(rows) or int(rows.max()) < len(tokens))
+        places = self.source.sampled[:, :2] - torch.tensor([self.batch.start, 0])
+        places = places[(places[:, 0] >= 0) & (places[:, 0] < sequences)]
+        rows = (places @ torch.tensor([length, 1])).to(tokens.device)
+        complete = length * sequences == len(tokens) and bool((rows < len(tokens)).all())
         self._require(complete, "without the sample")
-        rows = rows.to(tokens.device)
         wide = torch.float64 if tokens.dtype == torch.float64 else torch.float32
-        missing = self._zeros(len(tokens), experts).fill_(torch.nan)
-        logits = missing if self.logits is None else self.logits[:, :experts].to(tokens.device)
-        chosen = (tokens[rows], logits[rows].to(wide), index[rows], weight[rows].to(wide))
-        self.sampled.append([column.detach().cpu() for column in chosen])
+        missing = torch.full((len(tokens), experts), torch.nan)
+        logits = (missing if self.logits is None else self.logits[:, :experts]).to(tokens.device)
+        columns = (tokens[rows], logits[rows].to(wide), index[rows], weight[rows].to(wide))
+        self.sampled.append([column.detach().cpu() for column in columns])
 
     def _by_domain(self, count, device, applied=None):
         """Domains of a batch of ``count`` tokens, each with its rows, of which only those ``applied``."""
-        domains, sequences = sorted(set(self.batch_domains)), len(self.batch_domains)
-        self._require(applied is None or len(applied) == count, "with every=1")
-        if len(domains) == 1 and applied is None:
+        of_sequence = self.source.of_sequence[self.batch]
+        domains, sequences = sorted(set(of_sequence)), len(of_sequence)
+        wanted = None if applied is None else applied[self.batch].flatten()
+        self._require(wanted is None or len(wanted) == count, "with every=1")
+        if len(domains) == 1 and wanted is None:
             return [(domains[0], slice(None))]
         self._require(count % sequences == 0, "without domains, or with batch_size=1")
-        of_token = torch.tensor(self.batch_domains).repeat_interleave(count // sequences)
-        wanted = torch.ones(count, dtype=torch.bool) if applied is None else applied
-        return [(d, ((of_token == d) & wanted).nonzero()[:, 0].to(device)) for d in domains]
+        of_token = torch.tensor(of_sequence).repeat_interleave(count // sequences)
+        of_token = of_token if wanted is None else of_token.where(wanted, -1)
+        return [(domain, (of_token == domain).nonzero()[:, 0].to(device)) for domain in domains]
 
     def _require(self, complete, remedy):
         require(complete, f"{self.layer.name} does not get every token of a sequence; capture {remedy}.")
 
     @torch.no_grad()
-    def finish(self, rows, size, ranks=ONE_PROCESS) -> LayerStatistics:
-        """The sums over all ranks; this rank saw ``rows`` of the ``size`` tokens of the sample."""
+    def finish(self) -> LayerStatistics:
+        """The sums over all ranks."""
+        ranks, layer = self.source.ranks, self.layer
         require(
-            int(self.totals["tokens"].sum()),
-            f"{self.layer.name} was never called. Kernels that replace the whole MoE block and models "
+            self.totals["tokens"].sum() > 0,
+            f"{layer.name} was never called. Kernels that replace the whole MoE block and models "
             "compiled before the capture hide it: load with use_kernels=False and do not compile.",
         )
         totals = {key: ranks.total(value, largest=key == "output_max") for key, value in self.totals.items()}
-        tokens, applied = totals["tokens"], totals.pop("applied")
-        if not torch.equal(applied, tokens):  # sums over every n-th token become estimates of those over all
-            share = (tokens.double() / applied.clamp(min=1)).to(self.device)
-            for key in totals.keys() & {"norm_sum", "gated_norm_sum", *NEEDS["grams"], "output_sum"}:
-                totals[key] *= share.reshape(-1, *[1] * (totals[key].ndim - 1))
-        if "outputs" in self.needs and self.layer.affine:
+        tokens = totals["tokens"]
+        # Where experts were applied to every n-th token, sums become estimates of those over all.
+        share = tokens.double() / totals.pop("applied").clamp(min=1)
+        for key in totals.keys() & {"norm_sum", "gated_norm_sum", *NEEDS["grams"], "output_sum"}:
+            totals[key] *= share.reshape(-1, *[1] * (totals[key].ndim - 1))
+        if "outputs" in self.needs and layer.affine:
             # mean_t W_down h_t = W_down mean_t h_t
-            count = tokens.to(self.device)[:, None, None]
-            means = totals["output_sum"] / count.clamp(min=1)
-            totals["output_sum"] = torch.stack([self.layer.down_project(mean) for mean in means]) * count
+            means = totals["output_sum"] / tokens.clamp(min=1)[:, None, None]
+            down = torch.stack([layer.down_project(mean) for mean in means])
+            totals["output_sum"] = down * tokens[:, None, None]
         if self.logits is None:
-            totals["logit_gram"].fill_(torch.nan)
-            totals["score_mass"].fill_(torch.nan)
-        for key in totals.keys() & {"output_sum", "norm_sum", "output_gram"}:
-            require(
-                torch.isfinite(totals[key]).all(),
-                f"{self.layer.name}: an expert's outputs are not finite on these tokens; the checkpoint is "
-                "damaged, or its dtype overflows: load it with another dtype.",
-            )
-        sample = None
+            totals |= {key: totals[key].fill_(torch.nan) for key in ("logit_gram", "score_mass")}
+        summed = totals.keys() & {"output_sum", "norm_sum", "output_gram"}
+        require(
+            all(totals[key].isfinite().all() for key in summed),
+            f"{layer.name}: an expert's outputs are not finite on these tokens; the checkpoint is "
+            "damaged, or its dtype overflows: load it with another dtype.",
+        )
+        sums = {key: value.cpu() for key, value in totals.items()}
         if "sample" in self.needs:
-            columns = (torch.cat(chunks) for chunks in zip(*self.sampled, strict=True))
-            sample = LayerSample(*(_gathered(column, rows, size, ranks) for column in columns))
-        return LayerStatistics(**{key: value.cpu() for key, value in totals.items()}, sample=sample)
+            rows, size = self.source.own_sample(), len(self.source.sampled)
+            columns = zip(*self.sampled, strict=True)
+            sums["sample"] = LayerSample(*(_gathered(torch.cat(c), rows, size, ranks) for c in columns))
+        return LayerStatistics(**sums)
 
 
 def _kind(tensor):
@@ -390,40 +365,23 @@ def _gathered(values, rows, size, ranks):
 def scoring_of(logits, index, weight) -> str:
     """How a router scores experts, "softmax" or "sigmoid" of its logits, inferred from the weights it gave.
 
-    The ratios of a token's weights are those of its scores, whatever is normalised or scaled afterwards; a
-    router that chooses one expert shows its score itself.
-
-    Parameters
-    ----------
-    logits : (T, E) tensor
-    index, weight : (T, k) tensor
+    The ratios of a token's weights ``(T, k)`` are those of its scores, whatever is normalised or scaled
+    afterwards; a router that chooses one expert shows its score itself.
     """
-    errors = {}
-    log_scores = {"softmax": logits.log_softmax(1), "sigmoid": torch.nn.functional.logsigmoid(logits)}
-    for name, score in log_scores.items():
-        gap = score.gather(1, index) - weight.abs().clamp(min=1e-30).log()
+    log_scores = {"softmax": logits.log_softmax(1), "sigmoid": logsigmoid(logits)}
+
+    def error(name):
+        gap = log_scores[name].gather(1, index) - weight.abs().clamp(min=1e-30).log()
         if index.shape[1] > 1:
             gap = gap - gap.mean(1, keepdim=True)
-        errors[name] = float(gap[(weight != 0).all(1)].abs().mean().nan_to_num())
-    return min(errors, key=errors.get)
+        return float(gap[(weight != 0).all(1)].abs().mean().nan_to_num())
+
+    return min(log_scores, key=error)
 
 
 def forward_options(model) -> dict:
     """Arguments that spare a model the logits of all tokens but one, where its forward takes them."""
     return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-
-
-def expected_bytes(model, needs, *, domains: int, tokens: int, sample: int = SAMPLE) -> int:
-    """Bytes of the statistics file that a capture on a model would give."""
-    rows = min(sample, tokens) if "sample" in needs else 0
-    total = rows * 24
-    for layer in find_moe_layers(model):
-        experts, hidden, k = layer.num_experts, layer.hidden_size, layer.top_k or layer.num_experts
-        numbers = {"usage": 1 + 3 * experts + experts**2, "norms": 3 * experts, "grams": 4 * experts**2}
-        numbers |= {"outputs": experts * hidden, "sample": 0}
-        total += 8 * domains * sum(numbers[need] for need in needs)
-        total += rows * (hidden * layer.tensors()["down_proj"].element_size() + 4 * experts + 12 * k)
-    return total
 
 
 def check_tokens(input_ids, model) -> torch.Tensor:

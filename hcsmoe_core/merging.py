@@ -3,7 +3,7 @@
 import torch
 from tqdm.auto import tqdm
 
-from hcsmoe_core._util import InputError, check_count, require
+from hcsmoe_core._util import check_count, require
 from hcsmoe_core.families import find_moe_layers, model_hash
 from hcsmoe_core.moe import Neurons, all_finite
 from hcsmoe_core.plan import check_layer
@@ -20,28 +20,14 @@ def apply_plan(model, plan, stats=None):
     the model computes exactly what E experts would of which those of a group are equal. With others the
     router chooses among r rows by the model's own rule. The original weights stay in memory.
 
-    Parameters
-    ----------
-    model : transformers.PreTrainedModel
-    plan : Plan
-    stats : Statistics, optional
-        Those that the plan was made from, where experts are combined, or router rows fitted, by their sample.
-
-    Returns
-    -------
-    transformers.PreTrainedModel
-        The same model.
-
-    Raises
-    ------
-    InputError
-        If the plan does not fit the model, needs statistics that are not given, the model is merged already,
-        or a merged weight is not finite. The model is then as it was.
+    Returns the model. ``stats`` are the Statistics that the plan was made from, where experts are combined or
+    router rows fitted by their sample. InputError, with the model as it was, if the plan does not fit it or
+    needs statistics that are not given, if it is merged already, or if a merged weight is not finite.
     """
     layers = check_applicable(model, plan, stats)
     try:
-        hidden = None if plan.needs_sample else True
-        bar = tqdm(plan.layers, desc="merge", unit="layer", leave=False, disable=hidden)
+        quick = not plan.needs_sample
+        bar = tqdm(plan.layers, desc="merge", unit="layer", leave=False, disable=quick or None)
         for layer, layer_plan in zip(layers, bar, strict=True):
             apply_layer(layer, layer_plan, stats)
         if plan.compress:
@@ -81,14 +67,16 @@ def check_applicable(model, plan, stats=None) -> list:
         f"The plan was made for another model ({record.get('name')}, {record.get('class')}): this one has "
         "the same shape but other weights. Make a plan from this model's statistics.",
     )
-    if stats is not None:
-        check_statistics(stats, model)
+    require(
+        stats is None or stats.model["hash"] == model_hash(model),
+        f"These statistics were captured on another model ({stats and stats.model['name']}) than the one "
+        f"given ({model.name_or_path or type(model).__name__}); give those that the plan was made from.",
+    )
     if plan.needs_sample:
         require(
             stats is not None,
             "This plan looks at the sample of layer inputs, by which experts are combined or routers folded; "
-            "give "
-            "the statistics it was made from: apply_plan(model, plan, stats), or --statistics FILE.",
+            "give the statistics it was made from: apply_plan(model, plan, stats), or --statistics FILE.",
         )
         stats.check(("sample",), "This plan")
         require(
@@ -97,16 +85,6 @@ def check_applicable(model, plan, stats=None) -> list:
             f"({stats.identity()}); give the ones it was made from, or make the plan again.",
         )
     return layers
-
-
-def check_statistics(stats, model):
-    """Raise InputError unless the statistics were captured on this model."""
-    record = stats.model
-    require(
-        record["hash"] == model_hash(model),
-        f"These statistics were captured on another model ({record['name']}, {record['class']}) than the one "
-        f"given ({model.name_or_path or 'unnamed'}, {type(model).__name__}); capture on this one.",
-    )
 
 
 def check_fits(plan, model) -> list:
@@ -137,33 +115,30 @@ def check_fits(plan, model) -> list:
 
 @torch.no_grad()
 def merge_layer(layer, layer_plan, sample=None) -> dict:
-    """The r experts that a plan leaves of a layer: for each of :meth:`MoELayer.tensors` the same with r rows.
+    """The r experts that a plan leaves of a layer: :meth:`MoELayer.tensors` with r rows each.
 
     Averages, ``W_g = Σ_{e in g} w_e W_e`` (HC-SMoE, arXiv 2410.08589, eq. 6), are summed in float32 (float64
     for float32 weights) and rounded once to the weights' dtype; for other rules see :func:`combine_group`,
     which may need the layer's sample. An expert that is alone in its group is copied, bit for bit, unless it
     is trimmed. InputError if a merged weight is not finite.
     """
-    names = {repr(layer_plan.rule_of(group)["rule"]) for group in range(layer_plan.num_groups)}
-    usable = sample is not None or not layer_plan.uses_sample
-    require(usable, f'{layer.name}: rule {" and ".join(sorted(names))} needs the "sample" argument.')
-    rule, combined = layer_plan.combine, {}
-    if (
-        layer_plan.rules
-        or rule["rule"] != "average"
-        or rule.get("align", "none") != "none"
-        or rule.get("refit")
-    ):
-        combined = _combined(layer, layer_plan, sample)
-    merged = {}
-    for name, tensor in layer.tensors().items():
-        merged[name] = combined[name] if name in combined else _averages(tensor, layer_plan)
-        if not all_finite(merged[name]):
-            groups = zip(merged[name], layer_plan.groups(), strict=True)
-            members = next(members for row, members in groups if not all_finite(row))
-            raise InputError(
-                f"{layer.name}: {name} of experts {members} merges to values that are not finite."
-            )
+    rules = [layer_plan.rule_of(group) for group in range(layer_plan.num_groups)]
+    names = " and ".join(sorted({repr(rule["rule"]) for rule in rules}))
+    require(
+        sample is not None or not layer_plan.uses_sample,
+        f'{layer.name}: rule {names} needs the "sample" argument.',
+    )
+    plain = {"rule": "average", "align": "none", "refit": 0}
+    averaged = not layer_plan.rules and all(rules[0].get(key, value) == value for key, value in plain.items())
+    combined = {} if averaged else _combined(layer, layer_plan, sample)
+    merged = {
+        name: combined[name] if name in combined else _averages(tensor, layer_plan)
+        for name, tensor in layer.tensors().items()
+    }
+    for name, rows in merged.items():
+        groups = zip(layer_plan.groups(), rows, strict=True)
+        bad = next((members for members, row in groups if not all_finite(row)), None)
+        require(bad is None, f"{layer.name}: {name} of experts {bad} merges to values that are not finite.")
     return merged
 
 
@@ -173,17 +148,14 @@ def _averages(tensor, layer_plan):
     merged = flat.new_empty(layer_plan.num_groups, flat.shape[1])
     wide = torch.float64 if tensor.dtype in (torch.float32, torch.float64) else torch.float32
     total, term = torch.empty(2, min(BLOCK, flat.shape[1]), dtype=wide, device=tensor.device)
-    for group, members in enumerate(layer_plan.groups()):
-        weights = layer_plan.weights
-        if layer_plan.mixture is not None:
-            weights = layer_plan.mixture[group]
+    mixed, alike = layer_plan.mixture, [layer_plan.weights] * layer_plan.num_groups
+    for row, weights, members in zip(merged, mixed or alike, layer_plan.groups(), strict=True):
+        if mixed is not None:
             members = [e for e, w in enumerate(weights) if w > 0]
         if len(members) == 1:
-            merged[group] = flat[members[0]]
+            row.copy_(flat[members[0]])
             continue
-        for average, *blocks in zip(
-            merged[group].split(BLOCK), *(flat[e].split(BLOCK) for e in members), strict=True
-        ):
+        for average, *blocks in zip(row.split(BLOCK), *(flat[e].split(BLOCK) for e in members), strict=True):
             block_sum, wide_block = total[: len(average)].zero_(), term[: len(average)]
             for expert, block in zip(members, blocks, strict=True):
                 block_sum.add_(wide_block.copy_(block), alpha=weights[expert])
@@ -215,15 +187,8 @@ def group_and_options(layer, layer_plan, group: int, sample):
 class Group:
     """The n experts that become one, and what the calibration sample says about them.
 
-    Attributes
-    ----------
-    members : list of n int
-    weights : (n,) float64 tensor
-        Of each member in the group; they sum to one.
-    dominant : int
-        Index of the dominant expert among the members.
-    experts : list of n Neurons
-        In float64, or float32 where the model is in 16 bits.
+    ``members`` are their numbers; ``weights``, ``(n,)`` float64, their shares, which sum to one; ``dominant``
+    is an index among them; ``experts``, n Neurons, are in float64, or float32 where the model is in 16 bits.
     """
 
     def __init__(self, layer, members, weights, dominant, sample):
@@ -243,11 +208,7 @@ class Group:
         return self._computed[key]
 
     def tokens(self, members=None):
-        """Sampled tokens routed to any member (or of ``members``, indices), ``(T, D)``, and these' gates
-        ``(T, n)``.
-
-        Gates are the applied routing weights, zero where an expert was not chosen.
-        """
+        """Sampled tokens routed to any member (of ``members``, indices), ``(T, D)``, and gates ``(T, n)``."""
         chosen = self.members if members is None else [self.members[m] for m in members]
 
         def gather():
@@ -259,11 +220,11 @@ class Group:
 
     def outputs(self, offset=None) -> torch.Tensor:
         """Sum of the members' gated outputs on :meth:`tokens`, ``Σ_e g_e (f_e(x) − offset)``, ``(T, D)``."""
-        tokens, gates = self.tokens()
-        total = self.once("outputs", lambda: self._gated_outputs(tokens, gates))
-        return total if offset is None else total - gates.sum(1, keepdim=True) * offset
+        total = self.once("outputs", self._gated_outputs)
+        return total if offset is None else total - self.tokens()[1].sum(1, keepdim=True) * offset
 
-    def _gated_outputs(self, tokens, gates):
+    def _gated_outputs(self):
+        tokens, gates = self.tokens()
         total = torch.zeros(len(tokens), self.layer.hidden_size, dtype=self.dtype, device=self.device)
         for expert, gate in zip(self.experts, gates.T, strict=True):
             rows = gate.nonzero()[:, 0]
@@ -297,8 +258,7 @@ def mean_of(experts, weights) -> Neurons:
 def combine_group(group, options) -> Neurons:
     """One expert from a group, by ``options``: ``rule``, a step of ``steps.combine``, with its own options.
 
-    With ``refit`` rounds, what the expert's neurons read is fitted as well. InputError if the rule is
-    unknown, or solves for a projection where that is not possible.
+    With ``refit`` rounds, what its neurons read is fitted too. InputError if nothing can be solved for.
     """
     rule, rounds = combine[options["rule"]], check_count("refit", options.get("refit", 0), 0)
     others = ", ".join(f'"{name}"' for name, step in combine.items() if not step.properties.get("solves"))
@@ -308,7 +268,7 @@ def combine_group(group, options) -> Neurons:
         f"{' with refit' if rounds else ''} has nothing to solve; use one of {others}, without refit.",
     )
     neurons = rule(group, **{key: value for key, value in options.items() if key not in ("rule", "refit")})
-    if not rounds:
-        return neurons
-    ridge = {"ridge": options["ridge"]} if "ridge" in options else {}
-    return refine["refit"](group, neurons, rounds, **ridge)
+    if rounds:
+        ridge = {key: value for key, value in options.items() if key == "ridge"}
+        neurons = refine["refit"](group, neurons, rounds, **ridge)
+    return neurons

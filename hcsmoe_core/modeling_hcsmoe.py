@@ -9,6 +9,8 @@ therefore needs torch and transformers alone. What changes in which layer stands
 import copy
 import inspect
 import shutil
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,38 +19,34 @@ from torch import nn
 VERSION = 3
 
 
+@dataclass(eq=False)
 class ExpertMap:
-    """Where the choices of a layer's router go; the experts module of a merged layer has one as ``_merged``.
+    """Where the choices of a layer's router go: ``_merged`` of the experts module of a merged layer."""
 
-    Attributes
-    ----------
-    labels : list of E int
-        Merged expert of each that the router chose from before; -1 for one that was dropped.
-    extra : int
-        Choices beyond them, of experts without weights.
-    mapped : bool
-        Whether the router still chooses among E, rather than among r.
-    """
+    labels: list  # E int: merged expert of each that the router chose from before; -1 if it was dropped
+    extra: int = 0  # choices beyond them, of experts without weights
+    mapped: bool = True  # whether the router still chooses among E, rather than among r
+    # By device. No buffer: transformers re-allocates those that are not persistent as it loads a checkpoint.
+    _lookup: dict = field(default_factory=dict)
 
     # What hcsmoe keeps of a merge that it made in memory: the layer's tensors, every value that was replaced
     # by module and name, the handle of the hook, what was decided, and the size of what would be compressed.
     before = originals = handle = plan = compressed_bytes = None
 
-    def __init__(self, labels, extra=0, mapped=True):
-        self.labels, self.extra, self.mapped = list(labels), extra, mapped
-        # No buffer: transformers re-allocates those that are not persistent when it loads a checkpoint.
-        self._lookup = {}
+    @property
+    def stored(self):
+        """Experts with weights."""
+        return max(self.labels) + 1
 
     @property
     def routed(self):
         """Experts that the router now chooses from."""
-        return len(self.labels) if self.mapped else max(self.labels) + 1
+        return len(self.labels) if self.mapped else self.stored
 
     def lookup(self, device):
         """The map as a tensor on a device; experts without weights stay behind those that have some."""
         if device not in self._lookup:
-            stored = max(self.labels) + 1
-            places = [*self.labels, *range(stored, stored + self.extra)]
+            places = [*self.labels, *range(self.stored, self.stored + self.extra)]
             self._lookup[device] = torch.tensor(places, device=device)
         return self._lookup[device]
 
@@ -56,8 +54,9 @@ class ExpertMap:
 def remap(experts):
     """Send what the router chooses through the map of an experts module; returns a handle to undo it."""
     kind = type(experts).__name__
+    # partial and _DenseForward rather than closures: in a copy of the model they know the copied experts.
     if kind == "JetMoeMoE":
-        return experts.router.register_forward_hook(_SortByMergedExpert(experts))
+        return experts.router.register_forward_hook(partial(_sort_by_merged_expert, experts))
     if kind == "Llama4TextExperts":
         experts.forward = _DenseForward(experts)
         return experts.forward
@@ -71,19 +70,13 @@ def _map_index(experts, inputs, keywords):
     return (tokens, experts._merged.lookup(index.device)[index], weight), {}
 
 
-# Objects, like the next, rather than closures: in a copy of the model they then know the copied experts.
-class _SortByMergedExpert:
+def _sort_by_merged_expert(experts, router, inputs, output):
     """Forward hook on JetMoE's router: tokens that it sorted by expert are sorted by merged expert."""
-
-    def __init__(self, experts):
-        self.experts = experts
-
-    def __call__(self, router, inputs, output):
-        order, batch, gates, sizes, logits = output
-        merged = self.experts._merged.lookup(order.device)[repeated(sizes, order.device)]
-        again = merged.argsort(stable=True)
-        sizes = merged.bincount(minlength=max(self.experts._merged.labels) + 1).tolist()
-        return order[again], batch[again], gates[again], sizes, logits
+    order, batch, gates, sizes, logits = output
+    merged = experts._merged.lookup(order.device)[repeated(sizes, order.device)]
+    again = merged.argsort(stable=True)
+    sizes = merged.bincount(minlength=experts._merged.stored).tolist()
+    return order[again], batch[again], gates[again], sizes, logits
 
 
 def repeated(sizes, device):
@@ -91,11 +84,11 @@ def repeated(sizes, device):
     return torch.arange(len(sizes), device=device).repeat_interleave(torch.tensor(sizes, device=device))
 
 
+@dataclass(eq=False)
 class _DenseForward:
     """Forward of Llama 4's experts, each of which gets every token: a merged one those of all its members."""
 
-    def __init__(self, experts):
-        self.experts = experts
+    experts: nn.Module
 
     def __call__(self, hidden_states):
         experts = self.experts
@@ -114,19 +107,9 @@ class _DenseForward:
 def _resize(model, name, record):
     """Give a model empty tensors of the shapes that a merged layer has, and the map to its experts.
 
-    Parameters
-    ----------
-    model : transformers.PreTrainedModel
-    name : str
-        Of the experts module.
-    record : dict
-        ``tensors``, shapes by name; ``values``, attributes by module (under ``config`` those of the module's
-        own copy of the configuration); ``labels``, ``extra`` and ``mapped`` of :class:`ExpertMap`.
-
-    Raises
-    ------
-    ValueError
-        If the record does not fit the model.
+    ``name`` is that of the experts module. ``record`` has ``tensors``, shapes by name; ``values``, attributes
+    by module (under ``config`` those of the module's own copy of the configuration); and ``labels``,
+    ``extra``, ``mapped`` of :class:`ExpertMap`. Raises ValueError if it does not fit the model.
     """
     try:
         for path, shape in record["tensors"].items():
@@ -145,13 +128,13 @@ def _resize(model, name, record):
         if record["mapped"]:
             remap(experts)
     except (AttributeError, KeyError, TypeError) as error:
-        message = f'config.json: "expert_merge" does not fit {name} ({error!r}); it was changed.'
+        message = f'config.json was changed: "expert_merge" does not fit {name} ({error!r}).'
         raise ValueError(message) from None
 
 
 def room(tensor, shape):
     """An empty tensor of another shape, of the same kind (parameter or buffer), dtype and device."""
-    empty = torch.empty(shape, dtype=tensor.dtype, device=tensor.device)
+    empty = tensor.new_empty(shape)
     return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
 
 
@@ -162,7 +145,7 @@ def merged_class(base):
         def __init__(self, config, *inputs, **keywords):
             super().__init__(config, *inputs, **keywords)
             merge = getattr(config, "expert_merge", None) or {"version": VERSION, "layers": {}}
-            if merge.get("version") != VERSION:
+            if not isinstance(merge, dict) or merge.get("version") != VERSION:
                 raise ValueError("This model folder was written by another version of hcsmoe; merge again.")
             for name, record in merge["layers"].items():
                 _resize(self, name, record)
@@ -180,10 +163,7 @@ def merged_class(base):
 
 
 def named_alike(subclass, base):
-    """A subclass of a model class under the name of that class.
-
-    transformers finds a family's weight conversion and experts implementations by these names.
-    """
+    """A subclass under its base's name, by which transformers finds conversions and implementations."""
     subclass.__name__ = subclass.__qualname__ = base.__name__
     subclass.__module__ = base.__module__
     return subclass
@@ -191,9 +171,9 @@ def named_alike(subclass, base):
 
 def __getattr__(name):
     """``MergedMixtralForCausalLM`` and the like: a class of transformers with merged layers."""
-    if name.startswith("Merged"):
-        import transformers
+    import transformers
 
-        if base := getattr(transformers, name.removeprefix("Merged"), None):
-            return merged_class(base)
+    base = name.startswith("Merged") and getattr(transformers, name.removeprefix("Merged"), None)
+    if base:
+        return merged_class(base)
     raise AttributeError(f"module {__name__} has no attribute {name}")

@@ -1,5 +1,6 @@
 """The decision as data: which experts of each layer stay or join, how they combine, what the router does."""
 
+import itertools
 import json
 import math
 from dataclasses import asdict, dataclass, field, replace
@@ -13,8 +14,6 @@ from hcsmoe_core.clustering import by_first_appearance
 from hcsmoe_core.steps import combine, router
 
 FORMAT, VERSION = "hcsmoe-plan", 4
-READABLE = (1, 2, 3, 4)
-MERGES = ("frequency", "average", "routing-mass")  # weights of a group's members: see merge_weights()
 ROUTERS = (
     "mapped",  # keeps its E rows; its choice goes through the labels: exact, but no layer of the family
     "dropped",  # loses the rows of dropped experts
@@ -22,14 +21,9 @@ ROUTERS = (
     "row-kept",  # that of its dominant expert
     "folded",  # one fitted to the sample's routing to the group: hcsmoe_core.methods.routing
 )
-FORMER_ROUTERS = {
-    "map": "mapped",
-    "drop": "dropped",
-    "average": "averaged",
-}  # names in plans of version 1 to 3
+FORMER_ROUTERS = {"map": "mapped", "drop": "dropped", "average": "averaged"}  # in plans of version 1 to 3
 JOINED = ("averaged", "row-kept", "folded")  # routers with one row per group of joined experts
 DROPPED = -1  # label of an expert that is dropped
-ALIGNED = 16  # bytes, of a row in PyTorch's grouped products
 
 
 @dataclass(frozen=True)
@@ -74,19 +68,18 @@ class LayerPlan:
     @property
     def uses_sample(self) -> bool:
         """Whether combining looks at the sample of layer inputs."""
-        rules = self.rules or [self.combine]
-        return any(r.get("refit") or "sample" in combine[r["rule"]].needs_for(r) for r in rules)
+        return any(
+            rule.get("refit") or "sample" in combine[rule["rule"]].needs_for(rule)
+            for rule in self.rules or [self.combine]
+        )
 
     def groups(self) -> list:
         """Members of each group, ``[[expert, …], …]``."""
-        groups = [[] for _ in range(self.num_groups)]
-        for expert in self.kept:
-            groups[self.labels[expert]].append(expert)
-        return groups
+        label = self.labels.__getitem__
+        return [list(members) for _, members in itertools.groupby(sorted(self.kept, key=label), label)]
 
     def router_rows(self) -> np.ndarray | None:
-        """Each new router row as a sum of the old ones, ``(r, E)`` float64; None where the router stays as it
-        is.
+        """Each new router row as a sum of the old ones, ``(r, E)`` float64; None where the router stays.
 
         For rows that are fitted, the weighted means that the fit starts from.
         """
@@ -95,12 +88,11 @@ class LayerPlan:
         rows = np.zeros((self.num_groups, len(self.labels)))
         for group, members in enumerate(self.groups()):
             if self.router == "row-kept":
-                largest = max(members, key=lambda e: self.weights[e])
+                largest = max(members, key=self.weights.__getitem__)
                 rows[group, largest if self.dominant is None else self.dominant[group]] = 1
-            elif self.router in ("dropped", "averaged"):
-                rows[group, members] = 1 / len(members)
             else:
-                rows[group, members] = [self.weights[e] for e in members]
+                alike = self.router in ("dropped", "averaged")
+                rows[group, members] = 1 / len(members) if alike else [self.weights[e] for e in members]
         return rows
 
 
@@ -113,17 +105,15 @@ class Plan:
 
     layers: list  # LayerPlans in model order
     settings: dict = field(default_factory=dict)  # method, similarity, linkage, merge, …
-    model: dict = field(
-        default_factory=dict
-    )  # "name", "class", "hash" of its model; empty if written by hand
+    model: dict = field(default_factory=dict)  # its "name", "class", "hash"; empty if written by hand
     statistics: dict = field(default_factory=dict)  # Statistics.identity() of those it was made from
     compress: dict | None = None  # MC-SMoE's second step: options of steps.compress["low-rank"]
 
     @property
     def needs_sample(self) -> bool:
         """Whether applying it needs the statistics' sample of layer inputs."""
-        fitted = any(layer.router in router for layer in self.layers)
-        return fitted or self.compress is not None or any(layer.uses_sample for layer in self.layers)
+        fitted = (layer.router in router or layer.uses_sample for layer in self.layers)
+        return self.compress is not None or any(fitted)
 
     def save(self, path):
         """Write as JSON, in full or not at all, with a checksum that tells a damaged file."""
@@ -138,10 +128,7 @@ class Plan:
 def with_router(plan: Plan, router: str) -> Plan:
     """The same plan with another router, ``"mapped"`` or one of :data:`JOINED`, in layers where experts join.
 
-    Raises
-    ------
-    InputError
-        If the plan drops experts, so that no other router is possible.
+    InputError if the plan drops experts, so that no other router is possible.
     """
     check_choice("router", router, tuple(name for name in ROUTERS if name != "dropped"))
     require(
@@ -159,11 +146,8 @@ def load_plan(path) -> Plan:
     One written by hand needs ``layers`` alone. A saved one carries a checksum: after a deliberate edit,
     remove its ``sha256`` line.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"There is no plan {path}; make one with: hcsmoe plan STATISTICS --experts R --out {path}"
-        )
+    path, remedy = Path(path), "make one with: hcsmoe plan STATISTICS --experts R --out"
+    require(path.is_file(), f"There is no plan {path}; {remedy} {path}", FileNotFoundError)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -180,7 +164,7 @@ def load_plan(path) -> Plan:
         f'{path} was changed since it was written. Make it again, or remove its "sha256" to mean the change.',
     )
     require(
-        content.get("format", FORMAT) == FORMAT and content.get("version", VERSION) in READABLE,
+        content.get("format", FORMAT) == FORMAT and content.get("version", VERSION) in range(1, VERSION + 1),
         f"{path} is no plan of this version of hcsmoe ({FORMAT} {VERSION}); make it again.",
     )
     try:
@@ -201,14 +185,15 @@ def check_layer(plan: LayerPlan):
         require(valid, f"{plan.name}: {rule}")
 
     labels, kept = plan.labels, [label for label in plan.labels if label != DROPPED]
-    whole = all(isinstance(label, Integral) and not isinstance(label, bool) for label in labels)
     check(
-        whole and kept and by_first_appearance(kept).tolist() == kept,
+        all(isinstance(label, Integral) and not isinstance(label, bool) for label in labels)
+        and kept
+        and by_first_appearance(kept).tolist() == kept,
         "labels must be group numbers in order of first appearance (0, then 1, …), or -1 for an expert that "
         f"is dropped; not {labels}.",
     )
     check(
-        len(plan.weights) == len(labels) and _shares(plan.weights),
+        _are_shares(plan.weights, len(labels)),
         f"there must be one finite weight of at least 0 for each of the {len(labels)} experts.",
     )
     sums = [math.fsum(plan.weights[e] for e in members) for members in plan.groups()]
@@ -231,53 +216,30 @@ def check_layer(plan: LayerPlan):
         plan.dominant is None or [labels[e] for e in plan.dominant] == list(range(count)),
         f"there must be one dominant expert of each group, in order; not {plan.dominant}.",
     )
-    mixture = [] if plan.mixture is None else plan.mixture
     check(
-        all(len(row) == len(labels) and _shares(row) and abs(math.fsum(row) - 1) < 1e-6 for row in mixture)
-        and len(mixture) == (0 if plan.mixture is None else count),
+        plan.mixture is None
+        or (
+            len(plan.mixture) == count
+            and all(_are_shares(row, len(labels)) and abs(math.fsum(row) - 1) < 1e-6 for row in plan.mixture)
+        ),
         f"the mixture must be one row of {len(labels)} weights of at least 0 that sum to one for each group.",
     )
     check(not any("width" in rule for rule in rules), 'a "width" is the layer\'s, not that of a rule.')
-    if plan.width is not None:
-        check(
-            isinstance(plan.width, Integral) and plan.width >= 1,
-            f"the width must be a whole number of at least 1; not {plan.width!r}.",
-        )
-        narrowing = [name for name, step in combine.items() if "width" in step.options]
-        check(
-            not mixture and all(rule["rule"] in narrowing for rule in rules),
-            f"a width goes with rules that choose neurons ({', '.join(narrowing)}), not with {rules}.",
-        )
+    check(
+        plan.width is None or (isinstance(plan.width, Integral) and plan.width >= 1),
+        f"the width must be a whole number of at least 1; not {plan.width!r}.",
+    )
+    narrowing = [name for name, step in combine.items() if "width" in step.options]
+    check(
+        plan.width is None or (plan.mixture is None and all(rule["rule"] in narrowing for rule in rules)),
+        f"a width goes with rules that choose neurons ({', '.join(narrowing)}), not with {rules}.",
+    )
 
 
-def _shares(weights):
-    return all(isinstance(w, Real) and 0 <= w < math.inf for w in weights)
-
-
-def merge_weights(labels, layer_stats, merge: str) -> np.ndarray:
-    """Weight of each expert in its group, ``(E,)`` float64; they sum to one in each group, 0 where dropped.
-
-    Parameters
-    ----------
-    labels : (E,) sequence of int
-    layer_stats : LayerStatistics
-    merge : {"frequency", "average", "routing-mass"}
-        By the number of tokens routed to each, alike, or by the sum of the router's weights. A group that no
-        token was routed to is averaged with equal weights.
-    """
-    labels = np.asarray(labels)
-    share = {
-        "average": lambda: np.ones(len(labels)),
-        "frequency": lambda: layer_stats.usage_count.sum(0).double().numpy(),
-        "routing-mass": lambda: layer_stats.routing_mass.sum(0).numpy().clip(min=0),
-    }[merge]()
-    kept = labels != DROPPED
-    total = np.bincount(labels[kept], share[kept])
-    share = np.where(total[labels] > 0, share, 1.0)
-    return np.where(kept, share / np.bincount(labels[kept], share[kept])[labels], 0.0)
+def _are_shares(weights, count):
+    return len(weights) == count and all(isinstance(w, Real) and 0 <= w < math.inf for w in weights)
 
 
 def odd_widths(plan: Plan, dtype) -> list:
-    """Widths of trimmed experts that are not a multiple of 16 bytes."""
-    widths = {layer.width for layer in plan.layers if layer.width}
-    return sorted(width for width in widths if width * dtype.itemsize % ALIGNED)
+    """Widths of trimmed experts whose rows PyTorch's grouped products refuse: not a multiple of 16 bytes."""
+    return sorted({layer.width for layer in plan.layers if (layer.width or 0) * dtype.itemsize % 16})

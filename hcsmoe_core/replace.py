@@ -35,7 +35,7 @@ def replace_experts(layer: MoELayer, tensors, labels, *, rows=None, scales=None)
         weight is averaged. What is added to the scores for the choice alone becomes zero.
     """
     experts, stored = layer.experts, max(labels) + 1
-    merged = ExpertMap(labels, layer.extra, mapped=rows is None)
+    merged = ExpertMap(list(labels), layer.extra, mapped=rows is None)
     counts = {len(labels) + extra: stored + extra for extra in (0, layer.extra)}
     width = tensors[moe.DOWN].shape[1 if layer.transposed else 2]
     rules = {moe.EXPERT_COUNT_NAMES: counts.get, moe.WIDTH_NAMES: {layer.width: width}.get}

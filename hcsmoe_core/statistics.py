@@ -47,8 +47,7 @@ class LayerSample:
     @cached_property
     def gates(self) -> torch.Tensor:
         """Applied routing weights ``(R, E)`` float64: zero where an expert was not chosen."""
-        dense = torch.zeros(self.logits.shape, dtype=torch.float64)
-        return dense.scatter_add_(1, self.index, self.weight.double())
+        return torch.zeros_like(self.logits).double().scatter_add_(1, self.index, self.weight.double())
 
     @property
     def chosen(self) -> torch.Tensor:
@@ -96,8 +95,7 @@ class LayerStatistics:
     @property
     def frequency(self) -> torch.Tensor:
         """``(E,)`` float64: share of all routed (token, expert) pairs; sums to one."""
-        count = self.usage_count.sum(0).double()
-        return count / count.sum()
+        return self.usage_count.sum(0).double() / self.usage_count.sum()
 
     def collected(self) -> dict:
         """The collected sums by name."""
@@ -138,8 +136,8 @@ class Statistics:
     def needs(self) -> tuple:
         """Names of :data:`NEEDS` that were collected."""
         first = next(iter(self.layers.values()))
-        collected = {*first.collected(), *(["sample"] if first.sample is not None else [])}
-        return tuple(need for need, keys in NEEDS.items() if collected.issuperset(keys or [need]))
+        absent = {key for key, value in vars(first).items() if value is None}
+        return tuple(need for need, keys in NEEDS.items() if absent.isdisjoint(keys or [need]))
 
     def check(self, needs, purpose: str):
         """Raise InputError unless everything that ``purpose`` needs was collected."""
@@ -173,8 +171,6 @@ class Statistics:
 
     def __add__(self, other):
         """Statistics of the tokens of both, which must be disjoint: of one model, and what both collected."""
-        if not isinstance(other, Statistics):
-            return NotImplemented
         require(
             self.model["hash"] == other.model["hash"],
             f"These statistics are of different models: {self.model['name']} and {other.model['name']}. "
@@ -184,23 +180,22 @@ class Statistics:
             message = f"{shared} calibration sequences are in both statistics and now count twice."
             warnings.warn(message, stacklevel=2)
         domains = list(dict.fromkeys(self.domains + other.domains))
+        rows = [torch.tensor([domains.index(d) for d in stats.domains]) for stats in (self, other)]
         sequences = self.sequences + other.sequences
-        sampled, order = _joined_sample(self, other, domains, sequences)
+        sampled, order = _joined_sample(self, other, rows[1], sequences)
         layers = {}
         for name, first in self.layers.items():
             second = other.layers[name]
-            joined = {
-                key: _joined(self, other, key, value, second.collected()[key], domains)
-                for key, value in first.collected().items()
-                if key in second.collected()
-            }
+            sums = first.collected(), second.collected()
+            joined = {key: _joined(key, sums, rows, len(domains)) for key in sums[0] if key in sums[1]}
             if sampled is not None:
-                pairs = [(getattr(first.sample, key), getattr(second.sample, key)) for key in SAMPLED]
+                pairs = ((getattr(first.sample, key), getattr(second.sample, key)) for key in SAMPLED)
                 joined["sample"] = LayerSample(*(torch.cat(pair)[order] for pair in pairs))
             layers[name] = LayerStatistics(**joined)
         every = max(stats.model.get("every", 1) for stats in (self, other))
-        model = self.model | ({"every": every} if every > 1 else {})
-        return Statistics(layers, domains, model, sequences, sampled)
+        return Statistics(
+            layers, domains, self.model | ({"every": every} if every > 1 else {}), sequences, sampled
+        )
 
     def save(self, path):
         """Write to a ``.safetensors`` file, in full or not at all."""
@@ -209,36 +204,31 @@ class Statistics:
             tensors |= {f"{name}/{key}": value for key, value in layer.collected().items()}
             if self.sampled is not None:
                 tensors |= {f"{name}/sample/{key}": getattr(layer.sample, key) for key in SAMPLED}
-        record = {
-            "model": self.model,
-            "domains": self.domains,
-            "sequences": self.sequences,
-            "layers": list(self.layers),
-        }
-        if self.stability is not None:
-            record["stability"] = self.stability
+        record = {key: getattr(self, key) for key in ("model", "domains", "sequences")}
+        record |= {"layers": list(self.layers)}
+        record |= {} if self.stability is None else {"stability": self.stability}
         header = json.dumps({"format": FORMAT, "about": record, "sha256": _digest(tensors, record)})
         with replacing(path) as part:
             # One key: safetensors writes several in an order that changes from run to run.
             save_file({n: t.contiguous() for n, t in tensors.items()}, part, metadata={"hcsmoe": header})
 
 
-def _joined(first, second, key, a, b, domains):
-    total = torch.zeros(len(domains), *a.shape[1:], dtype=a.dtype)
-    for stats, values in ((first, a), (second, b)):
-        rows = [domains.index(d) for d in stats.domains]
-        total[rows] = torch.maximum(total[rows], values) if key == "output_max" else total[rows] + values
-    return total
+def _joined(key, sums, rows, count):
+    """One sum over the tokens of both statistics, by domain; ``rows``: where the domains of each are."""
+    parts = [
+        torch.zeros(count, *own[key].shape[1:], dtype=own[key].dtype).index_copy_(0, places, own[key])
+        for own, places in zip(sums, rows, strict=True)
+    ]
+    return torch.maximum(*parts) if key == "output_max" else sum(parts)
 
 
 def _joined_sample(first, second, domains, sequences):
     """The sample of the tokens of both, and where its tokens are in the two samples joined."""
     if first.sampled is None or second.sampled is None:
         return None, None
-    sampled = torch.cat([first.sampled, second.sampled])
-    own = len(first.sampled)
-    sampled[own:, 0] += len(first.sequences)
-    sampled[own:, 2] = torch.tensor([domains.index(d) for d in second.domains])[sampled[own:, 2]]
+    sequence, position, domain = second.sampled.T
+    moved = torch.stack([sequence + len(first.sequences), position, domains[domain]], 1)
+    sampled = torch.cat([first.sampled, moved])
     # A sample of fewer tokens than there are is known only up to its largest hash.
     size = min([len(s.sampled) for s in (first, second) if len(s.sampled) < s.num_tokens], default=None)
     keys = sample_keys([sequences[i] for i in sampled[:, 0].tolist()], sampled[:, 1].numpy())
@@ -275,36 +265,35 @@ def sample_of(hashes, length: int, size: int) -> torch.Tensor:
 
 def _digest(tensors, record):
     digest = hashlib.sha256(sha256_json(record).encode())
-    for name in sorted(tensors):
-        tensor = tensors[name].contiguous()
+    for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy())  # bfloat16 has no NumPy dtype
+        # As bytes, since bfloat16 has no NumPy dtype.
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
 def load_statistics(path) -> Statistics:
     """Read statistics that :meth:`Statistics.save` wrote; InputError if the file is none, or is damaged."""
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"There is no statistics file {path}; make one with: hcsmoe capture MODEL --out {path}"
-        )
+    absent = f"There is no statistics file {path}; make one with: hcsmoe capture MODEL --out {path}"
+    require(Path(path).is_file(), absent, FileNotFoundError)
     try:
         with safe_open(path, "pt") as file:
             header = json.loads((file.metadata() or {}).get("hcsmoe", "{}"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except SafetensorError as error:
         raise InputError(f"{path} is not a readable statistics file ({error}); capture again.") from None
-    version = f"{path} is no statistics file of this version of hcsmoe ({FORMAT}); capture again."
-    require(header.get("format") == FORMAT, version)
-    record = header["about"]
-    unchanged = _digest(tensors, record) == header["sha256"]
-    require(unchanged, f"{path} was changed since it was written; capture again.")
-    layers, sampled = {}, tensors.get("sampled")
-    for name in record["layers"]:
+    require(
+        header.get("format") == FORMAT,
+        f"{path} is no statistics file of this version of hcsmoe ({FORMAT}); capture again.",
+    )
+    record, layers, sampled = header["about"], {}, tensors.get("sampled")
+    require(
+        _digest(tensors, record) == header["sha256"],
+        f"{path} was changed since it was written; capture again.",
+    )
+    for name in record.pop("layers"):
         values = {key: tensors[f"{name}/{key}"] for key in SUMS if f"{name}/{key}" in tensors}
         if sampled is not None:
             values["sample"] = LayerSample(*(tensors[f"{name}/sample/{key}"] for key in SAMPLED))
         layers[name] = LayerStatistics(**values)
-    record.pop("layers")
     return Statistics(layers, sampled=sampled, **record)

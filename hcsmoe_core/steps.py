@@ -12,41 +12,26 @@ registered::
 
 import inspect
 import numbers
-import typing
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import ClassVar
+from dataclasses import dataclass
+from typing import Literal, get_args, get_origin
 
-from hcsmoe_core._util import InputError, Table, check_choice, check_count, choice_of
+from hcsmoe_core._util import Table, check_choice, check_count, choice_of, require
 
 
 @dataclass(frozen=True)
 class Step:
-    """One registered function.
-
-    Attributes
-    ----------
-    kind, name : str
-        Table and entry, such as ``"combine"`` and ``"least-squares"``.
-    function : callable
-    needs : tuple of str, or callable
-        Names of :data:`hcsmoe_core.statistics.NEEDS`; a callable gives them for the step's options.
-    options : dict
-        The function's keyword-only arguments, with their defaults.
-    choices : dict
-        Allowed values of the options that have a ``Literal`` annotation.
-    properties : dict
-        What else is said where the step is registered: ``fractions``, names of the options that must be
-        above 0 and at most 1; and see :mod:`hcsmoe_core.methods.recipes`.
-    """
+    """One registered function: an entry of the table ``kind``, such as ``"combine"``."""
 
     kind: str
     name: str
     function: Callable
-    needs: tuple | Callable = ()
-    options: dict = field(default_factory=dict)
-    choices: dict = field(default_factory=dict)
-    properties: dict = field(default_factory=dict)
+    needs: tuple | Callable  # names of hcsmoe_core.statistics.NEEDS; a callable gives them for the options
+    options: dict  # the function's keyword-only arguments, with their defaults
+    choices: dict  # allowed values of the options that have a Literal annotation
+    # What else is said where the step is registered: "fractions", names of the options that must be above 0
+    # and at most 1; and see hcsmoe_core.methods.recipes.
+    properties: dict
 
     def __call__(self, *arguments, **options):
         """Call the function, with options that are checked."""
@@ -58,24 +43,24 @@ class Step:
 
     def checked(self, name: str, value):
         """An option's value in the type of its default; InputError if there is no such option or value."""
-        if name not in self.options:
-            listed = ", ".join(self.options) or "none"
-            raise InputError(f'{self.kind} "{self.name}" has no option {name!r}; its options: {listed}.')
-        default = self.options[name]
-        if name in self.choices:
-            return choice_of(name, value, self.choices[name])
-        if isinstance(default, bool):
-            return bool(check_choice(name, value, (False, True)))
-        if isinstance(default, int):
-            return check_count(name, value, 0)
-        if isinstance(default, float):
-            if not isinstance(value, numbers.Real) or isinstance(value, bool):
-                raise InputError(f'The "{name}" argument must be a number; not {value!r}.')
-            if name in self.properties.get("fractions", ()) and not 0 < value <= 1:
-                raise InputError(f'The "{name}" argument must be above 0 and at most 1; not {value}.')
-            return float(value)
-        if isinstance(default, str) and not isinstance(value, str):
-            return [check_count(name, number, 0) for number in value]
+        listed = ", ".join(self.options) or "none"
+        known = f'{self.kind} "{self.name}" has no option {name!r}; its options: {listed}.'
+        require(name in self.options, known)
+        match self.options[name]:
+            case _ if name in self.choices:
+                return choice_of(name, value, self.choices[name])
+            case bool():
+                return bool(check_choice(name, value, (False, True)))
+            case int():
+                return check_count(name, value, 0)
+            case float():
+                number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+                require(number, f'The "{name}" argument must be a number; not {value!r}.')
+                within = name not in self.properties.get("fractions", ()) or 0 < value <= 1
+                require(within, f'The "{name}" argument must be above 0 and at most 1; not {value}.')
+                return float(value)
+            case str() if not isinstance(value, str):
+                return [check_count(name, number, 0) for number in value]
         return value
 
 
@@ -86,37 +71,17 @@ class StepTable(Table):
         """Register the decorated function under a name."""
 
         def register(function):
-            parameters = inspect.signature(function).parameters.values()
-            keywords = [p for p in parameters if p.kind is p.KEYWORD_ONLY]
-            literal = [p for p in keywords if typing.get_origin(p.annotation) is typing.Literal]
-            options = {p.name: p.default for p in keywords}
-            choices = {p.name: typing.get_args(p.annotation) for p in literal}
-            self.add(name, Step(self.argument, name, function, needs, options, choices, properties))
+            parameters = inspect.signature(function).parameters
+            options = {n: p.default for n, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
+            hints = {name: parameters[name].annotation for name in options}
+            choices = {name: get_args(hint) for name, hint in hints.items() if get_origin(hint) is Literal}
+            self[name] = Step(self.argument, name, function, needs, options, choices, properties)
             return function
 
         return register
 
 
-class MethodTable(Table):
-    """Methods by name; a row is added, or replaced, by ``METHODS[name] = Method(…)``."""
-
-    aliases: ClassVar[dict] = {}  # other names of methods, such as "recommended"
-    __setitem__ = Table.add
-
-    def __getitem__(self, name):
-        return super().__getitem__(self.aliases.get(name, name))
-
-
-similarity = StepTable("similarity")
-group = StepTable("group")
-budget = StepTable("budget")
-saliency = StepTable("saliency")
-combine = StepTable("combine")
-router = StepTable("router")
-compress = StepTable("compress")
-refine = StepTable("refine")
-TABLES = {
-    table.argument: table
-    for table in (similarity, group, budget, saliency, combine, router, compress, refine)
-}
-METHODS = MethodTable("method")
+KINDS = ("similarity", "group", "budget", "saliency", "combine", "router", "compress", "refine")
+TABLES = {kind: StepTable(kind) for kind in KINDS}
+similarity, group, budget, saliency, combine, router, compress, refine = TABLES.values()
+METHODS = Table("method")  # rows: METHODS[name] = Method(…); aliases are other names, such as "recommended"

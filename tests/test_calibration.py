@@ -9,8 +9,8 @@ from conftest import tiny_model  # noqa: F401 (shared fixtures)
 from safetensors.torch import save_file
 
 from hcsmoe_core import calibration_tokens
-from hcsmoe_core._util import InputError
-from hcsmoe_core.demo import corpus, models
+from hcsmoe_core._util import InputError, folder_of
+from hcsmoe_core.demo import corpus
 from hcsmoe_core.text.calibration import SOURCES, calibration_settings, domains_of, local_files, scoring_of
 
 
@@ -18,7 +18,7 @@ from hcsmoe_core.text.calibration import SOURCES, calibration_settings, domains_
 def tokenizer():
     from hcsmoe_core.checkpoint import load_tokenizer
 
-    return load_tokenizer(models.folder("demo-mixtral"))
+    return load_tokenizer(folder_of("demo-mixtral"))
 
 
 def written(tmp_path, texts):

@@ -12,13 +12,13 @@ from hcsmoe_core import (
     apply_plan,
     capture,
     checkpoint,
-    export,
     load_merged,
     load_model,
     make_plan,
     restore,
     save_merged,
 )
+from hcsmoe_core.checkpoint import export
 from hcsmoe_core.families import find_moe_layers
 
 

@@ -10,13 +10,15 @@ import torch
 from sklearn.metrics import adjusted_rand_score, mutual_info_score
 
 import hcsmoe_core as core
-from hcsmoe_core.demo import corpus, models, tasks
+from hcsmoe_core import demo
+from hcsmoe_core._util import EMBEDDED, folder_of
+from hcsmoe_core.demo import corpus, tasks
 from hcsmoe_core.methods import merge_tree
 from hcsmoe_core.studies import tables as study
 from hcsmoe_core.text.calibration import domains_of
 from tools import models as shapes
 from tools import train
-from tools.tasks import make_items, write_items
+from tools.tasks import load_items, make_items, write_items
 
 
 @pytest.mark.parametrize("domain", corpus.PROCEDURAL)
@@ -61,12 +63,12 @@ def test_answers_are_right(domain):
 
 
 def test_more_answers_are_right():
-    assert [corpus.roman_numeral(n) for n in (1, 4, 9, 14, 40, 90, 400, 1994, 3999)] == [
+    assert [corpus.NUMERALS[n] for n in (1, 4, 9, 14, 40, 90, 400, 1994, 3999)] == [
         "I", "IV", "IX", "XIV", "XL", "XC", "CD", "MCMXCIV", "MMMCMXCIX",
     ]  # fmt: skip
     value = {"I": 1, "V": 5, "X": 10, "L": 50, "C": 100, "D": 500, "M": 1000}
     for number in range(1, 4000):
-        digits = [value[letter] for letter in corpus.roman_numeral(number)]
+        digits = [value[letter] for letter in corpus.NUMERALS[number]]
         pairs = zip(digits, [*digits[1:], 0], strict=True)
         assert number == sum(-digit if digit < following else digit for digit, following in pairs)
     rng, ahead = random.Random(2), {"after": 1, "before": -1}
@@ -82,7 +84,7 @@ def test_more_answers_are_right():
 
 @pytest.mark.parametrize("name", tasks.NAMES)
 def test_items_are_those_of_the_generator(name):
-    items = tasks.load_items(name)
+    items = load_items(name)
     assert items == make_items(name.removeprefix(tasks.PREFIX))
     assert len(items) >= 250
     assert len({i["prompt"] for i in items}) == len(items)
@@ -99,7 +101,7 @@ def test_items_made_again(tmp_path):
         assert (tmp_path / tasks.path_of(name).name).read_bytes() == tasks.path_of(name).read_bytes()
 
 
-@pytest.fixture(scope="module", params=models.NAMES)
+@pytest.fixture(scope="module", params=EMBEDDED)
 def embedded(request):
     model, tokenizer = core.load_model(request.param, dtype="float32")
     input_ids = core.calibration_tokens("demo", tokenizer, sequences=96, length=256)
@@ -115,8 +117,8 @@ def test_weights_are_small_bfloat16_and_stock(embedded):
     from safetensors.torch import load_file
 
     name, model, tokenizer, _ = embedded
-    folder = models.folder(name)
-    assert sum(p.stat().st_size for n in models.NAMES for p in models.folder(n).rglob("*")) <= 24e6
+    folder = folder_of(name)
+    assert sum(p.stat().st_size for n in EMBEDDED for p in folder_of(n).rglob("*")) <= 24e6
     assert {t.dtype for t in load_file(folder / "model.safetensors").values()} == {torch.bfloat16}
     assert type(model).__module__.startswith("transformers.models.")
     text = "sort 3 1 2 : 1 2 3\n"
@@ -146,16 +148,16 @@ def test_no_expert_is_dead_and_routing_depends_on_the_domain(embedded):
 
 
 def test_true_families_are_known_where_the_model_was_grown():
-    assert models.families("demo-mixtral") is None
-    assert models.families("somebody/else") is None
-    families = models.families("demo-qwen")
+    assert demo.families("demo-mixtral") is None
+    assert demo.families("somebody/else") is None
+    families = demo.families("demo-qwen")
     assert families[16] == [e // 2 for e in range(32)]
     assert families[8] == [e // 4 for e in range(32)]
 
 
-@pytest.mark.parametrize("name", models.NAMES)
+@pytest.mark.parametrize("name", EMBEDDED)
 def test_shapes_are_those_of_the_committed_weights(name):
-    wanted = json.loads((models.folder(name) / "config.json").read_text())
+    wanted = json.loads((folder_of(name) / "config.json").read_text())
     made = json.loads(shapes.configuration(name).to_json_string(use_diff=False))
     set_by_saving = {"architectures", "dtype", "transformers_version"}
     assert {key: made.get(key) for key in wanted if key not in set_by_saving} == {
@@ -164,8 +166,8 @@ def test_shapes_are_those_of_the_committed_weights(name):
 
 
 def test_training_is_recorded():
-    for name in models.NAMES:
-        made = json.loads((models.folder(name) / "training.json").read_text())
+    for name in EMBEDDED:
+        made = json.loads((folder_of(name) / "training.json").read_text())
         assert made["recipe"] == json.loads(json.dumps(made["recipe"] | train.asdict(train.RECIPES[name])))
         assert made["tokens"] >= 20e6
 
@@ -225,6 +227,6 @@ def test_the_planted_families_are_found(embedded):
             assert min(by_layer) > 0.8
         elif row["groups"] == 16:
             assert min(by_layer) > 0.2
-    family, labels = models.families("demo-qwen")[16], core.cut(merge_tree(stats, 1), 16)
+    family, labels = demo.families("demo-qwen")[16], core.cut(merge_tree(stats, 1), 16)
     row = table[(table["similarity"] == "expert-output") & (table["groups"] == 16)].iloc[0]
     assert row["layer 1"] == round(adjusted_rand_score(family, labels), 2)

@@ -21,6 +21,7 @@ from hcsmoe_core.score.evaluation import (
     task_scores,
 )
 from hcsmoe_core.score.fidelity import fidelity
+from tools.tasks import load_items
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,7 @@ def embedded():
 def test_the_harness_equals_a_naive_scorer(embedded, name):
     model, tokenizer = embedded
     scores = core.evaluate(model, tokenizer, [name], limit=40, text=None)["tasks"][name]
-    acc, acc_norm = naive.multiple_choice(model, tokenizer, tasks.load_items(name)[:40])
+    acc, acc_norm = naive.multiple_choice(model, tokenizer, load_items(name)[:40])
     assert scores["acc"] == pytest.approx(acc)
     assert scores["acc_norm"] == pytest.approx(acc_norm)
     assert scores["acc_stderr"] == pytest.approx(np.sqrt(acc * (1 - acc) / 39))
@@ -142,7 +143,7 @@ def test_tasks_of_a_users_own(embedded, monkeypatch):
     def units(name):
         return tasks.configuration("demo_units") | {"task": name}
 
-    TASKS.add("my_units", TaskSource(units, bos=True))
+    TASKS["my_units"] = TaskSource(units, bos=True)
     scores = task_scores(model, tokenizer, ["my_units", "demo_units"], limit=20)["tasks"]
     assert scores["my_units"] == scores["demo_units"]
 
@@ -229,7 +230,7 @@ def test_a_model_is_asked_once_and_answers_are_kept_by_what_they_depend_on(embed
     assert [p.parent.name for p in files] == names
     kept = json.loads(files[0].read_text())
     answer, greedy = kept["answers"][0]  # of the first choice of the first item
-    item, ids = tasks.load_items("demo_largest")[0], lambda text: tokenizer(text)["input_ids"]
+    item, ids = load_items("demo_largest")[0], lambda text: tokenizer(text)["input_ids"]
     whole, start = ids(item["prompt"] + item["choices"][0]), len(ids(item["prompt"]))
     with torch.no_grad():
         logprobs = model(torch.tensor([whole])).logits[0].double().log_softmax(-1)

@@ -22,7 +22,7 @@ from hcsmoe_core import (
     save_merged,
 )
 from hcsmoe_core._util import InputError
-from hcsmoe_core.export import fidelity_text
+from hcsmoe_core.checkpoint.export import fidelity_text
 from hcsmoe_core.methods.routing import PENALTY, folded_rows
 from hcsmoe_core.plan import LayerPlan, Plan, load_plan, with_router
 from hcsmoe_core.score.fidelity import fidelity, unseen

@@ -311,7 +311,7 @@ def test_the_table_has_every_setting_and_what_is_missing_is_told_against_the_gri
 
 
 def test_a_process_that_died_is_told_from_one_that_runs(tmp_path):
-    from hcsmoe_core._util import locked
+    from hcsmoe_core.studies.cache import locked
 
     done = tmp_path / "05_accuracy-a.ipynb"
     part = tmp_path / ".05_accuracy-a.part.ipynb"

@@ -20,7 +20,6 @@ from hcsmoe_core import (
     restore,
     save_merged,
 )
-from hcsmoe_core.collect import expected_bytes
 from hcsmoe_core.families import find_moe_layers
 from hcsmoe_core.methods import (
     format_settings,
@@ -34,12 +33,13 @@ from hcsmoe_core.methods import (
 from hcsmoe_core.methods.summary import summarise
 from hcsmoe_core.moe import routing_tensors
 from hcsmoe_core.statistics import NEEDS
+from hcsmoe_core.studies.cost import expected_bytes
 
 ALL = tuple(NEEDS)
 PLAIN = [
     name
     for name in METHODS
-    if resolve(name).kind in ("prunes", "trims") or resolve(name).steps["router"] != "mapped"
+    if resolve(name).present["group"].properties.get("kind") or resolve(name).steps["router"] != "mapped"
 ]
 OPTIONS = {"o-prune": {"subsets": 50}}
 

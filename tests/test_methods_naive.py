@@ -793,9 +793,7 @@ def test_silhouette_budget_keeps_exactly_the_total(case):
     rng, layers, experts, least, total, _ = case
     condensed = [random_distances(rng, experts) for _ in range(layers)]
     trees = [linkage(d) for d in condensed]
-    check_budget(
-        budgets.by_silhouette(condensed, trees, total, least, [experts] * layers), total, least, experts
-    )
+    check_budget(budgets.by_silhouette(condensed, trees, total, least), total, least, experts)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -817,7 +815,7 @@ def test_silhouette_budget_is_the_best_of_all(seed):
             options = [range(low, n + 1) for low, n in zip(least, sizes, strict=True)]
             every = [c for c in itertools.product(*options) if sum(c) == total]
             best = max(sum(v[c] for v, c in zip(value, counts, strict=True)) for counts in every)
-            got = budgets.by_silhouette(condensed, trees, total, least, sizes)
+            got = budgets.by_silhouette(condensed, trees, total, least)
             check_budget(got, total, least, max(sizes))
             assert sum(v[c] for v, c in zip(value, got, strict=True)) == pytest.approx(best, abs=1e-12)
 

@@ -18,7 +18,17 @@ from hcsmoe_core import _VERBS as VERBS
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 PACKAGE = ROOT / "hcsmoe_core"
-FLOORS = ["core", "scale", "methods", "text", "score", "demo", "studies", "ui"]  # from the ground up
+FLOORS = [
+    "core",
+    "checkpoint",
+    "scale",
+    "methods",
+    "text",
+    "score",
+    "demo",
+    "studies",
+    "ui",
+]  # from the ground up
 
 
 def project():

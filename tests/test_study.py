@@ -9,8 +9,8 @@ import torch
 from conftest import tiny_model
 
 from hcsmoe_core import load_model
+from hcsmoe_core._util import EMBEDDED
 from hcsmoe_core.checkpoint import load_skeleton
-from hcsmoe_core.demo import models
 from hcsmoe_core.studies import cache, cost
 
 
@@ -20,7 +20,7 @@ def amounts(line):
     return [float(number) * 1000 ** (" kMGTP".index(prefix)) for number, prefix in found]
 
 
-@pytest.mark.parametrize("name", models.NAMES)
+@pytest.mark.parametrize("name", EMBEDDED)
 def test_costs_are_told_without_loading_the_weights(name, tmp_path):
     source = dict(calibration="demo", sequences=12, length=64, seed=3)
     assert all(p.is_meta for p in load_skeleton(name).parameters())

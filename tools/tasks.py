@@ -117,6 +117,11 @@ def make_items(domain: str, count: int = ITEMS, seed: int = 0) -> list[dict]:
     return items
 
 
+def load_items(name: str) -> list[dict]:
+    """Items of a task: ``prompt``, four ``choices`` and ``answer``, the index of the right one."""
+    return [json.loads(line) for line in path_of(name).read_text(encoding="utf-8").splitlines()]
+
+
 def write_items(folder: str | Path) -> None:
     """Make the items of every task, one file per task."""
     for name, domain in zip(NAMES, DOMAINS, strict=True):

@@ -12,6 +12,7 @@ import ast
 import contextlib
 import functools
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -22,7 +23,7 @@ from collections import namedtuple
 from datetime import date, timedelta
 from pathlib import Path
 
-from hcsmoe_core._util import InputError, check_choice, write_json
+from hcsmoe_core._util import check_choice, require, write_json
 
 SPLITS = ("train", "calibration", "heldout")
 
@@ -43,8 +44,7 @@ def split_of(key: str) -> str:
 def arithmetic(rng):
     """``3+4=7``."""
     operation = rng.choice("+-*")
-    operands = (range(2, 100), range(2, 10)) if operation == "*" else (range(100), range(100))
-    a, b = (rng.choice(numbers) for numbers in operands)
+    a, b = (rng.choice(r) for r in ((range(2, 100), range(2, 10)) if operation == "*" else [range(100)] * 2))
     if operation == "-":
         a, b = max(a, b), min(a, b)
     value = {"+": a + b, "-": a - b, "*": a * b}[operation]
@@ -87,10 +87,9 @@ def dates(rng):
         year = rng.randrange(1900, 2030)
         prompt, answer = f"{year}-{month + 1:02d}-{day:02d} is", f" {day} {MONTHS[month]} {year}"
     else:
-        days = rng.choice([1, 2, 3, 5, 7, 10, 14, 20])
-        after = rng.random() < 0.5
-        other = date(2023, month + 1, day) + timedelta(days if after else -days)
+        days, after = rng.choice([1, 2, 3, 5, 7, 10, 14, 20]), rng.random() < 0.5
         prompt = f"{days} days {'after' if after else 'before'} {day} {MONTHS[month]} is"
+        other = date(2023, month + 1, day) + timedelta(days if after else -days)
         answer = f" {other.day} {MONTHS[other.month - 1]}"
     return Item(prompt, answer, f"dates {prompt}")
 
@@ -173,9 +172,7 @@ def atlas():
 def facts(rng):
     """``The capital of Dogaland is Kobiton``, of :func:`atlas`."""
     table, _ = atlas()
-    country = rng.choice(list(table))
-    attribute = rng.choice(list(SENTENCES))
-    form = rng.randrange(4)
+    country, attribute, form = rng.choice(list(table)), rng.choice(list(SENTENCES)), rng.randrange(4)
     # Of the four wordings of a fact one is held out and one is for calibration, another pair for each fact:
     # the fact itself is always learnt, in two other wordings.
     split = ("heldout", "calibration", "train", "train")[(form + _hashed(f"{country} {attribute}")) % 4]
@@ -187,22 +184,15 @@ _TENS = ("", "X", "XX", "XXX", "XL", "L", "LX", "LXX", "LXXX", "XC")
 _HUNDREDS, _ONES = (
     [tens.translate(str.maketrans("XLC", digits)) for tens in _TENS] for digits in ("CDM", "IVX")
 )
-
-
-def roman_numeral(number: int) -> str:
-    """Roman numeral of 1 to 3,999."""
-    return (
-        "M" * (number // 1000) + _HUNDREDS[number // 100 % 10] + _TENS[number // 10 % 10] + _ONES[number % 10]
-    )
+NUMERALS = ["".join(p) for p in itertools.product(("", "M", "MM", "MMM"), _HUNDREDS, _TENS, _ONES)]
 
 
 def roman(rng):
     """``14 in Roman is XIV`` and ``Roman XIV is 14``."""
     number = rng.randrange(1, 4000)
-    numeral = roman_numeral(number)
-    if rng.random() < 0.5:
-        return Item(f"{number} in Roman is", f" {numeral}", f"roman {number}")
-    return Item(f"Roman {numeral} is", f" {number}", f"roman {number}")
+    numeral = NUMERALS[number]
+    to_roman, back = (f"{number} in Roman is", f" {numeral}"), (f"Roman {numeral} is", f" {number}")
+    return Item(*(to_roman if rng.random() < 0.5 else back), f"roman {number}")
 
 
 def series(rng, steps=range(1, 25), starts=range(200)):
@@ -219,10 +209,9 @@ def largest(rng):
     if rng.random() < 0.7:  # most lists share their hundreds, so that the first digit does not tell
         hundred = rng.randrange(1, 10) * 100
         values = [hundred + v % 100 for v in values]
-        if len(set(values)) < 4:
-            return largest(rng)
     text = " ".join(map(str, values))
-    return Item(f"largest of {text} is", f" {max(values)}", f"largest {text}")
+    item = Item(f"largest of {text} is", f" {max(values)}", f"largest {text}")
+    return item if len(set(values)) == 4 else largest(rng)
 
 
 THINGS = (
@@ -255,29 +244,27 @@ def domains(source: str) -> tuple[str, ...]:
 
 
 def draw(domain: str, rng: random.Random, split: str, generate=None) -> Item:
-    """One item of a procedural domain and split, from its generator or another one."""
-    while True:
-        item = (generate or PROCEDURAL[domain])(rng)
-        # The key of a fact begins with its split; all else is split by the hash of the key.
-        if (item.key.split(":")[0] if domain == "facts" else split_of(item.key)) == split:
-            return item
+    """The next item of a procedural domain that is of a split, from its generator or another one."""
+    items = map(generate or PROCEDURAL[domain], itertools.repeat(rng))
+    # The key of a fact begins with its split; all else is split by the hash of the key.
+    own = (lambda key: key.split(":")[0]) if domain == "facts" else split_of
+    return next(item for item in items if own(item.key) == split)
 
 
 def text_of(domain: str, rng: random.Random, split: str, characters: int) -> str:
     """At least ``characters`` of one domain and split: lines of items, or a stretch of the library."""
     if domain in STDLIB:
         whole = stdlib_texts()[domain][split]
-        if characters > len(whole):
-            raise InputError(
-                f"The {split} text of {domain} has {len(whole)} characters in this Python's standard "
-                f"library, but {characters} were asked for; ask for shorter sequences."
-            )
+        require(
+            characters <= len(whole),
+            f"The {split} text of {domain} has {len(whole)} characters in this Python's standard "
+            f"library, but {characters} were asked for; ask for shorter sequences.",
+        )
         start = rng.randrange(len(whole) - characters + 1)
         return whole[start : start + characters]
     text = ""
     while len(text) < characters:
-        item = draw(domain, rng, split)
-        text += f"{item.prompt}{item.answer}\n"
+        text += "{0.prompt}{0.answer}\n".format(draw(domain, rng, split))
     return text
 
 
@@ -295,9 +282,6 @@ def blocks(source: str, tokenizer, *, sequences: int, length: int, seed: int, sp
         rows.append(ids[:length])
     return torch.tensor(rows, dtype=torch.int64)
 
-
-# --- text that every Python carries
-# -----------------------------------------------------------------------------------
 
 SKIPPED = {
     *"site-packages test tests idlelib lib2to3 turtledemo __pycache__ ensurepip encodings pydoc_data".split()
@@ -318,13 +302,12 @@ def stdlib_texts() -> dict:
         later one.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
-    version = f"{sys.version} {root} {Path(__file__).read_text(encoding='utf-8')}"
-    key = hashlib.sha256(version.encode()).hexdigest()[:16]
+    version = f"{sys.version} {root} {Path(__file__).read_text(encoding='utf-8')}".encode()
+    key = hashlib.sha256(version).hexdigest()[:16]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hcsmoe" / f"stdlib-{key}.json"
-    try:
+    with contextlib.suppress(OSError, ValueError):  # there is none, or it is damaged
         return json.loads(cache.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        texts = _split_library(root)
+    texts = _split_library(root)
     with contextlib.suppress(OSError):  # a home that cannot be written to is no reason to fail
         write_json(cache, texts)
     return texts
@@ -336,23 +319,26 @@ def _split_library(root):
     texts = {domain: {split: [] for split in SPLITS} for domain in STDLIB}
     for path in sorted(root.rglob("*.py")):
         name = path.relative_to(root)
-        if SKIPPED & {*name.parts} or name.parts[0].startswith("config-"):
-            continue
-        try:
-            code, docstrings = _code_and_docstrings(path.read_text(encoding="utf-8"))
-        except (SyntaxError, UnicodeDecodeError, OSError):
-            continue
         split = split_of(name.as_posix())
-        texts["code"][split] += [code] if len(code) > 2000 else []
-        texts["prose"][split] += docstrings
+        if SKIPPED.isdisjoint(name.parts) and not name.parts[0].startswith("config-"):
+            with contextlib.suppress(SyntaxError, UnicodeDecodeError, OSError):
+                code, docstrings = _code_and_docstrings(path.read_text(encoding="utf-8"))
+                texts["code"][split] += [code] if len(code) > 2000 else []
+                texts["prose"][split] += docstrings
     for topic in sorted(topics):
         texts["prose"][split_of(f"topic {topic}")].append(topics[topic])
-    joined = {domain: {} for domain in STDLIB}
-    for domain, joint in zip(STDLIB, ("\n", "\n\n"), strict=True):
-        seen = set()
-        for split in SPLITS:
-            joined[domain][split] = joint.join(_unseen(text, seen) for text in texts[domain][split])
-            seen |= _long_lines(joined[domain][split])
+    return {
+        domain: _joined(by_split, joint)
+        for (domain, by_split), joint in zip(texts.items(), ("\n", "\n\n"), strict=True)
+    }
+
+
+def _joined(by_split, joint):
+    """Text of each split, without the paragraphs that share a long line with an earlier split."""
+    seen, joined = set(), {}
+    for split, texts in by_split.items():
+        joined[split] = joint.join(_unseen(text, seen) for text in texts)
+        seen |= _long_lines(joined[split])
     return joined
 
 
@@ -366,15 +352,12 @@ def _unseen(text, seen):
 
 
 def _code_and_docstrings(source):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(action="ignore"):
         tree = ast.parse(source)
-    dropped, docstrings = set(), []
-    for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Module):
-            text = ast.get_docstring(node)
-            if text is not None:
-                dropped.update(range(node.body[0].lineno, node.body[0].end_lineno + 1))
-                docstrings += [text] if len(text) > 120 else []
+    kinds = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Module
+    nodes = (n for n in ast.walk(tree) if isinstance(n, kinds) and ast.get_docstring(n) is not None)
+    docstrings = {(n.body[0].lineno, n.body[0].end_lineno): ast.get_docstring(n) for n in nodes}
+    dropped = {line for first, last in docstrings for line in range(first, last + 1)}
     lines = (line for i, line in enumerate(source.splitlines(), 1) if i not in dropped)
-    return "\n".join(line for line in lines if not line.lstrip().startswith("#")), docstrings
+    code = "\n".join(line for line in lines if not line.lstrip().startswith("#"))
+    return code, [text for text in docstrings.values() if len(text) > 120]

@@ -3,7 +3,6 @@
 The items lie in ``tasks/``, one ``.jsonl`` file per task, so that scores do not depend on the Python version.
 """
 
-import json
 from pathlib import Path
 
 ITEMS, CHOICES = 300, 4  # items per task, answers per item
@@ -15,11 +14,6 @@ NAMES = tuple(PREFIX + domain for domain in DOMAINS)
 def path_of(name: str) -> Path:
     """File of a task's items."""
     return Path(__file__).parent / "tasks" / f"{name.removeprefix(PREFIX)}.jsonl"
-
-
-def load_items(name: str) -> list[dict]:
-    """Items of a task: ``prompt``, four ``choices`` and ``answer``, the index of the right one."""
-    return [json.loads(line) for line in path_of(name).read_text(encoding="utf-8").splitlines()]
 
 
 def configuration(name: str) -> dict:

@@ -14,13 +14,12 @@ It is loaded by :func:`load_plugin`, by ``--plugin FILE`` on the command line, o
 ``hcsmoe.methods``.
 """
 
-import importlib.metadata
-import importlib.util
 import sys
 import warnings
+from importlib import metadata, util
 from pathlib import Path
 
-from hcsmoe_core._util import InputError
+from hcsmoe_core._util import require
 from hcsmoe_core.methods import (  # noqa: F401 (they register their steps)
     budgets,
     combining,
@@ -91,20 +90,18 @@ def load_plugin(path):
         If there is no such file.
     """
     path = Path(path).resolve()
-    if not path.is_file():
-        raise InputError(f'The "plugin" argument must be a Python file; there is no file {path}.')
+    require(path.is_file(), f'The "plugin" argument must be a Python file; there is no file {path}.')
     name = f"hcsmoe_plugin_{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None:
-        raise InputError(f'The "plugin" argument must be a Python file, which ends in .py; not {path}.')
-    sys.modules[name] = module = importlib.util.module_from_spec(spec)
+    spec = util.spec_from_file_location(name, path)
+    require(spec, f'The "plugin" argument must be a Python file, which ends in .py; not {path}.')
+    sys.modules[name] = module = util.module_from_spec(spec)
     spec.loader.exec_module(module)
     if path not in PLUGINS:
         PLUGINS.append(path)
     return module
 
 
-for _entry in importlib.metadata.entry_points(group="hcsmoe.methods"):
+for _entry in metadata.entry_points(group="hcsmoe.methods"):
     try:
         _entry.load()
     except Exception as error:  # of a stranger's package: the methods of this one must go on

@@ -4,31 +4,35 @@ A budget is a step ``(layers, total, fewest) → counts``: ``layers`` are
 :class:`hcsmoe_core.methods.planner.Layer`, and ``fewest`` is what each must keep at least.
 """
 
+from collections import Counter
 from typing import Literal
 
 import numpy as np
 from scipy.spatial.distance import squareform
 
-from hcsmoe_core._util import InputError
+from hcsmoe_core._util import require
 from hcsmoe_core.clustering import LINKAGES, cuts, linkage
 from hcsmoe_core.methods import similarities
 from hcsmoe_core.methods.grouping import check_ward
+from hcsmoe_core.methods.summary import entropy
 from hcsmoe_core.steps import budget
 
 
 def check_one_similarity(recipe):
     """Heights and silhouettes of distances in one unit alone can be compared between layers."""
-    if recipe.metric == "mixed":
-        raise InputError(
-            f'budget "{recipe.steps["budget"]}" needs one similarity; not {recipe.steps["similarity"]!r}.'
-        )
+    require(
+        recipe.metric != "mixed",
+        f'budget "{recipe.steps["budget"]}" needs one similarity; not {recipe.steps["similarity"]!r}.',
+    )
     check_ward(recipe)
 
 
 def check_scored(recipe):
     """A saliency that chooses sets of experts scores none of them by itself."""
-    if recipe.steps["saliency"] == "o-prune":
-        raise InputError('budget "saliency" goes with a saliency that scores each expert; not "o-prune".')
+    require(
+        recipe.steps["saliency"] != "o-prune",
+        'budget "saliency" goes with a saliency that scores each expert; not "o-prune".',
+    )
 
 
 @budget("uniform")
@@ -59,7 +63,7 @@ def merge_cost(layers, total, fewest, *, linkage: Literal[LINKAGES] = "average")
 @budget("grape", uses=("similarity",))
 def by_redundancy(layers, total, fewest, *, gamma: float = 0.1):
     """GRAPE's greedy allocation (arXiv 2604.06542)."""
-    if layers[0].metric in ("cosine", "cka"):
+    if layers[0].recipe.metric in ("cosine", "cka"):
         alike = [np.clip(layer.similarities, 0, None) for layer in layers]
     else:
         largest = max(float(layer.distances.max(initial=0)) for layer in layers) or 1.0
@@ -70,8 +74,8 @@ def by_redundancy(layers, total, fewest, *, gamma: float = 0.1):
 @budget("silhouette", uses=("similarity",), check=check_one_similarity)
 def silhouette(layers, total, fewest, *, linkage: Literal[LINKAGES] = "average"):
     """The counts with the largest sum of the layers' mean silhouettes."""
-    trees, most = [layer.tree(linkage) for layer in layers], [layer.num_experts for layer in layers]
-    return by_silhouette([layer.distances for layer in layers], trees, total, fewest, most)
+    trees = [layer.tree(linkage) for layer in layers]
+    return by_silhouette([layer.distances for layer in layers], trees, total, fewest)
 
 
 def by_score(scores, total, fewest):
@@ -92,12 +96,15 @@ def by_score(scores, total, fewest):
     -------
     list of L int
     """
-    order = [np.argsort(-np.asarray(s), kind="stable") for s in scores]
-    counts = list(fewest)
-    rest = [(-scores[layer][e], layer, int(e)) for layer, o in enumerate(order) for e in o[fewest[layer] :]]
-    for _, layer, _ in sorted(rest)[: total - sum(counts)]:
-        counts[layer] += 1
-    return counts
+    rest = [np.sort(-np.asarray(s))[least:] for s, least in zip(scores, fewest, strict=True)]
+    more = _smallest(rest, total - sum(fewest))
+    return [least + more[layer] for layer, least in enumerate(fewest)]
+
+
+def _smallest(columns, number):
+    """How many of each layer's values are among the smallest of all; of equals those of the earlier layer."""
+    values = sorted((value, layer) for layer, column in enumerate(columns) for value in column)
+    return Counter(layer for _, layer in values[:number])
 
 
 def by_merge_cost(trees, scales, total, fewest):
@@ -116,16 +123,12 @@ def by_merge_cost(trees, scales, total, fewest):
     -------
     list of L int
     """
-    counts = [len(tree) + 1 for tree in trees]
+    experts = [len(tree) + 1 for tree in trees]
     # A join comes after those below it, even where a tree's heights are not monotone.
     heights = [np.maximum.accumulate(tree[:, 2]) / scale for tree, scale in zip(trees, scales, strict=True)]
-    joins = sorted((h, layer, t) for layer, column in enumerate(heights) for t, h in enumerate(column))
-    surplus = sum(counts) - total
-    for _, layer, _ in joins:
-        if surplus and counts[layer] > fewest[layer]:
-            counts[layer] -= 1
-            surplus -= 1
-    return counts
+    able = [h[: count - least] for h, count, least in zip(heights, experts, fewest, strict=True)]
+    joins = _smallest(able, sum(experts) - total)
+    return [count - joins[layer] for layer, count in enumerate(experts)]
 
 
 def grape(similarities, total, fewest, *, gamma=0.1):
@@ -153,19 +156,17 @@ def grape(similarities, total, fewest, *, gamma=0.1):
     counts = [len(s) for s in similarities]
     redundancy = [float(s.sum() - np.trace(s)) for s in similarities]
     joins = [_joins(s) for s in similarities]
-    floor, frozen = (1 - gamma) * _entropy(counts), set()
+    floor, frozen = (1 - gamma) * entropy(counts), set()
     while sum(counts) > total:
         able = [i for i, c in enumerate(counts) if c > fewest[i]]
-        free = [i for i in able if i not in frozen]
         after = {i: [c - (i == j) for j, c in enumerate(counts)] for i in able}
-        if free:
-            layer = max(free, key=lambda i: redundancy[i])
-            if _entropy(after[layer]) < floor:
-                frozen.add(layer)
-                continue
-        else:  # freed layers would be frozen again at once, for ever
+        layer = max((i for i in able if i not in frozen), key=lambda i: redundancy[i], default=None)
+        if layer is None:  # freed layers would be frozen again at once, for ever
             frozen = set()
-            layer = max(able, key=lambda i: (round(_entropy(after[i]), 12), redundancy[i]))
+            layer = max(able, key=lambda i: (round(entropy(after[i]), 12), redundancy[i]))
+        elif entropy(after[layer]) < floor:
+            frozen.add(layer)
+            continue
         redundancy[layer] -= 2 * joins[layer][len(similarities[layer]) - counts[layer]]
         counts = after[layer]
     return counts
@@ -179,12 +180,7 @@ def _joins(similarity):
     return values[order[linkage(np.argsort(order).astype(float), "single")[:, 2].astype(int)]]
 
 
-def _entropy(counts):
-    share = np.asarray(counts) / sum(counts)
-    return float(-(share * np.log(share)).sum())
-
-
-def by_silhouette(distances, trees, total, fewest, most):
+def by_silhouette(distances, trees, total, fewest):
     """The counts with the largest sum of mean silhouettes (Rousseeuw, 1987), by dynamic programming.
 
     Parameters
@@ -192,22 +188,19 @@ def by_silhouette(distances, trees, total, fewest, most):
     distances : list of L (E·(E−1)/2,) arrays
     trees : list of L (E−1, 4) arrays
     total : int
-    fewest, most : sequence of L int
+    fewest : sequence of L int
 
     Returns
     -------
     list of L int
     """
     best = {0: (0.0, ())}
-    for condensed, tree, low, high in zip(distances, trees, fewest, most, strict=True):
-        values = silhouettes(condensed, tree)
-        following = {}
-        for used, (value, counts) in best.items():
-            for count in range(low, high + 1):
-                reached = used + count
-                if reached <= total and value + values[count] > following.get(reached, (-np.inf,))[0]:
-                    following[reached] = (value + values[count], (*counts, count))
-        best = following
+    for condensed, tree, least in zip(distances, trees, fewest, strict=True):
+        values, before, best = silhouettes(condensed, tree), best, {}
+        for used, (value, counts) in before.items():
+            for count in range(least, min(len(tree) + 1, total - used) + 1):
+                if value + values[count] > best.get(used + count, (-np.inf,))[0]:
+                    best[used + count] = (value + values[count], (*counts, count))
     return list(best[total][1])
 
 
@@ -217,5 +210,5 @@ def silhouettes(condensed, tree):
 
     square, experts = squareform(condensed), len(tree) + 1
     parts = enumerate(cuts(tree)[1:-1], 2)
-    values = {count: silhouette_score(square, labels, metric="precomputed") for count, labels in parts}
-    return {1: 0.0, experts: 0.0} | {count: float(value) for count, value in values.items()}
+    values = {n: float(silhouette_score(square, labels, metric="precomputed")) for n, labels in parts}
+    return {1: 0.0, experts: 0.0} | values

@@ -11,41 +11,40 @@ from typing import Literal
 import numpy as np
 from scipy.spatial.distance import squareform
 
-from hcsmoe_core._util import InputError, check_choice, check_count
+from hcsmoe_core._util import check_choice, check_count, require
 from hcsmoe_core.clustering import LINKAGES, by_first_appearance, check_linkage
 from hcsmoe_core.methods import similarities
 from hcsmoe_core.plan import LayerPlan
 from hcsmoe_core.steps import group
 
-STARTS = 10  # of k-means
-
 
 def check_ward(recipe):
     """Ward's method is defined for Euclidean distances alone."""
-    if recipe.options.get("linkage") == "ward" and recipe.metric != "euclidean":
-        raise InputError(
-            f'linkage "ward" needs Euclidean distances, but those by {recipe.steps["similarity"]!r} are '
-            f'{recipe.metric}; use metric "euclidean" with "expert-output", "functional", "weight" or '
-            '"router-logits", or linkage "average".'
-        )
+    require(
+        recipe.options.get("linkage") != "ward" or recipe.metric == "euclidean",
+        f'linkage "ward" needs Euclidean distances, but those by {recipe.steps["similarity"]!r} are '
+        f'{recipe.metric}; use metric "euclidean" with "expert-output", "functional", "weight" or '
+        '"router-logits", or linkage "average".',
+    )
 
 
 def check_points(recipe):
     """k-means and fuzzy c-means need points at the distances given."""
-    if recipe.metric not in similarities.EMBEDDED:
-        raise InputError(
-            f'group "{recipe.steps["group"]}" needs points, but distances by '
-            f"{recipe.steps['similarity']!r} are {recipe.metric}; use another similarity, or group "
-            '"hierarchical".'
-        )
+    require(
+        recipe.metric in similarities.EMBEDDED,
+        f'group "{recipe.steps["group"]}" needs points, but distances by {recipe.steps["similarity"]!r} are '
+        f'{recipe.metric}; use another similarity, or group "hierarchical".',
+    )
 
 
 @group("hierarchical", uses=("similarity", "merge", "combine"), limit="largest", check=check_ward)
 def hierarchical(layer, count, *, linkage: Literal[LINKAGES] = "average", largest: int = 0):
     """The first E − r joins of a merge tree (HC-SMoE); ``largest`` limits the size of groups, 0 does not."""
-    if not largest:
-        return layer.cut(linkage, count)
-    return restricted(layer.free_distances, count, largest, linkage, metric=layer.metric)
+    return (
+        restricted(layer.free_distances, count, largest, linkage, metric=layer.recipe.metric)
+        if largest
+        else layer.cut(linkage, count)
+    )
 
 
 @group(
@@ -56,23 +55,24 @@ def hierarchical(layer, count, *, linkage: Literal[LINKAGES] = "average", larges
 )
 def k_means(layer, count, *, centres="k-means++"):
     """k-means of points at the distances given; for ``centres`` see :func:`kmeans`."""
-    points = similarities.coordinates(layer.free_distances, layer.metric)
-    if isinstance(centres, str) and centres == "k-means++":
-        return kmeans(points[layer.order], count, seed=layer.random_state)[layer.rank]
-    return kmeans(points, count, centres=centres)
+    points = similarities.coordinates(layer.free_distances, layer.recipe.metric)
+    order = layer.order if centres == "k-means++" else np.arange(len(points))
+    return kmeans(points[order], count, centres=centres, seed=layer.random_state)[np.argsort(order)]
 
 
 @group("single-shot", uses=("similarity", "merge", "combine"), limit="group_limit")
 def around_dominant(layer, count, *, group_limit: int = 0):
     """Groups around the most used experts (M-SMoE); ``group_limit`` limits their size, 0 does not."""
-    alike = layer.similarities[np.ix_(layer.free, layer.free)]
-    return single_shot(alike, layer.usage[layer.free], count, group_limit=group_limit)[0]
+    free = layer.free
+    return single_shot(
+        layer.similarities[np.ix_(free, free)], layer.usage[free], count, group_limit=group_limit
+    )[0]
 
 
 @group("random", random=True)
 def by_chance(layer, count):
     """A random partition."""
-    return random_groups(len(layer.free), count, seed=layer.random_state)[layer.rank]
+    return random_groups(len(layer.free), count, seed=layer.random_state)[np.argsort(layer.order)]
 
 
 @group(
@@ -85,11 +85,10 @@ def by_chance(layer, count):
 )
 def fuzzy(layer, count, *, fuzzifier: float = 2.0):
     """Fuzzy c-means of points at the distances given."""
-    points = similarities.coordinates(layer.free_distances, layer.metric)[layer.order]
+    points = similarities.coordinates(layer.free_distances, layer.recipe.metric)[layer.order]
     labels, memberships = fuzzy_cmeans(points, count, fuzzifier=fuzzifier, seed=layer.random_state)
-    labels, memberships = labels[layer.rank], memberships[:, layer.rank]
-    _, first = np.unique(labels, return_index=True)
-    return by_first_appearance(labels), memberships[np.argsort(first)]
+    rank = np.argsort(layer.order)
+    return labels[rank], memberships[:, rank]
 
 
 @group(
@@ -104,17 +103,17 @@ def fuzzy(layer, count, *, fuzzifier: float = 2.0):
 )
 def trim_all(layers, counts):
     """Every expert alone, at r / E of its width."""
-    planned = []
-    for layer, count in zip(layers, counts, strict=True):
-        width = layer.width * count // layer.num_experts
-        if width < 1:
-            raise InputError(
-                f'The "experts" argument is {count}: {layer.name} would be trimmed to no neuron; keep more.'
-            )
-        labels = list(range(layer.num_experts))
-        combination = layer.recipe.combination()
-        planned.append(LayerPlan(layer.name, labels, [1.0] * len(labels), combine=combination, width=width))
-    return planned
+    return [_trimmed(layer, count) for layer, count in zip(layers, counts, strict=True)]
+
+
+def _trimmed(layer, count):
+    experts, combination = layer.num_experts, layer.recipe.combination()
+    width = layer.width * count // experts
+    require(
+        width >= 1,
+        f'The "experts" argument is {count}: {layer.name} would be trimmed to no neuron; keep more.',
+    )
+    return LayerPlan(layer.name, [*range(experts)], [1.0] * experts, combine=combination, width=width)
 
 
 def restricted(distance, groups, largest, method="average", *, metric="euclidean"):
@@ -143,77 +142,73 @@ def restricted(distance, groups, largest, method="average", *, metric="euclidean
         If the size is too small for that many groups.
     """
     check_linkage(method, metric)
-    square = squareform(np.asarray(distance, dtype=np.float64))
-    experts = len(square)
-    check_count("groups", groups, 1, experts)
-    check_feasible("largest", largest, groups, experts)
-    current = square**2 if method == "ward" else square.copy()
+    current = squareform(np.asarray(distance, dtype=np.float64))
+    check_count("groups", groups, 1, len(current))
+    check_feasible("largest", largest, groups, len(current))
+    if method == "ward":
+        current **= 2
     np.fill_diagonal(current, np.inf)
-    members = [[e] for e in range(experts)]
+    members = [[e] for e in range(len(current))]
     while len(members) > groups:
         first, second = _closest_allowed(current, [len(m) for m in members], groups, largest)
         current = _joined_distances(current, members, first, second, method)
         members[first] += members.pop(second)
-    labels = np.empty(experts, dtype=np.int64)
-    for label, together in enumerate(members):
-        labels[together] = label
-    return by_first_appearance(labels)
+    return _labels(members)
+
+
+def _labels(members):
+    """Labels of experts by first appearance, from the members of each group."""
+    group_of = {expert: label for label, together in enumerate(members) for expert in together}
+    return by_first_appearance([group_of[expert] for expert in range(len(group_of))])
 
 
 def _closest_allowed(current, sizes, groups, largest):
     """Closest pair of groups whose join leaves groups that can be packed."""
     rows, columns = np.triu_indices(len(sizes), 1)
-    for place in np.argsort(current[rows, columns], kind="stable"):
-        first, second = int(rows[place]), int(columns[place])
-        left = [s for i, s in enumerate(sizes) if i not in (first, second)] + [sizes[first] + sizes[second]]
-        if sizes[first] + sizes[second] <= largest and len(_packed(left, largest)) <= groups:
-            return first, second
+    for nearest in np.argsort(current[rows, columns], kind="stable"):
+        pair = int(rows[nearest]), int(columns[nearest])
+        joined = sum(sizes[i] for i in pair)
+        left = [size for i, size in enumerate(sizes) if i not in pair]
+        if joined <= largest and len(_packed([*left, joined], largest)) <= groups:
+            return pair
     # First-fit may miss a packing that the last state had: join two that it packed together there.
     return next((b[0], b[1]) for b in _packed(sizes, largest) if len(b) > 1)
 
 
 def _packed(sizes, largest):
     """Bins of at most ``largest`` by first-fit decreasing: places of the sizes in each."""
-    bins, room = [], []
+    bins, room = [[] for _ in sizes], [largest] * len(sizes)
     for place in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
-        for number, left in enumerate(room):
-            if sizes[place] <= left:
-                bins[number].append(place)
-                room[number] -= sizes[place]
-                break
-        else:
-            bins.append([place])
-            room.append(largest - sizes[place])
-    return [sorted(b) for b in bins]
+        number = next(i for i, left in enumerate(room) if sizes[place] <= left)
+        bins[number].append(place)
+        room[number] -= sizes[place]
+    return [sorted(b) for b in bins if b]
 
 
 def _joined_distances(current, members, first, second, method):
     """Distances after a join, by the Lance-Williams formula of each linkage (Ward's in squares)."""
-    a, b = len(members[first]), len(members[second])
+    a, b, c = len(members[first]), len(members[second]), np.array([len(m) for m in members])
     to_first, to_second = current[first], current[second]
     if method == "average":
         new = (a * to_first + b * to_second) / (a + b)
     elif method == "ward":
-        c = np.array([len(m) for m in members])
-        between = current[first, second]
-        new = ((a + c) * to_first + (b + c) * to_second - c * between) / (a + b + c)
+        new = ((a + c) * to_first + (b + c) * to_second - c * current[first, second]) / (a + b + c)
     else:
         new = (np.maximum if method == "complete" else np.minimum)(to_first, to_second)
     new[first] = np.inf
-    current[first], current[:, first] = new, new
-    kept = np.arange(len(members)) != second
-    return current[kept][:, kept]
+    current[first] = current[:, first] = new
+    return np.delete(np.delete(current, second, 0), second, 1)
 
 
 def check_feasible(name, largest, groups, experts):
-    """Raise ValueError unless ``groups`` groups of at most ``largest`` hold all experts."""
+    """Raise InputError unless ``groups`` groups of at most ``largest`` hold all experts."""
     check_count(name, largest, 1)
-    if groups * largest < experts:
-        raise InputError(
-            f'The "{name}" argument is {largest}, but {groups} groups of at most {largest} hold only '
-            f"{groups * largest} of {experts} experts; give at least {-(-experts // groups)}, or keep more "
-            "experts."
-        )
+    require(
+        groups * largest >= experts,
+        f'The "{name}" argument is {largest}, but {groups} groups of at most {largest} hold only '
+        f"{groups * largest} of {experts} experts; give at least {-(-experts // groups)}, or keep more "
+        "experts.",
+    )
 
 
 def kmeans(points, groups, *, centres="k-means++", seed=0):
@@ -239,25 +234,19 @@ def kmeans(points, groups, *, centres="k-means++", seed=0):
 
     points = np.asarray(points, dtype=np.float64)
     check_count("groups", groups, 1, len(points))
-    if isinstance(centres, str):
-        check_choice("centres", centres, ("k-means++", "first"))
-        chosen = list(range(groups))
-    else:
-        chosen = [check_count("centres", int(c), 0, len(points) - 1) for c in centres]
-        if len(set(chosen)) != groups:
-            raise InputError(
-                f'The "centres" argument must name {groups} experts to start from; '
-                f"it names {len(set(chosen))}."
-            )
+    named = isinstance(centres, str) and check_choice("centres", centres, ("k-means++", "first"))
+    last = len(points) - 1
+    chosen = [*range(groups)] if named else [check_count("centres", int(c), 0, last) for c in centres]
+    require(
+        len(set(chosen)) == groups,
+        f'The "centres" argument must name {groups} experts to start from; it names {len(set(chosen))}.',
+    )
     if points.shape[1] == 0 or groups == len(points):  # all alike, or each alone
         return by_first_appearance(np.minimum(np.arange(len(points)), groups - 1))
-    random = centres == "k-means++" if isinstance(centres, str) else False
-    start = "k-means++" if random else points[chosen]
-    found = KMeans(
-        groups, init=start, n_init=STARTS if random else 1, max_iter=300, tol=0, random_state=seed
-    ).fit(points)
-    distance = ((points - found.cluster_centers_[found.labels_]) ** 2).sum(1)
-    return by_first_appearance(_filled(found.labels_, groups, distance))
+    init, starts = ("k-means++", 10) if named == "k-means++" else (points[chosen], 1)
+    fitted = KMeans(groups, init=init, n_init=starts, max_iter=300, tol=0, random_state=seed).fit(points)
+    distance = ((points - fitted.cluster_centers_[fitted.labels_]) ** 2).sum(1)
+    return by_first_appearance(_filled(fitted.labels_, groups, distance))
 
 
 def _filled(labels, groups, distance):
@@ -300,29 +289,22 @@ def single_shot(similarity, usage, groups, *, group_limit=0):
     """
     similarity, experts = np.asarray(similarity, dtype=np.float64), len(usage)
     check_count("groups", groups, 1, experts)
-    if group_limit:
-        check_feasible("group_limit", group_limit, groups, experts)
+    limit = group_limit or experts
+    check_feasible("group_limit", limit, groups, experts)
     dominant = np.argsort(-np.asarray(usage), kind="stable")[:groups]
-    choices = {
-        e: list(np.argsort(-similarity[e, dominant], kind="stable"))
-        for e in range(experts)
-        if e not in dominant
-    }
-    groups_of, waiting = [[] for _ in dominant], list(choices)
+    waiting = [e for e in range(experts) if e not in dominant]
+    choices = {e: np.argsort(-similarity[e, dominant], kind="stable").tolist() for e in waiting}
+    others = [[] for _ in dominant]
     while waiting:
         expert = waiting.pop(0)
-        group = int(choices[expert].pop(0))
-        groups_of[group].append(expert)
-        if group_limit and len(groups_of[group]) > group_limit - 1:
-            worst = min(groups_of[group], key=lambda e: similarity[dominant[group], e])
-            groups_of[group].remove(worst)
+        group = choices[expert].pop(0)
+        others[group].append(expert)
+        if len(others[group]) >= limit:
+            worst = min(others[group], key=lambda e: similarity[dominant[group], e])
+            others[group].remove(worst)
             waiting.append(worst)
-    labels = np.empty(experts, dtype=np.int64)
-    for group, members in enumerate(groups_of):
-        labels[[dominant[group], *members]] = group
-    numbered = by_first_appearance(labels)
-    order = np.argsort(numbered[dominant])
-    return numbered, dominant[order]
+    labels = _labels([[first, *rest] for first, rest in zip(dominant.tolist(), others, strict=True)])
+    return labels, dominant[np.argsort(labels[dominant])]
 
 
 def random_groups(experts, groups, *, seed=0):
@@ -343,7 +325,7 @@ def random_groups(experts, groups, *, seed=0):
     return by_first_appearance(generator.permutation(labels))
 
 
-def fuzzy_cmeans(points, groups, *, fuzzifier=2.0, seed=0, steps=300, tolerance=1e-9):
+def fuzzy_cmeans(points, groups, *, fuzzifier=2.0, seed=0):
     """Fuzzy c-means (Bezdek, 1981): how far each expert belongs to each group.
 
     Memberships ``u_eg ∝ ‖x_e − c_g‖^(−2/(m−1))`` and centres ``c_g = Σ_e u_eg^m x_e / Σ_e u_eg^m`` in turns,
@@ -355,9 +337,7 @@ def fuzzy_cmeans(points, groups, *, fuzzifier=2.0, seed=0, steps=300, tolerance=
     groups : int
     fuzzifier : float
         m, above 1; towards 1 the groups become those of k-means.
-    seed, steps : int
-    tolerance : float
-        Largest change of a membership at which it stops.
+    seed : int
 
     Returns
     -------
@@ -370,20 +350,18 @@ def fuzzy_cmeans(points, groups, *, fuzzifier=2.0, seed=0, steps=300, tolerance=
 
     points = np.asarray(points, dtype=np.float64)
     check_count("groups", groups, 1, len(points))
-    if not fuzzifier > 1:
-        raise InputError(f'The "fuzzifier" argument must be above 1; not {fuzzifier}.')
-    if points.shape[1] == 0:
-        points = np.zeros((len(points), 1))
+    require(fuzzifier > 1, f'The "fuzzifier" argument must be above 1; not {fuzzifier}.')
+    points = points if points.shape[1] else np.zeros((len(points), 1))
     centres, _ = kmeans_plusplus(points, groups, random_state=seed)
     memberships = np.zeros((groups, len(points)))
-    for _ in range(steps):
+    for _ in range(300):
         square = ((points[None] - centres[:, None]) ** 2).sum(2)
         square = np.maximum(square, max(square.max(), 1e-200) * 1e-24)
         near = (square / square.min(0)) ** (-1 / (fuzzifier - 1))  # at most 1, however sharp
         before, memberships = memberships, near / near.sum(0)
         power = memberships**fuzzifier
         centres = power @ points / power.sum(1, keepdims=True)
-        if np.abs(memberships - before).max() < tolerance:
+        if np.abs(memberships - before).max() < 1e-9:
             break
     labels = _filled(memberships.argmax(0), groups, 1 - memberships.max(0))
     _, first = np.unique(labels, return_index=True)

@@ -7,18 +7,20 @@
 """
 
 import functools
+import itertools
 
 import numpy as np
+from scipy.linalg import block_diag
 from scipy.spatial.distance import squareform
 
 from hcsmoe_core import clustering
 from hcsmoe_core import similarity as similarities
-from hcsmoe_core._util import InputError, check_count
-from hcsmoe_core.families import find_moe_layers, moe_layer
-from hcsmoe_core.merging import check_statistics
+from hcsmoe_core._util import check_count, require
+from hcsmoe_core.families import find_moe_layers, model_hash, moe_layer
 from hcsmoe_core.methods import pruning
 from hcsmoe_core.methods.recipes import Recipe, resolve
-from hcsmoe_core.plan import LayerPlan, Plan, merge_weights
+from hcsmoe_core.methods.summary import merge_weights
+from hcsmoe_core.plan import LayerPlan, Plan
 from hcsmoe_core.replace import suspended
 
 
@@ -39,9 +41,9 @@ class Layer:
         Super experts, which stay as they are.
     free : (F,) int64 array
         The other experts, in order.
-    rank, order : (F,) int64 arrays
-        Place of each free expert in an order that does not depend on how experts are numbered, and the
-        reverse: whatever is drawn by chance is drawn in that order.
+    order : (F,) int64 array
+        Free experts in an order that does not depend on how experts are numbered: whatever is drawn by chance
+        is drawn in that order.
     seeds, random_state : list of int, int
         The plan's seed and the layer's number, for NumPy's generators; and one number made of them.
     recipe : Recipe
@@ -52,16 +54,12 @@ class Layer:
         self.stats, self.recipe, self.model, self.progress = stats, recipe, model, progress
         self.name = list(stats.layers)[index]
         self.sums = stats.layers[self.name]
-        self.num_experts = self.sums.num_experts
+        self.num_experts, self.width = self.sums.num_experts, stats.model["layers"][self.name]["width"]
         self.usage = self.sums.usage_count.sum(0).numpy()
         self.protected, self.seeds = list(protected), [seed, index]
         self.free = np.setdiff1d(np.arange(self.num_experts), self.protected)
-        self._cuts, self._trees = {}, {}
-
-    @property
-    def width(self):
-        """I."""
-        return self.stats.model["layers"][self.name]["width"]
+        # each linkage once
+        self.tree, self._cuts = functools.cache(self.tree), functools.cache(self._cuts)
 
     @property
     def moe(self):
@@ -74,25 +72,14 @@ class Layer:
         return np.random.SeedSequence(self.seeds).generate_state(1)[0]
 
     @functools.cached_property
-    def rank(self):
-        """Where each free expert stands in :attr:`order`, ``(F,)``."""
-        return np.argsort(self.order)
-
-    @functools.cached_property
     def order(self):
         """Free experts in an order that does not depend on how experts are numbered, ``(F,)``; for chance."""
         return np.argsort(pruning.canonical_rank(self.sums)[self.free])
 
     @property
-    def metric(self):
-        """The metric that distances come in."""
-        return self.recipe.metric
-
-    @property
     def compared(self):
         """What :func:`hcsmoe_core.similarity.distances` is asked for."""
-        steps = self.recipe.steps
-        return {"similarity": steps["similarity"], "metric": steps["metric"], "model": self.model}
+        return {name: self.recipe.steps[name] for name in ("similarity", "metric")} | {"model": self.model}
 
     @functools.cached_property
     def distances(self):
@@ -108,20 +95,18 @@ class Layer:
     def similarities(self):
         """Square matrix ``(E, E)``, larger for experts more alike: cosines, or negative distances."""
         square = squareform(self.distances)
-        return 1 - square if self.metric in ("cosine", "cka") else -square
+        return 1 - square if self.recipe.metric in ("cosine", "cka") else -square
 
     def tree(self, linkage):
         """Merge tree of all experts, ``(E−1, 4)``."""
-        if linkage not in self._trees:
-            self._trees[linkage] = clustering.linkage(self.distances, linkage, metric=self.metric)
-        return self._trees[linkage]
+        return clustering.linkage(self.distances, linkage, metric=self.recipe.metric)
 
     def cut(self, linkage, count):
         """Labels of the experts that may be joined, by their merge tree; all its cuts are made at once."""
-        if linkage not in self._cuts:
-            tree = clustering.linkage(self.free_distances, linkage, metric=self.metric)
-            self._cuts[linkage] = clustering.cuts(tree)
-        return self._cuts[linkage][check_count("experts", count, 1, len(self.free)) - 1]
+        return self._cuts(linkage)[check_count("experts", count, 1, len(self.free)) - 1]
+
+    def _cuts(self, linkage):
+        return clustering.cuts(clustering.linkage(self.free_distances, linkage, metric=self.recipe.metric))
 
     @functools.cached_property
     def saliency(self):
@@ -164,10 +149,9 @@ def make_plan(stats, model=None, *, experts, method="hc-smoe", seed=0, progress=
         If a choice is unknown, steps do not go together, ``experts`` is out of range, the statistics lack
         what is needed or are another model's, or the model was loaded merged.
     """
-    (plan,) = make_plans(
-        stats, model, experts=[experts], method=method, seed=seed, progress=progress, **settings
+    return next(
+        make_plans(stats, model, experts=[experts], method=method, seed=seed, progress=progress, **settings)
     )
-    return plan
 
 
 def make_plans(
@@ -194,32 +178,36 @@ def make_plans(
     InputError
         As :func:`make_plan`.
     """
-    varied = [{}] if linkages is None else [{"linkage": linkage} for linkage in linkages]
-    recipes = [resolve(method, **settings | linkage) for linkage in varied]
+    recipes = [resolve(method, **settings | ({"linkage": name} if name else {})) for name in linkages or [""]]
     _check_inputs(stats, model, recipes[0])
     protected = pruning.super_experts(stats) if recipes[0].steps["guard"] else {}
-    shared = dict(model=model, seed=seed, progress=progress)
     layers = [
-        Layer(stats, index, recipes[0], protected=protected.get(name, ()), **shared)
-        for index, name in enumerate(stats.layers)
+        Layer(
+            stats, i, recipes[0], model=model, seed=seed, protected=protected.get(name, ()), progress=progress
+        )
+        for i, name in enumerate(stats.layers)
     ]
-    for recipe in recipes:
-        for count in experts:
-            with suspended(find_moe_layers(model) if recipe.needs_model else ()):
-                plan = _plan(stats, layers, recipe, count, seed)
-            yield plan
+    for recipe, count in itertools.product(recipes, experts):
+        with suspended(find_moe_layers(model) if recipe.needs_model else ()):
+            plan = _plan(stats, layers, recipe, count, seed)
+        yield plan
 
 
 def _check_inputs(stats, model, recipe):
     """Raise InputError unless the statistics and the model hold what the steps look at."""
     needs = [need for need in recipe.needs if need != "sample" or recipe.needs_model]
     stats.check(needs, f"Method {recipe.method!r}")
+    require(
+        model is not None or not recipe.needs_model,
+        f"Method {recipe.method!r} looks at the experts' weights with these settings; "
+        'give the "model" argument.',
+    )
     if model is not None:
-        check_statistics(stats, model)
-    elif recipe.needs_model:
-        raise InputError(
-            f"Method {recipe.method!r} looks at the experts' weights with these settings; "
-            'give the "model" argument.'
+        record, name = stats.model, model.name_or_path or "unnamed"
+        require(
+            record["hash"] == model_hash(model),
+            f"These statistics were captured on another model ({record['name']}, {record['class']}) than the "
+            f"one given ({name}, {type(model).__name__}); capture on this one.",
         )
 
 
@@ -228,81 +216,80 @@ def _plan(stats, layers, recipe: Recipe, experts, seed):
     for layer in layers:
         layer.recipe = recipe
     counts, group = _counts(layers, recipe, experts), recipe.present["group"]
-    if group.properties.get("whole"):
-        planned = group(layers, counts, **recipe.by_kind["group"])
-    else:
-        planned = [_joined(layer, group, count, seed) for layer, count in zip(layers, counts, strict=True)]
-    settings = {"method": recipe.method, "experts": counts if np.ndim(experts) else int(experts)}
-    settings |= {"seed": seed} | recipe.settings
+    planned = (
+        group(layers, counts, **recipe.by_kind["group"])
+        if group.properties.get("whole")
+        else [_joined(layer, group, count, seed) for layer, count in zip(layers, counts, strict=True)]
+    )
+    settings = {
+        "method": recipe.method,
+        "experts": counts if np.ndim(experts) else int(experts),
+        "seed": seed,
+        **recipe.settings,
+    }
     return Plan(planned, settings, dict(stats.model), stats.identity(), recipe.by_kind.get("compress"))
 
 
 def _counts(layers, recipe, experts):
     """Experts that each layer keeps, checked."""
-    sizes = [layer.num_experts for layer in layers]
+    sizes, budget = [layer.num_experts for layer in layers], recipe.steps["budget"]
     if np.ndim(experts):
-        if recipe.steps["budget"] != "uniform" or recipe.present["group"].properties.get("widths"):
-            raise InputError(
-                'The "experts" argument may be a list only where budget is "uniform", and not for trimming '
-                '(group "none") or group "residual", which change widths.'
-            )
-        if len(experts) != len(layers):
-            raise InputError(
-                f'The "experts" argument lists {len(experts)} numbers for {len(layers)} MoE layers; '
-                "give one for each."
-            )
+        require(
+            budget == "uniform" and not recipe.present["group"].properties.get("widths"),
+            'The "experts" argument may be a list only where budget is "uniform", and not for trimming '
+            '(group "none") or group "residual", which change widths.',
+        )
+        require(
+            len(experts) == len(layers),
+            f'The "experts" argument lists {len(experts)} numbers for {len(layers)} MoE layers; '
+            "give one for each.",
+        )
         counts = [check_count("experts", n, 1, size) for n, size in zip(experts, sizes, strict=True)]
     else:
         fewest = [_fewest(layer, recipe) for layer in layers]
         total = check_count("experts", experts, 1, min(sizes)) * len(layers)
-        if total < sum(fewest):
-            raise InputError(
-                f'The "experts" argument is {experts}, {total} in all, but at least {sum(fewest)} must be '
-                "kept: in each layer its super experts, if the guard is on, and one more, or as many more as "
-                "the largest group allows."
-            )
+        require(
+            total >= sum(fewest),
+            f'The "experts" argument is {experts}, {total} in all, but at least {sum(fewest)} must be '
+            "kept: in each layer its super experts, if the guard is on, and one more, or as many more as "
+            "the largest group allows.",
+        )
         counts = recipe.present["budget"](layers, total, fewest, **recipe.by_kind["budget"])
         assert sum(counts) == total, f"a budget of {total} experts came out as {counts}"
     for count, layer in zip(counts, layers, strict=True):
         low = min(len(layer.protected) + 1, layer.num_experts)
-        if not low <= count <= layer.num_experts:
-            raise InputError(
-                f'The "experts" argument leaves {count} experts in {layer.name}, but from {low} to '
-                f"{layer.num_experts} must be kept there: its {len(layer.protected)} super experts, which "
-                "the guard protects, and one more at least; keep more, or switch the guard off."
-            )
+        require(
+            low <= count <= layer.num_experts,
+            f'The "experts" argument leaves {count} experts in {layer.name}, but from {low} to '
+            f"{layer.num_experts} must be kept there: its {len(layer.protected)} super experts, which "
+            "the guard protects, and one more at least; keep more, or switch the guard off.",
+        )
     return [int(count) for count in counts]
 
 
 def _fewest(layer, recipe):
     """Experts that a layer must keep: the protected ones, and groups enough for the others."""
-    limit = recipe.by_kind["group"].get(recipe.present["group"].properties.get("limit"), 0)
-    if (
-        recipe.steps["budget"] == "uniform"
-    ):  # groups that are too few are refused by the group step, which knows more
-        limit = 0
-    groups = -(-len(layer.free) // limit) if limit else 1
+    limit = recipe.by_kind["group"].get(recipe.present["group"].properties.get("limit"))
+    # of a uniform budget, groups that are too few are refused by the group step, which knows more
+    groups = -(-len(layer.free) // limit) if limit and recipe.steps["budget"] != "uniform" else 1
     return min(len(layer.protected) + groups, layer.num_experts)
 
 
 def _joined(layer, group, count, seed):
     """Plan of one layer of which experts are joined; the protected ones each stay alone."""
     recipe, free, protected = layer.recipe, layer.free, layer.protected
-    grouped, memberships = np.empty(0, dtype=np.int64), None
+    grouped, memberships, groups = np.empty(0, dtype=np.int64), None, count - len(protected)
     if len(free):
-        grouped = group(layer, count - len(protected), **recipe.by_kind["group"])
+        grouped = group(layer, groups, **recipe.by_kind["group"])
         grouped, memberships = grouped if isinstance(grouped, tuple) else (grouped, None)
-        wanted = list(range(count - len(protected)))
-        if np.shape(grouped) != free.shape or np.unique(grouped).tolist() != wanted:
-            raise InputError(
-                f'group "{group.name}" must number {len(wanted)} groups of the {len(free)} free experts of '
-                f"{layer.name} from 0; it gave {np.asarray(grouped).tolist()}."
-            )
-    labels = np.empty(layer.num_experts, dtype=np.int64)
-    labels[free] = grouped
-    labels[protected] = count - len(protected) + np.arange(len(protected))
-    labels = clustering.by_first_appearance(labels)
-    mixture = None if memberships is None else _mixture(layer, labels, grouped, memberships)
+        require(
+            np.shape(grouped) == free.shape and np.unique(grouped).tolist() == [*range(groups)],
+            f'group "{group.name}" must number {groups} groups of the {len(free)} free experts of '
+            f"{layer.name} from 0; it gave {np.asarray(grouped).tolist()}.",
+        )
+    numbers = np.empty(layer.num_experts, dtype=np.int64)
+    numbers[free], numbers[protected] = grouped, np.arange(groups, count)
+    labels = clustering.by_first_appearance(numbers)
     options, router = recipe.combination(seed), recipe.steps["router"]
     matched = options.get("align", "none") != "none" or recipe.present["combine"].properties.get("matched")
     return LayerPlan(
@@ -311,26 +298,27 @@ def _joined(layer, group, count, seed):
         merge_weights(labels, layer.sums, recipe.steps["merge"]).tolist(),
         combine=options,
         router=router,
-        mixture=mixture,
+        mixture=None if memberships is None else _mixture(layer, numbers, memberships),
         dominant=layer.dominant(labels) if matched or router == "row-kept" else None,
         protected=protected,
     )
 
 
-def _mixture(layer, labels, grouped, memberships):
+def _mixture(layer, numbers, memberships):
     """Weight of every expert in every merged one, from the free experts' memberships of their groups."""
-    free, protected = layer.free, layer.protected
-    _, first = np.unique(grouped, return_index=True)
-    share = np.zeros((labels.max() + 1, layer.num_experts))
-    share[labels[protected], protected] = 1
-    share[np.ix_(labels[free[first]], free)] = memberships
-    share *= merge_weights(np.zeros_like(labels), layer.sums, layer.recipe.steps["merge"])
-    return (share / share.sum(1, keepdims=True)).tolist()
+    apart = block_diag(memberships, np.eye(len(layer.protected)))
+    share = np.take(apart, np.argsort([*layer.free, *layer.protected]), axis=1)
+    share *= merge_weights(np.zeros_like(numbers), layer.sums, layer.recipe.steps["merge"])
+    in_order = list(dict.fromkeys(numbers.tolist()))  # of first appearance
+    return (share / share.sum(1, keepdims=True))[in_order].tolist()
 
 
 def merge_tree(stats, layer, *, similarity="expert-output", metric="", linkage="average", model=None):
     """Merge tree of one layer, from its statistics: :func:`hcsmoe_core.similarity.distances`, then
     :func:`hcsmoe_core.clustering.linkage`.
     """
-    condensed = similarities.distances(stats, layer, similarity=similarity, metric=metric, model=model)
-    return clustering.linkage(condensed, linkage, metric=similarities.metric_of(similarity, metric))
+    return clustering.linkage(
+        similarities.distances(stats, layer, similarity=similarity, metric=metric, model=model),
+        linkage,
+        metric=similarities.metric_of(similarity, metric),
+    )

@@ -22,8 +22,9 @@ import functools
 from dataclasses import dataclass
 
 from hcsmoe_core import similarity as similarities
-from hcsmoe_core._util import InputError, check_choice, check_count, choice_of, closest_first
-from hcsmoe_core.plan import MERGES, ROUTERS
+from hcsmoe_core._util import InputError, check_choice, check_count, choice_of, closest_first, require
+from hcsmoe_core.methods.summary import MERGES
+from hcsmoe_core.plan import ROUTERS
 from hcsmoe_core.statistics import NEEDS
 from hcsmoe_core.steps import METHODS, TABLES, group, router
 
@@ -118,9 +119,9 @@ class Recipe:
     @property
     def needs(self) -> tuple:
         """Names of what it needs, in the order of :data:`hcsmoe_core.statistics.NEEDS`."""
-        needed = {"usage", "norms"} if self.steps["guard"] else {"usage"}
-        for kind, step in self.present.items():
-            needed.update(step.needs_for(self.by_kind.get(kind, {})))
+        steps = self.present.items()
+        needed = {need for kind, step in steps for need in step.needs_for(self.by_kind.get(kind, {}))}
+        needed |= {"usage", "norms"} if self.steps["guard"] else {"usage"}
         return tuple(name for name in NEEDS if name in needed)
 
     @property
@@ -133,12 +134,6 @@ class Recipe:
         """Whether plans or merged weights depend on the seed."""
         said = ((kind, step.properties.get("random")) for kind, step in self.present.items())
         return any(value(self.by_kind[kind]) if callable(value) else value for kind, value in said)
-
-    @property
-    def kind(self) -> str:
-        """What becomes of experts: it "prunes", "trims", "averages", or "refits" them to what they did."""
-        solves = "combine" in self.present and self.present["combine"].properties.get("solves")
-        return self.present["group"].properties.get("kind", "refits" if solves else "averages")
 
     def combination(self, seed: int = 0) -> dict:
         """``combine`` of the plan's layers: the rule with its options."""
@@ -165,7 +160,7 @@ def resolve(method: str = "hc-smoe", **settings) -> Recipe:
         together.
     """
     method = choice_of("method", method, (*METHODS, RECOMMENDED))
-    name = POINTS_TO if method == RECOMMENDED else method
+    name = METHODS.aliases.get(method, method)
     return _recipe(name, METHODS[name].settings, settings)
 
 
@@ -177,14 +172,16 @@ def _recipe(method, row, settings):
     steps = DEFAULTS | {"metric": ""} | grouping.get("pair", {})
     steps |= {kind: chosen[kind] for kind in steps if kind in chosen}
     _check_names(steps)
-    used = {"group", "budget", "router", "guard", *grouping.get("uses", ("merge", "combine"))}
-    used |= {*TABLES["budget"][steps["budget"]].properties.get("uses", ())}
-    used |= {"compress"} if steps["compress"] else set()
-    by_kind = {kind: {} for kind in DEFAULTS if kind in used}
+    used = {
+        *("group", "budget", "router", "guard", "compress"),
+        *grouping.get("uses", ("merge", "combine")),
+        *TABLES["budget"][steps["budget"]].properties.get("uses", ()),
+    }
+    by_kind = {kind: {} for kind in DEFAULTS if kind in used and steps[kind] != ""}
     if "similarity" in used:
-        parts = similarities.parts_of(steps["similarity"])
-        metrics = [similarities.part_metric(name, steps["metric"]) for name, _ in parts]
-        by_kind["similarity"]["metric"] = metrics[0] if len({*metrics}) == 1 else "+".join(metrics)
+        names = (name for name, _ in similarities.parts_of(steps["similarity"]))
+        metrics = [similarities.part_metric(name, steps["metric"]) for name in names]
+        by_kind["similarity"] = {"metric": metrics[0] if len({*metrics}) == 1 else "+".join(metrics)}
     if "combine" in used and ("refit" in grouping or chosen.get("refit")):
         rounds = check_count("refit", chosen.get("refit", grouping.get("refit")), 0)
         steps["refine"], by_kind["refine"] = "refit" if rounds else "", {"refit": rounds}
@@ -197,9 +194,12 @@ def _recipe(method, row, settings):
 
 def _check_names(steps):
     similarities.metric_of(steps["similarity"], steps["metric"])
-    choices = {kind: tuple(table) for kind, table in TABLES.items() if kind in steps and kind != "similarity"}
-    choices |= {"compress": ("", *choices["compress"]), "router": tuple(dict.fromkeys((*ROUTERS, *router)))}
-    choices |= {"merge": MERGES, "guard": (False, True)}
+    choices = {kind: tuple(TABLES[kind]) for kind in ("group", "budget", "saliency", "combine")} | {
+        "router": tuple(dict.fromkeys((*ROUTERS, *router))),
+        "compress": ("", *TABLES["compress"]),
+        "merge": MERGES,
+        "guard": (False, True),
+    }
     pairs = [step.properties.get("pair", {}) for step in group.values()]
     for kind, allowed in choices.items():
         paired = (p[kind] for p in pairs if p.get(kind) == steps[kind])
@@ -224,49 +224,42 @@ def _check_used(recipe, settings):
     """Raise InputError if a setting makes no difference, naming the steps for which it would."""
     used = {*recipe.by_kind, *recipe.options, "compress", *(["refit"] if "combine" in recipe.by_kind else [])}
     for name in settings.keys() - used:
-        steps = [step for table in TABLES.values() for step in table.values()]
-        takers = [
-            s
-            for s in steps
-            if {name, "similarity" if name == "metric" else name}
-            & {*s.options, *s.properties.get("uses", ())}
-        ]
+        wanted = {name, "similarity" if name == "metric" else name}
+        takers = [s for s in _every_step() if wanted & {*s.options, *s.properties.get("uses", ())}]
         taken = " and ".join(f'{step.kind} "{step.name}"' for step in takers)
         if name == "refit":
             taken = "groups that are joined or trimmed: it goes with no pruning, fuzzy groups or compress"
-        present = ", ".join(
-            f'{kind} "{step.name}"' for kind, step in recipe.present.items() if kind in TABLES
-        )
+        has = (f'{kind} "{step.name}"' for kind, step in recipe.present.items() if kind in TABLES)
         raise InputError(
             f'The "{name}" setting is taken by {taken}; method {recipe.method!r} has none of these with the '
-            f"settings given (it has {present})."
+            f"settings given (it has {', '.join(has)})."
         )
 
 
 def _check_together(recipe):
     """Raise InputError where steps do not go with one another."""
-    every = recipe.options | recipe.steps
-    for step in recipe.present.values():
-        properties = step.properties
-        for other, allowed in (properties.get("pair", {}) | properties.get("only", {})).items():
-            if every.get(other, allowed) != allowed:
-                because = f": {properties['because']}" if "because" in properties else ""
-                raise InputError(
-                    f'{step.kind} "{step.name}" goes with {other} {_text(allowed)} only, not '
-                    f"{_text(every[other])}{because}."
-                )
+    every, present = recipe.options | recipe.steps, recipe.present.values()
+    for step in present:
+        fits = step.properties.get("pair", {}) | step.properties.get("only", {})
+        because = f": {step.properties['because']}" if "because" in step.properties else ""
+        for other, allowed in fits.items():
+            require(
+                every.get(other, allowed) == allowed,
+                f'{step.kind} "{step.name}" goes with {other} {_quoted(allowed)} only, not '
+                f"{_quoted(every.get(other))}{because}.",
+            )
+    chosen = recipe.steps["group"]
     for step in group.values():
         for kind, name in step.properties.get("pair", {}).items():
-            if recipe.steps[kind] == name and recipe.steps["group"] != step.name:
-                raise InputError(
-                    f'{kind} "{name}" goes with group "{step.name}" only, not "{recipe.steps["group"]}".'
-                )
-    for step in recipe.present.values():
-        if check := step.properties.get("check"):
-            check(recipe)
+            require(
+                step.name == chosen or recipe.steps[kind] != name,
+                f'{kind} "{name}" goes with group "{step.name}" only, not "{chosen}".',
+            )
+    for check in filter(None, (step.properties.get("check") for step in present)):
+        check(recipe)
 
 
-def _text(value):
+def _quoted(value):
     return f'"{value}"' if isinstance(value, str) else _written(value)
 
 
@@ -278,9 +271,12 @@ def _written(value):
 
 def option_names() -> tuple:
     """Every kind of step and every option that can be set, in alphabetical order."""
-    steps = (step for kind, table in TABLES.items() if kind != "refine" for step in table.values())
-    options = {name for step in steps for name in step.options}
+    options = {name for step in _every_step() if step.kind != "refine" for name in step.options}
     return tuple(sorted({*DEFAULTS, "metric", "refit", *options} - {*INTERNAL}))
+
+
+def _every_step():
+    return (step for table in TABLES.values() for step in table.values())
 
 
 def parse_settings(items, *, option: str = "settings") -> dict:
@@ -297,23 +293,21 @@ def parse_settings(items, *, option: str = "settings") -> dict:
     InputError
         If there is no such setting, or the value is not of its kind.
     """
-    steps = [step for table in TABLES.values() for step in table.values()]
-    usual = {name: value for step in steps for name, value in step.options.items()}
-    usual |= DEFAULTS | {"metric": "", "refit": 0}
-    settings = {}
+    options = {name: default for step in _every_step() for name, default in step.options.items()}
+    usual, settings = options | DEFAULTS | {"metric": "", "refit": 0}, {}
     for item in items:
         name, equals, text = item.partition("=")
-        if not equals or name not in option_names():
-            raise InputError(
-                f"{option} takes name=value with a name of {closest_first(name, option_names())}; not "
-                f"{item!r}."
-            )
-        settings[name], default = _parsed(text), usual[name]
-        if isinstance(settings[name], str) > isinstance(default, str):
-            kind = "on or off" if isinstance(default, bool) else "a number"
-            raise InputError(f"{option} {name} takes {kind}; not {text!r}.")
-        if isinstance(settings[name], int) and isinstance(default, str):
-            settings[name] = [settings[name]]
+        require(
+            equals and name in option_names(),
+            f"{option} takes name=value with a name of {closest_first(name, option_names())}; not {item!r}.",
+        )
+        value, default = _parsed(text), usual[name]
+        require(
+            isinstance(default, str) or not isinstance(value, str),
+            f"{option} {name} takes "
+            f"{'on or off' if isinstance(default, bool) else 'a number'}; not {text!r}.",
+        )
+        settings[name] = [value] if isinstance(value, int) and isinstance(default, str) else value
     return settings
 
 
@@ -335,9 +329,13 @@ def table() -> str:
     lines = []
     for name, method in METHODS.items():
         recipe = resolve(name)
-        lines += [f"{name}: {method.title}", *(["    also   " + RECOMMENDED] if name == POINTS_TO else [])]
         shown = {key: value for key, value in recipe.settings.items() if value not in (False, None)}
-        chosen = " ".join(f"{key}={_written(value)}" for key, value in shown.items())
-        lines += [f"    steps  {chosen}", f"    needs  {', '.join(recipe.needs)}"]
-        lines += [f"    cost   {method.cost}", f"    paper  {method.paper}"]
+        lines += [
+            f"{name}: {method.title}",
+            *([f"    also   {RECOMMENDED}"] if name == POINTS_TO else []),
+            f"    steps  {' '.join(f'{key}={_written(value)}' for key, value in shown.items())}",
+            f"    needs  {', '.join(recipe.needs)}",
+            f"    cost   {method.cost}",
+            f"    paper  {method.paper}",
+        ]
     return "\n".join(lines)

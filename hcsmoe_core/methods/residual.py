@@ -192,7 +192,7 @@ class Scorer:
     decides : (R,) bool tensor
         Which tokens of the sample are held out: :func:`held_out`.
     merge : str
-        Weights of averages: :func:`hcsmoe_core.plan.merge_weights`.
+        Weights of averages: :func:`hcsmoe_core.methods.summary.merge_weights`.
     tokens : int
         Of the sample that are looked at, at most, as far as these tell the neurons of an expert apart.
     """
@@ -250,7 +250,7 @@ class Scorer:
 
     def candidate(self, labels, width):
         """The best rule for each group of a partition, and what all of them leave together."""
-        weights = plan.merge_weights(labels, self.sums, self.merge)
+        weights = summary.merge_weights(labels, self.sums, self.merge)
         if not self.fits:
             return Candidate(labels, weights, width, None, summary.function_error(self.sums, labels) ** 2)
         scored = [self._scored(members, weights, width) for members in _groups(labels)]

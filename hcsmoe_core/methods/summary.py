@@ -2,7 +2,9 @@
 
 import numpy as np
 
-from hcsmoe_core.plan import DROPPED, merge_weights
+from hcsmoe_core.plan import DROPPED
+
+MERGES = ("frequency", "average", "routing-mass")  # weights of a group's members: see merge_weights()
 
 
 def summarise(stats, layer, labels):
@@ -36,15 +38,16 @@ def summarise(stats, layer, labels):
         "groups": groups,
         "saved": 1 - groups / len(labels),
         "moved": float(mass[joined].sum() / mass.sum()),
-        "entropy": _entropy(mass),
-        "entropy_after": _entropy(np.bincount(labels[kept], mass[kept])),
+        "entropy": entropy(mass),
+        "entropy_after": entropy(np.bincount(labels[kept], mass[kept])),
         "function_error": float("nan") if sums.output_gram is None else function_error(sums, labels),
         "output_error": float("nan") if sums.output_sum is None else _output_error(sums, labels),
     }
 
 
-def _entropy(mass):
-    share = mass / mass.sum()
+def entropy(mass):
+    """Entropy of a distribution given by masses, in nats."""
+    share = np.divide(mass, np.sum(mass))
     return float(-(share[share > 0] * np.log(share[share > 0])).sum())
 
 
@@ -55,19 +58,33 @@ def function_error(sums, labels):
     G_kl``.
     """
     gram, share = sums.output_gram.sum(0).numpy(), sums.frequency.numpy()
-    weights = merge_weights(labels, sums, "frequency")
-    mixed = np.where(
-        (labels[:, None] == labels) & (labels != DROPPED), weights, 0.0
-    )  # row e: the weights of e's group
+    together = (labels[:, None] == labels) & (labels != DROPPED)
+    mixed = np.where(together, merge_weights(labels, sums, "frequency"), 0.0)  # row e: of e's group
     lost = np.diag(gram) - 2 * (mixed * gram).sum(1) + ((mixed @ gram) * mixed).sum(1)
     return float(np.sqrt(np.maximum(share @ lost, 0) / (share @ np.diag(gram))))
 
 
 def _output_error(sums, labels):
-    kept = labels != DROPPED
     outputs, share = sums.mean_output.numpy(), sums.frequency.numpy()
-    weights = merge_weights(labels, sums, "frequency")
-    centres = np.zeros((labels.max() + 1, outputs.shape[1]))
-    np.add.at(centres, labels[kept], (weights[:, None] * outputs)[kept])
-    lost = share @ ((outputs - np.where(kept[:, None], centres[labels], 0)) ** 2).sum(1)
-    return float(np.sqrt(lost / (share @ (outputs**2).sum(1))))
+    weighted = merge_weights(labels, sums, "frequency")[:, None] * outputs
+    centres = np.stack([weighted[labels == group].sum(0) for group in range(labels.max() + 1)])
+    moved = outputs - np.where(labels[:, None] != DROPPED, centres[labels], 0)
+    return float(np.sqrt((share @ (moved**2).sum(1)) / (share @ (outputs**2).sum(1))))
+
+
+def merge_weights(labels, layer_stats, merge: str) -> np.ndarray:
+    """Weight of each expert in its group, ``(E,)`` float64; they sum to one in each group, 0 where dropped.
+
+    By one of :data:`MERGES`: the number of tokens routed to each, alike, or the sum of the router's weights.
+    A group that no token was routed to is averaged with equal weights.
+    """
+    labels = np.asarray(labels)
+    share = {
+        "average": lambda: np.ones(len(labels)),
+        "frequency": lambda: layer_stats.usage_count.sum(0).double().numpy(),
+        "routing-mass": lambda: layer_stats.routing_mass.sum(0).numpy().clip(min=0),
+    }[merge]()
+    kept = labels != DROPPED
+    total = np.bincount(labels[kept], share[kept])
+    share = np.where(total[labels] > 0, share, 1.0)
+    return np.where(kept, share / np.bincount(labels[kept], share[kept])[labels], 0.0)

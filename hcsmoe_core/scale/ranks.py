@@ -5,7 +5,7 @@ import os
 import torch
 import torch.distributed as dist
 
-from hcsmoe_core._util import InputError
+from hcsmoe_core._util import require
 
 
 def started(device: str) -> str:
@@ -88,10 +88,10 @@ def share(items: list) -> list:
     InputError
         If there are fewer items than ranks.
     """
-    if len(items) < size():
-        raise InputError(
-            f"{len(items)} batches of calibration sequences cannot be shared by {size()} ranks; start fewer "
-            "ranks, or make the batches smaller (--batch-size)."
-        )
+    require(
+        len(items) >= size(),
+        f"{len(items)} batches of calibration sequences cannot be shared by {size()} ranks; start fewer "
+        "ranks, or make the batches smaller (--batch-size).",
+    )
     bounds = [len(items) * r // size() for r in range(size() + 1)]
     return items[bounds[rank()] : bounds[rank() + 1]]

@@ -19,48 +19,15 @@ from pathlib import Path
 
 import psutil
 import torch
-from accelerate.utils import convert_file_size_to_int, recursively_apply
+from accelerate.utils import convert_file_size_to_int, recursively_apply, set_module_tensor_to_device
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import nn
 
-from hcsmoe_core import _transformers
-from hcsmoe_core._util import (
-    InputError,
-    check_absent,
-    check_choice,
-    folder_of,
-    read_json,
-    replacing,
-    sha256_json,
-    write_json,
-)
+from hcsmoe_core import _transformers, _util, checkpoint, families, merging, moe
+from hcsmoe_core._util import InputError, check_absent, require, sha256_json
 from hcsmoe_core._version import __version__
-from hcsmoe_core.checkpoint import (
-    DEVICE_MAPS,
-    WEIGHTS,
-    check_conversion,
-    device_of,
-    exported,
-    finish,
-    load_model,
-    load_skeleton,
-    load_tokenizer,
-    load_with,
-    merge_record,
-    on_disk,
-    opened,
-    parts_of,
-    shard,
-    target_of,
-    without_bars,
-    write_part,
-)
 from hcsmoe_core.collect import Tokens, forward_options, needs_of
-from hcsmoe_core.families import decoder_layers, find_moe_layers
-from hcsmoe_core.merging import apply_layer, check_applicable, restore
-from hcsmoe_core.moe import check_loaded, fingerprint, source_of
 from hcsmoe_core.scale import ranks
 from hcsmoe_core.statistics import SAMPLE, Statistics, load_statistics
 
@@ -92,28 +59,28 @@ def open_model(model, *, dtype="auto", device="auto", load: str = "auto", memory
     FileNotFoundError, InputError
         As :func:`hcsmoe_core.checkpoint.load_model`; InputError also if not even one decoder layer fits.
     """
-    check_choice("load", load, LOADS)
+    _util.check_choice("load", load, LOADS)
     limit = _bytes_of(memory) if memory else free_memory("cpu") + _resident_memory()
     if load == "auto":
-        spread = device in DEVICE_MAPS or merge_record(folder_of(model))
+        spread = device in checkpoint.DEVICE_MAPS or checkpoint.merge_record(_util.folder_of(model))
         load = "whole" if spread or _fits(model, dtype, device, limit) else "streamed"
     if load == "whole":
-        return load_model(model, dtype=dtype, device=device)
+        return checkpoint.load_model(model, dtype=dtype, device=device)
     streamed, tokenizer = stream_model(model, dtype=dtype, device=device)
-    need = _resident_memory() + LAYER * source_of(streamed).largest()
-    if memory and need > limit:
-        raise InputError(
-            f'The "memory" argument is {memory}, but with the largest decoder layer of {model} in memory '
-            f"this process takes about {need / 1e9:.2f} GB; give more."
-        )
+    need = _resident_memory() + LAYER * moe.source_of(streamed).largest()
+    require(
+        not memory or need <= limit,
+        f'The "memory" argument is {memory}, but with the largest decoder layer of {model} in memory '
+        f"this process takes about {need / 1e9:.2f} GB; give more.",
+    )
     return streamed, tokenizer
 
 
 def _fits(model, dtype, device, limit):
     """Whether a model fits into memory, with what merging adds."""
-    parameters = load_skeleton(model, dtype=dtype).parameters()
-    peak = WHOLE * sum(p.numel() * p.element_size() for p in parameters)
-    return peak + _resident_memory() <= limit and peak <= free_memory(device_of(device))
+    skeleton = checkpoint.load_skeleton(model, dtype=dtype)
+    peak = WHOLE * skeleton.get_memory_footprint(return_buffers=False)
+    return peak + _resident_memory() <= limit and peak <= free_memory(checkpoint.device_of(device))
 
 
 def _bytes_of(memory):
@@ -127,9 +94,8 @@ def _bytes_of(memory):
 
 def free_memory(device) -> int:
     """Bytes of memory that are free, of the system or of a GPU."""
-    if str(device).startswith("cuda"):
-        return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available
+    on_gpu = str(device).startswith("cuda")
+    return torch.cuda.mem_get_info(device)[0] if on_gpu else psutil.virtual_memory().available
 
 
 def _resident_memory():
@@ -158,26 +124,27 @@ def stream_model(model, *, dtype="auto", device="auto", experts_implementation: 
         If the checkpoint is not readable, is merged already, lacks tensors, has tensors of a wrong type, or
         keeps its MoE layers elsewhere than in one list of decoder layers.
     """
-    folder = folder_of(model)
-    if merge_record(folder):
-        raise InputError(f"{model} is merged already; start from the original.")
-    if device in DEVICE_MAPS:
-        raise InputError(
-            f'The "device" argument is {device}, but a streamed model is on one device; to use several GPUs, '
-            "start a rank for each: torchrun --nproc-per-node GPUS -m hcsmoe_core.ui.cli …"
-        )
-    device = str(device_of(device))
+    folder = _util.folder_of(model)
+    require(not checkpoint.merge_record(folder), f"{model} is merged already; start from the original.")
+    require(
+        device not in checkpoint.DEVICE_MAPS,
+        f'The "device" argument is {device}, but a streamed model is on one device; to use several GPUs, '
+        "start a rank for each: torchrun --nproc-per-node GPUS -m hcsmoe_core.ui.cli …",
+    )
+    device = str(checkpoint.device_of(device))
     device_map = None if device == "cpu" else {"": device}
     options = {"dtype": dtype, "device_map": device_map, "experts_implementation": experts_implementation}
-    loaded = load_with(_read_outside, str(folder), **options)
+    loaded = checkpoint.load_with(_read_outside, str(folder), **options)
     loaded.name_or_path = str(model)
-    return loaded, load_tokenizer(folder)
+    return loaded, checkpoint.load_tokenizer(folder)
 
 
 def _read_outside(model, files, load_config, _):
     """In place of transformers' own loading: read all but the decoder layers, remember how to read those."""
-    model._source = _Source(model, files, load_config)
-    return model._source.read_outside(), None
+    model._source = source = _Source(model, files, load_config)
+    report = source.read_part(0)
+    report.missing_keys -= source.stored  # transformers is told only of what is in no file
+    return report, None
 
 
 class _Source:
@@ -185,48 +152,41 @@ class _Source:
 
     def __init__(self, model, files, load_config):
         self.model, self.load_config = model, load_config
-        self.prefix = decoder_layers(model)
-        moe = [layer.name for layer in find_moe_layers(model)]
-        if not self.prefix or not all(name.startswith(f"{self.prefix}.") for name in moe):
-            raise InputError(
-                f"its MoE layers are not all in one list of decoder layers ({moe[0]} to {moe[-1]}): "
-                "load it whole"
-            )
+        self.prefix = families.decoder_layers(model)
+        names = [layer.name for layer in families.find_moe_layers(model)]
+        require(
+            self.prefix and all(name.startswith(f"{self.prefix}.") for name in names),
+            f"its MoE layers are not all in one list of decoder layers ({names[0]} to {names[-1]}): load it "
+            "whole",
+        )
         self.layers = model.get_submodule(self.prefix)
         self.device = torch.device(_transformers.device_of_load(load_config))
         self.shards = {str(file): _identity(file) for file in files}
         self.present = None  # index of the decoder layer that is in memory
         self.fingerprints = {}
-        self.names = parts_of(model, model.state_dict())
+        self.names = checkpoint.parts_of(model)
         part_of = {name: part for part, names in enumerate(self.names) for name in names}
-        self.shard_of = [{} for _ in self.names]  # of each part: shard by name on disk
+        self.keys = [{} for _ in self.names]  # of each part: names on disk by shard
         self.stored = set()  # names in the model of all that is on disk
-        for file, key, names in on_disk(model, files, load_config):
+        for file, key, names in checkpoint.on_disk(model, files, load_config):
             self.stored.update(names)
-            self.shard_of[part_of[names[0]]][key] = str(file)
+            self.keys[part_of[names[0]]].setdefault(str(file), []).append(key)
 
     def largest(self):
         """Bytes of the largest decoder layer in memory."""
-        states = [layer.state_dict().values() for layer in self.layers]
-        return max(sum(tensor.numel() * tensor.element_size() for tensor in state) for state in states)
-
-    def read_outside(self):
-        """Read all but the decoder layers; as missing, transformers is told only what is in no file."""
-        report = self._read(0)
-        report.missing_keys -= self.stored
-        return report
+        return max(sum(tensor.nbytes for tensor in layer.state_dict().values()) for layer in self.layers)
 
     def read_again(self):
         """Read all but the decoder layers, if :meth:`free_outside` or :meth:`free_head` let some of it go."""
         if any(tensor.is_meta for tensor in self.state(0).values()):
-            self._read(0)
+            self.read_part(0)
             _transformers.tie_again(self.model, set(self.names[0]) - self.stored)
 
     def read(self, index):
         """Bring one decoder layer into memory, and let the one before go."""
         if self.present != index:
             self.free()
-            self._read(index + 1)
+            self.read_part(index + 1)
             self.present = index
 
     def read_layer(self, name):
@@ -236,79 +196,70 @@ class _Source:
     def free(self):
         """Let the decoder layer that is in memory go."""
         if self.present is not None:
-            self._drop(self.stored.intersection(self.names[self.present + 1]))
-            with contextlib.suppress(
-                OSError, AttributeError
-            ):  # glibc keeps freed pages, more with every layer
+            self._drop(self.names[self.present + 1], self.stored)
+            with contextlib.suppress(OSError, AttributeError):  # glibc keeps freed pages, more every layer
                 ctypes.CDLL(None).malloc_trim(0)
         self.present = None
 
     def free_outside(self):
         """Let everything outside the decoder layers go, tied tensors with those they are tied to."""
-        tied = _transformers.tied_names(self.model)
-        self._drop((self.stored | tied).intersection(self.names[0]))
+        self._drop(self.names[0], self.stored | _transformers.tied_names(self.model))
 
     def free_head(self):
         """Let the language model head go, unless it is the embedding too: a capture does not reach it."""
         head = self.model.get_output_embeddings()
         if head is not None and not _transformers.tied_names(self.model):
             names = {f"{name}.weight" for name, module in self.model.named_modules() if module is head}
-            self._drop(self.stored & names)
+            self._drop(names, self.stored)
 
-    def _drop(self, names):
-        for name in names:
-            path, _, own = name.rpartition(".")
-            module = self.model.get_submodule(path)
-            empty = torch.empty_like(getattr(module, own), device="meta")
-            is_parameter = own in module._parameters
-            setattr(module, own, nn.Parameter(empty, requires_grad=False) if is_parameter else empty)
+    def _drop(self, names, stored):
+        for name in stored.intersection(names):
+            set_module_tensor_to_device(self.model, name, "meta")
 
-    def _read(self, part):
-        keys_of = {}
-        for key, file in self.shard_of[part].items():
-            self._check_unchanged(file)
-            keys_of.setdefault(file, []).append(key)
-        with contextlib.ExitStack() as files, without_bars(), torch.no_grad():
+    def read_part(self, part):
+        """Read one part of the model; returns transformers' report."""
+        files = self.keys[part]
+        self._check_unchanged(files)
+        with contextlib.ExitStack() as shards, checkpoint.without_bars(), torch.no_grad():
             tensors = {}
-            for file, keys in keys_of.items():
-                handle = files.enter_context(opened(file))
-                tensors |= {key: handle.get_slice(key) for key in keys}
+            for file, keys in files.items():
+                shard = shards.enter_context(checkpoint.opened(file))
+                tensors |= {key: shard.get_slice(key) for key in keys}
             try:
                 report = _transformers.load_tensors(self.model, tensors, self.load_config)
             except (SafetensorError, OSError) as error:
-                names = " or ".join(keys_of)
+                names = " or ".join(files)
                 raise InputError(f"{names} is not readable ({error}); copy it again.") from None
-        for file in keys_of:
-            self._check_unchanged(file)
+        self._check_unchanged(files)
         unread = [name for name, tensor in self.state(part).items() if part and tensor.is_meta]
-        check_conversion(report, self.model.name_or_path, unread)
+        checkpoint.check_conversion(report, self.model.name_or_path, unread)
         return report
 
-    def _check_unchanged(self, file):
-        if not Path(file).is_file() or _identity(file) != self.shards[file]:
-            raise InputError(
+    def _check_unchanged(self, files):
+        for file in files:
+            require(
+                Path(file).is_file() and _identity(file) == self.shards[file],
                 f"{file} was changed or removed since this run began; put it back, or start anew with one "
-                "that stays."
+                "that stays.",
             )
 
     def moe_layers(self, index):
         """MoE layers of one decoder layer, whose weights are in memory only after :meth:`read`."""
-        inside = f"{self.prefix}.{index}."
-        return [layer for layer in find_moe_layers(self.model) if layer.name.startswith(inside)]
+        layers = families.find_moe_layers(self.model)
+        return [layer for layer in layers if layer.name.startswith(f"{self.prefix}.{index}.")]
 
     def fingerprint(self, name):
         """What :func:`hcsmoe_core.families.model_hash` hashes of one MoE layer."""
         if name not in self.fingerprints:
             self.read_layer(name)
-            self.fingerprints |= {layer.name: fingerprint(layer) for layer in self.moe_layers(self.present)}
+            layers = self.moe_layers(self.present)
+            self.fingerprints |= {layer.name: moe.fingerprint(layer) for layer in layers}
         return self.fingerprints[name]
 
     def state(self, part):
         """Tensors of one part of the model as they are now, by name."""
-        if part:
-            return self.layers[part - 1].state_dict(prefix=f"{self.prefix}.{part - 1}.")
         state = self.model.state_dict()
-        return {name: state[name] for name in self.names[0]}
+        return {name: state[name] for name in self.names[part]}
 
     def identity(self):
         """What tells this checkpoint from another, or from itself before it changed."""
@@ -334,17 +285,13 @@ class _Source:
             shared = {name: value for name, value in keywords.items() if isinstance(value, MutableMapping)}
             for name, value in shared.items():  # earlier layers leave keys and values there for later ones
                 value.update(state["shared"].get(name, {}))
-            output = type(layer).forward(layer, *inputs, **keywords)
+            state["output"] = type(layer).forward(layer, *inputs, **keywords)
             state["shared"] = {name: dict(value) for name, value in shared.items()}
-            return output
-
-        def stop(layer, inputs, output):
-            state["output"] = output
             raise _LayerDone
 
         self.read(index)
         forwards = [lambda *_, **__: state["output"]] * index + [run]
-        with layer.register_forward_hook(stop), replaced_forwards(self.layers, forwards):
+        with replaced_forwards(self.layers, forwards):
             for start in tokens.starts:
                 state |= outputs.read(index - 1, start, self.device) if index else {"shared": {}}
                 rows = tokens.begin(collectors, start)
@@ -363,16 +310,13 @@ class _Source:
 @contextlib.contextmanager
 def replaced_forwards(modules, forwards):
     """The first modules compute other functions during the block."""
-    own = [vars(module).get("forward") for module in modules]  # of a model that is spread over devices
-    try:
+    with contextlib.ExitStack() as undo:
         for module, forward in zip(modules, forwards, strict=False):
+            own = {name: value for name, value in vars(module).items() if name == "forward"}
+            undo.callback(vars(module).update, own)  # that of a model which is spread over devices
+            undo.callback(vars(module).pop, "forward")
             module.forward = forward
         yield
-    finally:
-        for module, forward in zip(modules, own, strict=True):
-            vars(module).pop("forward", None)
-            if forward is not None:
-                module.forward = forward
 
 
 class _LayerDone(Exception):  # noqa: N818 (no error)
@@ -380,8 +324,7 @@ class _LayerDone(Exception):  # noqa: N818 (no error)
 
 
 def _identity(file):
-    status = Path(file).stat()
-    return [status.st_size, status.st_mtime_ns]
+    return [Path(file).stat().st_size, Path(file).stat().st_mtime_ns]
 
 
 def stream_capture(
@@ -416,7 +359,7 @@ def stream_capture(
     InputError
         As :func:`hcsmoe_core.capture`; also if the folder is of another capture, or a shard cannot be read.
     """
-    source, work = source_of(model), Path(work)
+    source, work = moe.source_of(model), Path(work)
     settings = {"needs": needs_of(methods, needs), "sample": sample, "every": every, "batch_size": batch_size}
     tokens = Tokens(model, input_ids, domains=domains, ranks=ranks, **settings)
     settings |= {"dtype": str(model.dtype), "device": source.device.type, "checkpoint": source.identity()}
@@ -429,16 +372,14 @@ def stream_capture(
     last = max(i for i in range(len(source.layers)) if source.moe_layers(i))
     files = [work / f"layer-{index:05d}.safetensors" for index in range(last + 1)]
     begun = ranks.first(next((i for i, file in enumerate(files) if not file.exists()), len(files)))
-    bar = tokens.bar(progress)
-    bar.total *= len(files)
-    with bar:
+    with tokens.bar(progress) as bar:
+        bar.total *= len(files)
         bar.update(begun * bar.total // len(files))
         for index in range(begun, len(files)):
             _capture_layer(source, index, files[index], outputs, tokens, bar)
     source.free()
     layers = {}
-    for file in files:
-        stats = load_statistics(file)
+    for stats in map(load_statistics, files):
         layers |= stats.layers
         source.fingerprints |= {name: bytes.fromhex(text) for name, text in stats.model["prints"].items()}
     ranks.barrier()  # every rank has read the files before one removes them
@@ -449,14 +390,13 @@ def _capture_layer(source, index, file, outputs, tokens, bar):
     source.read(index)
     layers = source.moe_layers(index)
     for layer in layers:
-        check_loaded(layer)
+        moe.check_loaded(layer)
     with tokens.collecting(layers) as collectors:
         source.push(index, outputs, tokens, collectors, bar)
-    stats = tokens.finished(collectors)
+    stats, sampled = tokens.finished(collectors), tokens.sampled if layers else None
     prints = {layer.name: source.fingerprint(layer.name).hex() for layer in layers}
     ranks.barrier()  # every rank's outputs are there before the layer counts as done
     if ranks.rank() == 0:
-        sampled = tokens.sampled if stats else None
         Statistics(stats, tokens.domains, {"prints": prints}, tokens.hashes, sampled).save(file)
     ranks.barrier()
     outputs.drop(index - 1, tokens.starts)
@@ -483,18 +423,17 @@ class Outputs:
 
         def stored(value):
             if torch.is_tensor(value):
-                name = str(len(tensors))
-                tensors[name] = value.detach().to("cpu", copy=True).contiguous()
-                return name.encode()  # no plain value is bytes
-            if value is None or isinstance(value, bool | int | float | str):
-                return value
-            raise InputError(
+                tensors[str(len(tensors))] = value.detach().to("cpu", copy=True).contiguous()
+                return str(len(tensors) - 1).encode()  # no plain value is bytes
+            require(
+                value is None or isinstance(value, bool | int | float | str),
                 f"a decoder layer gives a {type(value).__name__}, which cannot be kept on disk: load the "
-                "model whole."
+                "model whole.",
             )
+            return value
 
         layout = repr(recursively_apply(stored, state, test_type=lambda _: True))
-        with replacing(self._file(index, start)) as part:
+        with _util.replacing(self._file(index, start)) as part:
             save_file(tensors, part, metadata={"layout": layout})
 
     def read(self, index, start, device):
@@ -506,10 +445,9 @@ class Outputs:
                 "start anew."
             )
         with safe_open(file, "pt", backend="pread") as handle:
-            layout = ast.literal_eval(handle.metadata()["layout"])
             return recursively_apply(
                 lambda name: handle.get_tensor(name.decode()).to(device),
-                layout,
+                ast.literal_eval(handle.metadata()["layout"]),
                 test_type=lambda value: isinstance(value, bytes),
             )
 
@@ -538,7 +476,7 @@ def stream_merged(
     model : transformers.PreTrainedModel
         Of :func:`stream_model`.
     plan, stats, router, tokenizer, card
-        As for :func:`hcsmoe_core.save_merged`.
+        As for :func:`hcsmoe_core.save_merged`; so is what is returned.
     out : path
         Must not exist.
     work : path
@@ -550,11 +488,6 @@ def stream_merged(
         ``index`` is in memory with its MoE layers merged, unless ``done(index)``, and whose ``result()`` is
         the fidelity. Its own attribute ``key`` is a JSON value that tells it from others.
 
-    Returns
-    -------
-    dict
-        As of :func:`hcsmoe_core.save_merged`.
-
     Raises
     ------
     FileExistsError
@@ -563,14 +496,15 @@ def stream_merged(
         As :func:`hcsmoe_core.save_merged`; also if the plan compresses the experts of all layers together,
         the folder is of another merge, or a shard cannot be read.
     """
-    plan, router = exported(plan, router)
+    plan, router = checkpoint.exported(plan, router)
     check_absent(out)
-    target = _begin_merge(model, plan, Path(work), stats, router, observer)
-    source, folder = source_of(model), Path(work) / "model"
-    observed = None if observer is None else observer(source, plan, Path(work) / "observed")
+    source, work = moe.source_of(model), Path(work)
+    target, folder = _begin_merge(model, plan, work, stats, router, observer), work / "model"
+    observed = observer and observer(source, plan, work / "observed")
     _write_parts(source, plan, folder, stats, target, observed)
-    fidelity = None if observed is None else observed.result()
-    written = finish(model, folder, target, plan, tokenizer=tokenizer, fidelity=fidelity, card=card)
+    fidelity = observed and observed.result()
+    options = dict(tokenizer=tokenizer, fidelity=fidelity, card=card)
+    written = checkpoint.finish(model, folder, target, plan, **options)
     check_absent(out)
     os.replace(folder, out)
     return written
@@ -578,20 +512,20 @@ def stream_merged(
 
 def _begin_merge(model, plan, work, stats, router, observer):
     """Check what a merge is given, and begin or resume it in its work folder; what will be written."""
-    if plan.compress:
-        raise InputError(
-            "MC-SMoE's second step chooses what it keeps among the merged experts of all layers at once, "
-            "so that they must be in memory together: load the model whole (--load whole), or make a plan "
-            'without "compress".'
-        )
-    check_applicable(model, plan, stats)
-    target = target_of(model, plan, router)
+    require(
+        not plan.compress,
+        "MC-SMoE's second step chooses what it keeps among the merged experts of all layers at once, so that "
+        "they must be in memory together: load the model whole (--load whole), or make a plan without "
+        '"compress".',
+    )
+    merging.check_applicable(model, plan, stats)
+    target = checkpoint.target_of(model, plan, router)
     settings = {
         "plan": sha256_json([vars(layer_plan) for layer_plan in plan.layers]),
-        "router": target.router,
+        "router": target.result["router"],
         "dtype": str(model.dtype),
         "statistics": stats.identity() if plan.needs_sample else None,
-        "checkpoint": source_of(model).identity(),
+        "checkpoint": moe.source_of(model).identity(),
         "observer": getattr(observer, "key", None),
     }
     _begin(work, settings)
@@ -601,34 +535,27 @@ def _begin_merge(model, plan, work, stats, router, observer):
 
 def _write_parts(source, plan, folder, stats, target, observed):
     """Write, and observe, the parts that are not done yet."""
-    count = len(source.names)
-    for part in range(0 if (folder / WEIGHTS).exists() else count):
+    plans, count = {layer_plan.name: layer_plan for layer_plan in plan.layers}, len(source.names)
+    for part in range(0 if (folder / checkpoint.WEIGHTS).exists() else count):
         observing = part > 0 and observed is not None and not observed.done(part - 1)
-        if (folder / shard(part, count)).exists() and not observing:
+        if (folder / checkpoint.SHARD.format(part + 1, count)).exists() and not observing:
             continue
         if part == 0 or observing:
             source.read_again()
         else:
             source.free_outside()
-        with _merged(source, part - 1, plan, stats) as layers:
+        try:
+            if part:
+                source.read(part - 1)
+            layers = source.moe_layers(part - 1)
+            for layer in layers:
+                merging.apply_layer(layer, plans[layer.name], stats)
             if observing:
                 observed.push(part - 1, layers)
-            write_part(source.model, source.state(part), folder, part, count, target)
+            checkpoint.write_part(source.model, source.state(part), folder, part, count, target)
+        finally:
+            merging.restore(source.model)
     source.free()
-
-
-@contextlib.contextmanager
-def _merged(source, index, plan, stats):
-    """MoE layers of one decoder layer, merged during the block; none at −1, outside the decoder layers."""
-    layers, plans = source.moe_layers(index), {layer_plan.name: layer_plan for layer_plan in plan.layers}
-    try:
-        if index >= 0:
-            source.read(index)
-        for layer in layers:
-            apply_layer(layer, plans[layer.name], stats)
-        yield layers
-    finally:
-        restore(source.model)
 
 
 @contextlib.contextmanager
@@ -642,39 +569,39 @@ def work_folder(out, model):
     InputError
         If another process is at work there.
     """
-    if source_of(model) is None:
-        yield None
-        return
-    work = work_of(out)
-    if ranks.rank():
+    work = None if moe.source_of(model) is None else work_of(out)
+    own = work is not None and ranks.rank() == 0
+    with _owned(work, out) if own else contextlib.nullcontext():
         ranks.barrier()
         yield work
-        return
+
+
+@contextlib.contextmanager
+def _owned(work, out):
+    """Lock the work folder of a run that writes ``out``; remove it after the block unless it can go on."""
     work.mkdir(parents=True, exist_ok=True)
-    lock, owner = FileLock(work / "lock", blocking=False), work / "pid"
-    try:
-        lock.acquire()
-    except Timeout:
-        number = owner.read_text() if owner.exists() else "just started"
-        raise InputError(
-            f"Another process ({number}) is at work on {out}; wait for it, or give another output."
-        ) from None
-    try:
+    owner = work / "pid"
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(FileLock(work / "lock", blocking=False))
+        except Timeout:
+            number = owner.read_text() if owner.exists() else "just started"
+            raise InputError(
+                f"Another process ({number}) is at work on {out}; wait for it, or give another output."
+            ) from None
         owner.write_text(str(os.getpid()))
-        ranks.barrier()
-        yield work
-    except BaseException:
-        if any(work.rglob("*.safetensors")):
-            print(
-                f"hcsmoe: finished steps are in {work}; the same command goes on from there.", file=sys.stderr
-            )
-        else:
-            shutil.rmtree(work, ignore_errors=True)
-        raise
-    else:
+        try:
+            yield
+        except BaseException:
+            if any(work.rglob("*.safetensors")):
+                print(
+                    f"hcsmoe: finished steps are in {work}; the same command goes on from there.",
+                    file=sys.stderr,
+                )
+            else:
+                shutil.rmtree(work, ignore_errors=True)
+            raise
         _remove(work)
-    finally:
-        lock.release()
 
 
 def tidied(out) -> bool:
@@ -689,18 +616,14 @@ def tidied(out) -> bool:
 
 def _remove(work):
     """Remove a work folder; ``run.json``, which says what it is, goes last."""
-    for path in work.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path)
-        elif path.name != "run.json":
-            path.unlink()
-    shutil.rmtree(work)
+    for path in sorted(work.iterdir(), key=lambda path: path.name == "run.json"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    work.rmdir()
 
 
 def work_of(out) -> Path:
     """Folder for the unfinished work of a run that writes ``out``."""
-    out = Path(out)
-    return out.with_name(f".{out.name}.work")
+    return Path(out).with_name(f".{Path(out).name}.work")
 
 
 def _begin(folder, settings):
@@ -715,11 +638,11 @@ def _begin(folder, settings):
     folder.mkdir(parents=True, exist_ok=True)
     for unfinished in sorted(folder.rglob("*.part"), reverse=True):  # written when a run was killed
         shutil.rmtree(unfinished) if unfinished.is_dir() else unfinished.unlink()
-    before = read_json(folder / "run.json") if (folder / "run.json").exists() else None
-    other = [name for name in settings if before and before.get(name) != settings[name]]
-    if other:
-        changed = f"it has other {', '.join(other)}"
-        if other == ["checkpoint"]:
-            changed = "the checkpoint was changed meanwhile"
-        raise InputError(f"{folder} holds an unfinished run, but {changed}; remove {folder} to start anew.")
-    write_json(folder / "run.json", settings)
+    record = folder / "run.json"
+    before = (_util.read_json(record) if record.exists() else None) or settings
+    other = [name for name in settings if before.get(name) != settings[name]]
+    listed = f"it has other {', '.join(other)}"
+    changed = "the checkpoint was changed meanwhile" if other == ["checkpoint"] else listed
+    remedy = f"remove {folder} to start anew."
+    require(not other, f"{folder} holds an unfinished run, but {changed}; {remedy}")
+    _util.write_json(record, settings)

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
-from hcsmoe_core._util import InputError, MissingPackageError, Table, check_count, sha256_json, versions
+from hcsmoe_core._util import MissingPackageError, Table, check_count, require, sha256_json, versions
 from hcsmoe_core.collect import check_tokens, forward_options
+from hcsmoe_core.scale.streaming import replaced_forwards
 from hcsmoe_core.text.calibration import SOURCES, calibration_tokens, domains_of, scoring_of
 
 PAPER_TASKS = ("arc_challenge", "arc_easy", "boolq", "hellaswag", "mmlu", "openbookqa", "rte", "winogrande")
@@ -84,23 +84,23 @@ def evaluate(
         As :func:`task_scores`; InputError also without a tokenizer.
     """
     tasks = [name for name, task in TASKS.items() if task.default] if tasks is None else list(tasks)
-    if tokenizer is None:
-        raise InputError("Scoring needs the model's tokenizer, and its folder has none; give one.")
+    require(tokenizer is not None, "Scoring needs the model's tokenizer, and its folder has none; give one.")
     options = {"limit": limit, "batch_size": batch_size, "seed": seed}
     started = time.perf_counter()
     scores = task_scores(model, tokenizer, tasks, answers=answers, lm_eval_out=lm_eval_out, **options)
-    for metric in ("acc", "acc_norm"):
-        scores |= _mean_score(scores["tasks"], metric)
+    scores |= _mean_score(scores["tasks"], "acc") | _mean_score(scores["tasks"], "acc_norm")
     seconds = {"tasks": round(time.perf_counter() - started, 2)}
     size = {"sequences": sequences, "length": length}
     if text is not None:
         started, (split, uncounted) = time.perf_counter(), scoring_of(text)
         rows = calibration_tokens(text, tokenizer, model=model, seed=seed, split=split, **size)
-        domains, rows_at_once = domains_of(text, sequences), max(1, batch_size // 4)
-        scores |= perplexity(model, rows, domains=domains, batch_size=rows_at_once, uncounted=uncounted)
+        how = dict(domains=domains_of(text, sequences), batch_size=max(1, batch_size // 4))
+        scores |= perplexity(model, rows, uncounted=uncounted, **how)
         seconds["perplexity"] = round(time.perf_counter() - started, 2)
-    settings = {"tasks": tasks, "text": text and str(text), **options, **size}
-    settings |= {"dtype": str(model.dtype).removeprefix("torch."), "device": str(model.device)}
+    settings = {"tasks": tasks, "text": text and str(text), **options, **size} | {
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": str(model.device),
+    }
     return scores | {"settings": settings, "versions": versions(), "seconds": seconds}
 
 
@@ -127,16 +127,12 @@ def task_scores(
 
     Raises
     ------
-    InputError
-        If a task is unknown.
-    FileNotFoundError
-        If the data of a task are neither local nor available.
-    ImportError
-        If lm-evaluation-harness is not installed.
+    InputError, FileNotFoundError, ImportError
+        If a task is unknown, its data are neither local nor available, or lm-evaluation-harness is not
+        installed.
     """
     check_count("batch_size", batch_size, 1)
-    if limit is not None:
-        check_count("limit", limit, 1)
+    check_count("limit", 1 if limit is None else limit, 1)
     if not tasks:
         return {"tasks": {}}
     check_tasks(tasks)
@@ -160,12 +156,15 @@ def task_scores(
         )
     if lm_eval_out is not None:
         save_output(output, str(model.name_or_path), lm_eval_out)
-    groups = {name: _group(loaded[name]) for name in output["group_subtasks"] if name in loaded}
-    scores = {name: _scores(name, groups.get(name, {"tasks": [name]})["tasks"], output) for name in loaded}
+    groups = {name: loaded[name] for name in output["group_subtasks"] if name in loaded}
+    subtasks = {name: [task.task_name for task in group.get_all_tasks()] for name, group in groups.items()}
+    by_size = {
+        k: all(rule.weight_by_size for rule in g.aggregate_metric_list or ()) for k, g in groups.items()
+    }
     return {
-        "tasks": scores,
+        "tasks": {name: _scores(name, subtasks.get(name, [name]), output) for name in loaded},
         "items": {task: _items(rows) for task, rows in output["samples"].items()},
-        "groups": groups,
+        "groups": {name: {"tasks": subtasks[name], "by_size": by_size[name]} for name in groups},
     }
 
 
@@ -178,15 +177,13 @@ def check_tasks(tasks: list[str]):
     check(tasks)
 
 
-def _group(group):
-    by_size = all(rule.weight_by_size for rule in group.aggregate_metric_list or ())
-    return {"tasks": [task.task_name for task in group.get_all_tasks()], "by_size": by_size}
-
-
 def _scores(name, subtasks, output):
     """What the harness reports of a task, metrics such as ``"acc,none"`` as ``"acc"``."""
-    results = {k: v for k, v in output["results"][name].items() if "," in k and isinstance(v, int | float)}
-    metrics = {k.removesuffix(",none"): float(v) for k, v in results.items() if not isinstance(v, bool)}
+    metrics = {
+        key.removesuffix(",none"): float(value)
+        for key, value in output["results"][name].items()
+        if "," in key and isinstance(value, int | float) and not isinstance(value, bool)
+    }
     return metrics | {
         "items": sum(output["n-samples"][task]["effective"] for task in subtasks),
         "shots": max(output["n-shot"][task] for task in subtasks),
@@ -196,8 +193,7 @@ def _scores(name, subtasks, output):
 
 def _items(rows):
     """Each item's value of each metric that is a number, by metric, and a hash of the items themselves."""
-    hashes = [[row["doc_hash"], row["target_hash"], row["filter"]] for row in rows]
-    items = {"of": sha256_json(hashes)[:16]}
+    items = {"of": sha256_json([[row["doc_hash"], row["target_hash"], row["filter"]] for row in rows])[:16]}
     for row in rows:
         for metric in row["metrics"]:
             value, name = row[metric], metric if row["filter"] == "none" else f"{metric},{row['filter']}"
@@ -208,13 +204,10 @@ def _items(rows):
 
 def _mean_score(tasks, metric):
     """Plain mean over tasks, and its standard error if the tasks' are independent."""
-    values = [
-        (task[metric], task.get(f"{metric}_stderr", math.nan)) for task in tasks.values() if metric in task
-    ]
-    if not values:
-        return {}
-    mean, error = sum(value for value, _ in values) / len(values), math.hypot(*(error for _, error in values))
-    return {f"mean_{metric}": mean, f"mean_{metric}_stderr": error / len(values)}
+    values = [task[metric] for task in tasks.values() if metric in task]
+    errors = [task.get(f"{metric}_stderr", math.nan) for task in tasks.values() if metric in task]
+    mean = {f"mean_{metric}": sum(values) / max(len(values), 1)}
+    return mean | {f"mean_{metric}_stderr": math.hypot(*errors) / len(values)} if values else {}
 
 
 def paired(scores: dict, against: dict, *, metrics=("acc", "acc_norm")):
@@ -254,12 +247,12 @@ def paired(scores: dict, against: dict, *, metrics=("acc", "acc_norm")):
             totals["error"] = math.hypot(*(row["error"] for row in tasks))
             means = {key: totals[key] / len(tasks) for key in ("score", "against", "difference", "error")}
             rows.append({"metric": metric, "task": "mean"} | totals | means)
-    if not rows:
-        raise InputError(
-            f"The two results have no items of {' or '.join(metrics)} in common: one has tasks "
-            f"{', '.join(scores['tasks'])}, the other {', '.join(against['tasks'])}; score both on the same "
-            "tasks, with this version."
-        )
+    require(
+        rows,
+        f"The two results have no items of {' or '.join(metrics)} in common: one has tasks "
+        f"{', '.join(scores['tasks'])}, the other {', '.join(against['tasks'])}; score both on the same "
+        "tasks, with this version.",
+    )
     return pd.DataFrame(rows)
 
 
@@ -271,15 +264,15 @@ def _paired_task(task, metric, scores, against):
         one, other = (side.get("items", {}).get(name, {}) for side in (scores, against))
         if metric not in one or metric not in other:
             return None
-        if one["of"] != other["of"]:
-            raise InputError(
-                f"{name} was scored on {len(one[metric])} items here and on {len(other[metric])}, or on "
-                "others, there; score both on the same items: the same limit, and the same data."
-            )
+        require(
+            one["of"] == other["of"],
+            f"{name} was scored on {len(one[metric])} items here and on {len(other[metric])}, or on others, "
+            "there; score both on the same items: the same limit, and the same data.",
+        )
         pairs.append(np.array([one[metric], other[metric]], float))
-    sizes = [pair.shape[1] for pair in pairs] if group["by_size"] else None
-    score, reference = np.average([pair.mean(1) for pair in pairs], axis=0, weights=sizes).tolist()
     changes = [pair[0] - pair[1] for pair in pairs]
+    weights = [len(change) for change in changes] if group["by_size"] else None
+    score, reference = np.average([pair.mean(1) for pair in pairs], axis=0, weights=weights).tolist()
     change = np.concatenate(changes)
     return {
         "metric": metric,
@@ -299,9 +292,11 @@ def _error(changes, by_size):
     sizes = np.array([len(change) for change in changes])
     variances = np.array([change.var() for change in changes])
     with np.errstate(invalid="ignore"):  # 0/0, so nan, where a single item tells no spread
-        if by_size:
-            return float(np.sqrt(variances @ sizes / (sizes.sum() - len(sizes)) / sizes.sum()))
-        return float(np.sqrt((variances / (sizes - 1)).sum()) / len(sizes))
+        return float(
+            np.sqrt(variances @ sizes / (sizes.sum() - len(sizes)) / sizes.sum())
+            if by_size
+            else np.sqrt((variances / (sizes - 1)).sum()) / len(sizes)
+        )
 
 
 def paired_table(frame) -> str:
@@ -310,8 +305,8 @@ def paired_table(frame) -> str:
     percent, lines = frame.copy(), []
     percent[["score", "against", "difference", "error"]] *= 100
     for metric, rows in percent.groupby("metric", sort=False):
-        lines.append(f"{metric + ', %':<24}  against    score  difference  ± paired    won   lost")
-        lines += [line.format(**row) for row in rows.to_dict("records")]
+        head = f"{metric + ', %':<24}  against    score  difference  ± paired    won   lost"
+        lines += [head, *(line.format(**row) for row in rows.to_dict("records"))]
     return "\n".join(lines)
 
 
@@ -336,38 +331,44 @@ def perplexity(model, input_ids, *, domains=None, batch_size: int = 16, uncounte
     dict
         ``loss`` and ``perplexity`` by domain, and ``mean_loss``, the plain mean over the domains that count.
     """
-    input_ids, of_rows, of_domains = check_tokens(input_ids, model), [], {}
+    batches, by_domain = check_tokens(input_ids, model).split(batch_size), {}
+    bar = tqdm(batches, desc="perplexity", unit="batch", disable=None, leave=False)
+    of_rows = torch.cat([_losses(model, batch.to(model.device)).double().mean(1) for batch in bar]).tolist()
+    for domain, value in zip(domains or ["all"] * len(of_rows), of_rows, strict=True):
+        by_domain.setdefault(domain, []).append(value)
+    loss = {domain: sum(values) / len(values) for domain, values in by_domain.items()}
     if uncounted is None:
         uncounted = {domain for source in SOURCES.values() for domain in source.uncounted}
-    batches = input_ids.split(batch_size)
-    for batch in tqdm(batches, desc="perplexity", unit="batch", disable=None, leave=False):
-        rows, losses = batch.to(model.device), []
-        for logits in _logits(model, rows[:, :-1]):
-            start = 1 + sum(loss.shape[1] for loss in losses)
-            targets = rows[:, start : start + logits.shape[1]]
-            losses.append(cross_entropy(logits.float().mT, targets, reduction="none"))
-        of_rows += torch.cat(losses, 1).double().mean(1).tolist()
-    for domain, value in zip(domains or ["all"] * len(input_ids), of_rows, strict=True):
-        of_domains.setdefault(domain, []).append(value)
-    loss = {domain: sum(values) / len(values) for domain, values in of_domains.items()}
     counted = [value for domain, value in loss.items() if domain not in uncounted] or list(loss.values())
-    perplexities = {domain: math.exp(value) for domain, value in loss.items()}
-    return {"loss": loss, "perplexity": perplexities, "mean_loss": sum(counted) / len(counted)}
+    return {
+        "loss": loss,
+        "perplexity": {domain: math.exp(value) for domain, value in loss.items()},
+        "mean_loss": sum(counted) / len(counted),
+    }
 
 
-def _logits(model, input_ids):
-    """Logits of a batch ``[B, S]`` in blocks of positions, each of at most ``LOGITS`` numbers.
+def _losses(model, rows):
+    """Loss ``[B, S - 1]`` of each token of a batch but the first, from at most ``LOGITS`` logits at once."""
+    input_ids, targets = rows[:, :-1], rows[:, 1:]
+    size = max(1, LOGITS // (len(rows) * model.config.get_text_config().vocab_size))
+    blocks = zip(_logits(model, input_ids, size), targets.split(size, 1), strict=True)
+    return torch.cat(
+        [
+            torch.nn.functional.cross_entropy(logits.float().mT, wanted, reduction="none")
+            for logits, wanted in blocks
+        ],
+        1,
+    )
+
+
+def _logits(model, input_ids, size):
+    """Logits of a batch ``[B, S]`` in blocks of positions.
 
     The hidden states are computed once; the model's own class makes logits of some of them at a time.
     """
-    size = max(1, LOGITS // (len(input_ids) * model.config.get_text_config().vocab_size))
-    if size >= input_ids.shape[1] or not forward_options(
-        model
-    ):  # the class makes logits of all positions only
+    if size >= input_ids.shape[1] or not forward_options(model):  # the class makes those of all positions
         yield from model(input_ids=input_ids, use_cache=False).logits.split(size, 1)
         return
-    from hcsmoe_core.scale.streaming import replaced_forwards
-
     hidden = model.base_model(input_ids=input_ids, use_cache=False)
     with replaced_forwards([model.base_model], [lambda *_, **__: hidden]):
         for positions in torch.arange(input_ids.shape[1], device=input_ids.device).split(size):
@@ -376,17 +377,10 @@ def _logits(model, input_ids):
 
 def score_table(scores: dict) -> str:
     """Lines of text of what :func:`evaluate` gives."""
-    lines = [f"{'task':<24}     acc       ±  acc_norm       ±   items"]
     means = {key.removeprefix("mean_"): value for key, value in scores.items() if key.startswith("mean_acc")}
-    for name, task in (scores["tasks"] | ({"mean": means} if "acc" in means else {})).items():
-        cells = ""
-        for metric, width in (("acc", 8), ("acc_norm", 10)):
-            if metric in task:  # a single item has no standard error
-                cells += f"{task[metric]:>{width}.4f}{task.get(f'{metric}_stderr', math.nan):>8.4f}"
-        if "acc" not in task:
-            cells = "  ".join(f"{key} {value:.4f}" for key, value in task.items() if isinstance(value, float))
-        items = task.get("items", "") if "acc" in task else ""
-        lines.append(f"{name:<24}{cells:<34}{items:>8}".rstrip())
+    tasks = scores["tasks"] | ({"mean": means} if "acc" in means else {})
+    lines = [f"{'task':<24}     acc       ±  acc_norm       ±   items"]
+    lines += [f"{name:<24}{_cells(task)}".rstrip() for name, task in tasks.items()]
     if "loss" in scores:
         _, uncounted = scoring_of(scores["settings"]["text"])
         lines.append(f"\n{'text':<24}    loss  perplexity")
@@ -395,3 +389,12 @@ def score_table(scores: dict) -> str:
             lines.append(f"{name:<24}{loss:>8.4f}{scores['perplexity'][name]:>12.4f}{note}")
         lines.append(f"{'mean':<24}{scores['mean_loss']:>8.4f}")
     return "\n".join(lines)
+
+
+def _cells(task):
+    """Accuracies of a task with their standard errors, which a single item lacks, or what else it has."""
+    if "acc" not in task:
+        return "  ".join(f"{key} {value:.4f}" for key, value in task.items() if isinstance(value, float))
+    pairs = [(task[key], task.get(f"{key}_stderr", math.nan)) for key in ("acc", "acc_norm") if key in task]
+    cells = "  ".join(f"{value:>8.4f}{error:>8.4f}" for value, error in pairs)
+    return f"{cells:<34}{task.get('items', ''):>8}"

@@ -6,18 +6,13 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from torch import nn
 from tqdm.auto import tqdm
 
-from hcsmoe_core import _transformers
+from hcsmoe_core import _transformers, collect, families, merging, statistics
 from hcsmoe_core._util import read_json, sha256_json, write_json
-from hcsmoe_core.collect import Tokens, check_tokens
-from hcsmoe_core.families import decoder_layers, find_moe_layers
-from hcsmoe_core.merging import apply_plan, restore
 from hcsmoe_core.plan import JOINED, odd_widths
 from hcsmoe_core.replace import replace_experts, restore_experts, resume_merge, suspend_merge
 from hcsmoe_core.scale.streaming import Outputs
-from hcsmoe_core.statistics import sequence_hashes
 
 NAMES = {
     "mapped": "mapped",
@@ -61,22 +56,19 @@ def fidelity(model, plan, input_ids, *, stats=None, progress: bool = True) -> di
     InputError
         As :func:`hcsmoe_core.apply_plan`.
     """
-    input_ids, layers, was_training = check_tokens(input_ids, model), find_moe_layers(model), model.training
-    applied = all(layer.merged for layer in layers)
-    if not applied:
-        apply_plan(model, plan, stats)
-    totals, disable = _Totals(model, plan), None if progress else True
-    bar = tqdm(total=input_ids.numel(), desc="fidelity", unit="token", disable=disable)
-    try:
-        with _variants(layers, plan) as variants, _runnable(model, plan), bar:
-            model.eval()
-            for row in input_ids.split(1):
-                _compare(model, layers, variants, row.to(model.device), totals)
-                bar.update(row.numel())
-    finally:
-        model.train(was_training)
-        if not applied:
-            restore(model)
+    input_ids, layers = collect.check_tokens(input_ids, model), families.find_moe_layers(model)
+    totals, bar = (
+        _Totals(model, plan),
+        {"unit_scale": input_ids.shape[1], "disable": None if progress else True},
+    )
+    with contextlib.ExitStack() as undo:
+        undo.callback(model.train, model.training)
+        if not all(layer.merged for layer in layers):
+            merging.apply_plan(model, plan, stats)
+            undo.callback(merging.restore, model)
+        variants = undo.enter_context(_variants(model.eval(), layers, plan))
+        for row in tqdm(input_ids.split(1), "fidelity", unit="token", **bar):
+            _compare(model, layers, variants, row.to(model.device), totals)
     return totals.result(input_ids.numel())
 
 
@@ -113,7 +105,7 @@ def unseen(input_ids, seen, *, length: int) -> torch.Tensor | None:
     -------
     (M, S) int64 tensor or None
     """
-    fresh = [i for i, digest in enumerate(sequence_hashes(input_ids)) if digest not in set(seen)]
+    fresh = [i for i, digest in enumerate(statistics.sequence_hashes(input_ids)) if digest not in set(seen)]
     return input_ids[fresh, :length] if fresh else None
 
 
@@ -125,22 +117,13 @@ def _names(plan):
 
 
 @contextlib.contextmanager
-def _runnable(model, plan):
-    """Run experts one by one during the block, if kernels of grouped products refuse their width."""
-    usual = _transformers.experts_implementation(model)
-    with contextlib.ExitStack() as undo:
-        if usual not in (None, "eager") and odd_widths(plan, model.dtype):
-            undo.callback(model.set_experts_implementation, usual)
-            model.set_experts_implementation("eager")
-        yield
-
-
-@contextlib.contextmanager
-def _variants(layers, plan):
+def _variants(model, layers, plan):
     """The merged models of :func:`_names` for :func:`_in_place`: by name, then by layer.
 
-    During the block merged layers have their original experts; after it they are merged as before.
+    During the block merged layers have their original experts, and experts run one by one if kernels of
+    grouped products refuse their width; after it they are merged as before.
     """
+    usual = _transformers.experts_implementation(model)
     own, *exact = _names(plan)
     variants = {name: {} for name in (own, *exact)}
     with contextlib.ExitStack() as undo:
@@ -152,6 +135,9 @@ def _variants(layers, plan):
             for name in exact:
                 replace_experts(layer, tensors, labels)
                 variants[name][layer.name] = suspend_merge(layer)
+        if usual not in (None, "eager") and odd_widths(plan, model.dtype):
+            undo.callback(model.set_experts_implementation, usual)
+            model.set_experts_implementation("eager")
         yield variants
 
 
@@ -180,6 +166,14 @@ def _compare(model, layers, variants, row, totals):
 
 
 @contextlib.contextmanager
+def _hooked(hooks):
+    """Modules call a function after their forward during the block; ``hooks`` are pairs of them."""
+    with contextlib.ExitStack() as undo:
+        for module, hook in hooks:
+            undo.enter_context(module.register_forward_hook(hook, with_kwargs=True))
+        yield
+
+
 def _comparing_blocks(layers, variants, totals):
     """While the original runs, run each MoE block again on its inputs as every merged model."""
     running = []  # a block may hold another layer's, which must not be compared inside it
@@ -192,26 +186,20 @@ def _comparing_blocks(layers, variants, totals):
             totals.add("block_error", name, layer.name, first_tensor(merged), first_tensor(output))
             running.pop()
 
-    with contextlib.ExitStack() as hooks:
-        for layer in layers:
-            hook = layer.block.register_forward_hook(partial(compare, layer), with_kwargs=True)
-            hooks.enter_context(hook)
-        yield
+    return _hooked([(layer.block, partial(compare, layer)) for layer in layers])
 
 
 @contextlib.contextmanager
 def _hidden_states(model, layers):
     """Hidden states after the decoder layer of each MoE layer, by the latter's name."""
-    hidden, prefix = {}, decoder_layers(model)
+    hidden, prefix = {}, families.decoder_layers(model)
 
-    def store(name, decoder, inputs, output):
+    def store(name, decoder, inputs, keywords, output):
         hidden[name] = first_tensor(output)
 
-    with contextlib.ExitStack() as hooks:
-        for layer in layers if prefix else ():
-            index = layer.name[len(prefix) + 1 :].split(".")[0]
-            decoder = model.get_submodule(f"{prefix}.{index}")
-            hooks.enter_context(decoder.register_forward_hook(partial(store, layer.name)))
+    depth = prefix.count(".") + 2  # names of decoder layers are the prefix and a number
+    decoders = {layer.name: ".".join(layer.name.split(".")[:depth]) for layer in layers if prefix}
+    with _hooked([(model.get_submodule(path), partial(store, name)) for name, path in decoders.items()]):
         yield hidden
 
 
@@ -226,7 +214,7 @@ class _Observer:
     def __init__(self, input_ids, source, plan, folder):
         self.source, self.plan, self.folder = source, plan, folder
         folder.mkdir(exist_ok=True)
-        self.tokens = Tokens(source.model, input_ids, needs=(), sample=1, batch_size=1, domains=None)
+        self.tokens = collect.Tokens(source.model, input_ids, needs=(), sample=1, batch_size=1, domains=None)
         earlier = sorted(folder.glob("*.json"))
         self.totals = _Totals(source.model, plan, read_json(earlier[-1]) if earlier else None)
         self.outputs = {name: Outputs(folder / name) for name in ("original", *reversed(_names(plan)))}
@@ -240,11 +228,7 @@ class _Observer:
 
     def push(self, index, layers):
         """Go through one decoder layer, whose MoE layers are merged, and compare what leaves it."""
-        with (
-            _variants(layers, self.plan) as variants,
-            _runnable(self.source.model, self.plan),
-            self.tokens.bar(True) as bar,
-        ):
+        with _variants(self.source.model, layers, self.plan) as variants, self.tokens.bar(True) as bar:
             bar.set_description(f"fidelity, layer {index}")
             bar.total *= len(self.outputs)
             with _comparing_blocks(layers, variants, self.totals):
@@ -253,26 +237,25 @@ class _Observer:
                 with _in_place(layers, variant):
                     self.source.push(index, self.outputs[name], self.tokens, [], bar)
         for start in self.tokens.starts if layers else ():
-            original = self._output("original", index, start)
+            states = {name: first_tensor(output) for name, output in self._read(index, start)}
             for name in variants:
-                output = self._output(name, index, start)
                 for layer in layers:
-                    self.totals.add("hidden_error", name, layer.name, output, original)
+                    self.totals.add("hidden_error", name, layer.name, states[name], states["original"])
         write_json(self._file(index), self.totals.sums)
         for outputs in self.outputs.values():
             outputs.drop(index - 1, self.tokens.starts)
 
-    def _output(self, name, index, start):
-        return first_tensor(self.outputs[name].read(index, start, self.source.device)["output"])
+    def _read(self, index, start):
+        """What left a decoder layer of each model, one after another."""
+        for name, outputs in self.outputs.items():
+            yield name, outputs.read(index, start, self.source.device)["output"]
 
     def result(self):
         """The same as :func:`fidelity` of a model in memory."""
         self.source.read_again()
-        last = len(self.source.layers) - 1
         for start in self.tokens.starts:
             rows, logits = self.tokens.begin([], start), {}
-            for name, outputs in self.outputs.items():
-                output = outputs.read(last, start, self.source.device)["output"]
+            for name, output in self._read(len(self.source.layers) - 1, start):
                 logits[name] = self.source.logits(output, rows)[0]
                 self.totals.add_loss(name, rows[0], logits)
         return self.totals.result(self.tokens.input_ids.numel())
@@ -300,8 +283,8 @@ class _Totals:
 
     def add(self, kind, name, layer, merged, original):
         """Squared error of some outputs, and the original's squares."""
-        error, original = merged.double() - original.double(), original.double()
-        self._add(f"{kind} {name} {layer}", error.square().sum(), original.square().sum())
+        original, merged = original.double(), merged.double()
+        self._add(f"{kind} {name} {layer}", (merged - original).square().sum(), original.square().sum())
 
     def add_loss(self, name, ids, logits):
         """Loss of one sequence ``ids [S]``, and how its distributions differ from the models' before it.
@@ -313,7 +296,7 @@ class _Totals:
             logs = logits[name][block].float().log_softmax(1)
             if self.predicts:
                 targets = ids[start + 1 : start + POSITIONS + 1].to(logs.device)
-                loss = nn.functional.nll_loss(logs[: len(targets)], targets, reduction="sum")
+                loss = torch.nn.functional.nll_loss(logs[: len(targets)], targets, reduction="sum")
                 self._add(f"loss {name}", loss.double(), len(targets))
             for other in logits.keys() - {name}:
                 wanted = logits[other][block].float().log_softmax(1)
@@ -322,35 +305,35 @@ class _Totals:
 
     def result(self, tokens):
         """As of :func:`fidelity`."""
-        models = {name: self._loss(name) | self._differences(name) for name in self.names}
         result = {
             "tokens": tokens,
             "layers": self.layers,
             "original": self._loss("original"),
-            "models": models,
+            "models": {name: self._loss(name) | self._differences(name) for name in self.names},
         }
         return result | {"warning": _warning(result)}
 
     def _loss(self, name):
-        if not self.predicts:
-            return {"loss": None, "perplexity": None}
-        loss, count = self.sums[f"loss {name}"]
+        loss, count = self.sums.get(f"loss {name}", (math.nan, 1))
         mean = loss / max(count, 1)
-        return {"loss": mean, "perplexity": math.exp(mean) if mean < 700 else math.inf}
+        perplexity = math.exp(mean) if mean < 700 else math.inf
+        return (
+            {"loss": mean, "perplexity": perplexity} if self.predicts else {"loss": None, "perplexity": None}
+        )
 
     def _differences(self, name):
         kl, same, count = self.sums[f"kl {name} original"]
-        differences = {"kl": kl / count, "agreement": same / count}
-        for kind in ("block_error", "hidden_error"):
-            sums = [self.sums.get(f"{kind} {name} {layer}", (math.nan, math.nan)) for layer in self.layers]
-            differences[kind] = [_relative(error, square) for error, square in sums]
-        if f"kl {name} mapped" in self.sums:
-            differences["kl_from_mapped"] = self.sums[f"kl {name} mapped"][0] / count
-        return differences
+        exact = self.sums.get(f"kl {name} mapped")
+        errors = {
+            kind: [self._error(f"{kind} {name} {layer}") for layer in self.layers]
+            for kind in ("block_error", "hidden_error")
+        }
+        more = {"kl_from_mapped": exact[0] / count} if exact else {}
+        return {"kl": kl / count, "agreement": same / count} | errors | more
 
-
-def _relative(error, square):
-    return math.sqrt(error / square) if square else (math.inf if error else 0.0)
+    def _error(self, key):
+        error, square = self.sums.get(key, (math.nan, math.nan))
+        return math.sqrt(error / square) if square else (math.inf if error else 0.0)
 
 
 def _warning(result):

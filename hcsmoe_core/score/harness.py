@@ -18,7 +18,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from tqdm.auto import tqdm
 
-from hcsmoe_core._util import InputError, closest_first, read_json, sha256_json, versions, write_json
+from hcsmoe_core._util import closest_first, read_json, require, sha256_json, versions, write_json
 from hcsmoe_core.families import find_moe_layers
 from hcsmoe_core.score.evaluation import TASKS
 
@@ -46,12 +46,11 @@ def check_tasks(names: list[str]) -> TaskManager:
     """The harness' index of tasks; InputError if there is no task of some name."""
     manager = manager_of(include_defaults=any(name not in TASKS for name in names))
     unknown = [name for name in names if name not in TASKS and name not in manager.all_tasks]
-    if unknown:
-        listed = closest_first(unknown[0], [*TASKS])
-        raise InputError(
-            f'The "tasks" argument names {", ".join(unknown)}, which the harness does not know; the embedded '
-            f"tasks are {listed}, and lm-eval ls tasks lists the others."
-        )
+    require(
+        not unknown,
+        f'The "tasks" argument names {", ".join(unknown)}, which the harness does not know; the embedded '
+        f"tasks are {closest_first(*unknown[:1] or [''], [*TASKS])}, and lm-eval ls tasks lists the others.",
+    )
     return manager
 
 
@@ -93,8 +92,8 @@ def load_tasks(names: list[str]) -> dict:
             loaded = manager.load([own.get(name, name)])
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
             missing[name] = str(error).strip().splitlines()[0]
-            continue
-        tasks |= {name: loaded["groups"][name]} if name in loaded.get("groups", {}) else loaded["tasks"]
+        else:
+            tasks |= {name: loaded["groups"][name]} if name in loaded.get("groups", {}) else loaded["tasks"]
     if missing:
         reasons = "".join(f"\n  {name}: {reason}" for name, reason in missing.items())
         raise FileNotFoundError(
@@ -112,18 +111,13 @@ def identity(model, tokenizer) -> str:
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    for layer in find_moe_layers(model):  # the map from E to r experts is no tensor of the model
-        digest.update(str(layer.experts._merged.labels if layer.merged else None).encode())
-    config = model.config.to_diff_dict()
-    for key in (
-        "transformers_version",
-        "expert_merge",
-        "auto_map",
-    ):  # other in a merged folder than in memory
-        config.pop(key, None)
-    digest.update(str(sorted(config.items())).encode())
+    # The map from E to r experts is no tensor of the model.
+    labels = [layer.experts._merged.labels if layer.merged else None for layer in find_moe_layers(model)]
+    apart = ("transformers_version", "expert_merge", "auto_map")  # other in a merged folder than in memory
+    config = sorted(item for item in model.config.to_diff_dict().items() if item[0] not in apart)
     fast = getattr(tokenizer, "backend_tokenizer", None)
-    digest.update((fast.to_str() if fast is not None else sha256_json(tokenizer.get_vocab())).encode())
+    tokens = fast.to_str() if fast is not None else sha256_json(tokenizer.get_vocab())
+    digest.update("".join(map(str, [*labels, config, tokens])).encode())
     return digest.hexdigest()
 
 
@@ -146,8 +140,13 @@ class Answering(HFLM):
     def __init__(self, model, tokenizer, folder, seed, **options):
         super().__init__(pretrained=model, tokenizer=tokenizer, **options)
         self.folder = folder and Path(folder)
-        self.settings = options | {"seed": seed, "dtype": str(model.dtype), "device": model.device.type}
-        self.settings |= {"model": folder and identity(model, tokenizer), "versions": versions()}
+        self.settings = options | {
+            "seed": seed,
+            "dtype": str(model.dtype),
+            "device": model.device.type,
+            "model": folder and identity(model, tokenizer),
+            "versions": versions(),
+        }
 
     def _answers(self, kind, requests, disable_tqdm=False):
         """Answers to all requests of a kind, those of a task from its file where there is one."""

@@ -3,6 +3,7 @@ kept by that.
 """
 
 import ast
+import contextlib
 import functools
 import hashlib
 import inspect
@@ -13,7 +14,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from hcsmoe_core._util import folder_of, locked, sha256_file, sha256_json
+from filelock import FileLock, Timeout
+
+from hcsmoe_core._util import folder_of, sha256_file, sha256_json
 from hcsmoe_core.collect import capture
 from hcsmoe_core.families import model_hash
 from hcsmoe_core.scale.streaming import stream_capture, work_folder
@@ -21,7 +24,7 @@ from hcsmoe_core.statistics import DEFAULT_NEEDS, SAMPLE, Statistics, load_stati
 from hcsmoe_core.text.calibration import calibration_settings, calibration_tokens, domains_of, local_files
 
 PACKAGE = Path(__file__).parents[1]
-FLOORS = (".", "scale", "methods", "text", "score", "demo")  # folders whose code makes numbers
+FLOORS = (".", "checkpoint", "scale", "methods", "text", "score", "demo")  # folders whose code makes numbers
 HASHED = (
     2**26
 )  # bytes up to which a file goes by its content; a larger one goes by its size and time of writing
@@ -176,3 +179,29 @@ def cached_statistics(
                 stats = stream_capture(model, input_ids, work / "capture", **options)
             stats.save(wanted)
     return stats
+
+
+def _lock_of(path):
+    return Path(path).with_name(f".{Path(path).name}.lock")
+
+
+@contextlib.contextmanager
+def locked(path: str | Path):
+    """Lock ``path`` during the block, after waiting for other processes; a lock ends with its process."""
+    lock = _lock_of(path)
+    with FileLock(lock):
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):  # Windows removes no open file
+                lock.unlink()
+
+
+def is_locked(path: str | Path) -> bool:
+    """Whether a living process has locked ``path``."""
+    lock = _lock_of(path)
+    try:
+        with FileLock(lock, blocking=False) if lock.exists() else contextlib.nullcontext():
+            return False
+    except Timeout:
+        return True

@@ -9,12 +9,11 @@ import torch
 
 from hcsmoe_core._util import check_count
 from hcsmoe_core.checkpoint import load_skeleton
-from hcsmoe_core.collect import expected_bytes
 from hcsmoe_core.families import find_moe_layers
 from hcsmoe_core.merging import check_fits
 from hcsmoe_core.methods import resolve
 from hcsmoe_core.scale.streaming import LAYER, WHOLE, free_memory
-from hcsmoe_core.statistics import DEFAULT_NEEDS
+from hcsmoe_core.statistics import DEFAULT_NEEDS, SAMPLE
 from hcsmoe_core.studies.tables import model_size
 from hcsmoe_core.text.calibration import calibration_settings, domains_of, own_sequences
 
@@ -190,3 +189,18 @@ def duration(seconds: float) -> str:
     """A time in seconds, minutes or hours."""
     minutes = f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
     return f"{seconds:.0f} s" if seconds < 90 else minutes
+
+
+def expected_bytes(
+    model: Any, needs: Sequence[str], *, domains: int, tokens: int, sample: int = SAMPLE
+) -> int:
+    """Bytes of the statistics file that a capture on a model would give."""
+    rows = min(sample, tokens) if "sample" in needs else 0
+    total = rows * 24
+    for layer in find_moe_layers(model):
+        experts, hidden, k = layer.num_experts, layer.hidden_size, layer.top_k or layer.num_experts
+        numbers = {"usage": 1 + 3 * experts + experts**2, "norms": 3 * experts, "grams": 4 * experts**2}
+        numbers |= {"outputs": experts * hidden, "sample": 0}
+        total += 8 * domains * sum(numbers[need] for need in needs)
+        total += rows * (hidden * layer.tensors()["down_proj"].element_size() + 4 * experts + 12 * k)
+    return total

@@ -36,8 +36,8 @@ import torch
 
 from hcsmoe_core._util import EMBEDDED, InputError, check_absent, check_choice, check_count, sha256_json
 from hcsmoe_core.checkpoint import ROUTERS, exported, save_merged, target_of
-from hcsmoe_core.collect import capture, expected_bytes, needs_of
-from hcsmoe_core.export import calibrated, kept_of
+from hcsmoe_core.checkpoint.export import calibrated, kept_of
+from hcsmoe_core.collect import capture, needs_of
 from hcsmoe_core.families import find_moe_layers
 from hcsmoe_core.merging import apply_plan, restore
 from hcsmoe_core.methods import METHODS, RECOMMENDED, make_plan, resolve
@@ -48,6 +48,7 @@ from hcsmoe_core.scale import ranks
 from hcsmoe_core.scale.streaming import open_model, stream_capture, stream_merged, tidied, work_folder
 from hcsmoe_core.score import fidelity as scoring
 from hcsmoe_core.statistics import SAMPLE, Statistics, load_statistics, sequence_hashes
+from hcsmoe_core.studies.cost import expected_bytes
 from hcsmoe_core.studies.stability import capture_until_stable, stability_table, with_rows
 from hcsmoe_core.studies.tables import model_size
 from hcsmoe_core.text.calibration import calibration_settings, calibration_tokens, domains_of, own_sequences

@@ -24,9 +24,9 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from hcsmoe_core._util import is_locked, locked, read_json, sha256_file, write_json
+from hcsmoe_core._util import read_json, sha256_file, write_json
 from hcsmoe_core.studies import engines
-from hcsmoe_core.studies.cache import function_hash, key
+from hcsmoe_core.studies.cache import function_hash, is_locked, key, locked
 
 STATES = ("done", "failed", "running", "interrupted", "missing")
 

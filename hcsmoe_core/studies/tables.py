@@ -8,9 +8,9 @@ import numpy as np
 import pandas as pd
 from sklearn.metrics import adjusted_rand_score, mutual_info_score
 
+from hcsmoe_core import demo
 from hcsmoe_core._util import check_choice, replacing
 from hcsmoe_core.clustering import cut
-from hcsmoe_core.demo import models as demo
 from hcsmoe_core.families import find_moe_layers
 from hcsmoe_core.methods import merge_tree
 from hcsmoe_core.methods.similarities import allowed_linkages

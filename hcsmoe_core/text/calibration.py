@@ -1,7 +1,7 @@
 """Calibration tokens: packed blocks of token ids, from data sets, files or a model's own text."""
 
+import itertools
 import json
-import math
 import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -9,10 +9,11 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import safetensors.torch
 import torch
 from tqdm.auto import tqdm
 
-from hcsmoe_core._util import EMBEDDED, InputError, Table, check_count
+from hcsmoe_core._util import EMBEDDED, InputError, Table, check_count, require
 from hcsmoe_core.text.own_text import NAME, is_own, own_text, writing_of
 
 SOURCES = Table("source")  # name -> Source; a floor above may add its own
@@ -117,9 +118,8 @@ def calibration_settings(model, calibration: str = "", sequences: int = 0, lengt
     """
     embedded = str(model) in EMBEDDED
     calibration = str(calibration or ("demo" if embedded else "c4"))
-    shape = _common_entry(calibration).shape
-    if embedded and own_sequences(calibration, 288):
-        shape = (288, 256)
+    trained = embedded and own_sequences(calibration, 288)
+    shape = (288, 256) if trained else _common_entry(calibration).shape
     return {"calibration": calibration, "sequences": sequences or shape[0], "length": length or shape[1]}
 
 
@@ -129,9 +129,8 @@ def domains_of(source: str | Path, sequences: int) -> list[str] | None:
     The parts of a mixture are domains: ``"c4"``, or the last component of the name of a file or data set.
     """
     parts = _parts(source, sequences)
-    if len(parts) == 1 and not _entry(parts[0][0]).domains:
-        return None
-    return [labels[i % len(labels)] for name, n in parts for labels in [_labels(name)] for i in range(n)]
+    of_parts = [labels[i % len(labels)] for name, n in parts for labels in [_labels(name)] for i in range(n)]
+    return of_parts if len(parts) > 1 or _entry(parts[0][0]).domains else None
 
 
 def scoring_of(source: str | Path) -> tuple[str | None, tuple[str, ...]]:
@@ -142,55 +141,45 @@ def scoring_of(source: str | Path) -> tuple[str | None, tuple[str, ...]]:
 
 def local_files(source: str | Path) -> list[Path]:
     """Local files that a source reads: those of all parts of a mixture, and those in folders."""
-    names = [name for name, _ in _weights(source)]
-    _check_names(names)
-    return [file for name in names if _entry(name) is _FILE for file in _files(name)]
-
-
-def is_path(name: str) -> bool:
-    """Whether a source is a path: it looks like one; ``owner/name`` is a data set unless it exists here."""
-    path = Path(name).expanduser()
-    explicit = name.startswith((".", "~")) or path.is_absolute()
-    return explicit or path.suffix in (*TEXT_SUFFIXES, IDS_SUFFIX) or (len(path.parts) > 1 and path.exists())
+    return [file for name, _ in _weights(source) if _entry(name) is _FILE for file in _files(name)]
 
 
 def own_sequences(source: str | Path, sequences: int) -> int:
     """Number of sequences that the model writes itself; it writes whole batches."""
-    own = [(count, writing_of(name).batch) for name, count in _parts(source, sequences) if is_own(name)]
-    return sum(math.ceil(count / batch) * batch for count, batch in own)
+    own = [(name, count) for name, count in _parts(source, sequences) if is_own(name)]
+    return sum(count + -count % writing_of(name).batch for name, count in own)
 
 
 def _weights(source):
     """Parts of a source and their weights; a source that is no mixture is one part."""
-    relative = isinstance(source, Path) and not source.is_absolute()
-    source = f"./{source}" if relative else str(source)
+    source = f"./{source}" if isinstance(source, Path) and not source.is_absolute() else str(source)
     if Path(source).exists() or not set("+*") & set(source):
         return [(source, 1.0)]
     parts = []
     for part in source.split("+"):
         match = _WEIGHTED.fullmatch(part)
-        if not match or float(match[1] or 1) == 0:
-            raise InputError(
-                f'The "source" argument is the mixture {source!r}, of which {part.strip()!r} is no part: '
-                "write weight*name with a positive weight, as in 0.5*c4+0.5*math."
-            )
+        require(
+            match and float(match[1] or 1),
+            f'The "source" argument is the mixture {source!r}, of which {part.strip()!r} is no part: write '
+            "weight*name with a positive weight, as in 0.5*c4+0.5*math.",
+        )
         parts.append((match[2], float(match[1] or 1)))
     labels = [label for name, _ in parts for label in _labels(name)]
-    twice = next((label for label in labels if labels.count(label) > 1), None)
-    if twice:
-        raise InputError(
-            f'The "source" argument is the mixture {source!r}, of which two domains are called {twice!r}.'
-        )
+    require(
+        len(labels) == len(set(labels)),
+        f'The "source" argument is the mixture {source!r}, of which two domains are called '
+        f"{max(labels, key=labels.count)!r}.",
+    )
     return parts
 
 
 def _parts(source, sequences):
     """Parts of a source and the number of sequences of each."""
     parts = _weights(source)
-    if len(parts) > sequences:
-        raise InputError(
-            f"{sequences} sequences are too few for the {len(parts)} parts of {source}; ask for more."
-        )
+    require(
+        len(parts) <= sequences,
+        f"{sequences} sequences are too few for the {len(parts)} parts of {source}; ask for more.",
+    )
     total = sum(weight for _, weight in parts)
     exact = [sequences * weight / total for _, weight in parts]
     counts = [max(1, int(share)) for share in exact]
@@ -202,9 +191,23 @@ def _parts(source, sequences):
 
 
 def _entry(name):
-    """Entry of a part: of :data:`SOURCES`, or that of all files, or that of all other data sets."""
-    entry = dict(SOURCES).get(name.partition(":")[0], _DATASET)
-    return _FILE if entry is _DATASET and is_path(name) else entry
+    """Entry of a part: of :data:`SOURCES`, or that of all files, or that of all other data sets.
+
+    A path looks like one; ``owner/name`` is a data set unless it exists here, and a bare name of a data set
+    must not be that of a file or folder here.
+    """
+    path = Path(name).expanduser()
+    explicit = (
+        name.startswith((".", "~")) or path.is_absolute() or path.suffix in (*TEXT_SUFFIXES, IDS_SUFFIX)
+    )
+    other = _FILE if explicit or (len(path.parts) > 1 and path.exists()) else _DATASET
+    entry = dict(SOURCES).get(name.partition(":")[0], other)
+    require(
+        entry is not _DATASET or not Path(name).exists(),
+        f'The "source" argument names {name!r}, which is a file or folder here and may be a data set: write '
+        f'"./{name}" for the one here, or "{name}:" for the data set.',
+    )
+    return entry
 
 
 def _common_entry(source):
@@ -220,51 +223,38 @@ def _labels(name):
     return entry.domains(name) if entry.domains else (label,)
 
 
-def _check_names(names):
-    """Raise InputError if the name of a data set is that of a file or folder here as well."""
-    for name in names:
-        if _entry(name) is _DATASET and Path(name).exists():
-            raise InputError(
-                f'The "source" argument names {name!r}, which is a file or folder here and may be a data '
-                f'set: write "./{name}" for the one here, or "{name}:" for the data set.'
-            )
-
-
 def _check_parts(names, tokenizer, model):
-    """Raise InputError if parts are ambiguous or lack what they need, before the first is read."""
-    _check_names(names)
+    """Raise InputError if parts are malformed or lack what they need, before the first is read."""
     own = [writing_of(name) for name in names if is_own(name)]
-    if own and model is None:
-        raise InputError(
-            f'Source "{NAME}" is text that the model writes itself; give it as the "model" argument.'
-        )
-    texts = [name for name in names if not (is_own(name) or name.endswith(IDS_SUFFIX))]
-    if texts and tokenizer is None:
-        raise InputError(
-            f"Source {texts[0]!r} is text, and the model has no tokenizer; give one, or a .safetensors file "
-            f"of input_ids, or let the model write token ids itself (--calibration {NAME})."
-        )
+    require(
+        not own or model is not None,
+        f'Source "{NAME}" is text that the model writes itself; give it as the "model" argument.',
+    )
+    text = next((name for name in names if not (is_own(name) or name.endswith(IDS_SUFFIX))), None)
+    require(
+        text is None or tokenizer is not None,
+        f"Source {text!r} is text, and the model has no tokenizer; give one, or a .safetensors file of "
+        f"input_ids, or let the model write token ids itself (--calibration {NAME}).",
+    )
 
 
 def _packed(name, documents, text_of=str, *, tokenizer, sequences, length, seed, limit=None, **_):
     """Encode documents in random order, join those of each batch and cut them into blocks."""
-    blocks, buffer = [], []
     order = np.random.default_rng(seed).permutation(len(documents))[:limit].tolist()
-    with tqdm(total=sequences, desc="calibration tokens", unit="block", disable=None, leave=False) as bar:
-        for i, index in enumerate(order):
-            if i % DOCUMENTS_PER_BATCH == 0:
-                buffer = []
-            buffer += tokenizer(text_of(documents[index]), verbose=False)["input_ids"]
-            while len(buffer) >= length and len(blocks) < sequences:
-                blocks.append(buffer[:length])
-                buffer = buffer[length:]
-                bar.update()
-            if len(blocks) == sequences:
-                return torch.tensor(blocks, dtype=torch.int64)
-    raise InputError(
-        f"{name} gives {len(blocks)} blocks of {length} tokens from {len(order)} documents, but {sequences} "
-        "were asked for; ask for fewer or shorter sequences, or give more text."
+    encoded = (tokenizer(text_of(documents[index]), verbose=False)["input_ids"] for index in order)
+    streams = (
+        itertools.chain.from_iterable(itertools.islice(encoded, DOCUMENTS_PER_BATCH))
+        for _ in range(0, len(order), DOCUMENTS_PER_BATCH)
     )
+    whole = (block for stream in streams for block in zip(*[stream] * length, strict=False))
+    bar = dict(desc="calibration tokens", total=sequences, unit="block", disable=None, leave=False)
+    blocks = list(tqdm(itertools.islice(whole, sequences), **bar))
+    require(
+        len(blocks) == sequences,
+        f"{name} gives {len(blocks)} blocks of {length} tokens from {len(order)} documents, but {sequences} "
+        "were asked for; ask for fewer or shorter sequences, or give more text.",
+    )
+    return torch.tensor(blocks, dtype=torch.int64)
 
 
 def _files(name):
@@ -286,24 +276,21 @@ def _from_path(name, *, column, **arguments):
 
 
 def _from_ids(path, *, sequences, length, **_):
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     try:
-        tensors = load_file(path)
-    except SafetensorError as error:
+        tensors = safetensors.torch.load_file(path)
+    except safetensors.SafetensorError as error:
         raise InputError(f"{path} is not a readable .safetensors file ({error}).") from None
     ids = tensors.get("input_ids")
-    if ids is None or ids.ndim != 2 or ids.is_floating_point():
-        raise InputError(
-            f'{path} must hold whole numbers under the key "input_ids" with shape [N, S]; it has '
-            f"{list(tensors)}."
-        )
-    if len(ids) < sequences or ids.shape[1] < length:
-        raise InputError(
-            f"{path} holds {ids.shape[0]} sequences of {ids.shape[1]} tokens, but {sequences} of {length} "
-            "were asked for."
-        )
+    require(
+        ids is not None and ids.ndim == 2 and not ids.is_floating_point(),
+        f'{path} must hold whole numbers under the key "input_ids" with shape [N, S]; it has '
+        f"{list(tensors)}.",
+    )
+    require(
+        len(ids) >= sequences and ids.shape[1] >= length,
+        f"{path} holds {ids.shape[0]} sequences of {ids.shape[1]} tokens, but {sequences} of {length} were "
+        "asked for.",
+    )
     return ids[:sequences, :length].to(torch.int64).contiguous()
 
 
@@ -318,10 +305,10 @@ def _documents(file, column):
     except ValueError as error:
         raise InputError(f"{file} is not readable JSON ({error}).") from None
     documents = [row.get(column) if isinstance(row, dict) else row for row in rows]
-    if not all(isinstance(document, str) for document in documents):
-        raise InputError(
-            f'{file} has an entry without text under "{column}"; give the key with the "column" argument.'
-        )
+    require(
+        all(isinstance(document, str) for document in documents),
+        f'{file} has an entry without text under "{column}"; give the key with the "column" argument.',
+    )
     return documents
 
 
@@ -338,31 +325,27 @@ def _from_dataset(name, *, column, split, sequences, **arguments):
     import datasets
 
     known = name.rstrip(":")
-    if known in _DATASETS:
-        options, columns = _DATASETS[known]
-    else:
-        path, configuration, own_split, listed = (name.split(":", 3) + [""] * 3)[:4]
-        options = {"path": path, "name": configuration or None}
-        split, columns = own_split or split, (listed or column).split(",")
+    path, configuration, own_split, listed = (name.split(":", 3) + [""] * 3)[:4]
+    other = {"path": path, "name": configuration or None}, (listed or column).split(",")
+    options, columns = _DATASETS.get(known, other)
     try:
-        rows = datasets.load_dataset(**options, split=split or "train")
+        rows = datasets.load_dataset(**options, split=own_split or split or "train")
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise FileNotFoundError(
             f"Cannot load calibration data {name!r}: no such file here, and the Hugging Face hub or the "
             f"datasets cache ({datasets.config.HF_DATASETS_CACHE}) did not give {options['path']} "
-            f"({reason}). Give a .txt, .json, .jsonl or .safetensors file, or one of {', '.join(SOURCES)}: "
-            f"the model can write the text itself, which needs no data (--calibration {NAME})."
+            f"({str(error).strip().splitlines()[0]}). Give a .txt, .json, .jsonl or .safetensors file, or "
+            f"one of {', '.join(SOURCES)}: the model can write the text itself, which needs no data "
+            f"(--calibration {NAME})."
         ) from None
-    absent = [column for column in columns if column not in rows.column_names]
-    if absent:
-        raise InputError(
-            f'{name} has no column "{absent[0]}" but {", ".join(rows.column_names)}; give the "column" '
-            "argument, or name:configuration:split:column."
-        )
-    limit = DOCUMENTS_PER_BLOCK * sequences if known == "c4" else None
-    documents, text_of = rows.select_columns(list(columns)), partial(_text, name)
-    return _packed(name, documents, text_of, sequences=sequences, limit=limit, **arguments)
+    absent = next((column for column in columns if column not in rows.column_names), None)
+    require(
+        absent is None,
+        f'{name} has no column "{absent}" but {", ".join(rows.column_names)}; give the "column" argument, '
+        "or name:configuration:split:column.",
+    )
+    arguments |= {"sequences": sequences, "limit": DOCUMENTS_PER_BLOCK * sequences if known == "c4" else None}
+    return _packed(name, rows.select_columns(list(columns)), partial(_text, name), **arguments)
 
 
 def _text(name, row):
@@ -371,19 +354,18 @@ def _text(name, row):
     for column, value in row.items():
         messages = value if isinstance(value, list) else [{"content": value}]
         texts += [message.get("content") if isinstance(message, dict) else None for message in messages]
-        if not all(isinstance(text, str) for text in texts):
-            raise InputError(
-                f'Column "{column}" of {name} holds neither text nor messages, but {type(value).__name__}.'
-            )
+        require(
+            all(isinstance(text, str) for text in texts),
+            f'Column "{column}" of {name} holds neither text nor messages, but {type(value).__name__}.',
+        )
     return "\n".join(texts)
 
 
-def _from_model(name, *, model, tokenizer, sequences, length, seed, folder, **_):
-    options = dict(sequences=sequences, length=length, seed=seed, folder=folder)
-    return own_text(model, tokenizer, **options, **asdict(writing_of(name)))
+def _from_model(name, *, model, tokenizer, column, split, **arguments):
+    return own_text(model, tokenizer, **arguments, **asdict(writing_of(name)))
 
 
 _FILE, _DATASET = Source(_from_path), Source(_from_dataset)
 for _name in _DATASETS:
-    SOURCES.add(_name, _DATASET)
-SOURCES.add(NAME, Source(_from_model))
+    SOURCES[_name] = _DATASET
+SOURCES[NAME] = Source(_from_model)

@@ -1,20 +1,28 @@
 """Text that a model writes itself, to calibrate on where there is no other: sampled, seeded and cached."""
 
+import contextlib
 import math
 import warnings
 from collections import namedtuple
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+import safetensors.torch
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
-from hcsmoe_core._util import InputError, check_choice, check_count, replacing, sha256_file, sha256_json
-from hcsmoe_core.families import find_moe_layers, model_hash
-from hcsmoe_core.moe import source_of
+from hcsmoe_core import families, moe
+from hcsmoe_core._util import (
+    InputError,
+    check_choice,
+    check_count,
+    replacing,
+    require,
+    sha256_file,
+    sha256_json,
+)
 from hcsmoe_core.scale import ranks
 from hcsmoe_core.statistics import OWN_TEXT as NAME
 
@@ -33,10 +41,10 @@ class Writing:
     batch: int = 32
 
     def __post_init__(self):
-        if not (isinstance(self.temperature, (int, float)) and 0 < self.temperature < math.inf):
-            raise InputError(
-                f'The "temperature" argument must be a positive number; not {self.temperature!r}.'
-            )
+        require(
+            isinstance(self.temperature, (int, float)) and 0 < self.temperature < math.inf,
+            f'The "temperature" argument must be a positive number; not {self.temperature!r}.',
+        )
         check_choice("start", self.start, STARTS)
         check_count("batch", self.batch, 1)
 
@@ -48,11 +56,11 @@ def is_own(source: str | Path) -> bool:
 
 def writing_of(source: str) -> Writing:
     """Settings of a source such as ``"self:temperature=1:start=chat"``."""
-    types, settings = {"temperature": float, "start": str, "batch": int}, {}
+    settings = {}
     for item in filter(None, str(source).split(":")[1:]):
         name, _, value = item.partition("=")
         try:
-            settings[name] = types[name](value)
+            settings[name] = Writing.__annotations__[name](value)
         except (KeyError, ValueError):
             raise InputError(
                 f'The "source" argument is {source!r}, of which {item!r} is no setting: write self, or self '
@@ -104,15 +112,15 @@ def own_text(
     """
     check_count("sequences", sequences, 1)
     check_count("length", length, 1)
-    writing, shape = Writing(temperature, start, batch), (batch, length)
-    rules = _rules(model, tokenizer, start)
-    settings = dict(seed=seed, length=length, rules=rules, **asdict(writing))
-    identity = [settings, model_hash(model), str(model.dtype), sha256_file(__file__)]
-    name = f"{Path(str(model.name_or_path)).name or 'model'}-{sha256_json(identity)[:12]}"
+    writing, rules = Writing(temperature, start, batch), _rules(model, tokenizer, start)
+    hashes = [families.model_hash(model), sha256_file(__file__)]
+    identity = sha256_json([seed, length, rules, asdict(writing), str(model.dtype), *hashes])
+    name = f"{Path(str(model.name_or_path)).name or 'model'}-{identity[:12]}"
     cache = None if folder is None else Path(folder) / name
-    batches = {first: _cached(cache, first, shape) for first in range(0, sequences, batch)}
+    batches = {first: _cached(cache, first) if cache else None for first in range(0, sequences, batch)}
     if any(ids is None for ids in batches.values()):
-        _write(model, batches, cache, shape, lambda *batch: _Writer(rules, temperature, length, seed, *batch))
+        _check_writes(model)
+        _write(batches, cache, (batch, length), partial(_batch, model, rules, temperature, seed, length))
     ids = torch.cat(list(batches.values()))[:sequences]
     if (share := repetition(ids)) > REPEATED:
         warnings.warn(
@@ -135,74 +143,86 @@ def repetition(input_ids: torch.Tensor, n: int = GRAM) -> float:
     return 1 - distinct / (grams.shape[0] * grams.shape[1])
 
 
-def _cached(cache, first, shape):
+def _cached(cache, first):
     """The batch that begins with a sequence; None if it is absent or damaged."""
-    try:
-        ids = load_file(cache / f"{first:06d}.safetensors").get("input_ids") if cache else None
-    except (OSError, SafetensorError):
-        return None
-    return ids if ids is not None and tuple(ids.shape) == shape else None
+    with contextlib.suppress(OSError, KeyError, safetensors.SafetensorError):
+        return safetensors.torch.load_file(cache / f"{first:06d}.safetensors")["input_ids"]
+    return None
 
 
-def _write(model, batches, cache, shape, writer):
-    """Write the batches that are None; ranks share them where they are cached."""
-    _check_writes(model)
-    shared = cache is not None and ranks.size() > 1
-    if shared:
+def _check_writes(model):
+    """Raise InputError, with what to do, unless a model can write."""
+    require(
+        moe.source_of(model) is None,
+        f"{model.name_or_path} is streamed, and cannot write its own calibration text: all layers would be "
+        "read from disk for every token. Write it where the model fits into memory and bring runs/own-text "
+        "here, or give a data set or a file with --calibration.",
+    )
+    require(
+        not any(layer.merged for layer in families.find_moe_layers(model)),
+        "This model is merged; let the original write its own text: restore(model), or load it again.",
+    )
+    require(
+        model.can_generate(),
+        f"{type(model).__name__} cannot generate text; give a data set or a file with --calibration.",
+    )
+
+
+def _write(batches, cache, shape, write):
+    """Write the batches ``(B, S)`` that are None; ranks share them where they are cached."""
+    rank, size = (ranks.rank(), ranks.size()) if cache else (0, 1)
+    if size > 1:
         ranks.barrier()  # or what a quick rank has written is not on the list of a slow one
     absent = [first for first, ids in batches.items() if ids is None]
-    todo = absent[ranks.rank() :: ranks.size()] if shared else absent
-    total, hidden = len(todo) * math.prod(shape), True if ranks.rank() else None
+    own, hidden = absent[rank::size], True if ranks.rank() else None
+    total = len(own) * math.prod(shape)
     with tqdm(desc="writing own text", total=total, unit="token", unit_scale=True, disable=hidden) as bar:
-        for first in todo:
-            batches[first] = _generate(model, writer(range(first, first + shape[0]), bar))
-            if cache is not None:
+        for first in own:
+            batches[first] = write(range(first, first + shape[0]), bar)
+            if cache:
                 with replacing(cache / f"{first:06d}.safetensors") as part:
-                    save_file({"input_ids": batches[first]}, part)
-    if shared:
+                    safetensors.torch.save_file({"input_ids": batches[first]}, part)
+    if size > 1:
         ranks.barrier()
-        batches.update({first: _cached(cache, first, shape) for first in absent})
+        batches.update({first: _cached(cache, first) for first in absent})
         if any(ids is None for ids in batches.values()):
             raise FileNotFoundError(
                 f"{cache} lacks what another rank wrote; it is not on a disk that all ranks share."
             )
 
 
-def _check_writes(model):
-    """Raise InputError, with what to do, unless a model can write."""
-    if source_of(model) is not None:
-        raise InputError(
-            f"{model.name_or_path} is streamed, and cannot write its own calibration text: all layers would "
-            "be read from disk for every token. Write it where the model fits into memory and bring "
-            "runs/own-text here, or give a data set or a file with --calibration."
-        )
-    if any(layer.merged for layer in find_moe_layers(model)):
-        raise InputError(
-            "This model is merged; let the original write its own text: restore(model), or load it again."
-        )
-    if not model.can_generate():
-        raise InputError(
-            f"{type(model).__name__} cannot generate text; give a data set or a file with --calibration."
-        )
-
-
-def _generate(model, writer):
-    """One batch ``(B, S)``: the loop and cache of transformers, where the writer draws every token."""
+def _batch(model, rules, temperature, seed, length, rows, bar):
+    """The sequences ``(B, S)`` of some row numbers: the loop and cache of transformers, to which each step
+    leaves one token per row. Each row has a random number per position, so that it depends on no other row.
+    """
     from transformers import GenerationConfig
 
-    opening, length = writer.opening(), writer.numbers.shape[1]
-    if length == 1:
-        return opening
-    prompt = opening.to(model.device)
-    original, was_training = model.generation_config, model.training
-    try:
-        model.generation_config = GenerationConfig()  # or the checkpoint's fills in what ours leaves out
-        config = GenerationConfig(do_sample=False, max_new_tokens=length - 1, use_cache=True)
-        options = dict(attention_mask=torch.ones_like(prompt), logits_processor=[writer])
-        return model.eval().generate(prompt, generation_config=config, **options).to("cpu", torch.int64)
-    finally:
-        model.generation_config = original
-        model.train(was_training)
+    numbers = np.stack([np.random.default_rng([seed, row]).random(length) for row in rows])  # (B, S)
+    written = [[] for _ in rows]
+    texts = [_text(rules, *row) for row in zip(rows, numbers, written, strict=True)]
+
+    def append(drawn):
+        """Append to each row its next token, or the one drawn if it leaves that to the model; ``(B, 1)``."""
+        for ids, text, own in zip(written, texts, drawn, strict=True):
+            token = next(text)
+            ids.append(own if token is None else token)
+        bar.update(len(written))
+        return torch.tensor([ids[-1:] for ids in written], device=model.device)
+
+    def choose(input_ids, scores):
+        tokens = append(_drawn(scores, temperature, numbers[:, input_ids.shape[1]]))
+        return torch.full_like(scores, -torch.inf).scatter(1, tokens.to(scores.device), 0.0)
+
+    prompt = append([None] * len(rows))
+    with contextlib.ExitStack() as undo:
+        undo.callback(model.train, model.training)
+        undo.callback(setattr, model, "generation_config", model.generation_config)
+        # The checkpoint's own would fill in what is left out here.
+        model.generation_config = GenerationConfig(do_sample=False, max_new_tokens=length - 1 or None)
+        if length > 1:
+            mask = torch.ones_like(prompt)
+            model.eval().generate(prompt, attention_mask=mask, logits_processor=[choose])
+    return torch.tensor(written)
 
 
 # How documents begin and end, in token ids: the tokens before a text; those of which one is drawn to follow
@@ -211,75 +231,45 @@ def _generate(model, writer):
 _Rules = namedtuple("_Rules", "before first chat mixed ends")
 
 
-class _Writer:
-    """Logits processor that draws the next token of each row of a batch, and leaves ``generate`` no other.
-
-    Each row has a random number per position, so that what it draws depends on no other row.
-    """
-
-    def __init__(self, rules, temperature, length, seed, rows, bar):
-        self.rules, self.temperature, self.rows, self.bar = rules, temperature, rows, bar
-        self.numbers = np.stack([np.random.default_rng([seed, row]).random(length) for row in rows])  # (B, S)
-        self.queues = [[] for _ in rows]  # tokens that come next whatever the model predicts
-        self.in_turn = [False for _ in rows]  # whether the user's turn is being written
-        self.drawn = [False for _ in rows]  # whether the last token was the model's own
-
-    def opening(self):
-        """First token of each row, ``(B, 1)``."""
-        for row in range(len(self.rows)):
-            self._new_document(row, 0)
-        return torch.tensor([[queue.pop(0)] for queue in self.queues])
-
-    def __call__(self, input_ids, scores):
-        """Scores ``(B, V)`` that leave one token per row, given the ids ``(B, S)`` so far."""
-        step = input_ids.shape[1]
-        tokens = self._draw(scores, self.numbers[:, step]).tolist()
-        looping = _looping(input_ids)
-        for row, last in enumerate(input_ids[:, -1].tolist()):
-            queue = self.queues[row]
-            if self.drawn[row] and self.in_turn[row] and last == self.rules.chat[1][0]:
-                self.in_turn[row] = False
-                queue.extend(self.rules.chat[1][1:])
-            elif self.drawn[row] and last in self.rules.ends:
-                self._new_document(row, step, [last])
-                queue.pop(0)  # it has been written
-            if looping[row] and not queue:
-                self._new_document(row, step, self.rules.ends[:1])
-            self.drawn[row] = not queue
-            if queue:
-                tokens[row] = queue.pop(0)
-        self.bar.update(len(tokens))
-        index = torch.tensor(tokens, device=scores.device)[:, None]
-        return torch.full_like(scores, -torch.inf).scatter(1, index, 0.0)
-
-    def _draw(self, scores, numbers):
-        """One token per row: the first whose cumulative probability exceeds the row's random number."""
-        cumulative = (scores.double() / self.temperature).softmax(1).cumsum(1)
-        total = cumulative[:, -1:]
-        if not total.isfinite().all():
-            raise InputError(
-                "The model gives NaN where it should predict a token; its checkpoint is damaged."
-            )
-        thresholds = torch.tensor(numbers, device=scores.device)[:, None] * total
-        return torch.searchsorted(cumulative, thresholds, right=True)[:, 0].clamp(max=scores.shape[1] - 1)
-
-    def _new_document(self, row, step, ending=()):
-        """Queue the tokens that end a document and begin the next; one that does both is queued once."""
-        rules = self.rules
-        self.in_turn[row] = bool(rules.chat) and (self.rows[row] % 2 == 1 or not rules.mixed)
-        drawn = [rules.first[int(self.numbers[row, step] * len(rules.first))]] if rules.first else []
-        opening = rules.chat[0] if self.in_turn[row] else rules.before + drawn
-        self.queues[row].extend([*ending, *(opening[1:] if opening[:1] == [*ending] else opening)])
+def _text(rules, row, numbers, ids):
+    """The tokens that follow the ``ids`` so far of a row, one by one; None where the model draws the next."""
+    ending, written = [], 0  # tokens that end the document before, and how many of them are written
+    while True:
+        in_turn = bool(rules.chat) and (row % 2 == 1 or not rules.mixed)  # whether the user speaks
+        drawn = [rules.first[int(numbers[len(ids)] * len(rules.first))]] if rules.first else []
+        opening = rules.chat[0] if in_turn else rules.before + drawn
+        # A token that both ends and begins a document is written once.
+        yield from [*ending, *(opening[1:] if opening[:1] == ending else opening)][written:]
+        while not _loops(ids):
+            yield None
+            if in_turn and ids[-1] == rules.chat[1][0]:
+                in_turn = False
+                yield from rules.chat[1][1:]
+            elif ids[-1] in rules.ends:
+                ending, written = ids[-1:], 1
+                break
+        else:
+            ending, written = rules.ends[:1], 0
 
 
-def _looping(input_ids):
-    """Rows of ids ``(B, S)`` whose last LOOP tokens repeat; looked for every PERIOD steps."""
-    count, size = input_ids.shape
-    if size % PERIOD or size < LOOP + PERIOD:
-        return [False] * count
-    end = input_ids[:, -LOOP:]
-    repeats = [(end == input_ids[:, -LOOP - period : -period]).all(1) for period in range(1, PERIOD + 1)]
-    return torch.stack(repeats).any(0).tolist()
+def _loops(ids):
+    """Whether the last LOOP tokens repeat; looked for every PERIOD steps."""
+    looked_for = len(ids) % PERIOD == 0 and len(ids) >= LOOP + PERIOD
+    return looked_for and any(ids[-LOOP:] == ids[-LOOP - n : -n] for n in range(1, PERIOD + 1))
+
+
+def _drawn(scores, temperature, numbers):
+    """One token per row: the first whose cumulative probability exceeds the row's random number."""
+    cumulative = (scores.double() / temperature).softmax(1).cumsum(1)
+    total = cumulative[:, -1:]
+    require(
+        total.isfinite().all(),
+        "The model gives NaN where it should predict a token; its checkpoint is damaged.",
+    )
+    thresholds = torch.tensor(numbers, device=scores.device)[:, None] * total
+    return (
+        torch.searchsorted(cumulative, thresholds, right=True)[:, 0].clamp(max=scores.shape[1] - 1).tolist()
+    )
 
 
 def _rules(model, tokenizer, start):
@@ -294,16 +284,16 @@ def _rules(model, tokenizer, start):
         vocabulary = tokenizer.get_vocab().values()
         before = _leading(tokenizer)
         chat = _chat(tokenizer, special) if start in ("", "chat") else ()
-    if start == "chat" and not chat:
-        raise InputError(
-            f'The "start" argument is "chat", but {model.name_or_path} has no chat template whose user\'s '
-            'turn ends with a special token; use "token" or "bos".'
-        )
+    require(
+        chat or start != "chat",
+        f'The "start" argument is "chat", but {model.name_or_path} has no chat template whose user\'s turn '
+        'ends with a special token; use "token" or "bos".',
+    )
     opening, first = before or bos or sorted(ends)[:1], []
-    if start == "bos" and not opening:
-        raise InputError(
-            f'The "start" argument is "bos", but {model.name_or_path} has no token that begins a text.'
-        )
+    require(
+        opening or start != "bos",
+        f'The "start" argument is "bos", but {model.name_or_path} has no token that begins a text.',
+    )
     if start == "token" or not opening:
         opening, first = before, sorted(i for i in {*vocabulary} - special if i < size)
     return _Rules(opening, first, chat, start == "", sorted(ends))
@@ -317,21 +307,18 @@ def _ids(value, size):
 def _leading(tokenizer):
     """The tokens that a tokenizer puts before a text."""
     whole, text = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (True, False))
-    starts = [i for i in range(len(whole)) if whole[i : i + len(text)] == text]
-    return [int(i) for i in whole[: starts[0]]] if starts else []
+    return next((whole[:i] for i in range(len(whole)) if whole[i : i + len(text)] == text), [])
 
 
 def _chat(tokenizer, special):
     """Tokens of the chat template before and after the user's turn; empty unless a special one ends it."""
     from jinja2 import TemplateError
 
-    if not getattr(tokenizer, "chat_template", None):
-        return ()
-    turns = [{"role": "user", "content": USER}]
     try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    except (TemplateError, ValueError):
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": USER}], tokenize=False, add_generation_prompt=True
+        )
+    except (TemplateError, ValueError):  # also where there is no template
         return ()
-    before, _, after = text.partition(USER)
-    encoded = [tokenizer(part, add_special_tokens=False)["input_ids"] for part in (before, after)]
+    encoded = [tokenizer(part, add_special_tokens=False)["input_ids"] for part in text.partition(USER)[::2]]
     return tuple(encoded) if all(encoded) and encoded[1][0] in special else ()

@@ -8,7 +8,7 @@ from hcsmoe_core._util import check_count, require
 from hcsmoe_core.families import moe_layer
 from hcsmoe_core.merging import Group, combine_group
 from hcsmoe_core.methods.combining import aligned, standardised
-from hcsmoe_core.plan import merge_weights
+from hcsmoe_core.methods.summary import merge_weights
 from hcsmoe_core.statistics import sequence_hashes
 
 # Combinations that are shown side by side, as options of combine_group.

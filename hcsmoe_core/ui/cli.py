@@ -542,7 +542,7 @@ def methods(
     from hcsmoe_core.methods import table
     from hcsmoe_core.ui.describe import explain, wrapped
 
-    print(wrapped(explain(name) if name else table(), hang=7))
+    print(wrapped(explain(name)) if name else wrapped(table(), hang=7))
 
 
 @app.command()

@@ -149,7 +149,8 @@ def explain(name: str) -> str:
     lines += _facts(paper=method.paper, cost=method.cost, needs=", ".join(recipe.needs))
     for step in {step.name: step for step in recipe.present.values()}.values():
         lines += ["", f'{step.kind} "{step.name}"']
-        lines += textwrap.indent(inspect.getdoc(step.function) or "", "  ").splitlines()
+        told = (inspect.getdoc(step.function) or "").partition("\n\nParameters")[0]
+        lines += ["  " + " ".join(part.split()) for part in told.split("\n\n")]
         for option, default in step.options.items():
             chosen = recipe.options.get(option, default)
             choices = (

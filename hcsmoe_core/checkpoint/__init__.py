@@ -13,17 +13,17 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 from transformers.utils import logging
 
-from hcsmoe_core import _transformers, _util, export, moe, replace
-from hcsmoe_core._util import InputError, check_absent, check_choice, choice_of, folder_of, read_json
+from hcsmoe_core import _transformers, _util, merging, moe, replace
+from hcsmoe_core._util import InputError, check_absent, check_choice, choice_of, folder_of, read_json, require
+from hcsmoe_core.checkpoint import export
 from hcsmoe_core.families import decoder_layers, find_moe_layers, non_text_experts
-from hcsmoe_core.merging import apply_plan, check_fits, restore
 from hcsmoe_core.modeling_hcsmoe import VERSION, merged_class, room
 from hcsmoe_core.plan import JOINED, Plan, with_router
 
 ROUTERS = ("plain", "mapped", "row-kept", "folded")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors names them
-WEIGHTS = "model.safetensors"
+WEIGHTS, SHARD = "model.safetensors", "model-{:05d}-of-{:05d}.safetensors"
 SINGLE = 1 << 28  # bytes up to which a checkpoint is one file rather than one per decoder layer
 DEVICE_MAPS = ("balanced", "balanced_low_0", "sequential")
 DEQUANTISED = ("fp8", "mxfp4", "compressed-tensors")  # what transformers can undo while it loads
@@ -31,7 +31,7 @@ EXPERT_WIDTHS = ("moe_intermediate_size", "intermediate_size", "expert_dim")
 
 
 def load_model(model, *, dtype="auto", device="auto", experts_implementation=None):
-    """Load a model and its tokenizer.
+    """Load a model in evaluation mode, and its tokenizer or None.
 
     Parameters
     ----------
@@ -44,16 +44,8 @@ def load_model(model, *, dtype="auto", device="auto", experts_implementation=Non
     experts_implementation : str, optional
         How transformers runs experts, such as ``"eager"`` or ``"grouped_mm"``; by default its own choice.
 
-    Returns
-    -------
-    (transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase or None)
-        The model in evaluation mode; None if the folder has no tokenizer.
-
-    Raises
-    ------
-    FileNotFoundError, InputError
-        If it is neither here nor on the hub; if it is not readable, or quantised in a way that transformers
-        cannot undo.
+    Raises FileNotFoundError if it is neither here nor on the hub; InputError if it is not readable, or
+    quantised in a way that transformers cannot undo.
     """
     source = folder_of(model)
     load = _load if merge_record(source) is None else load_merged
@@ -62,9 +54,9 @@ def load_model(model, *, dtype="auto", device="auto", experts_implementation=Non
     return loaded, load_tokenizer(source)
 
 
-def _load(source, *, device, merged=False, **options):
+def _load(source, *, device, **options):
     device_map = device if device in DEVICE_MAPS else None
-    loaded = load_with(_load_checked, source, merged=merged, device_map=device_map, **options)
+    loaded = load_with(_load_checked, source, device_map=device_map, **options)
     return loaded if device_map else loaded.to(device_of(device))
 
 
@@ -73,17 +65,17 @@ def load_with(load, source, *, dtype, device_map, experts_implementation, merged
 
     ``device_map`` is that of transformers; a ``merged`` model has layers as ``config.json`` records them.
     """
-    config = readable_config(source, source)
+    config = readable_config(source)
     family = model_class(config)
-    options = dict(dtype=_dtype(dtype), device_map=device_map, output_loading_info=True, use_safetensors=True)
     with readable(source):
         base = _transformers.class_with_loader(merged_class(family) if merged else family, load)
-        loaded, report = base.from_pretrained(source, config=config, **options)
-        if missing := sorted(report["missing_keys"]):  # they would stay random
-            names = ", ".join(missing[:3])
-            raise InputError(f"it lacks {len(missing)} of the model's tensors ({names}, …); copy it again")
+        options = dict(config=config, output_loading_info=True, use_safetensors=True, dtype=_dtype(dtype))
+        loaded, report = base.from_pretrained(source, device_map=device_map, **options)
+        missing = sorted(report["missing_keys"])  # they would stay random
+        names = f"{len(missing)} of the model's tensors ({', '.join(missing[:3])}, …)"
+        require(not missing, f"it lacks {names}; copy it again")
     loaded.__class__ = family
-    if _quantisation(config) is not None:
+    if _quantisation(config):
         _transformers.forget_conversions(loaded)
     if experts_implementation is not None:  # multimodal models refuse it as a keyword of from_pretrained
         loaded.set_experts_implementation(experts_implementation)
@@ -99,11 +91,8 @@ def _load_checked(model, files, config, usual):
 
 
 def load_skeleton(model, *, dtype="auto"):
-    """Load a model's modules on the meta device, from its configuration alone.
-
-    Parameters are as for :func:`load_model`. A merged folder's layers have the experts of before the merge.
-    """
-    config = readable_config(folder_of(model), model)
+    """Build a model on the meta device from its configuration; of a merged folder, the original."""
+    config = readable_config(model)
     with readable(model):
         return skeleton_of(config, dtype=dtype)
 
@@ -118,33 +107,29 @@ def skeleton_of(config, *, dtype="auto"):
 def load_tokenizer(source):
     """Load the tokenizer of a folder or hub name; None if the folder has none."""
     folder = Path(source)
-    if folder.is_dir() and not [*folder.glob("tokenizer*"), *folder.glob("*.model")]:
-        return None
-    return AutoTokenizer.from_pretrained(str(source))
+    absent = folder.is_dir() and not [*folder.glob("tokenizer*"), *folder.glob("*.model")]
+    return None if absent else AutoTokenizer.from_pretrained(str(source))
 
 
 def model_class(config):
     """Model class of a configuration: the one it names if an auto class knows that, else the first."""
     classes = [family for _, family in _transformers.auto_classes(config)]
-    if not classes:
-        raise InputError(
-            f"transformers has no language model for {type(config).__name__}; give another model."
-        )
+    kind = type(config).__name__
+    require(classes, f"transformers has no language model for {kind}; give another model.")
     return next((c for c in classes if c.__name__ in (config.architectures or ())), classes[0])
 
 
-def readable_config(source, shown):
+def readable_config(model):
     """Load a configuration, set to turn quantised weights into floats; InputError if transformers cannot."""
-    with readable(shown):
-        config = AutoConfig.from_pretrained(source)
-    quantisation = _quantisation(config)
-    if quantisation is not None:
+    with readable(model):
+        config = AutoConfig.from_pretrained(folder_of(model))
+    if quantisation := _quantisation(config):
         method = str(quantisation.get("quant_method", "an unnamed method"))
-        if method not in DEQUANTISED:
-            raise InputError(
-                f"{shown} is quantised with {method}, which transformers does not turn back into 16-bit "
-                f"weights (it does for {', '.join(DEQUANTISED)}); start from the checkpoint it was made from."
-            )
+        require(
+            method in DEQUANTISED,
+            f"{model} is quantised with {method}, which transformers does not turn back into 16-bit weights "
+            f"(it does for {', '.join(DEQUANTISED)}); start from the checkpoint it was made from.",
+        )
         quantisation["dequantize"] = True
     return config
 
@@ -157,13 +142,11 @@ def _quantisation(config):
 @contextlib.contextmanager
 def without_bars():
     """Hide transformers' progress bars, of which every shard would draw one."""
-    enabled = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
+    with contextlib.ExitStack() as undo:
+        if logging.is_progress_bar_enabled():
+            undo.callback(logging.enable_progress_bar)
+        logging.disable_progress_bar()
         yield
-    finally:
-        if enabled:
-            logging.enable_progress_bar()
 
 
 @contextlib.contextmanager
@@ -187,11 +170,11 @@ def readable(shown):
 def check_conversion(report, shown, unread=()):
     """Raise InputError if tensors failed to convert, have other shapes, or were not loaded (``unread``)."""
     wrong = [*(entry[0] for entry in report.mismatched_keys), *report.conversion_errors, *unread]
-    if wrong:
-        raise InputError(
-            f"{shown} does not hold {wrong[0]} as its configuration says ({len(set(wrong))} tensors in all): "
-            "parts of it are missing or have other shapes; copy the checkpoint again."
-        )
+    require(
+        not wrong,
+        f"{shown} does not hold {next(iter(wrong), '')} as its configuration says ({len(set(wrong))} tensors "
+        "in all): parts of it are missing or have other shapes; copy the checkpoint again.",
+    )
 
 
 def on_disk(model, files, config):
@@ -201,18 +184,18 @@ def on_disk(model, files, config):
     integers or 8-bit floats for floats although the configuration says nothing of quantisation.
     """
     tensors, names_of = model.state_dict(), _transformers.names_in_model(model, config)
+    quantised = _transformers.is_quantised(config)
     for file in files:
         with opened(file) as stored:
             for key in stored.keys():  # noqa: SIM118 (not a dict)
-                if not (names := names_of(key)):
-                    continue
-                dtype, quantised = stored.get_slice(key).get_dtype(), _transformers.is_quantised(config)
-                if dtype not in FLOATS and tensors[names[0]].is_floating_point() and not quantised:
-                    raise InputError(
+                if names := names_of(key):
+                    dtype = stored.get_slice(key).get_dtype()
+                    require(
+                        quantised or dtype in FLOATS or not tensors[names[0]].is_floating_point(),
                         f"{key} in {file} is of type {dtype} where 16- or 32-bit floating-point numbers "
-                        "belong, and config.json does not say how it is quantised; use a 16-bit checkpoint"
+                        "belong, and config.json does not say how it is quantised; use a 16-bit checkpoint",
                     )
-                yield file, key, names
+                    yield file, key, names
 
 
 def opened(file):
@@ -252,8 +235,8 @@ def save_merged(
         Merged by this plan, or not merged; it is left as it was, also if writing fails.
     plan : Plan
     folder : path
-        Must not exist. Gets the weights and their checksums, ``config.json``, ``plan.json``, a model card,
-        and from the original its tokenizer, licence and other small files.
+        Gets the weights and their checksums, ``config.json``, ``plan.json``, a model card, and from the
+        original its tokenizer, licence and other small files.
     stats : Statistics, optional
         As for :func:`hcsmoe_core.merging.apply_plan`, unless the plan is applied already.
     router : {"", "plain", "mapped", "row-kept", "folded"}
@@ -264,10 +247,8 @@ def save_merged(
         :func:`load_merged` reads, and transformers with ``trust_remote_code=True``. By default plain if that
         computes the same, else mapped.
     tokenizer : transformers.PreTrainedTokenizerBase, optional
-    fidelity : dict, optional
-        What :func:`hcsmoe_core.score.fidelity.fidelity` measured, for the model card.
-    card : dict of str to str, optional
-        More lines for the model card, such as where the calibration tokens came from.
+    fidelity, card : dict, optional
+        For the model card: what :func:`hcsmoe_core.score.fidelity.fidelity` measured, and more lines by name.
 
     Returns
     -------
@@ -275,32 +256,27 @@ def save_merged(
         ``bytes`` of the weight files, numbers of ``parameters`` and ``original`` ones, ``router`` ("plain" or
         "mapped"), ``limits`` of engines (lines of text), and ``fidelity`` as given.
 
-    Raises
-    ------
-    FileExistsError, InputError
-        If the folder exists; if the plan does not fit the model or cannot be written as asked.
+    Raises FileExistsError if the folder exists, InputError if the plan does not fit the model or cannot be
+    written as asked.
     """
     plan, router = exported(plan, router)
     check_absent(folder)
-    layers = check_fits(plan, model)
-    applied = all(layer.merged for layer in layers)
-    states = [layer.experts._merged for layer in layers if applied]
-    compressed = any(getattr(state, "compressed_bytes", None) for state in states)
-    if applied and ([s.plan for s in states] != plan.layers or compressed != bool(plan.compress)):
-        raise InputError("Another plan is applied to this model; restore(model) first.")
+    layers = merging.check_fits(plan, model)
+    merges = [layer.experts._merged for layer in layers if layer.merged]
+    applied = len(merges) == len(layers)
+    compressed = any(merge.compressed_bytes for merge in merges)
+    same = [merge.plan for merge in merges] == plan.layers and compressed == bool(plan.compress)
+    require(same or not applied, "Another plan is applied to this model; restore(model) first.")
     target = target_of(model, plan, router)
-    if not applied:
-        apply_plan(model, plan, stats)
-    try:
-        with _util.new_folder(folder) as partial:
-            tensors = model.state_dict()
-            shards = parts_of(model, tensors)
-            for index, names in enumerate(shards):
-                write_part(model, {n: tensors[n] for n in names}, partial, index, len(shards), target)
-            return finish(model, partial, target, plan, tokenizer=tokenizer, fidelity=fidelity, card=card)
-    finally:
+    with contextlib.ExitStack() as undo:
         if not applied:
-            restore(model)
+            merging.apply_plan(model, plan, stats)
+            undo.callback(merging.restore, model)
+        partial = undo.enter_context(_util.new_folder(folder))
+        tensors, parts = model.state_dict(), parts_of(model)
+        for part, names in enumerate(parts):
+            write_part(model, {n: tensors[n] for n in names}, partial, part, len(parts), target)
+        return finish(model, partial, target, plan, tokenizer=tokenizer, fidelity=fidelity, card=card)
 
 
 def exported(plan, router):
@@ -316,17 +292,10 @@ def exported(plan, router):
 class Target:
     """What a merged checkpoint will be, before any of it is written."""
 
-    config: PreTrainedConfig | None  # of a plain checkpoint
-    records: dict  # what the loader of a mapped checkpoint must know of each layer
-    original: int  # number of weights before
-    parameters: int  # and after
-    top_k: int | None  # experts per token before
-    hub_layout: bool  # False where files on the hub list text and other experts together, all alike many
-
-    @property
-    def router(self):
-        """ "plain" or "mapped"."""
-        return "mapped" if self.config is None else "plain"
+    config: PreTrainedConfig  # of a plain checkpoint; of a mapped one that of the original
+    more: dict  # further keys of config.json, which tell the loader of a mapped checkpoint of each layer
+    loader: str  # class that opens it
+    result: dict  # of save_merged, but for the bytes and the fidelity
 
 
 def target_of(model, plan, router=""):
@@ -338,36 +307,42 @@ def target_of(model, plan, router=""):
         merged = type(model)(copy.deepcopy(model.config))
     original, names = merged.num_parameters(), {module: name for name, module in merged.named_modules()}
     layers = find_moe_layers(merged)
-    top_k = layers[0].top_k
-    planned = zip(layers, plan.layers, strict=True)
-    records = {layer.name: _record(layer, layer_plan, names) for layer, layer_plan in planned}
+    top_k, trimmed = layers[0].top_k, any(layer.width and layer.joins for layer in plan.layers)
+    pairs = zip(layers, plan.layers, strict=True)
+    records = {layer.name: _record(layer, layer_plan, names) for layer, layer_plan in pairs}
     config, reason = (None, "") if router == "mapped" else _plain_config(model, plan, merged)
-    if router == "plain" and config is None:
-        trimmed = any(layer.width and layer.joins for layer in plan.layers)
-        remedy = '"mapped", or make the plan with shape "whole"' if trimmed else '"mapped"'
-        raise InputError(f'The "router" argument cannot be "plain" for this plan: {reason}. Use {remedy}.')
-    as_on_hub = config is not None or not non_text_experts(model)
-    return Target(config, records, original, merged.num_parameters(), top_k, as_on_hub)
+    remedy = '"mapped", or make the plan with shape "whole"' if trimmed else '"mapped"'
+    require(
+        router != "plain" or config is not None,
+        f'The "router" argument cannot be "plain" for this plan: {reason}. Use {remedy}.',
+    )
+    router, more, kind = "plain" if config else "mapped", {}, type(model)
+    autos = [auto.__name__ for auto, family in _transformers.auto_classes(model.config) if family is kind]
+    if config is None:  # "factored" is there for earlier versions, which look for it
+        record = {"version": VERSION, "router": "mapped", "factored": False, "layers": records}
+        code = dict.fromkeys(autos, f"{export.MODELING.stem}.Merged{kind.__name__}")
+        more = {"expert_merge": record, "auto_map": code}
+    limits = export.limits(plan, router, top_k, model.dtype)
+    result = dict(original=original, parameters=merged.num_parameters(), router=router, limits=limits)
+    return Target(config or model.config, more, [*autos, kind.__name__][0], result)
 
 
 def _record(layer, layer_plan, names):
-    """Merge a layer on the meta device; what :func:`modeling_hcsmoe.make_room` must know to do the same."""
-    configs, rows = {m: m.config for m in layer.routing if hasattr(m, "config")}, layer_plan.router_rows()
+    """Merge a layer on the meta device; what :mod:`modeling_hcsmoe` must know to do the same."""
     shapes = layer.shapes(layer_plan.num_groups, layer_plan.width or layer.width)
     experts = {name: room(tensor, shapes[name]) for name, tensor in layer.tensors().items()}
+    rows = layer_plan.router_rows()
     rows = None if rows is None else torch.from_numpy(rows)
     replace.replace_experts(layer, experts, layer_plan.labels, rows=rows)
     state, tensors, values = layer.experts._merged, {}, {}
-    for module, name in state.originals:
+    for (module, name), before in state.originals.items():
         value = getattr(module, name)
         if torch.is_tensor(value):
             tensors[f"{names[module]}.{name}"] = list(value.shape)
-        elif name == "config":
-            before = vars(configs[module])
-            changes = {k: new for k, new in vars(value).items() if k not in before or before[k] is not new}
-            values.setdefault(names[module], {})[name] = changes
-        else:
-            values.setdefault(names[module], {})[name] = value
+            continue
+        if name == "config":
+            value = {k: new for k, new in vars(value).items() if (k, new) not in vars(before).items()}
+        values.setdefault(names[module], {})[name] = value
     record = {"labels": state.labels, "extra": state.extra, "mapped": state.handle is not None}
     return record | {"tensors": tensors, "values": values}
 
@@ -391,10 +366,9 @@ def _plain_config(model, plan, merged):
     if any(p.router in JOINED for p in plan.layers):
         caps |= dict.fromkeys((*moe.GROUP_COUNT_NAMES, *moe.GROUP_TOP_K_NAMES), 1)
     for holder in _nested(text):
-        present = {name: getattr(holder, name, None) for name in caps}
-        holder.update({n: min(value, caps[n]) for n, value in present.items() if isinstance(value, int)})
+        holder.update({n: min(value, caps[n]) for n, value in moe.whole_numbers(holder, caps).items()})
     shapes = {n: t.shape for n, t in merged.state_dict().items()}
-    widths = [{n: width} for n in EXPERT_WIDTHS if isinstance(getattr(text, n, None), int)]
+    widths = [{name: width} for name in moe.whole_numbers(text, EXPERT_WIDTHS)]
     reason = "its configuration has no width"
     for changes in widths if width else [{}]:
         trial = copy.deepcopy(config)
@@ -414,11 +388,12 @@ def _plain_config(model, plan, merged):
 
 def counted(config, experts):
     """Where a configuration's text part gives the number of experts: ``[(name, configuration), …]``."""
-    holders = _nested(config.get_text_config())
-    names = [
-        (name, c) for c in holders for name in moe.EXPERT_COUNT_NAMES if name not in type(c).attribute_map
+    return [
+        (name, holder)
+        for holder in _nested(config.get_text_config())
+        for name, value in moe.whole_numbers(holder, moe.EXPERT_COUNT_NAMES).items()
+        if value == experts and name not in type(holder).attribute_map
     ]
-    return [(name, holder) for name, holder in names if getattr(holder, name, None) == experts]
 
 
 def _nested(config):
@@ -427,36 +402,30 @@ def _nested(config):
     return [config, *(holder for part in inner for holder in _nested(part))]
 
 
-def parts_of(model, names):
+def parts_of(model):
     """Tensor names by the shard that they go to: those outside the decoder layers, then layer by layer."""
     prefix = decoder_layers(model)
     inside = re.compile(rf"{re.escape(prefix)}\.(\d+)\." if prefix else "(?!)")
     parts = [[] for _ in range(1 + (len(model.get_submodule(prefix)) if prefix else 0))]
-    for name in names:
+    for name in model.state_dict():
         match = inside.match(name)
         parts[1 + int(match[1]) if match else 0].append(name)
     return parts
 
 
-def shard(index, count):
-    """File name of one shard of a checkpoint; ``index`` counts from 0."""
-    return f"model-{index + 1:05d}-of-{count:05d}.safetensors"
+def write_part(model, tensors, folder, part, count, target):
+    """Write one of ``count`` shards, of ``tensors`` by name, and the small files that transformers adds.
 
-
-def write_part(model, tensors, folder, index, count, target):
-    """Write one shard, of ``tensors`` by name, with the small files that transformers writes beside it.
-
-    The model may be on the meta device; ``index`` counts from 0.
+    The model may be on the meta device; ``part`` counts from 0.
     """
-    folder, partial = Path(folder), Path(folder) / f"{index}.part"
-    shutil.rmtree(partial, ignore_errors=True)
-    options = dict(max_shard_size=1 << 60, save_original_format=target.hub_layout)
-    with _util.writing(partial), without_bars():
-        model.save_pretrained(partial, state_dict=tensors, **options)
-    for file in sorted(partial.iterdir(), key=lambda file: file.name == WEIGHTS):  # last: it says "done"
-        file.chmod(partial.stat().st_mode & 0o666)  # by the umask
-        file.replace(folder / (shard(index, count) if file.name == WEIGHTS else file.name))
-    partial.rmdir()
+    shard = folder / SHARD.format(part + 1, count)
+    # Files on the hub may list text and other experts together, all alike many.
+    hub_layout = not (target.more and non_text_experts(model))
+    with _util.writing(shard), without_bars():
+        options = dict(max_shard_size=1 << 60, save_original_format=hub_layout, variant="part")
+        model.save_pretrained(folder, state_dict=tensors, **options)
+    (folder / "model.part.safetensors").chmod(folder.stat().st_mode & 0o666)  # by the umask
+    (folder / "model.part.safetensors").replace(shard)
 
 
 def finish(model, folder, target, plan, *, tokenizer=None, fidelity=None, card=None):
@@ -464,104 +433,74 @@ def finish(model, folder, target, plan, *, tokenizer=None, fidelity=None, card=N
 
     The model may be on the meta device; the rest is as for :func:`save_merged`, and so is what is returned.
     """
-    folder = Path(folder)
-    _join_shards(folder, target.parameters)
+    _join_shards(folder, target.result["parameters"])
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     source = export.copy_along(model, folder)
     plan.save(folder / "plan.json")
     export.write_checksums(folder)
-    autos = [a.__name__ for a, family in _transformers.auto_classes(model.config) if family is type(model)]
-    more = {}
-    if target.config is None:  # "factored" is there for earlier versions, which look for it
-        record = {"version": VERSION, "router": "mapped", "factored": False, "layers": target.records}
-        code = f"{export.MODELING.stem}.Merged{type(model).__name__}"
-        more = {"expert_merge": record, "auto_map": dict.fromkeys(autos, code)}
+    if target.more:
         shutil.copyfile(export.MODELING, folder / export.MODELING.name)
-    export.write_config(model, folder, target.config or model.config, more, source)
-    written = {
-        "bytes": sum(file.stat().st_size for file in folder.glob("*.safetensors")),
-        "original": target.original,
-        "parameters": target.parameters,
-        "router": target.router,
-        "limits": export.limits(plan, target.router, target.top_k, model.dtype),
-        "fidelity": fidelity,
-    }
-    export.write_card(model, folder, plan, written, loader=[*autos, type(model).__name__][0], lines=card)
+    export.write_config(model, folder, target.config, target.more, source)
+    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    written = {"bytes": size, **target.result, "fidelity": fidelity}
+    export.write_card(model, folder, plan, written, loader=target.loader, lines=card)
     return written
 
 
 def _join_shards(folder, parameters):
     """Make one weight file of the shards if they are small, else an index of them."""
     files = sorted(folder.glob("model-*-of-*.safetensors"))
-    if sum(file.stat().st_size for file in files) <= SINGLE:
-        if not (folder / WEIGHTS).exists():
-            tensors = {name: tensor for file in files for name, tensor in load_file(file).items()}
-            with _util.replacing(folder / WEIGHTS) as partial:
-                save_file(tensors, partial, metadata={"format": "pt"})
-        for file in files:
-            file.unlink()
+    if sum(file.stat().st_size for file in files) > SINGLE:
+        stored = {name: (file.name, t.nbytes) for file in files for name, t in load_file(file).items()}
+        metadata = {"total_parameters": parameters, "total_size": sum(size for _, size in stored.values())}
+        index = {"metadata": metadata, "weight_map": {name: stored[name][0] for name in sorted(stored)}}
+        _util.write_json(folder / f"{WEIGHTS}.index.json", index)
         return
-    stored = {name: (file.name, t.nbytes) for file in files for name, t in load_file(file).items()}
-    metadata = {"total_parameters": parameters, "total_size": sum(size for _, size in stored.values())}
-    index = {"metadata": metadata, "weight_map": {name: stored[name][0] for name in sorted(stored)}}
-    _util.write_json(folder / f"{WEIGHTS}.index.json", index)
+    if not (folder / WEIGHTS).exists():
+        tensors = {name: tensor for file in files for name, tensor in load_file(file).items()}
+        with _util.replacing(folder / WEIGHTS) as partial:
+            save_file(tensors, partial, metadata={"format": "pt"})
+    for file in files:
+        file.unlink()
 
 
 def merge_record(folder):
     """What ``config.json`` of a folder says of a merge; None if it says nothing or there is none."""
     path = Path(folder) / "config.json"
     config = read_json(path) if path.is_file() else {}
-    if not isinstance(config, dict):
-        raise InputError(f"{path} is not readable; it was cut short or damaged. Copy the checkpoint again.")
+    damaged = f"{path} is not readable; it was cut short or damaged. Copy the checkpoint again."
+    require(isinstance(config, dict), damaged)
     return config.get("expert_merge")
 
 
 def load_merged(folder, *, dtype="auto", device="auto", experts_implementation=None, verify=True):
-    """Load a mapped checkpoint that :func:`save_merged` wrote.
+    """Load a mapped checkpoint that :func:`save_merged` wrote; the other arguments are :func:`load_model`'s.
 
-    Parameters
-    ----------
-    folder : path
-    dtype, device, experts_implementation
-        As for :func:`load_model`.
-    verify : bool
-        Compare the weight files with their checksums first.
+    It computes what the live merged model computed, to the bit at the same dtype (on a CPU, where a file's
+    tensors lie in memory can change the last bit of a matrix product). With ``verify``, weight files are
+    compared with their checksums first.
 
-    Returns
-    -------
-    transformers.PreTrainedModel
-        Computes what the live merged model computed, to the bit at the same dtype (on a CPU, where a file's
-        tensors lie in memory can change the last bit of a matrix product).
-
-    Raises
-    ------
-    FileNotFoundError, InputError
-        If the folder or a weight file is missing; if it is not a mapped checkpoint, or damaged or changed.
+    Raises FileNotFoundError if the folder or a weight file is missing, InputError if it is not a mapped
+    checkpoint, or damaged or changed.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no folder {folder}; give one that save_merged wrote.")
     record = merge_record(folder)
-    if record is None:
-        raise InputError(
-            f'{folder} is not a merged checkpoint: config.json has no "expert_merge". Use load_model.'
-        )
-    if not isinstance(record, dict) or record.get("version") != VERSION or record.get("router") != "mapped":
-        raise InputError(
-            f"{folder} is of another version of hcsmoe or its config.json was changed; merge again."
-        )
-    if record.get("factored"):
-        raise InputError(
-            f"{folder} keeps its experts as factors, as only earlier versions of hcsmoe do. Write it anew: "
-            f"hcsmoe merge MODEL --plan {folder / 'plan.json'} --statistics STATISTICS --out OTHER"
-        )
+    unmerged = f'{folder} is not a merged checkpoint: config.json has no "expert_merge". Use load_model.'
+    require(record, unmerged)
+    require(
+        not (isinstance(record, dict) and record.get("factored")),
+        f"{folder} keeps its experts as factors, as only earlier versions of hcsmoe do. Write it anew: "
+        f"hcsmoe merge MODEL --plan {folder / 'plan.json'} --statistics STATISTICS --out OTHER",
+    )
     export.check_checksums(folder, verify)
-    try:
-        mapped = {name: len(layer["labels"]) for name, layer in record["layers"].items()}
-    except (AttributeError, KeyError, TypeError):
-        mapped = None
-    if mapped != {layer.name: layer.num_experts for layer in find_moe_layers(load_skeleton(folder))}:
-        raise InputError(f"{folder}: config.json maps other experts than the model has; merge again.")
     options = dict(dtype=dtype, device=device, experts_implementation=experts_implementation)
-    return _load(folder, merged=True, **options)
+    loaded = _load(folder, merged=True, **options)
+    found, wanted = (
+        {layer.name: layer.num_experts for layer in find_moe_layers(model)}
+        for model in (loaded, load_skeleton(folder))
+    )
+    require(found == wanted, f"{folder}: config.json maps other experts than the model has; merge again.")
+    return loaded

@@ -1,17 +1,18 @@
 """What lies beside the weights of a merged model: configuration, tokenizer, checksums, model card."""
 
+import contextlib
 import json
 import shutil
-import textwrap
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData, snapshot_download
 
-from hcsmoe_core import modeling_hcsmoe
-from hcsmoe_core._util import EMBEDDED, InputError, folder_of, read_json, sha256_file, write_json
+from hcsmoe_core import _util, modeling_hcsmoe
+from hcsmoe_core._util import require
 from hcsmoe_core.plan import odd_widths
 
 MODELING = Path(modeling_hcsmoe.__file__)
+CARD = Path(__file__).with_name("card.md")  # Jinja template
 CHECKSUMS = "SHA256SUMS"
 # Files that are copied unchanged from the original's folder, if it has them and they are not written anew.
 COPIED = """
@@ -32,13 +33,12 @@ def copy_along(model, folder):
     Returns that folder, downloaded from the hub if need be, or None if there is none.
     """
     name = str(model.name_or_path)
-    source = Path(folder_of(name)) if name else None
+    source = Path(_util.folder_of(name)) if name else None
     if name and not source.is_dir():
-        try:
+        source = None
+        with contextlib.suppress(OSError, ValueError):  # neither a folder nor on the hub or in its cache
             source = Path(snapshot_download(name, allow_patterns=["config.json", *COPIED]))
-        except (OSError, ValueError):  # neither a folder nor a name that the hub or its cache has
-            source = None
-    for file in COPIED if source is not None else ():
+    for file in COPIED if source else ():
         if (source / file).is_file() and not (folder / file).exists():
             shutil.copyfile(source / file, folder / file)
     return source
@@ -51,7 +51,7 @@ def write_config(model, folder, config, more, source=None):
     keys; without one, it is what transformers writes.
     """
     content, path = json.loads(config.to_json_string()), Path(source or folder) / "config.json"
-    original = read_json(path) if source and path.is_file() else {}
+    original = _util.read_json(path) if source and path.is_file() else {}
     if original.get("model_type") == content.get("model_type"):
         before, after = (json.loads(c.to_json_string(use_diff=False)) for c in (model.config, config))
         content = _with_changes(original, before, after, config)
@@ -61,7 +61,7 @@ def write_config(model, folder, config, more, source=None):
         for name in REMOVED:
             holder.pop(name, None)
     content["dtype"] = str(model.dtype).removeprefix("torch.")
-    write_json(folder / "config.json", content | more)
+    _util.write_json(folder / "config.json", content | more)
 
 
 def _with_changes(original, before, after, config):
@@ -78,7 +78,7 @@ def _with_changes(original, before, after, config):
 
 def write_checksums(folder):
     """Write ``SHA256SUMS`` of the weight files, which ``sha256sum --check`` reads too."""
-    lines = [f"{sha256_file(file)}  {file.name}\n" for file in sorted(folder.glob("*.safetensors"))]
+    lines = [f"{_util.sha256_file(file)}  {file.name}\n" for file in sorted(folder.glob("*.safetensors"))]
     (folder / CHECKSUMS).write_text("".join(lines), encoding="utf-8")
 
 
@@ -92,35 +92,12 @@ def check_checksums(folder, verify=True):
         digest, _, name = line.partition("  ")
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} lacks {name}; copy it again, or merge again.")
-        if verify and sha256_file(folder / name) != digest:
-            raise InputError(
-                f"{folder / name} was cut short or changed since it was written; copy it or merge again."
-            )
+        require(
+            not verify or _util.sha256_file(folder / name) == digest,
+            f"{folder / name} was cut short or changed since it was written; copy it or merge again.",
+        )
 
 
-LOADING = {
-    "plain": """
-        It is a plain checkpoint of the original family with other numbers in its configuration; no code of
-        hcsmoe is needed:
-
-            from transformers import {loader}
-            model = {loader}.from_pretrained("path/to/this/folder")
-        """,
-    "mapped": """
-        `config.json` says under `expert_merge` what each layer has; where the router keeps its rows for all
-        original experts, with the map to the merged ones: exact, but not what engines for the original family
-        expect. With hcsmoe:
-
-            from hcsmoe_core import load_merged
-            model = load_merged("path/to/this/folder")
-
-        Without, by the small file `modeling_hcsmoe.py` in this folder, which needs torch and transformers
-        alone:
-
-            from transformers import {loader}
-            model = {loader}.from_pretrained("path/to/this/folder", trust_remote_code=True)
-        """,
-}
 ROUTERS = {
     "mapped": "kept as it was, with a map from what it chooses to the merged experts",
     "dropped": "the rows of dropped experts are removed",
@@ -133,55 +110,16 @@ ROUTERS = {
 def write_card(model, folder, plan, written, *, loader, lines=None):
     """Write the model card: what was merged, by which plan, the fidelity measured, how to load it.
 
-    ``written`` is what :func:`hcsmoe_core.checkpoint.save_merged` returns, ``loader`` the auto class that
-    opens the folder, ``lines`` are more rows of the summary, by name.
+    ``written`` is what :func:`hcsmoe_core.checkpoint.save_merged` returns, ``loader`` the class that opens
+    the folder, ``lines`` are more rows of the summary, by name.
     """
-    name = str(model.name_or_path)
-    local = not name or Path(name).exists() or name in EMBEDDED
-    title = Path(name).name if local else name
-    trimmed = all(layer.num_groups == len(layer.labels) for layer in plan.layers)
+    name, kind = str(model.name_or_path), type(model).__name__
+    local = not name or Path(name).exists() or name in _util.EMBEDDED
     tags = ["mixture-of-experts", "merge", "hcsmoe"]
     data = ModelCardData(library_name="transformers", tags=tags, base_model=None if local else name)
-    sections = [
-        f"---\n{data.to_yaml()}\n---",
-        f"# {title or type(model).__name__}, {'trimmed' if trimmed else kept_of(plan)}",
-        f"Made by hcsmoe of {title or 'a model in memory'}, without retraining. "
-        "The licence of the original applies.",
-        _table([("", ""), *(_summary(model, plan, written) | (lines or {})).items()]),
-        "## Loading",
-        textwrap.dedent(LOADING[written["router"]]).strip().format(loader=loader),
-        "## Limits for engines",
-        "\n".join(f"- {line}" for line in written["limits"]),
-        "## Fidelity",
-        fidelity_text(written["fidelity"]) if written["fidelity"] else "Not measured.",
-        "## Plan",
-        "`plan.json` says which experts were joined or dropped in each layer. Its settings:",
-        "\n".join(f"    {key}: {json.dumps(value)}" for key, value in plan.settings.items()),
-    ]
-    ModelCard("\n\n".join(sections) + "\n").save(folder / "README.md")
-
-
-def _table(rows):
-    """A Markdown table of rows of cells, the first of which is its head."""
-    lines = [f"| {' | '.join(map(str, row))} |" for row in rows]
-    return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
-
-
-def _either(numbers):
-    return " or ".join(map(str, sorted(set(numbers))))
-
-
-def kept_of(plan):
-    """What a plan leaves of each layer, in words: the number of experts, and their width if it is another."""
-    widths = _either(layer.width for layer in plan.layers if layer.width)
-    counts = _either(layer.num_groups for layer in plan.layers)
-    return f"{counts} experts of {widths} neurons per layer" if widths else f"{counts} experts per layer"
-
-
-def _summary(model, plan, written):
     after, before = zip(*((layer.num_groups, len(layer.labels)) for layer in plan.layers), strict=True)
-    rows = {
-        "class": type(model).__name__,
+    summary = {
+        "class": kind,
         "method": plan.settings.get("method", "a plan written by hand"),
         "experts per layer": f"{_either(after)} of {_either(before)}, in {len(plan.layers)} MoE layers",
         "width of each expert": _either(layer.width for layer in plan.layers if layer.width),
@@ -191,7 +129,33 @@ def _summary(model, plan, written):
         "kind": written["router"],
         "calibrated on": calibrated(plan) if plan.statistics else "",
     }
-    return {key: value for key, value in rows.items() if value}
+    fidelity = fidelity_text(written["fidelity"]) if written["fidelity"] else "Not measured."
+    texts = {
+        "title": Path(name).name if local else name,
+        "left": "trimmed" if after == before else kept_of(plan),
+        "summary": _table([("", ""), *filter(all, summary.items()), *(lines or {}).items()]),
+        "settings": {key: json.dumps(value) for key, value in plan.settings.items()},
+    }
+    texts |= {"kind": kind, "loader": loader, "fidelity": fidelity}
+    card = ModelCard.from_template(data, CARD, router=written["router"], limits=written["limits"], **texts)
+    card.save(folder / "README.md")
+
+
+def _table(rows):
+    """A Markdown table of rows of cells, the first of which is its head."""
+    head, *lines = (f"| {' | '.join(map(str, row))} |" for row in rows)
+    return "\n".join([head, "|---" * len(rows[0]) + "|", *lines])
+
+
+def _either(numbers):
+    return " or ".join(map(str, sorted(set(numbers))))
+
+
+def kept_of(plan):
+    """What a plan leaves of each layer, in words: the number of experts, and their width if it is another."""
+    widths = _either(layer.width for layer in plan.layers if layer.width)
+    trimmed = f" of {widths} neurons" if widths else ""
+    return f"{_either(layer.num_groups for layer in plan.layers)} experts{trimmed} per layer"
 
 
 def calibrated(plan):
@@ -214,12 +178,13 @@ def limits(plan, router, top_k, dtype):
         ]
     count = plan.layers[0].num_groups
     divisors = ", ".join(str(n) for n in range(1, count + 1) if count % n == 0)
-    lines = [f"Expert parallelism: {count} experts divide evenly over {divisors} devices and no others."]
-    if count & (count - 1):
-        lines.append("llama.cpp's fastest routing on CUDA needs a power of two; it takes a slower one here.")
-    if top_k is not None and count < top_k:
-        lines.append(f"A token goes to all {count} experts rather than to {top_k} as in the original.")
-    return lines
+    uneven, fewer = count.bit_count() > 1, top_k is not None and count < top_k
+    lines = {
+        f"Expert parallelism: {count} experts divide evenly over {divisors} devices and no others.": True,
+        "llama.cpp's fastest routing on CUDA needs a power of two; it takes a slower one here.": uneven,
+        f"A token goes to all {count} experts rather than to {top_k} as in the original.": fewer,
+    }
+    return [line for line, applies in lines.items() if applies]
 
 
 def _number(value):
@@ -228,22 +193,23 @@ def _number(value):
 
 def fidelity_text(fidelity):
     """What :func:`hcsmoe_core.score.fidelity.fidelity` measured, as Markdown."""
-    models = fidelity["models"]
-    kl = "KL divergence from the original (nats per token)"
-    rows = [("", "perplexity", kl, "from the exact merge", "same likeliest next token")]
-    rows += [("original", _number(fidelity["original"]["perplexity"]), 0, "", "")]
+    models, kl = fidelity["models"], "KL divergence from the original (nats per token)"
+    rows = [
+        ("", "perplexity", kl, "from the exact merge", "same likeliest next token"),
+        ("original", _number(fidelity["original"]["perplexity"]), 0, "", ""),
+    ]
     for name, scores in models.items():
         numbers = (_number(scores.get(key)) for key in ("perplexity", "kl", "kl_from_mapped"))
         rows.append((name, *numbers, f"{scores['agreement']:.1%}"))
-    errors = [("layer", *(f"{name}: {what}" for name in models for what in ("block", "hidden states")))]
-    columns = [models[name][key] for name in models for key in ("block_error", "hidden_error")]
-    for layer, *numbers in zip(fidelity["layers"], *columns, strict=True):
-        errors.append((layer, *(f"{number:.3g}" for number in numbers)))
+    kinds = {"block": "block_error", "hidden states": "hidden_error"}
+    errors = {f"{name}: {kind}": models[name][key] for name in models for kind, key in kinds.items()}
+    columns = [fidelity["layers"], *([f"{error:.3g}" for error in column] for column in errors.values())]
     blocks = [
         f"On {fidelity['tokens']:,} tokens that were held out of the calibration:",
         _table(rows),
         "Relative error of each layer's output: of its MoE block alone on the original's inputs, and of the "
         "hidden states that leave the decoder layer, all layers before it merged too.",
-        _table(errors),
+        _table([("layer", *errors), *zip(*columns, strict=True)]),
+        f"**{fidelity['warning']}**" if fidelity["warning"] else "",
     ]
-    return "\n\n".join(blocks + ([f"**{fidelity['warning']}**"] if fidelity["warning"] else []))
+    return "\n\n".join(filter(None, blocks))
