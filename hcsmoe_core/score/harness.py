@@ -22,24 +22,19 @@ from hcsmoe_core._util import closest_first, read_json, require, sha256_json, ve
 from hcsmoe_core.families import find_moe_layers
 from hcsmoe_core.score.evaluation import TASKS
 
+logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of how its own command was started
 manager_of = functools.cache(TaskManager)  # indexing the harness' own tasks takes seconds
 
 
 @contextlib.contextmanager
 def quiet():
-    """Silence the harness for the block: its advice, a bar for each task, and git where there is none."""
-    logger = logging.getLogger("lm_eval")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with (
-            mock.patch("lm_eval.evaluator.get_git_commit_hash", return_value=None),
-            mock.patch("lm_eval.api.task.tqdm", lambda items, **_: items),
-            mock.patch("lm_eval.api.model.tqdm", lambda items, **_: items),
-        ):
-            yield
-    finally:
-        logger.setLevel(level)
+    """Silence a bar for each task, and git where there is no repository, for the block."""
+    with (
+        mock.patch("lm_eval.evaluator.get_git_commit_hash", return_value=None),
+        mock.patch("lm_eval.api.task.tqdm", lambda items, **_: items),
+        mock.patch("lm_eval.api.model.tqdm", lambda items, **_: items),
+    ):
+        yield
 
 
 def check_tasks(names: list[str]) -> TaskManager:

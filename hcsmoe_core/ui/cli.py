@@ -552,9 +552,9 @@ def families(
     ] = None,
 ):
     """List the MoE families of transformers: what works on each, and why what does not."""
-    from hcsmoe_core.ui.family_table import text
+    from hcsmoe_core.ui import describe, family_table
 
-    print(text(names))
+    print(describe.wrapped(family_table.text(names), hang=25))
 
 
 @app.command()
@@ -565,10 +565,7 @@ def notebooks(
     from hcsmoe_core.studies.sweep import notebooks_folder
 
     check_absent(folder)
-    for source in sorted([*notebooks_folder().glob("*.ipynb"), *notebooks_folder().glob("grids/*.yml")]):
-        copy = folder / source.relative_to(notebooks_folder())
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, copy)
+    shutil.copytree(notebooks_folder(), folder, ignore=shutil.ignore_patterns(".*"))
     print(f"wrote {folder}\nopen them: jupyter lab {folder}")
 
 

@@ -128,9 +128,8 @@ def difference(first: Any, second: Any) -> str:
     pairs = [(name, first.settings.get(name, "–"), second.settings.get(name, "–")) for name in names]
     lines = [f"{name}: {old} → {new}" for name, old, new in pairs if old != new]
     layers = {layer.name: layer for layer in second.layers}
-    require(
-        layers.keys() == {layer.name for layer in first.layers}, "These plans are of models of other layers."
-    )
+    shapes = [[(layer.name, len(layer.labels)) for layer in plan.layers] for plan in (first, second)]
+    require(shapes[0] == shapes[1], "These plans are of models of other shapes.")
     same = [layer.name for layer in first.layers if layer == layers[layer.name]]
     for old in (layer for layer in first.layers if layer.name not in same):
         new, agreement = layers[old.name], adjusted_rand_score(old.labels, layers[old.name].labels)

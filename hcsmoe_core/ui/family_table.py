@@ -48,7 +48,7 @@ def table(rows: list[dict]) -> str:
         name = row["family"] + " (whole)" * row["whole"]
         lines.append(f"{name:24} {works:22} {row['experts'] or '-':38} {row['router'] or '-'}")
         for reason in dict.fromkeys(row[kind] for kind in KINDS if row[kind]):
-            lines += textwrap.wrap(reason, 110, initial_indent=" " * 25, subsequent_indent=" " * 25)
+            lines += textwrap.wrap(reason, 80, initial_indent=" " * 25, subsequent_indent=" " * 25)
     families = [row for row in rows if not row["whole"]]
     counts = [sum(not row[kind] for row in families) for kind in KINDS]
     lines.append(
