@@ -88,7 +88,8 @@ def test_version_help_and_completion(run):
         ("merge demo-qwen --experts 4 --set ridge=x --out m", "--set ridge takes a number; not 'x'"),
         ("merge demo-qwen --experts 4 --method hcsmo --out m", '--method must be one of "hc-smoe"'),
         (
-            "merge demo-qwen --experts 4 --router folded --out m --statistics {made}/demo-mixtral.safetensors",
+            "merge demo-qwen --experts 4 --router folded --statistics {made}/demo-mixtral.safetensors "
+            "--out m",
             "capture again by: hcsmoe capture demo-mixtral --needs usage,outputs,sample --out",
         ),
         ("merge demo-qwen --out m", "Give either a plan (--plan FILE) or the number of experts"),
