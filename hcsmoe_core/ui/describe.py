@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from sklearn.metrics import adjusted_rand_score
 
-from hcsmoe_core._util import EMBEDDED, check_choice, require
+from hcsmoe_core._util import check_choice, folder_of, require
 from hcsmoe_core.checkpoint import load_skeleton, merge_record
 from hcsmoe_core.clustering import linkage
 from hcsmoe_core.methods import METHODS, RECOMMENDED, resolve
@@ -83,61 +83,66 @@ def _facts(**facts):
 
 def _plan_text(path):
     plan = load_plan(path)
-    settings = " ".join(f"{name}={value}" for name, value in plan.settings.items())
-    facts = dict(plan_for=plan.model.get("name", "any model (written by hand)"), settings=settings)
-    facts |= {name: plan.statistics.get(name, "") for name in ("tokens", "sample")}
-    lines = [f"{'layer':<30}{'experts':>10}{'largest group':>15}{'alone':>7}  router"]
+    lines = _facts(
+        plan_for=plan.model.get("name", "any model (written by hand)"),
+        settings=" ".join(f"{name}={value}" for name, value in plan.settings.items()),
+        tokens=plan.statistics.get("tokens"),
+        merge_needs="its statistics (--statistics FILE)" if plan.needs_sample else "nothing but the model",
+    )
+    lines.append(f"{'layer':<30}{'experts':>10}{'largest group':>15}{'alone':>7}  router")
     for layer in plan.layers:
         sizes = [len(members) for members in layer.groups()]
         cells = (f"{len(sizes)} of {len(layer.labels)}", max(sizes), sizes.count(1), layer.router)
         lines.append(f"{_short(layer.name):<30}" + "{:>10}{:>15}{:>7}  {}".format(*cells))
-    needs = "its statistics (--statistics FILE)" if plan.needs_sample else "nothing but the model"
-    return "\n".join([*_facts(**facts, merge_needs=needs), *lines])
+    return "\n".join(lines)
 
 
 def _statistics_text(path):
     stats = load_statistics(path)
-    facts = dict(
-        statistics_of=f"{stats.model['name']} ({stats.model['class']})", tokens=f"{stats.num_tokens:,}"
+    serves = [name for name in METHODS if set(resolve(name).needs) <= set(stats.needs)]
+    facts = _facts(
+        statistics_of=f"{stats.model['name']} ({stats.model['class']})",
+        tokens=f"{stats.num_tokens:,} in {len(stats.sequences)} sequences",
+        domains=", ".join(stats.domains),
+        hold=", ".join(stats.needs),
+        serve=", ".join(serves),
     )
-    facts |= dict(
-        domains=", ".join(stats.domains), sequences=len(stats.sequences), hold=", ".join(stats.needs)
-    )
-    can = [name for name in METHODS if set(resolve(name).needs) <= set(stats.needs)]
     table = usage_table(stats).round(3).assign(layer=[*map(_short, stats.layers)])
-    return "\n".join([*_facts(**facts, serve=", ".join(can)), table.to_string(index=False)])
+    return "\n".join([*facts, table.to_string(index=False)])
 
 
 def _model_text(path):
-    skeleton, record = load_skeleton(path), merge_record(path) if path not in EMBEDDED else None
-    size, table = model_size(skeleton), layer_table(skeleton)
-    facts = dict(
-        model=f"{path} ({type(skeleton).__name__})", dtype=str(skeleton.dtype).removeprefix("torch.")
+    skeleton, plan = load_skeleton(path), Path(path) / "plan.json"
+    size, table, mapped = model_size(skeleton), layer_table(skeleton), merge_record(folder_of(path))
+    shown = "mapped checkpoint; sizes of the original" if mapped else "plain checkpoint; sizes as merged"
+    facts = _facts(
+        model=f"{path} ({type(skeleton).__name__})",
+        merged=f"by {plan} ({shown})" if plan.is_file() else "",
+        dtype=str(skeleton.dtype).removeprefix("torch."),
+        weights=f"{amount(size['weights'])}, {amount(size['bytes'])}B",
+        expert_weights=f"{size['expert_weights'] / size['weights']:.0%} of them",
     )
-    facts |= dict(weights=f"{amount(size['weights'])}, {amount(size['bytes'])}B as they are before a merge")
-    facts |= dict(expert_weights=f"{size['expert_weights'] / size['weights']:.0%} of them")
-    if plan := Path(path) / "plan.json" if (Path(path) / "plan.json").is_file() else None:
-        facts |= dict(merged=f"yes, by {plan} ({'mapped' if record else 'plain'} checkpoint)")
     rows = table.assign(layer=[*map(_short, table["layer"])]).to_string(index=False)
-    return "\n".join([*_facts(**facts), rows, *([_plan_text(plan)] if plan else [])])
+    return "\n".join([*facts, rows, *([_plan_text(plan)] if plan.is_file() else [])])
 
 
 def difference(first: Any, second: Any) -> str:
     """Settings, layers and groups in which two plans differ; agreement is the adjusted Rand index."""
-    names = dict.fromkeys([*first.settings, *second.settings])
-    pairs = [(name, first.settings.get(name, "–"), second.settings.get(name, "–")) for name in names]
-    lines = [f"{name}: {old} → {new}" for name, old, new in pairs if old != new]
-    layers = {layer.name: layer for layer in second.layers}
+    pairs = {
+        name: [plan.settings.get(name, "–") for plan in (first, second)]
+        for name in first.settings | second.settings
+    }
+    lines = [f"{name}: {old} → {new}" for name, (old, new) in pairs.items() if old != new]
     shapes = [[(layer.name, len(layer.labels)) for layer in plan.layers] for plan in (first, second)]
     require(shapes[0] == shapes[1], "These plans are of models of other shapes.")
-    same = [layer.name for layer in first.layers if layer == layers[layer.name]]
-    for old in (layer for layer in first.layers if layer.name not in same):
-        new, agreement = layers[old.name], adjusted_rand_score(old.labels, layers[old.name].labels)
+    differing = [pair for pair in zip(first.layers, second.layers, strict=True) if pair[0] != pair[1]]
+    for old, new in differing:
+        agreement = adjusted_rand_score(old.labels, new.labels)
         lines.append(f"{old.name}: {old.num_groups} → {new.num_groups} experts, agreement {agreement:.3f}")
         for mark, one, other in (("-", old, new), ("+", new, old)):
-            groups = [group for group in one.groups() if group not in other.groups()]
-            lines += [f"  {mark} {' '.join(map(str, group))}" for group in groups]
-    return "\n".join([*lines, f"{len(same)} of {len(layers)} layers are the same"])
+            lines += [f"  {mark} {' '.join(map(str, g))}" for g in one.groups() if g not in other.groups()]
+    same = len(first.layers) - len(differing)
+    return "\n".join([*lines, f"{same} of {len(first.layers)} layers are the same"])
 
 
 def explain(name: str) -> str:
