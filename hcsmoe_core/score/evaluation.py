@@ -67,10 +67,9 @@ def evaluate(
         Of that text.
     batch_size, seed : int
     answers : str or path, optional
-        Folder that keeps a model's answers, so that the same question is never asked twice; by default none.
+        Folder that keeps a model's answers, so that no question is asked twice; by default none.
     lm_eval_out : str or path, optional
-        Folder for the results and samples in lm-evaluation-harness' own format; by default they are not
-        written.
+        Folder for results and samples in the harness' own format; by default they are not written.
 
     Returns
     -------
@@ -78,10 +77,7 @@ def evaluate(
         ``tasks``, ``items`` and ``groups`` of :func:`task_scores`; ``mean_acc`` and ``mean_acc_norm`` with
         standard errors; what :func:`perplexity` gives; ``settings``, ``versions`` and ``seconds``.
 
-    Raises
-    ------
-    InputError, FileNotFoundError, ImportError
-        As :func:`task_scores`; InputError also without a tokenizer.
+    Errors are those of :func:`task_scores`; InputError also without a tokenizer.
     """
     tasks = [name for name, task in TASKS.items() if task.default] if tasks is None else list(tasks)
     require(tokenizer is not None, "Scoring needs the model's tokenizer, and its folder has none; give one.")
