@@ -137,13 +137,11 @@ def task_scores(
     from hcsmoe_core.score.harness import Answering, load_tasks, quiet, save_output
 
     loaded = load_tasks(tasks)
-    bos = any(name in TASKS and TASKS[name].bos for name in tasks)
+    bos = any(name in TASKS and TASKS[name].bos for name in tasks) or None
     seeds = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
     with quiet():
         output = lm_eval.simple_evaluate(
-            model=Answering(
-                model, tokenizer, answers, seed, batch_size=batch_size, add_bos_token=bos or None
-            ),
+            model=Answering(model, tokenizer, answers, seed, batch_size=batch_size, add_bos_token=bos),
             tasks=list(loaded.values()),
             task_manager=lm_eval.tasks.TaskManager(include_defaults=False),  # the tasks are loaded
             limit=limit,
