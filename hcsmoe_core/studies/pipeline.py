@@ -101,9 +101,7 @@ def shrink(
     device = ranks.started(device)
     if out is not None and (tidied(out) or check_absent(out)):
         return {"out": Path(out)}
-    plan, stats, text, advice = _read(plan, load_plan), _read(statistics, load_statistics), None, ""
-    if plan is None and stats is not None:
-        stats.check(resolve(method, **settings).needs, f"Method {method!r}")
+    plan, stats, text, advice = *_files(plan, statistics, method, settings), None, ""
     loaded, tokenizer = open_model(model, dtype=dtype, device=device, load=load, memory=memory)
     with _work_folder(out, loaded, experts if plan is None else None) as work:
         captures = plan is None and stats is None
@@ -197,6 +195,14 @@ def _checked(plan, experts, method, router, settings):
     settings = settings | ({"router": router} if router in JOINED else {})
     resolve(method, **settings)
     return settings
+
+
+def _files(plan, statistics, method, settings):
+    """Plan and statistics, read if they are paths; InputError if the statistics cannot serve the method."""
+    plan, stats = _read(plan, load_plan), _read(statistics, load_statistics)
+    if plan is None and stats is not None:
+        stats.check(resolve(method, **settings).needs, f"Method {method!r}")
+    return plan, stats
 
 
 def _read(value, load):

@@ -612,6 +612,19 @@ def compare(
 
 
 CLUSTER_OPTIONS = "On a cluster"
+WORKERS = Annotated[
+    int | None,
+    _option("Number of notebooks run side by side.", min=1, show_default="one per core, at most two"),
+]
+SCHEDULER = Annotated[
+    str | None,
+    _option("Address of a Dask scheduler whose workers run the cells: tcp://…", panel=CLUSTER_OPTIONS),
+]
+JOBS = Annotated[
+    int,
+    _option("SLURM jobs side by side, each of which runs one cell at a time.", panel=CLUSTER_OPTIONS, min=1),
+]
+TABLE = Annotated[list[Path] | None, _option("File for all finished cells, .csv or .tex. May be repeated.")]
 PARAMETER = Annotated[
     list[str] | None,
     _option("Set another parameter of all cells, as name=value. May be repeated.", "--parameter", "-p"),
@@ -635,27 +648,14 @@ def sweep(
     model: Annotated[list[str] | None, _option("Model to measure. May be repeated.")] = None,
     limit: LIMIT = None,
     parameter: PARAMETER = None,
-    workers: Annotated[
-        int | None,
-        _option("Number of notebooks run side by side.", min=1, show_default="one per core, at most two"),
-    ] = None,
-    scheduler: Annotated[
-        str | None,
-        _option("Address of a Dask scheduler whose workers run the cells: tcp://…", panel=CLUSTER_OPTIONS),
-    ] = None,
+    workers: WORKERS = None,
+    scheduler: SCHEDULER = None,
     slurm: Annotated[bool, _option("Run the cells in SLURM jobs.", "--slurm", panel=CLUSTER_OPTIONS)] = False,
-    jobs: Annotated[
-        int,
-        _option(
-            "SLURM jobs side by side, each of which runs one cell at a time.", panel=CLUSTER_OPTIONS, min=1
-        ),
-    ] = 2,
+    jobs: JOBS = 2,
     slurm_options: SLURM_OPTIONS = None,
     retries: Annotated[int, _option("How often a failed cell is tried again.", min=0)] = 0,
     status: Annotated[bool, _option("Run nothing; show finished and failed cells.", "--status")] = False,
-    table: Annotated[
-        list[Path] | None, _option("File for all finished cells, .csv or .tex. May be repeated.")
-    ] = None,
+    table: TABLE = None,
     figures: Annotated[
         Path | None, _option("Folder to draw each grid into, by 06_ablation.", show_default="none is drawn")
     ] = None,
