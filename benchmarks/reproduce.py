@@ -231,7 +231,7 @@ def _merging(cell, model):
 def step_table(found: dict) -> str:
     """What :func:`estimate` found as lines of text."""
     header = "".join(f"{name:>{width}}" for name, width in WIDTHS.items())
-    lines = [f"{'step':<10}{'':<64}{header}{'time':>9}"]
+    lines = [f"\n{'step':<10}{'':<64}{header}{'time':>9}"]
     for step in found["steps"]:
         cells = [f"{amount(step[n]) if step.get(n) else '':>{width}}" for n, width in WIDTHS.items()]
         lines.append(f"{step['step']:<10}{step['what']:<64}{''.join(cells)}{duration(step['seconds']):>9}")
@@ -239,8 +239,8 @@ def step_table(found: dict) -> str:
     if settings["uncounted"]:
         uncounted = ", ".join(settings["uncounted"])
         lines.append(f"\nnot counted: {uncounted}, of which the number of items is not known here")
-    lines += [
-        f"\ntime    {duration(found['seconds'])} at {settings['teraflops']:g} · 10¹² operations a second and "
+    totals = [
+        f"time    {duration(found['seconds'])} at {settings['teraflops']:g} · 10¹² operations a second and "
         f"{settings['bandwidth']:g} GB/s on one device, and one CPU thread; how long prompts are is a guess",
         f"disk    {amount(disk['whole'])}B, or {amount(disk['streamed'])}B where the model is streamed; the "
         "checkpoint is counted, the tasks' data are not",
@@ -248,7 +248,7 @@ def step_table(found: dict) -> str:
         f"({amount(memory['unmerged'])}B for the unmerged model's scores), with batches of "
         f"{settings['batch_size']}",
     ]
-    return "\n".join(lines)
+    return "\n".join([*totals, *lines])
 
 
 def run(

@@ -1,6 +1,7 @@
 """Files written whole or not at all, locks, hashes, tables of named entries, and checks of arguments."""
 
 import contextlib
+import difflib
 import hashlib
 import importlib
 import importlib.metadata
@@ -8,6 +9,7 @@ import json
 import operator
 import os
 import platform
+import re
 import secrets
 import shutil
 from collections import UserDict
@@ -52,7 +54,7 @@ class Table(UserDict):
 
     def __getitem__(self, name):
         name = self.aliases.get(name, name)
-        return self.data[check_choice(self.argument, name, self.data)]
+        return self.data[choice_of(self.argument, name, self.data)]
 
     def __setitem__(self, name, entry):
         self._entries[name] = entry
@@ -65,10 +67,31 @@ def require(condition, message: str, error=InputError):
 
 
 def check_choice(argument: str, value, choices):
-    """``value``; InputError listing the choices if it is none of them."""
-    listed = ", ".join(f'"{choice}"' for choice in choices)
-    require(value in choices, f'The "{argument}" argument must be one of {listed}; not {value!r}.')
+    """``value``; InputError listing the choices, the closest first, if it is none of them."""
+    if value not in choices:
+        listed = closest_first(value, [f'"{choice}"' for choice in choices])
+        raise InputError(f'The "{argument}" argument must be one of {listed}; not {value!r}.')
     return value
+
+
+def choice_of(argument: str, value, choices):
+    """The choice that ``value`` names, whatever its case, hyphens and underscores; InputError if none."""
+    spelt = {_letters(choice): choice for choice in choices if isinstance(value, str)}
+    return check_choice(argument, value if value in choices else spelt.get(_letters(value), value), choices)
+
+
+def closest_first(value, choices) -> str:
+    """Names separated by commas, first those close to ``value``; if there are any, at most twelve."""
+    by_letters, wanted = {_letters(choice): choice for choice in choices}, _letters(value)
+    close = [name for name in by_letters if len(wanted) > 2 and wanted in name][:8]
+    close += difflib.get_close_matches(wanted, by_letters)
+    listed = list(dict.fromkeys([*map(by_letters.get, close), *choices]))
+    more = f", … ({len(listed)} in all)" if close and len(listed) > 12 else ""
+    return ", ".join(map(str, listed[:12] if more else listed)) + more
+
+
+def _letters(name):
+    return re.sub(r"[\W_]", "", str(name)).lower()
 
 
 def check_count(argument: str, value, low: int, high: int | None = None) -> int:
@@ -103,7 +126,10 @@ def replacing(path):
     """Temporary file beside ``path``, renamed to it when the block ends, removed when the block fails."""
     require(not Path(path).is_dir(), f"{path} is a folder; give the path of a file.", IsADirectoryError)
     with _beside(path, lambda part: part.unlink(missing_ok=True)) as part, writing(path):
+        part.touch()
+        mode = part.stat().st_mode  # by the umask; safetensors writes files that only their owner reads
         yield part
+        part.chmod(mode)
 
 
 @contextlib.contextmanager

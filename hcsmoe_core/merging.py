@@ -67,6 +67,11 @@ def check_applicable(model, plan, stats=None) -> list:
         f"The plan was made for another model ({record.get('name')}, {record.get('class')}): this one has "
         "the same shape but other weights. Make a plan from this model's statistics.",
     )
+    require(
+        stats is None or stats.model["hash"] == model_hash(model),
+        f"These statistics were captured on another model ({stats and stats.model['name']}) than the one "
+        f"given ({model.name_or_path or type(model).__name__}); give those that the plan was made from.",
+    )
     if plan.needs_sample:
         require(
             stats is not None,

@@ -14,7 +14,7 @@ import torch
 from scipy.spatial.distance import pdist, squareform
 
 from hcsmoe_core import steps
-from hcsmoe_core._util import check_choice, require
+from hcsmoe_core._util import check_choice, choice_of, require
 from hcsmoe_core.families import moe_layer
 from hcsmoe_core.replace import suspended
 
@@ -30,7 +30,7 @@ def parts_of(similarity: str) -> list:
     parts = {}
     for term in str(similarity).split("+"):
         weight, star, name = (text.strip() for text in term.rpartition("*"))
-        check_choice("similarity", name, steps.similarity)
+        name = choice_of("similarity", name, steps.similarity)
         require(name not in parts, f'The "similarity" argument names one similarity twice: {similarity!r}.')
         try:
             parts[name] = float(weight) if star else 1.0

@@ -145,8 +145,9 @@ class Statistics:
         require(
             not missing,
             f"{purpose} needs {' and '.join(map(repr, missing))}, but these statistics hold "
-            f"{', '.join(self.needs)} only; capture again with needs={(*self.needs, *missing)}, or on the "
-            "command line: hcsmoe capture MODEL --for METHOD.",
+            f"{', '.join(self.needs)} only; capture again with needs={(*self.needs, *missing)}, or by: "
+            f"hcsmoe capture {self.model['name']} --needs {','.join((*self.needs, *missing))} "
+            "--out FILE.safetensors",
         )
 
     def identity(self) -> dict:

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args, get_origin
 
-from hcsmoe_core._util import Table, check_choice, check_count, require
+from hcsmoe_core._util import Table, check_choice, check_count, choice_of, require
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Step:
         require(name in self.options, known)
         match self.options[name]:
             case _ if name in self.choices:
-                return check_choice(name, value, self.choices[name])
+                return choice_of(name, value, self.choices[name])
             case bool():
                 return bool(check_choice(name, value, (False, True)))
             case int():

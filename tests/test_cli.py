@@ -163,11 +163,11 @@ def test_evaluate_an_embedded_model_with_a_plan(tmp_path):
     [
         (
             ("plan", "{s}", "--experts", 0, "--out", "{new}"),
-            '"experts" argument must be a whole number from 1 to 8; not 0',
+            "--experts must be a whole number from 1 to 8; not 0",
         ),
         (
             ("plan", "{s}", "--experts", 9, "--out", "{new}"),
-            '"experts" argument must be a whole number from 1 to 8; not 9',
+            "--experts must be a whole number from 1 to 8; not 9",
         ),
         (
             ("plan", "{s}", "--experts", 4, "--linkage", "centroid", "--out", "{new}"),
@@ -180,7 +180,7 @@ def test_evaluate_an_embedded_model_with_a_plan(tmp_path):
         (("plan", "{s}", "--experts", 4, "--merge", "x", "--out", "{new}"), 'one of "frequency", "average"'),
         (
             ("plan", "{s}", "--experts", 4, "--similarity", "weight", "--out", "{new}"),
-            'give the "model" argument',
+            "give --model",
         ),
         (("plan", "{cut}", "--experts", 4, "--out", "{new}"), "not a readable statistics file"),
         (

@@ -102,7 +102,7 @@ def test_shares_are_of_the_models_experts_and_of_the_sources_sequences(tmp_path)
         ),
         (
             {"axes": {"experts": ["1/2"], "linkage": ["wrad"]}},
-            '"linkage" argument must be one of "average", .*\'wrad\'',
+            '"linkage" argument must be one of "ward", "average", .*\'wrad\'',
         ),
         (
             {"axes": {"experts": ["1/2"], "method": ["hcsmoe"]}},
@@ -181,7 +181,7 @@ def test_a_key_that_is_there_twice_is_an_error(tmp_path):
     ):
         grids.load(path)
     with pytest.raises(
-        FileNotFoundError, match="no grid linkge; give a .yml file, all, or one of budgets, .*linkage"
+        FileNotFoundError, match="no grid linkge; give a .yml file, all, or one of linkage, budgets, .*sizes"
     ):
         grids.load("linkge")
 
@@ -216,7 +216,7 @@ def test_all_items_can_be_asked_for_by_name(tmp_path):
 
 
 def test_the_name_of_a_source_is_no_path_where_there_is_a_folder_of_that_name(tmp_path, monkeypatch):
-    (tmp_path / "notebooks").symlink_to(sweep.NOTEBOOKS.resolve())
+    (tmp_path / "notebooks").symlink_to(sweep.notebooks_folder().resolve())
     (tmp_path / "demo").mkdir()
     (tmp_path / "notes.txt").write_text("text")
     monkeypatch.chdir(tmp_path)

@@ -27,10 +27,10 @@ def test_the_road_is_that_of_its_steps(tmp_path):
     for path in files:
         assert (tmp_path / "a" / path.name).read_bytes() == path.read_bytes()
     text = pipeline.written_text(written)
-    assert text.startswith(f"{tmp_path / 'a'}: 4 experts")
+    assert text.startswith(f"wrote {tmp_path / 'a'}: 4 experts")
     assert "768 tokens" in text
     assert written["fidelity"]["tokens"] == 2 * 64
-    assert "hcsmoe capture --for hc-smoe,recommended" in written["advice"]
+    assert "hcsmoe capture demo-mixtral --for hc-smoe,recommended --out" in written["advice"]
     with pytest.raises(FileExistsError):
         pipeline.shrink("demo-mixtral", experts=4, out=tmp_path / "a", **SMALL)
     merged = pipeline.shrink("demo-mixtral", plan=written["plan"], fidelity=0, **SMALL)
@@ -44,7 +44,7 @@ def test_what_cannot_be_done_is_refused_before_a_model_is_loaded(monkeypatch, tm
         ({}, "Give either a plan"),
         (dict(experts=4, plan=tmp_path / "p.json"), "Give either a plan"),
         (dict(experts=4, router="merged"), '"router" argument must be one of'),
-        (dict(experts=4, method="hcsmoe"), '"method" argument must be one of'),
+        (dict(experts=4, method="hcsmo"), '"method" argument must be one of'),
         (dict(experts=4, linkage="centroid"), '"linkage" argument must be one of'),
     ):
         with pytest.raises(InputError, match=message):

@@ -117,7 +117,7 @@ def test_other_settings_cost_what_they_should():
     assert more["steps"][2] == subjects
     assert "not counted: gsm8k" in reproduce.step_table(more)
     with pytest.raises(
-        ValueError, match='"name" argument must be one of "qwen1.5-moe", "mixtral-8x7b"; not \'mixtral\''
+        ValueError, match='"name" argument must be one of "mixtral-8x7b", "qwen1.5-moe"; not \'mixtral\''
     ):
         reproduce.estimate("mixtral")
 

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 from transformers.utils import logging
 
 from hcsmoe_core import _transformers, _util, merging, moe, replace
-from hcsmoe_core._util import InputError, check_absent, check_choice, folder_of, read_json, require
+from hcsmoe_core._util import InputError, check_absent, check_choice, choice_of, folder_of, read_json, require
 from hcsmoe_core.checkpoint import export
 from hcsmoe_core.families import decoder_layers, find_moe_layers, non_text_experts
 from hcsmoe_core.modeling_hcsmoe import VERSION, merged_class, room
@@ -207,13 +207,21 @@ def opened(file):
 
 
 def _dtype(dtype):
-    final = isinstance(dtype, torch.dtype) or check_choice("dtype", dtype, DTYPES) == "auto"
-    return dtype if final else getattr(torch, dtype)
+    dtype = dtype if isinstance(dtype, torch.dtype) else choice_of("dtype", dtype, DTYPES)
+    return dtype if dtype == "auto" or isinstance(dtype, torch.dtype) else getattr(torch, dtype)
 
 
 def device_of(device):
-    """The device that an option names; ``"auto"`` is a GPU if there is one."""
-    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    """The device that an option names; ``"auto"`` is a GPU if there is one. InputError if it is not here."""
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise InputError(
+            f'The "device" argument is {device}, which PyTorch cannot use here ({reason}); use auto or cpu.'
+        ) from None
+    return device
 
 
 def save_merged(
@@ -416,6 +424,7 @@ def write_part(model, tensors, folder, part, count, target):
     with _util.writing(shard), without_bars():
         options = dict(max_shard_size=1 << 60, save_original_format=hub_layout, variant="part")
         model.save_pretrained(folder, state_dict=tensors, **options)
+    (folder / "model.part.safetensors").chmod(folder.stat().st_mode & 0o666)  # by the umask
     (folder / "model.part.safetensors").replace(shard)
 
 

@@ -22,7 +22,7 @@ import functools
 from dataclasses import dataclass
 
 from hcsmoe_core import similarity as similarities
-from hcsmoe_core._util import InputError, check_choice, check_count, require
+from hcsmoe_core._util import InputError, check_choice, check_count, choice_of, closest_first, require
 from hcsmoe_core.methods.summary import MERGES
 from hcsmoe_core.plan import ROUTERS
 from hcsmoe_core.statistics import NEEDS
@@ -159,7 +159,7 @@ def resolve(method: str = "hc-smoe", **settings) -> Recipe:
         If the method or a setting is unknown, no step of the method takes an option, or steps do not go
         together.
     """
-    check_choice("method", method, (*METHODS, RECOMMENDED))
+    method = choice_of("method", method, (*METHODS, RECOMMENDED))
     name = METHODS.aliases.get(method, method)
     return _recipe(name, METHODS[name].settings, settings)
 
@@ -202,7 +202,8 @@ def _check_names(steps):
     }
     pairs = [step.properties.get("pair", {}) for step in group.values()]
     for kind, allowed in choices.items():
-        check_choice(kind, steps[kind], (*allowed, *(p[kind] for p in pairs if p.get(kind) == steps[kind])))
+        paired = (p[kind] for p in pairs if p.get(kind) == steps[kind])
+        steps[kind] = choice_of(kind, steps[kind], (*allowed, *paired))
     steps["guard"] = bool(steps["guard"])
 
 
@@ -298,7 +299,7 @@ def parse_settings(items, *, option: str = "settings") -> dict:
         name, equals, text = item.partition("=")
         require(
             equals and name in option_names(),
-            f"{option} takes name=value with a name of {', '.join(option_names())}; not {item!r}.",
+            f"{option} takes name=value with a name of {closest_first(name, option_names())}; not {item!r}.",
         )
         value, default = _parsed(text), usual[name]
         require(

@@ -50,6 +50,7 @@ def evaluate(
     length: int = 256,
     seed: int = 0,
     answers=None,
+    lm_eval_out=None,
 ) -> dict:
     """Score a model, merged or not.
 
@@ -66,7 +67,9 @@ def evaluate(
         Of that text.
     batch_size, seed : int
     answers : str or path, optional
-        Folder that keeps a model's answers, so that the same question is never asked twice; by default none.
+        Folder that keeps a model's answers, so that no question is asked twice; by default none.
+    lm_eval_out : str or path, optional
+        Folder for results and samples in the harness' own format; by default they are not written.
 
     Returns
     -------
@@ -74,16 +77,13 @@ def evaluate(
         ``tasks``, ``items`` and ``groups`` of :func:`task_scores`; ``mean_acc`` and ``mean_acc_norm`` with
         standard errors; what :func:`perplexity` gives; ``settings``, ``versions`` and ``seconds``.
 
-    Raises
-    ------
-    InputError, FileNotFoundError, ImportError
-        As :func:`task_scores`; InputError also without a tokenizer.
+    Errors are those of :func:`task_scores`; InputError also without a tokenizer.
     """
     tasks = [name for name, task in TASKS.items() if task.default] if tasks is None else list(tasks)
     require(tokenizer is not None, "Scoring needs the model's tokenizer, and its folder has none; give one.")
     options = {"limit": limit, "batch_size": batch_size, "seed": seed}
     started = time.perf_counter()
-    scores = task_scores(model, tokenizer, tasks, answers=answers, **options)
+    scores = task_scores(model, tokenizer, tasks, answers=answers, lm_eval_out=lm_eval_out, **options)
     scores |= _mean_score(scores["tasks"], "acc") | _mean_score(scores["tasks"], "acc_norm")
     seconds = {"tasks": round(time.perf_counter() - started, 2)}
     size = {"sequences": sequences, "length": length}
@@ -109,6 +109,7 @@ def task_scores(
     batch_size: int = 64,
     seed: int = 0,
     answers=None,
+    lm_eval_out=None,
 ) -> dict:
     """Scores on tasks of lm-evaluation-harness; arguments as for :func:`evaluate`.
 
@@ -130,23 +131,25 @@ def task_scores(
     check_count("limit", 1 if limit is None else limit, 1)
     if not tasks:
         return {"tasks": {}}
-    try:
-        import lm_eval
-    except ImportError:
-        raise MissingPackageError('Scoring needs lm-evaluation-harness: pip install "hcsmoe[eval]"') from None
-    from hcsmoe_core.score.harness import Answering, load_tasks
+    check_tasks(tasks)
+    import lm_eval
+
+    from hcsmoe_core.score.harness import Answering, load_tasks, quiet, save_output
 
     loaded = load_tasks(tasks)
-    bos = any(name in TASKS and TASKS[name].bos for name in tasks)
+    bos = any(name in TASKS and TASKS[name].bos for name in tasks) or None
     seeds = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
-    output = lm_eval.simple_evaluate(
-        model=Answering(model, tokenizer, answers, seed, batch_size=batch_size, add_bos_token=bos or None),
-        tasks=list(loaded.values()),
-        task_manager=lm_eval.tasks.TaskManager(include_defaults=False),  # the tasks are loaded
-        limit=limit,
-        log_samples=True,
-        **dict.fromkeys(seeds, seed),
-    )
+    with quiet():
+        output = lm_eval.simple_evaluate(
+            model=Answering(model, tokenizer, answers, seed, batch_size=batch_size, add_bos_token=bos),
+            tasks=list(loaded.values()),
+            task_manager=lm_eval.tasks.TaskManager(include_defaults=False),  # the tasks are loaded
+            limit=limit,
+            log_samples=True,
+            **dict.fromkeys(seeds, seed),
+        )
+    if lm_eval_out is not None:
+        save_output(output, str(model.name_or_path), lm_eval_out)
     groups = {name: loaded[name] for name in output["group_subtasks"] if name in loaded}
     subtasks = {name: [task.task_name for task in group.get_all_tasks()] for name, group in groups.items()}
     by_size = {
@@ -157,6 +160,15 @@ def task_scores(
         "items": {task: _items(rows) for task, rows in output["samples"].items()},
         "groups": {name: {"tasks": subtasks[name], "by_size": by_size[name]} for name in groups},
     }
+
+
+def check_tasks(tasks: list[str]):
+    """Raise InputError if the harness knows no task of some name, or is not installed."""
+    try:
+        from hcsmoe_core.score.harness import check_tasks as check
+    except ImportError:
+        raise MissingPackageError('Scoring needs lm-evaluation-harness: pip install "hcsmoe[eval]"') from None
+    check(tasks)
 
 
 def _scores(name, subtasks, output):

@@ -3,18 +3,61 @@
 Imported only where something is scored, because lm-evaluation-harness is an extra.
 """
 
+import contextlib
+import functools
 import hashlib
-from functools import partialmethod
+import logging
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import datasets
 import torch
+from lm_eval.loggers import EvaluationTracker
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+from tqdm.auto import tqdm
 
-from hcsmoe_core._util import read_json, require, sha256_json, versions, write_json
+from hcsmoe_core._util import closest_first, read_json, require, sha256_json, versions, write_json
 from hcsmoe_core.families import find_moe_layers
 from hcsmoe_core.score.evaluation import TASKS
+
+logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of how its own command was started
+manager_of = functools.cache(TaskManager)  # indexing the harness' own tasks takes seconds
+
+
+@contextlib.contextmanager
+def quiet():
+    """Silence a bar for each task, and git where there is no repository, for the block."""
+    with (
+        mock.patch("lm_eval.evaluator.get_git_commit_hash", return_value=None),
+        mock.patch("lm_eval.api.task.tqdm", lambda items, **_: items),
+        mock.patch("lm_eval.api.model.tqdm", lambda items, **_: items),
+    ):
+        yield
+
+
+def check_tasks(names: list[str]) -> TaskManager:
+    """The harness' index of tasks; InputError if there is no task of some name."""
+    manager = manager_of(include_defaults=any(name not in TASKS for name in names))
+    unknown = [name for name in names if name not in TASKS and name not in manager.all_tasks]
+    require(
+        not unknown,
+        f'The "tasks" argument names {", ".join(unknown)}, which the harness does not know; the embedded '
+        f"tasks are {closest_first(*unknown[:1] or [''], [*TASKS])}, and lm-eval ls tasks lists the others.",
+    )
+    return manager
+
+
+def save_output(output: dict, model: str, folder) -> None:
+    """Write the harness' own results and samples, as its command writes them with ``--log_samples``."""
+    tracker = EvaluationTracker(output_path=str(folder))
+    told = dict.fromkeys(("system_instruction", "chat_template", "fewshot_as_multiturn"))
+    tracker.general_config_tracker.log_experiment_args("hf", {"pretrained": model}, **told)
+    results = {key: value for key, value in output.items() if key != "samples"}
+    tracker.save_results_aggregated(results=results, samples=output["samples"])
+    for task, rows in output["samples"].items():
+        tracker.save_results_samples(task_name=task, samples=rows)
 
 
 def load_tasks(names: list[str]) -> dict:
@@ -38,14 +81,7 @@ def load_tasks(names: list[str]) -> dict:
         If the data of some are neither local nor available; it names all of them.
     """
     own = {name: TASKS[name].configuration(name) for name in names if name in TASKS}
-    manager = TaskManager(include_defaults=len(own) < len(names))  # indexing the harness' own takes seconds
-    unknown = [name for name in names if name not in own and name not in manager.all_tasks]
-    require(
-        not unknown,
-        f'The "tasks" argument names {", ".join(unknown)}, which the harness does not know; the embedded '
-        f"tasks are {', '.join(TASKS)}, and lm-eval ls tasks lists the others.",
-    )
-    tasks, missing = {}, {}
+    manager, tasks, missing = check_tasks(names), {}, {}
     for name in names:
         try:
             loaded = manager.load([own.get(name, name)])
@@ -109,9 +145,19 @@ class Answering(HFLM):
 
     def _answers(self, kind, requests, disable_tqdm=False):
         """Answers to all requests of a kind, those of a task from its file where there is one."""
-        ask = getattr(super(), kind)
+        show = dict(
+            total=len(requests), desc="answers", unit="request", disable=disable_tqdm or None, leave=False
+        )
+        with tqdm(**show) as bar:
+            shared = SimpleNamespace(update=bar.update, close=lambda: None)
+            with mock.patch(
+                "lm_eval.models.huggingface.tqdm", lambda *items, **_: items[0] if items else shared
+            ):
+                return self._asked(getattr(super(), kind), requests, bar)
+
+    def _asked(self, ask, requests, bar):
         if self.folder is None:
-            return ask(requests, disable_tqdm=disable_tqdm)
+            return ask(requests)
         answers = {}
         for task in dict.fromkeys(request.task_name for request in requests):
             batch = {i: request for i, request in enumerate(requests) if request.task_name == task}
@@ -120,11 +166,12 @@ class Answering(HFLM):
             path = self.folder / task / f"{sha256_json(about)[:16]}.json"
             stored = read_json(path) if path.exists() else None
             if stored is None:
-                stored = {"about": about, "answers": ask(list(batch.values()), disable_tqdm=disable_tqdm)}
+                stored = {"about": about, "answers": ask(list(batch.values()))}
                 write_json(path, stored, indent=None)
+            bar.update(max(0, sum(map(len, (answers, batch))) - bar.n))
             answers |= zip(batch, stored["answers"], strict=True)
         return [answers[i] for i in range(len(requests))]
 
-    loglikelihood = partialmethod(_answers, "loglikelihood")
-    loglikelihood_rolling = partialmethod(_answers, "loglikelihood_rolling")
-    generate_until = partialmethod(_answers, "generate_until")
+    loglikelihood = functools.partialmethod(_answers, "loglikelihood")
+    loglikelihood_rolling = functools.partialmethod(_answers, "loglikelihood_rolling")
+    generate_until = functools.partialmethod(_answers, "generate_until")

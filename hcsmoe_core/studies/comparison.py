@@ -290,33 +290,30 @@ def _verdict(gains):
 def table(frame: Any) -> str:
     """The comparison as lines of text, the best loss first at each number of experts.
 
-    Losses are in nats per token; ``ppl`` is the perplexity of their mean, ``MB`` the size of the experts and
-    ``peak MB`` what making and applying the plan allocated at most.
+    Losses are in nats per token, and ``MB`` is the size of the experts. Perplexity, and what making and
+    applying a plan allocated at most, are in the table that the command writes.
     """
     columns = (
-        ("acc %", "accuracy", 7, 1, 100),
-        ("± sample", "accuracy_sd", 9, 1, 100),
-        ("± items", "item_error", 8, 1, 100),
-        ("loss", "loss", 8, 3, 1),
-        ("± sample", "loss_sd", 9, 3, 1),
-        ("ppl", "perplexity", 9, 2, 1),
-        ("than hc-smoe", "verdict", 13, 0, 1),
-        ("plan s", "plan_seconds", 7, 2, 1),
-        ("merge s", "merge_seconds", 8, 2, 1),
-        ("peak MB", "peak_mb", 8, 0, 1),
+        ("acc %", "accuracy", 6, 1, 100),
+        ("±sample", "accuracy_sd", 8, 1, 100),
+        ("±items", "item_error", 7, 1, 100),
+        ("loss", "loss", 7, 3, 1),
+        ("±sample", "loss_sd", 8, 3, 1),
+        ("vs hc", "verdict", 7, 0, 1),
+        ("plan s", "plan_seconds", 7, 1, 1),
+        ("merge", "merge_seconds", 6, 1, 1),
         ("MB", "expert_bytes", 7, 1, 1e-6),
     )
     lines = []
     for experts, part in summary(frame).groupby("experts", sort=False):
         header = "".join(f"{title:>{width}}" for title, _, width, *_ in columns)
-        lines += [f"\n{experts} experts per layer", f"{'method':<18}{header}"]
+        lines += [f"\n{experts} experts per layer", f"{'method':<17}{header}"]
         for row in part.sort_values("loss", na_position="last").to_dict("records"):
             if row["samples"] == 0:
                 lines.append(f"{row['method']:<18}  refused: {row['refused'].splitlines()[0]}")
                 continue
-            row["perplexity"] = math.exp(row["loss"])
             cells = (_text(row.get(key), width, digits, factor) for _, key, width, digits, factor in columns)
-            lines.append(f"{row['method']:<18}" + "".join(cells))
+            lines.append(f"{row['method']:<17}" + "".join(cells))
     return "\n".join(lines)
 
 

@@ -7,8 +7,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from hcsmoe_core._util import check_count
 from hcsmoe_core.checkpoint import load_skeleton
 from hcsmoe_core.families import find_moe_layers
+from hcsmoe_core.merging import check_fits
+from hcsmoe_core.methods import resolve
+from hcsmoe_core.scale.streaming import LAYER, WHOLE, free_memory
 from hcsmoe_core.statistics import DEFAULT_NEEDS, SAMPLE
 from hcsmoe_core.studies.tables import model_size
 from hcsmoe_core.text.calibration import calibration_settings, domains_of, own_sequences
@@ -42,8 +46,71 @@ def forecast(
         A line for each of model, calibration, the model's own text if it writes some, capture and statistics
         file. Times are lower bounds: operations at the speed of a matrix product that is timed here and now.
     """
-    skeleton = load_skeleton(model, dtype=dtype)
     source = calibration_settings(model, calibration, sequences, length)
+    return _lines(_rows(load_skeleton(model, dtype=dtype), source, needs, samples))
+
+
+def merge_forecast(
+    model: str,
+    *,
+    experts: int = 0,
+    method: str = "hc-smoe",
+    plan: Any = None,
+    captures: bool = True,
+    dtype: str = "auto",
+    calibration: str = "",
+    sequences: int = 0,
+    length: int = 0,
+    **settings: Any,
+) -> str:
+    """What a merge will cost and leave, from the model's configuration alone.
+
+    Parameters
+    ----------
+    model, dtype, calibration, sequences, length
+        As for :func:`forecast`.
+    experts, method, **settings
+        As for :func:`hcsmoe_core.make_plan`.
+    plan : Plan, optional
+        In place of these.
+    captures : bool
+        Whether statistics are to be captured.
+
+    Returns
+    -------
+    str
+        The lines of :func:`forecast`, and one for each of the merged checkpoint and the memory.
+    """
+    skeleton, recipe = load_skeleton(model, dtype=dtype), resolve(method, **settings)
+    size, layers = model_size(skeleton), find_moe_layers(skeleton)
+    if plan is None:
+        kept = check_count("experts", experts, 1, size["num_experts"])
+        shares = [kept / layer.num_experts for layer in layers]
+    else:
+        pairs = zip(check_fits(plan, skeleton), plan.layers, strict=True)
+        shares = [p.num_groups * (p.width or la.width) / la.width / la.num_experts for la, p in pairs]
+    weights = [sum(t.numel() for t in layer.tensors().values()) for layer in layers]
+    left = size["weights"] - sum(w * (1 - share) for w, share in zip(weights, shares, strict=True))
+    each = size["bytes"] / size["weights"]
+    whole, streamed = WHOLE * size["bytes"], LAYER * max(weights) * each
+    rows = _rows(skeleton, calibration_settings(model, calibration, sequences, length), recipe.needs, 1)
+    for name in () if captures else ("calibration", "own text", "capture", "statistics"):
+        rows.pop(name, None)
+    if captures:
+        rows["statistics"] = rows["statistics"].partition(" under ")[0] + " in memory"
+    rows["merged"] = f"{amount(left)} weights, {amount(left * each)}B on disk"
+    rows["memory"] = (
+        f"about {amount(whole)}B, or {amount(streamed)}B streamed; {amount(free_memory('cpu'))}B are free"
+    )
+    return _lines(rows)
+
+
+def _lines(rows):
+    return "\n".join(f"{name:<13}{line}" for name, line in rows.items())
+
+
+def _rows(skeleton, source, needs, samples):
+    """Lines of a forecast by name."""
     text, sequences, length = (source[name] for name in ("calibration", "sequences", "length"))
     size, capture, active = (
         model_size(skeleton),
@@ -65,7 +132,7 @@ def forecast(
     rows["statistics"] = (
         f"{amount(samples * capture['bytes'])}B under runs/statistics, kept for the next time"
     )
-    return "\n".join(f"{name:<13}{line}" for name, line in rows.items())
+    return rows
 
 
 def capture_cost(model: Any, source: dict, needs: Sequence[str]) -> dict:

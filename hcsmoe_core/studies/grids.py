@@ -29,11 +29,10 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
 from hcsmoe_core import checkpoint, methods
-from hcsmoe_core._util import EMBEDDED, InputError, require
+from hcsmoe_core._util import EMBEDDED, InputError, closest_first, require
 from hcsmoe_core.studies import paper, runner, sweep, tables
 from hcsmoe_core.text.calibration import calibration_settings, domains_of, is_path
 
-FOLDER = sweep.NOTEBOOKS / "grids"
 SHARES = {  # parameters that may be a share, and what they take
     "experts": "a share below 1 such as 1/4 or 25%, or a whole number from 1",
     "reduction": "a share below 1 such as 1/4 or 25%",
@@ -77,7 +76,8 @@ class Study(BaseModel):
     def notebook_path(self) -> Path:
         """The notebook's file."""
         local = self.notebook.endswith(".ipynb")
-        path = self._path.parent / self.notebook if local else sweep.NOTEBOOKS / f"{self.notebook}.ipynb"
+        folder = self._path.parent if local else sweep.notebooks_folder()
+        path = folder / (self.notebook if local else f"{self.notebook}.ipynb")
         self.require(path.is_file(), "notebook", f"there is no notebook {path} in {Path.cwd()}.")
         return path.resolve()
 
@@ -124,8 +124,8 @@ class Cell(NamedTuple):
 
 
 def names() -> list[str]:
-    """Names of the grids in ``./notebooks/grids``."""
-    return sorted(path.stem for path in FOLDER.glob("*.yml"))
+    """Names of the grids beside the notebooks: :func:`hcsmoe_core.studies.sweep.notebooks_folder`."""
+    return sorted(path.stem for path in (sweep.notebooks_folder() / "grids").glob("*.yml"))
 
 
 def load(name: str | Path) -> Study:
@@ -134,7 +134,7 @@ def load(name: str | Path) -> Study:
     Parameters
     ----------
     name : str or path
-        Of a grid in ``./notebooks/grids``, or a ``.yml`` file.
+        Of a grid beside the notebooks, or a ``.yml`` file.
 
     Raises
     ------
@@ -143,11 +143,13 @@ def load(name: str | Path) -> Study:
     InputError
         If its file is not as it should be; the error names the file, the key, and what is allowed.
     """
-    path = Path(name) if Path(name).suffix in (".yml", ".yaml") else FOLDER / f"{name}.yml"
+    folder = sweep.notebooks_folder() / "grids"
+    path = Path(name) if Path(name).suffix in (".yml", ".yaml") else folder / f"{name}.yml"
     if not path.is_file():
+        listed = closest_first(name, names()) or "none"
         raise FileNotFoundError(
-            f"There is no grid {name}; give a .yml file, all, or one of {', '.join(names()) or 'none'} "
-            f"(those of {FOLDER.resolve()})."
+            f"There is no grid {name}; give a .yml file, all, or one of {listed} (those of "
+            f"{folder.resolve()})."
         )
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)

@@ -26,6 +26,7 @@
 """
 
 import contextlib
+import math
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,6 +44,7 @@ from hcsmoe_core._util import (
     sha256_json,
 )
 from hcsmoe_core.checkpoint import export
+from hcsmoe_core.collect import needs_of
 from hcsmoe_core.methods import METHODS, RECOMMENDED, make_plan, resolve
 from hcsmoe_core.methods.residual import held_out
 from hcsmoe_core.plan import JOINED, Plan, load_plan
@@ -99,10 +101,9 @@ def shrink(
     device = ranks.started(device)
     if out is not None and (streaming.tidied(out) or check_absent(out)):
         return {"out": Path(out)}
+    plan, stats, text, advice = *_files(plan, statistics, method, settings), None, ""
     loaded, tokenizer = streaming.open_model(model, dtype=dtype, device=device, load=load, memory=memory)
-    plan = load_plan(plan) if isinstance(plan, str | Path) else plan
-    stats = load_statistics(statistics) if isinstance(statistics, str | Path) else statistics
-    captures, text, advice = plan is None and stats is None, None, ""
+    captures = plan is None and stats is None
     _check_loaded(loaded, out, experts if plan is None else None)
     with streaming.work_folder(out, loaded) as work:
         if captures or (fidelity and (calibration or model in EMBEDDED)):
@@ -127,6 +128,7 @@ def capture_to_file(
     out: str | Path,
     *,
     methods: tuple = (),
+    needs: tuple = (),
     stable_at: tuple = (),
     until_stable: float = 0.0,
     until_excess: float = 0.0,
@@ -145,6 +147,8 @@ def capture_to_file(
     ----------
     methods : sequence of str
         To collect for; ``["all"]`` for all.
+    needs : sequence of str
+        Names of :data:`hcsmoe_core.statistics.NEEDS` to collect instead.
     stable_at : sequence of int
         With ``until_…``: numbers of groups that have to be stable.
     **source
@@ -156,10 +160,14 @@ def capture_to_file(
         What was written, in a line.
     """
     names = list(METHODS) if list(methods) == ["all"] else methods or ["hc-smoe"]
-    needs = tuple(dict.fromkeys(need for name in names for need in METHODS[resolve(name).method].needs))
+    needs = needs_of((), needs) or tuple(
+        dict.fromkeys(need for name in names for need in METHODS[resolve(name).method].needs)
+    )
     until = _until(until_stable, until_excess, list(stable_at) or None)
     device = ranks.started(device)
     loaded, tokenizer = streaming.open_model(model, dtype=dtype, device=device, load=load, memory=memory)
+    merged = any(layer.merged for layer in families.find_moe_layers(loaded))  # without any it is refused, too
+    require(not merged, f"{model} is merged already; capture on the original.")
     with streaming.work_folder(out, loaded) as work:
         text = _text(loaded, tokenizer, **source)
         stats = _captured(loaded, text, work, until, needs, sample=sample, every=every, batch_size=batch_size)
@@ -167,7 +175,7 @@ def capture_to_file(
             return None
         stats.save(out)
     size = Path(out).stat().st_size / 1e6
-    return f"{out}: {stats.num_tokens:,} tokens, {len(stats.layers)} MoE layers, {size:.1f} MB"
+    return f"wrote {out}: {stats.num_tokens:,} tokens, {len(stats.layers)} MoE layers, {size:.1f} MB"
 
 
 def _checked(plan, experts, method, router, settings):
@@ -182,6 +190,18 @@ def _checked(plan, experts, method, router, settings):
         settings = settings | ({"router": router} if router in JOINED else {})
         resolve(method, **settings)
     return settings
+
+
+def _files(plan, statistics, method, settings):
+    """Plan and statistics, read if they are paths; InputError if the statistics cannot serve the method."""
+    plan, stats = _read(plan, load_plan), _read(statistics, load_statistics)
+    if plan is None and stats is not None:
+        stats.check(resolve(method, **settings).needs, f"Method {method!r}")
+    return plan, stats
+
+
+def _read(value, load):
+    return load(value) if isinstance(value, str | Path) else value
 
 
 def _check_loaded(model, out, experts):
@@ -305,8 +325,8 @@ def _advice(model, stats, recipe):
         return f"{advice}."
     if not set(resolve(best).needs) <= set(stats.needs):
         return (
-            f"{advice}; statistics for both tell how they compare: hcsmoe capture --for "
-            f"hc-smoe,{RECOMMENDED}."
+            f"{advice}; statistics for both tell how they compare: hcsmoe capture {model.name_or_path} "
+            f"--for {recipe['method']},{RECOMMENDED} --out FILE.safetensors."
         )
     recommended = dict(experts=recipe["experts"], method=best)
     chosen, other = (residual(model, stats, **each) for each in (recipe, recommended))
@@ -400,17 +420,36 @@ def written_text(written: dict) -> str:
     """
     out = written["out"]
     if "plan" not in written:
-        return f"{out}: complete; what an interrupted run had left beside it is removed"
+        return f"wrote {out}: complete; what an interrupted run had left beside it is removed"
     plan, measured = written["plan"], written["fidelity"]
     lines = [
-        f"{out}: {export.kept_of(plan)}, {written['parameters']:,} of {written['original']:,} weights, "
-        f"{written['bytes'] / 1e6:.1f} MB, {written['router']}; {LOADING[written['router']]} or hcsmoe "
-        f"evaluate {out}",
-        plan.statistics and f"calibrated on {export.calibrated(plan)}; text of other kinds may lose more",
-        *(f"- {line}" for line in written["limits"]),
+        f"wrote {out}: {export.kept_of(plan)}",
+        f"{written['parameters']:,} of {written['original']:,} weights, {written['bytes'] / 1e6:.1f} MB",
+        f"{written['router']}; {LOADING[written['router']]}",
+        f"measure it: hcsmoe evaluate {out}",
+    ]
+    if plan.statistics:
+        lines.append(f"calibrated on {export.calibrated(plan)}; text of other kinds may lose more")
+    lines += [f"- {line}" for line in written["limits"]]
+    lines.append(
         "Fidelity was not measured, as no tokens were held out: see --fidelity and --calibration."
         if measured is None
-        else export.fidelity_text(measured | {"warning": ""}),
-        written["advice"],
+        else _fidelity_lines(measured)
+    )
+    return "\n".join([*lines, *filter(None, [written["advice"]])])
+
+
+def _fidelity_lines(measured):
+    """What :func:`hcsmoe_core.score.fidelity.fidelity` measured, in lines for a terminal."""
+    lines = [
+        f"{'on ' + format(measured['tokens'], ',') + ' held-out tokens':<29}perplexity  KL, nats  same token"
     ]
-    return "\n".join(filter(None, lines))
+    for name, scores in ({"original": measured["original"]} | measured["models"]).items():
+        numbers = (scores["perplexity"] or math.nan, scores.get("kl", 0), scores.get("agreement", 1))
+        lines += ["{:<29}{:>10.4g}{:>10.4g}{:>12.1%}".format(name, *numbers)]
+    for name, scores in measured["models"].items():
+        low, high = min(scores["block_error"]), max(scores["block_error"])
+        lines += [
+            f"relative error of the layers' outputs, {name}: {low:.3g} to {high:.3g} (see README.md there)"
+        ]
+    return "\n".join(lines)

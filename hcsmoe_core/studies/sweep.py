@@ -15,7 +15,7 @@ from hcsmoe_core.methods import METHODS, format_settings, option_names, parse_se
 from hcsmoe_core.studies import cache, runner
 from hcsmoe_core.text.calibration import calibration_settings
 
-NOTEBOOKS = Path("notebooks")  # in the working directory
+PACKAGE = Path(__file__).parents[1]
 NAMED = ("similarity", "linkage", "merge")  # steps that are parameters of 05_accuracy; "steps" has the others
 SOURCE = ("calibration", "sequences", "length")
 SEED = "calibration_seed"
@@ -27,14 +27,21 @@ def step_names() -> tuple[str, ...]:
     return ("method", *dict.fromkeys((*NAMED, *option_names())))
 
 
+def notebooks_folder() -> Path:
+    """Folder of the project's notebooks: ``./notebooks`` if they are there, else that of the package."""
+    places = (
+        Path("notebooks"),
+        PACKAGE / "notebooks",
+        PACKAGE.parent / "notebooks",
+    )  # of a wheel, a checkout
+    return next((place for place in places if (place / "05_accuracy.ipynb").is_file()), places[0])
+
+
 def notebook_path(name: str) -> Path:
-    """Path of one of the project's notebooks, which are looked for in ``./notebooks``."""
-    path = NOTEBOOKS / f"{name}.ipynb"
+    """Path of one of the project's notebooks in :func:`notebooks_folder`."""
+    path = notebooks_folder() / f"{name}.ipynb"
     if not path.exists():
-        raise FileNotFoundError(
-            f"There is no notebook {path} in {Path.cwd()}; the notebooks come with the repository: run from "
-            "its root."
-        )
+        raise FileNotFoundError(f"There is no notebook {path}; get them all by: hcsmoe notebooks notebooks")
     return path
 
 

@@ -3,7 +3,7 @@
 import textwrap
 from pathlib import Path
 
-from hcsmoe_core._util import check_choice, read_json
+from hcsmoe_core._util import choice_of, read_json
 
 TABLE = Path(__file__).with_name("families.json")
 
@@ -33,8 +33,7 @@ def text(names=None) -> str:
     import transformers
 
     version, rows = committed()
-    for name in names or ():
-        check_choice("names", name, sorted({row["family"] for row in rows}))
+    names = [choice_of("family", name, sorted({row["family"] for row in rows})) for name in names or ()]
     others = f"\ntried out with transformers {version}; {transformers.__version__} is installed"
     return table([row for row in rows if not names or row["family"] in names]) + (
         others if version != transformers.__version__ else ""
@@ -49,7 +48,7 @@ def table(rows: list[dict]) -> str:
         name = row["family"] + " (whole)" * row["whole"]
         lines.append(f"{name:24} {works:22} {row['experts'] or '-':38} {row['router'] or '-'}")
         for reason in dict.fromkeys(row[kind] for kind in KINDS if row[kind]):
-            lines += textwrap.wrap(reason, 110, initial_indent=" " * 25, subsequent_indent=" " * 25)
+            lines += textwrap.wrap(reason, 80, initial_indent=" " * 25, subsequent_indent=" " * 25)
     families = [row for row in rows if not row["whole"]]
     counts = [sum(not row[kind] for row in families) for kind in KINDS]
     lines.append(

@@ -18,7 +18,7 @@ from matplotlib import collections, patches, patheffects, transforms
 from scipy.cluster import hierarchy
 from scipy.spatial.distance import squareform
 
-from hcsmoe_core._util import replacing
+from hcsmoe_core._util import check_choice, replacing
 from hcsmoe_core.clustering import cut
 
 STYLE = Path(__file__).with_name("hcsmoe.mplstyle")
@@ -39,7 +39,7 @@ CHANCE = {
     **dict.fromkeys(("arc_challenge", "arc_easy", "hellaswag", "mmlu", "openbookqa", "race", "sciq"), 1 / 4),
 }
 # Formats that figures are saved in, without what would differ from one run to the next.
-FORMATS = {".png": {"Software": None}, ".pdf": {"CreationDate": None}}
+FORMATS = {".png": {"Software": None}, ".pdf": {"CreationDate": None}, ".svg": {"Date": None}}
 
 
 # Decorator: drawn in the project's style, whatever style the session has.
@@ -65,10 +65,16 @@ class Figure(matplotlib.figure.Figure):
 @styled
 def save(figure, path) -> list[Path]:
     """Write a figure as ``path.png`` and ``path.pdf``, the same bytes each time."""
-    for suffix, metadata in FORMATS.items():
-        with replacing(f"{path}{suffix}") as temporary:
-            figure.savefig(temporary, format=suffix[1:], metadata=metadata)
-    return [Path(f"{path}{suffix}") for suffix in FORMATS]
+    return [write(figure, f"{path}{suffix}") for suffix in (".png", ".pdf")]
+
+
+@styled
+def write(figure, path) -> Path:
+    """Write a figure in the format that the suffix of the path names, one of :data:`FORMATS`."""
+    suffix = check_choice("out", Path(path).suffix, tuple(FORMATS))
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format=suffix[1:], metadata=FORMATS[suffix])
+    return Path(path)
 
 
 def leaf_order(tree) -> list[int]:

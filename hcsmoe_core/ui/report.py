@@ -304,6 +304,7 @@ def _statistics(source, calibration):
         return load_statistics(source), None
     from hcsmoe_core.checkpoint import load_model
 
-    places = {key: calibration.pop(key) for key in ("dtype", "device")}
+    places = {key: value for key, value in calibration.items() if key in ("dtype", "device")}
     model, tokenizer = load_model(source, **places)
-    return cached_statistics(model, tokenizer, **calibration), model
+    text = {key: value for key, value in calibration.items() if key not in places}
+    return cached_statistics(model, tokenizer, **text), model
