@@ -3,17 +3,16 @@
 Imported only where something is scored, because lm-evaluation-harness is an extra.
 """
 
-import hashlib
+import warnings
 from functools import partialmethod
 from pathlib import Path
 
 import datasets
-import torch
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from hcsmoe_core._util import InputError, read_json, sha256_json, versions, write_json
-from hcsmoe_core.families import find_moe_layers
+from hcsmoe_core.families import model_hash
 from hcsmoe_core.score.evaluation import TASKS
 
 
@@ -65,24 +64,23 @@ def load_tasks(names: list[str]) -> dict:
 
 
 def identity(model, tokenizer) -> str:
-    """Hash of all that a model's answers follow from: every weight, merged or not, and the tokenizer."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    for layer in find_moe_layers(model):  # the map from E to r experts is no tensor of the model
-        digest.update(str(layer.experts._merged.labels if layer.merged else None).encode())
-    config = model.config.to_diff_dict()
-    for key in (
-        "transformers_version",
-        "expert_merge",
-        "auto_map",
-    ):  # other in a merged folder than in memory
-        config.pop(key, None)
-    digest.update(str(sorted(config.items())).encode())
+    """Hash of all that answers follow from: the model, merged or not, its generation settings, the tokenizer."""
     fast = getattr(tokenizer, "backend_tokenizer", None)
-    digest.update((fast.to_str() if fast is not None else sha256_json(tokenizer.get_vocab())).encode())
-    return digest.hexdigest()
+    settings = model.generation_config.to_diff_dict() if model.can_generate() else {}
+    settings.pop("transformers_version", None)
+    text = tokenizer.get_vocab() if fast is None else fast.to_str()
+    return sha256_json([model_hash(model, merged=True), settings, text])
+
+
+def _stored(path, about, count):
+    """Answers in a file; None, with a warning, if it was damaged or changed."""
+    stored = read_json(path)
+    if isinstance(stored, dict) and stored.pop("sha256", None) == sha256_json(stored):
+        answers = stored.get("answers")
+        if stored.get("about") == about and isinstance(answers, list) and len(answers) == count:
+            return answers
+    warnings.warn(f"{path} was cut short or changed; the model is asked again.", stacklevel=4)
+    return None
 
 
 class Answering(HFLM):
@@ -118,11 +116,12 @@ class Answering(HFLM):
             asked = sha256_json([str(request.args) for request in batch.values()])
             about = self.settings | {"task": task, "requests": asked}
             path = self.folder / task / f"{sha256_json(about)[:16]}.json"
-            stored = read_json(path) if path.exists() else None
-            if stored is None:
-                stored = {"about": about, "answers": ask(list(batch.values()), disable_tqdm=disable_tqdm)}
-                write_json(path, stored, indent=None)
-            answers |= zip(batch, stored["answers"], strict=True)
+            answered = _stored(path, about, len(batch)) if path.exists() else None
+            if answered is None:
+                answered = ask(list(batch.values()), disable_tqdm=disable_tqdm)
+                stored = {"about": about, "answers": answered}
+                write_json(path, stored | {"sha256": sha256_json(stored)}, indent=None)
+            answers |= zip(batch, answered, strict=True)
         return [answers[i] for i in range(len(requests))]
 
     loglikelihood = partialmethod(_answers, "loglikelihood")

@@ -1,5 +1,7 @@
 """Text that a model writes itself, to calibrate on where there is no other: sampled, seeded and cached."""
 
+import contextlib
+import hashlib
 import math
 import warnings
 from collections import namedtuple
@@ -8,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from hcsmoe_core._util import InputError, check_choice, check_count, replacing, sha256_file, sha256_json
@@ -136,12 +138,20 @@ def repetition(input_ids: torch.Tensor, n: int = GRAM) -> float:
 
 
 def _cached(cache, first, shape):
-    """The batch that begins with a sequence; None if it is absent or damaged."""
-    try:
-        ids = load_file(cache / f"{first:06d}.safetensors").get("input_ids") if cache else None
-    except (OSError, SafetensorError):
+    """The batch that begins with a sequence; None if it is absent, or damaged, which a warning says."""
+    path = cache and cache / f"{first:06d}.safetensors"
+    if path is None or not path.exists():
         return None
-    return ids if ids is not None and tuple(ids.shape) == shape else None
+    with contextlib.suppress(OSError, SafetensorError, KeyError), safe_open(path, "pt") as file:
+        ids, checksum = file.get_tensor("input_ids"), (file.metadata() or {}).get("sha256")
+        if tuple(ids.shape) == shape and ids.dtype == torch.int64 and checksum == _checksum(ids):
+            return ids
+    warnings.warn(f"{path} was cut short or changed; the model writes this text again.", stacklevel=3)
+    return None
+
+
+def _checksum(ids):
+    return hashlib.sha256(ids.numpy().tobytes()).hexdigest()
 
 
 def _write(model, batches, cache, shape, writer):
@@ -158,7 +168,8 @@ def _write(model, batches, cache, shape, writer):
             batches[first] = _generate(model, writer(range(first, first + shape[0]), bar))
             if cache is not None:
                 with replacing(cache / f"{first:06d}.safetensors") as part:
-                    save_file({"input_ids": batches[first]}, part)
+                    checksum = {"sha256": _checksum(batches[first])}
+                    save_file({"input_ids": batches[first]}, part, metadata=checksum)
     if shared:
         ranks.barrier()
         batches.update({first: _cached(cache, first, shape) for first in absent})
