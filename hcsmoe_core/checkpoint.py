@@ -26,6 +26,7 @@ WEIGHTS, SHARD = "model.safetensors", "model-{:05d}-of-{:05d}.safetensors"
 SINGLE = 1 << 28  # bytes up to which a checkpoint is one file rather than one per decoder layer
 DEVICE_MAPS = ("balanced", "balanced_low_0", "sequential")
 DEQUANTISED = ("fp8", "mxfp4", "compressed-tensors")  # what transformers can undo while it loads
+REPEATED, MOST = ("hidden_layers", "head_dim"), 10_000  # endings of sizes, and more than any model has of them
 EXPERT_WIDTHS = ("moe_intermediate_size", "intermediate_size", "expert_dim")
 
 
@@ -129,6 +130,15 @@ def readable_config(model):
     export.check_checksums(folder_of(model), weights=False)
     with readable(model):
         config = AutoConfig.from_pretrained(folder_of(model))
+        text = config.get_text_config()
+        fields = {
+            "architectures": isinstance(config.architectures, list | None),
+            "dtype": isinstance(text.dtype, torch.dtype | str | None),
+            "quantization_config": isinstance(_quantisation(config), dict | None),
+        }
+        sizes = moe.whole_numbers(text, [name for name in vars(text) if name.endswith(REPEATED)])
+        odd = [name for name, fits in (fields | {n: v < MOST for n, v in sizes.items()}).items() if not fits]
+        require(not odd, f'"{", ".join(odd)}" of config.json cannot be meant; copy the file again')
     if quantisation := _quantisation(config):
         method = str(quantisation.get("quant_method", "an unnamed method"))
         require(

@@ -77,7 +77,8 @@ def _stored(path, about, count):
     stored = read_json(path)
     if isinstance(stored, dict) and stored.pop("sha256", None) == sha256_json(stored):
         answers = stored.get("answers")
-        if stored.get("about") == about and isinstance(answers, list) and len(answers) == count:
+        same = sha256_json(stored.get("about")) == sha256_json(about)
+        if same and isinstance(answers, list) and len(answers) == count:
             return answers
     warnings.warn(f"{path} was cut short or changed; the model is asked again.", stacklevel=4)
     return None
