@@ -26,7 +26,10 @@ WEIGHTS, SHARD = "model.safetensors", "model-{:05d}-of-{:05d}.safetensors"
 SINGLE = 1 << 28  # bytes up to which a checkpoint is one file rather than one per decoder layer
 DEVICE_MAPS = ("balanced", "balanced_low_0", "sequential")
 DEQUANTISED = ("fp8", "mxfp4", "compressed-tensors")  # what transformers can undo while it loads
-REPEATED, MOST = ("hidden_layers", "head_dim"), 10_000  # endings of sizes, and more than any model has of them
+REPEATED, MOST = (
+    ("hidden_layers", "head_dim"),
+    10_000,
+)  # endings of sizes, and more than any model has of them
 EXPERT_WIDTHS = ("moe_intermediate_size", "intermediate_size", "expert_dim")
 
 
@@ -181,7 +184,9 @@ def readable(shown):
                 "Check the name and the network, or give a model folder."
             ) from None
         known = isinstance(error, OSError | SafetensorError | InputError)
-        file = "" if known or not Path(shown).is_dir() else f" ({type(error).__name__}, as of its config.json)"
+        file = (
+            "" if known or not Path(shown).is_dir() else f" ({type(error).__name__}, as of its config.json)"
+        )
         raise InputError(f"{shown} is not a readable checkpoint{file}: {reason}") from error
 
 

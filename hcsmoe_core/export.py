@@ -14,13 +14,13 @@ from hcsmoe_core.plan import odd_widths
 MODELING = Path(modeling_hcsmoe.__file__)
 CARD = Path(__file__).with_name("card.md")  # Jinja template
 CHECKSUMS, CARD_NAME = "SHA256SUMS", "README.md"
-LICENCES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE")
 # Files that are copied unchanged from the original's folder, if it has them and they are not written anew.
 COPIED = """
 generation_config.json tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json
 tokenizer.model vocab.json vocab.txt merges.txt tiktoken.model chat_template.jinja chat_template.json
 preprocessor_config.json processor_config.json video_preprocessor_config.json
-""".split() + [*LICENCES]
+LICENSE LICENSE.txt LICENSE.md NOTICE
+""".split()
 # Numbers of layers that predict further tokens (MTP), which transformers neither loads nor writes.
 FURTHER_LAYERS = ("num_nextn_predict_layers", "num_mtp_layers")
 # Keys that no longer hold: weights are dequantised, and remote code is neither run nor copied.
@@ -78,8 +78,9 @@ def _with_changes(original, before, after, config):
 
 def write_checksums(folder):
     """Write ``SHA256SUMS`` of all that decides what a folder computes, for ``sha256sum --check`` too."""
-    files = [file for file in sorted(folder.iterdir()) if file.name not in (CHECKSUMS, CARD_NAME, *LICENCES)]
-    lines = [f"{_util.sha256_file(file)}  {file.name}\n" for file in files if file.is_file()]
+    prose = (CHECKSUMS, CARD_NAME, "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE")
+    files = [file for file in sorted(folder.iterdir()) if file.is_file() and file.name not in prose]
+    lines = [f"{_util.sha256_file(file)}  {file.name}\n" for file in files]
     (folder / CHECKSUMS).write_text("".join(lines), encoding="utf-8")
 
 

@@ -60,7 +60,8 @@ def test_statistics_plans_and_own_text_are_not_those_of_a_fine_tune(folder, tune
         own_text(model, None, sequences=2, length=12, seed=0, folder=cache)
         for model, cache in ((first, tmp_path / "own"), (other, tmp_path / "own"), (other, None))
     ]
-    assert not torch.equal(texts[0], texts[1]) and torch.equal(texts[1], texts[2])
+    assert not torch.equal(texts[0], texts[1])
+    assert torch.equal(texts[1], texts[2])
     other.config.rms_norm_eps = first.config.rms_norm_eps * 2
     with pytest.raises(InputError, match="another configuration"):
         make_plan(capture(load_model(tuned)[0], input_ids, progress=False), other, experts=6)
@@ -217,7 +218,8 @@ def test_an_odd_configuration_is_one_line_that_names_the_file(folder, field, val
     for load in (load_model, stream_model, *([] if field == "expert_merge" else [load_skeleton])):
         with pytest.raises(InputError) as caught:
             load(folder)
-        assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
+        assert str(folder) in str(caught.value)
+        assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("damage", ["cut", "bit", "empty", "other"])

@@ -64,7 +64,7 @@ def load_tasks(names: list[str]) -> dict:
 
 
 def identity(model, tokenizer) -> str:
-    """Hash of all that answers follow from: the model, merged or not, its generation settings, the tokenizer."""
+    """Hash of what answers follow from: the model, merged or not, generation settings and tokenizer."""
     fast = getattr(tokenizer, "backend_tokenizer", None)
     settings = model.generation_config.to_diff_dict() if model.can_generate() else {}
     settings.pop("transformers_version", None)
