@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import json
 import re
 import shutil
 from dataclasses import dataclass
@@ -14,7 +15,15 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 from transformers.utils import logging
 
 from hcsmoe_core import _transformers, _util, export, merging, moe, replace
-from hcsmoe_core._util import InputError, check_absent, check_choice, folder_of, read_json, require
+from hcsmoe_core._util import (
+    InputError,
+    check_absent,
+    check_choice,
+    folder_of,
+    read_json,
+    require,
+    sha256_json,
+)
 from hcsmoe_core.families import decoder_layers, find_moe_layers, non_text_experts
 from hcsmoe_core.modeling_hcsmoe import VERSION, merged_class, room
 from hcsmoe_core.plan import JOINED, Plan, load_plan, with_router
@@ -117,6 +126,14 @@ def load_tokenizer(source):
         return None if absent else AutoTokenizer.from_pretrained(str(source))
 
 
+def tokenizer_hash(tokenizer) -> str:
+    """Hash of all that a tokenizer's output follows from; of None, too."""
+    if (fast := getattr(tokenizer, "backend_tokenizer", None)) is None:
+        return sha256_json(tokenizer and tokenizer.get_vocab())
+    content = json.loads(fast.to_str()) | {"truncation": None, "padding": None}  # the last call's
+    return sha256_json([content, tokenizer.chat_template])
+
+
 def model_class(config):
     """Model class of a configuration: the one it names if an auto class knows that, else the first."""
     classes = [family for _, family in _transformers.auto_classes(config)]
@@ -139,7 +156,7 @@ def readable_config(model):
             "dtype": isinstance(text.dtype, torch.dtype | str | None),
             "quantization_config": isinstance(_quantisation(config), dict | None),
         }
-        sizes = moe.whole_numbers(text, [name for name in vars(text) if name.endswith(REPEATED)])
+        sizes = {n: v for n, v in vars(text).items() if n.endswith(REPEATED) and isinstance(v, int)}
         odd = [name for name, fits in (fields | {n: v < MOST for n, v in sizes.items()}).items() if not fits]
         require(not odd, f'"{", ".join(odd)}" of config.json cannot be meant; copy the file again')
     if quantisation := _quantisation(config):

@@ -12,6 +12,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from hcsmoe_core._util import InputError, read_json, sha256_json, versions, write_json
+from hcsmoe_core.checkpoint import tokenizer_hash
 from hcsmoe_core.families import model_hash
 from hcsmoe_core.score.evaluation import TASKS
 
@@ -65,11 +66,9 @@ def load_tasks(names: list[str]) -> dict:
 
 def identity(model, tokenizer) -> str:
     """Hash of what answers follow from: the model, merged or not, generation settings and tokenizer."""
-    fast = getattr(tokenizer, "backend_tokenizer", None)
     settings = model.generation_config.to_diff_dict() if model.can_generate() else {}
     settings.pop("transformers_version", None)
-    text = tokenizer.get_vocab() if fast is None else fast.to_str()
-    return sha256_json([model_hash(model, merged=True), settings, text])
+    return sha256_json([model_hash(model, merged=True), settings, tokenizer_hash(tokenizer)])
 
 
 def _stored(path, about, count):
