@@ -178,7 +178,7 @@ def read_json(path):
     """The JSON value of a file, or None if it is cut short or damaged."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
 
 

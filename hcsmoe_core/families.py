@@ -1,18 +1,26 @@
 """The sparse MoE layers of a transformers model, and the few families whose layers differ."""
 
-import hashlib
 import inspect
+import json
 from operator import attrgetter
 
 import torch
 from torch import nn
 
-from hcsmoe_core._util import require
+from hcsmoe_core import moe
+from hcsmoe_core._util import require, sha256_json
 from hcsmoe_core.modeling_hcsmoe import repeated
-from hcsmoe_core.moe import DOWN, UP, MoELayer, fingerprint, source_of
+from hcsmoe_core.moe import DOWN, UP, MoELayer, source_of
 
 # Parts of a model that text never reaches: their experts are left as they are.
 OTHER_PARTS = ("vision", "visual", "audio", "talker")
+IDENTITY = "2"  # how model_hash is made; another number where that changes
+# Of a configuration: how and by what it was loaded, and what a merged folder has beside the model's own.
+NO_MATTER = """
+dtype torch_dtype transformers_version architectures _name_or_path _attn_implementation use_cache return_dict
+_experts_implementation output_attentions output_hidden_states output_router_logits quantization_config
+auto_map expert_merge
+""".split()
 
 
 def find_moe_layers(model) -> list[MoELayer]:
@@ -62,15 +70,44 @@ def non_text_experts(model) -> list[str]:
     return [name for name, module in model.named_modules() if _layer_class(module) and _reads_no_text(name)]
 
 
-def model_hash(model) -> str:
-    """Hash of a model's experts and routers that does not depend on the dtype they were loaded in.
+def model_hash(model, *, merged: bool = False) -> str:
+    """What a model is known by: a hash of every weight and of the configuration.
 
-    Covers names, shapes and up to 4,096 evenly spread values of each tensor, rounded to bfloat16, so that it
-    takes no time on a large model. Merged layers count with the experts they had before.
+    Two models that differ in one number have other hashes. It depends neither on the dtype that the weights
+    were loaded in (:func:`same_model`) nor on how they lie in files, and is the same for a streamed model.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+    merged : bool
+        Whether layers that were merged in memory count as they are now, rather than as they were before.
     """
-    read, layers = source_of(model), find_moe_layers(model)
-    parts = [fingerprint(layer) if read is None else read.fingerprint(layer.name) for layer in layers]
-    return hashlib.sha256(b"".join(parts)).hexdigest()
+    source, state, maps = source_of(model), model.state_dict(keep_vars=True), {}
+    names = {module: name for name, module in model.named_modules()}
+    for layer in (layer for layer in find_moe_layers(model) if layer.merged):
+        before = layer.experts._merged.originals
+        if merged or before is None:
+            maps[layer.name] = layer.experts._merged.labels
+            continue
+        originals = {f"{names[module]}.{name}": value for (module, name), value in before.items()}
+        state |= {name: originals[name] for name in state.keys() & originals.keys()}
+    digests = sorted((moe.digests(state) if source is None else source.digests()).items())
+    what = [_settings(json.loads(model.config.to_json_string())), maps]
+    rounded, exact = (sha256_json([what, [(name, pair[i]) for name, pair in digests]]) for i in (0, 1))
+    return f"{IDENTITY}:{rounded}" + (f":{exact}" if exact != rounded else "")
+
+
+def same_model(first: str, second: str) -> bool:
+    """Whether hashes are of one model, of which one may be rounded to bfloat16."""
+    a, b = first.split(":"), second.split(":")
+    return first == second or (a[:2] == b[:2] and 2 in (len(a), len(b)))
+
+
+def _settings(value):
+    """A configuration without what does not change the model's output."""
+    if isinstance(value, dict):
+        return {key: _settings(item) for key, item in value.items() if key not in NO_MATTER}
+    return [_settings(item) for item in value] if isinstance(value, list) else value
 
 
 def _reads_no_text(name):

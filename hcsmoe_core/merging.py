@@ -4,7 +4,7 @@ import torch
 from tqdm.auto import tqdm
 
 from hcsmoe_core._util import check_count, require
-from hcsmoe_core.families import find_moe_layers, model_hash
+from hcsmoe_core.families import IDENTITY, find_moe_layers, model_hash, same_model
 from hcsmoe_core.moe import Neurons, all_finite
 from hcsmoe_core.plan import check_layer
 from hcsmoe_core.replace import replace_experts, restore_experts
@@ -62,16 +62,16 @@ def check_applicable(model, plan, stats=None) -> list:
     layers, record = check_fits(plan, model), plan.model
     message = "This model is merged already; restore(model) first, or load the original."
     require(not any(layer.merged for layer in layers), message)
-    require(
-        not record.get("hash") or record["hash"] == model_hash(model),
-        f"The plan was made for another model ({record.get('name')}, {record.get('class')}): this one has "
-        "the same shape but other weights. Make a plan from this model's statistics.",
-    )
-    require(
-        stats is None or stats.model["hash"] == model_hash(model),
-        f"These statistics were captured on another model ({stats and stats.model['name']}) than the one "
-        f"given ({model.name_or_path or type(model).__name__}); give those that the plan was made from.",
-    )
+    if record.get("hash"):
+        _check_known(
+            record,
+            model,
+            "The plan was made for",
+            "has the same shape but other weights or another configuration. Make a plan from this model's "
+            "statistics.",
+        )
+    if stats is not None:
+        check_statistics(stats, model)
     if plan.needs_sample:
         require(
             stats is not None,
@@ -85,6 +85,21 @@ def check_applicable(model, plan, stats=None) -> list:
             f"({stats.identity()}); give the ones it was made from, or make the plan again.",
         )
     return layers
+
+
+def check_statistics(stats, model):
+    """Raise InputError unless the statistics were captured on this model."""
+    shown = f"{model.name_or_path or 'unnamed'}, {type(model).__name__}"
+    remedy = f"({shown}) has other weights or another configuration. Capture on this one."
+    _check_known(stats.model, model, "These statistics were captured on", remedy)
+
+
+def _check_known(record, model, made, remedy):
+    """Raise InputError unless a record is of this model, by :func:`hcsmoe_core.families.model_hash`."""
+    known, named = str(record.get("hash")), f"({record.get('name')}, {record.get('class')})"
+    version = f"a model {named} by an earlier version of hcsmoe, which knew it by some of its weights alone"
+    require(known.startswith(f"{IDENTITY}:"), f"{made} {version}. Make the statistics and the plan again.")
+    require(same_model(known, model_hash(model)), f"{made} another model {named}: this one {remedy}")
 
 
 def check_fits(plan, model) -> list:

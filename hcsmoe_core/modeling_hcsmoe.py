@@ -112,6 +112,7 @@ def _resize(model, name, record):
     ``extra``, ``mapped`` of :class:`ExpertMap`. Raises ValueError if it does not fit the model.
     """
     try:
+        _check(model, name, record)
         for path, shape in record["tensors"].items():
             owner, _, attribute = path.rpartition(".")
             module = model.get_submodule(owner)
@@ -127,9 +128,30 @@ def _resize(model, name, record):
         experts._merged = ExpertMap(record["labels"], record["extra"], record["mapped"])
         if record["mapped"]:
             remap(experts)
-    except (AttributeError, KeyError, TypeError) as error:
+    except (AttributeError, KeyError, TypeError, RuntimeError) as error:
         message = f'config.json was changed: "expert_merge" does not fit {name} ({error!r}).'
         raise ValueError(message) from None
+
+
+def _check(model, name, record):
+    """Raise ValueError unless a layer's labels are complete, in range, all used, and fit its tensors."""
+    labels, extra, mapped = (record[key] for key in ("labels", "extra", "mapped"))
+    field = f'config.json was changed: "expert_merge", {name}'
+    if not isinstance(mapped, bool) or type(extra) is not int or extra < 0:
+        raise ValueError(f'{field}: "mapped" must be true or false, "extra" a count; not {mapped}, {extra}.')
+    whole = isinstance(labels, list) and all(type(label) is int for label in labels)
+    groups = max(labels, default=-1) + 1 if whole else 0
+    if not groups or set(labels) - (set() if mapped else {-1}) != set(range(groups)):
+        raise ValueError(f'{field}: "labels" must be group numbers from 0, each used; not {labels}.')
+    for path, shape in record["tensors"].items():
+        owner, _, attribute = path.rpartition(".")
+        before = getattr(model.get_submodule(owner), attribute)
+        # Others are a router's, or flattened.
+        if before.ndim == 3 and path.startswith(f"{name}."):
+            fitting = shape[0] in (groups, groups + extra), len(before) in (len(labels), len(labels) + extra)
+            if not all(fitting):
+                counts = f"{len(labels)} labels of {groups} groups"
+                raise ValueError(f'{field}: "labels": {counts} for {len(before)} experts, {shape[0]} stored.')
 
 
 def room(tensor, shape):
@@ -147,6 +169,8 @@ def merged_class(base):
             merge = getattr(config, "expert_merge", None) or {"version": VERSION, "layers": {}}
             if not isinstance(merge, dict) or merge.get("version") != VERSION:
                 raise ValueError("This model folder was written by another version of hcsmoe; merge again.")
+            if not isinstance(merge.get("layers"), dict):
+                raise ValueError('config.json was changed: "expert_merge" has no object "layers".')
             for name, record in merge["layers"].items():
                 _resize(self, name, record)
 

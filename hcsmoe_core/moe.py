@@ -6,6 +6,9 @@ family; the few that differ stand in :mod:`hcsmoe_core.families`. What a router 
 biases, groups of experts, scaling) happens before that and is never repeated here.
 """
 
+import hashlib
+import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from operator import attrgetter
@@ -13,6 +16,7 @@ from operator import attrgetter
 import torch
 from torch import nn
 from torch.nn.functional import linear
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from hcsmoe_core._transformers import gate_function
 from hcsmoe_core._util import require
@@ -33,6 +37,8 @@ WIDTH_NAMES = ("intermediate_dim", "intermediate_size", "expert_dim", "ffn_hidde
 GROUP_COUNT_NAMES = ("num_group", "n_group")  # groups of experts that a router chooses among first
 GROUP_TOP_K_NAMES = ("topk_group",)  # how many of them it chooses
 
+CHUNK = 1 << 22  # numbers of a tensor that are hashed at once
+_digests = WeakTensorKeyDictionary()  # of large tensors: what they looked like, and their digests
 PRODUCT_SIZE = 1 << 27  # numbers that the up projections of several experts give at once on a GPU
 
 # Rows of the up projection per neuron, ``[I, p]``, by the number of neurons: without a gate; with all gates
@@ -397,22 +403,43 @@ def place(module: nn.Module, path: str) -> tuple[nn.Module, str]:
     return module.get_submodule(owner), name
 
 
-def fingerprint(layer: MoELayer) -> bytes:
-    """What :func:`hcsmoe_core.families.model_hash` looks at of one layer: as it was before a merge."""
-    merged, router = getattr(layer.experts, "_merged", None), layer.router
-    experts, originals = (merged and merged.before) or layer.tensors(), (merged and merged.originals) or {}
-    scores = {} if router is None else dict(router.named_parameters(remove_duplicate=False))
-    tensors = {f"{layer.name}.{name}": tensor for name, tensor in experts.items()} | {
-        f"{layer.name}:router.{name}": originals.get(place(router, name), tensor)
-        for name, tensor in scores.items()
-    }
-    return b"".join(f"{n} {tuple(t.shape)}".encode() + _spread_values(t) for n, t in sorted(tensors.items()))
+def digests(tensors: dict) -> dict[str, list[str]]:
+    """SHA-256 of tensors by name: of the values rounded to bfloat16, and of the values themselves.
+
+    The two are alike where rounding changes nothing, so that a tensor has the same ones in any dtype that
+    holds it.
+    """
+    unique = {id(tensor): tensor for tensor in tensors.values()}
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        known = dict(zip(unique, pool.map(_digest, unique.values()), strict=True))
+    return {name: known[id(tensor)] for name, tensor in tensors.items()}
 
 
-def _spread_values(tensor):
-    """Bytes of 4,096 values of a tensor, about, evenly spread, in bfloat16."""
-    values = tensor.detach().reshape(-1)[:: max(1, tensor.numel() // 4096)]
-    return values.to(torch.bfloat16).cpu().contiguous().view(torch.int16).numpy().tobytes()
+def _digest(tensor):
+    """Digests of one tensor; those of a large one are remembered while it seems untouched."""
+    require(not tensor.is_meta, "A weight is offloaded; load the model without disk or CPU offload.")
+    values = tensor.detach().reshape(-1)
+    if tensor.numel() <= CHUNK or tensor.is_inference():
+        return _hashes(values, tensor.shape)
+    seen = (tensor._version, tensor.data_ptr(), _bytes(values[:: 1 + len(values) // 4096]).tobytes())
+    if _digests.get(tensor, [None])[0] != seen:
+        _digests[tensor] = seen, _hashes(values, tensor.shape)
+    return _digests[tensor][1]
+
+
+def _hashes(values, shape):
+    rounded, exact, same = (*(hashlib.sha256(str(tuple(shape)).encode()) for _ in range(2)), True)
+    for chunk in values.split(CHUNK):
+        near = chunk.to(torch.bfloat16) if chunk.is_floating_point() else chunk
+        rounded.update(_bytes(near))
+        if near.dtype != chunk.dtype:
+            same = same and torch.equal(near.to(chunk.dtype), chunk)
+            exact.update(_bytes(chunk.float()))
+    return [rounded.hexdigest(), (rounded if same else exact).hexdigest()]
+
+
+def _bytes(values):
+    return values.cpu().contiguous().view(torch.uint8).numpy()
 
 
 def all_finite(tensor: torch.Tensor) -> bool:

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from hcsmoe_core._util import InputError, check_count, replacing, require, sha256_json
+from hcsmoe_core.families import same_model
 
 FORMAT = "hcsmoe-statistics-2"
 # What can be collected, with the sums that each is made of.
@@ -108,7 +109,7 @@ class Statistics:
 
     layers: dict  # LayerStatistics by the name of the experts module, in model order
     domains: list  # names along the first axis of every sum
-    # "name" it was loaded by, "class", "hash" of experts and routers, "layers" with each one's "top_k",
+    # "name" it was loaded by, "class", "hash" of all its weights, "layers" with each one's "top_k",
     # "router_groups" and "width"; "every" n, where experts were applied to every n-th token only
     model: dict
     sequences: list  # hash of each calibration sequence
@@ -172,7 +173,7 @@ class Statistics:
     def __add__(self, other):
         """Statistics of the tokens of both, which must be disjoint: of one model, and what both collected."""
         require(
-            self.model["hash"] == other.model["hash"],
+            same_model(self.model["hash"], other.model["hash"]),
             f"These statistics are of different models: {self.model['name']} and {other.model['name']}. "
             "Capture both on the same checkpoint.",
         )

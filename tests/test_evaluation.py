@@ -8,6 +8,7 @@ import torch
 from conftest import FAMILIES, OTHERS, logits, tiny_model, tokens
 
 import hcsmoe_core as core
+from hcsmoe_core._util import sha256_json
 from hcsmoe_core.demo import tasks
 from hcsmoe_core.score import evaluation
 from hcsmoe_core.score import fidelity as measuring
@@ -260,6 +261,44 @@ def test_a_model_is_asked_once_and_answers_are_kept_by_what_they_depend_on(embed
         loaded.model.layers[1].self_attn.q_proj.weight[0, 0] += 1e-3  # one weight of another kind
     with pytest.raises(pytest.fail.Exception):
         core.evaluate(loaded, own, names, **how)
+
+
+def test_answers_depend_on_the_generation_settings(embedded):
+    from hcsmoe_core.score.harness import identity
+
+    model, tokenizer = embedded
+    before = identity(model, tokenizer)
+    model.generation_config.repetition_penalty = 3.0
+    try:
+        assert identity(model, tokenizer) != before
+    finally:
+        model.generation_config.repetition_penalty = None
+    assert identity(model, tokenizer) == before
+
+
+@pytest.mark.parametrize("damage", ["cut", "edited", "no object", "fewer", "deep"])
+def test_damaged_answers_are_named_and_asked_for_again(embedded, tmp_path, damage):
+    model, tokenizer = embedded
+    how = dict(limit=3, text=None, answers=tmp_path)
+    first = core.evaluate(model, tokenizer, ["demo_largest"], **how)
+    (file,) = tmp_path.rglob("*.json")
+    content = json.loads(file.read_text())
+    edited = content | {"answers": [[0.0, True], *content["answers"][1:]]}
+    fewer = {key: value for key, value in content.items() if key != "sha256"} | {"answers": []}
+    fewer["sha256"] = sha256_json(fewer)
+    file.write_text(
+        {
+            "cut": file.read_text()[:-9],
+            "edited": json.dumps(edited),
+            "no object": "[]",
+            "fewer": json.dumps(fewer),
+            "deep": "[" * 100_000,
+        }[damage]
+    )
+    with pytest.warns(UserWarning, match=rf"{file.name} was cut short or changed"):
+        again = core.evaluate(model, tokenizer, ["demo_largest"], **how)
+    assert again["items"] == first["items"]
+    assert json.loads(file.read_text()) == content
 
 
 def test_bad_input_is_refused(embedded):

@@ -386,9 +386,13 @@ def test_checksums_are_those_of_the_files(model, stats, tmp_path):
     save_merged(model, make_plan(stats, model, experts=4), tmp_path / "m")
     listed = dict(line.split("  ")[::-1] for line in (tmp_path / "m" / "SHA256SUMS").read_text().splitlines())
     held = {
-        f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in (tmp_path / "m").glob("*.safetensors")
+        f.name: hashlib.sha256(f.read_bytes()).hexdigest()
+        for f in (tmp_path / "m").iterdir()
+        if f.name not in ("README.md", "SHA256SUMS")
     }
     assert listed == held
+    wanted = {"model.safetensors", "config.json", "generation_config.json", "plan.json", "modeling_hcsmoe.py"}
+    assert wanted <= set(listed)
 
 
 def test_the_original_configuration_is_carried_over(input_ids, tmp_path):

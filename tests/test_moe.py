@@ -81,12 +81,59 @@ def test_generate_with_a_cache_goes_through_the_map(family):
 
 
 def test_the_hash_tells_weights_apart_and_not_dtypes(mixtral):
-    first = families.model_hash(mixtral)
-    assert families.model_hash(tiny_model("mixtral", torch.bfloat16)) == first
-    assert families.model_hash(tiny_model("mixtral", seed=1)) != first
+    first, rounded = families.model_hash(mixtral), families.model_hash(tiny_model("mixtral", torch.bfloat16))
+    assert families.same_model(first, rounded)
+    assert families.same_model(rounded, first)
+    again = tiny_model("mixtral", torch.bfloat16).to(torch.float32)
+    assert families.model_hash(again) == rounded
+    assert not families.same_model(first, families.model_hash(tiny_model("mixtral", seed=1)))
     with torch.no_grad():
         mixtral.model.layers[2].mlp.gate.weight[3, 5] += 0.5
+    assert not families.same_model(families.model_hash(mixtral), first)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_any_weight_and_any_setting_makes_another_model(dtype):
+    model = tiny_model("deepseek_v3", dtype)
+    first = families.model_hash(model)
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            value, here = tensor.view(-1)[-1:], tensor.view(-1)[-1:].clone()
+            value.add_(0.3 if dtype == torch.bfloat16 else 1e-3 + 1e-3 * here.abs())
+            assert not families.same_model(families.model_hash(model), first), name
+            value.copy_(here)
+    assert families.model_hash(model) == first
+    for name, value in (("rms_norm_eps", 1e-3), ("routed_scaling_factor", 1.5), ("n_group", 1)):
+        before = getattr(model.config, name)
+        setattr(model.config, name, value)
+        assert not families.same_model(families.model_hash(model), first), name
+        setattr(model.config, name, before)
+    model.config.use_cache = False
+    assert families.model_hash(model) == first
+
+
+def test_what_float32_alone_tells_apart_is_told_apart(mixtral):
+    first, weight = families.model_hash(mixtral), mixtral.lm_head.weight
+    with torch.no_grad():
+        weight[3, 5] *= 1 + 1e-6
+    assert not families.same_model(families.model_hash(mixtral), first)
+
+
+def test_large_tensors_are_hashed_again_once_they_changed(mixtral, monkeypatch):
+    monkeypatch.setattr(moe, "CHUNK", 256)
+    first, hashed, weight = families.model_hash(mixtral), [], mixtral.model.embed_tokens.weight
+    hashes = moe._hashes
+    monkeypatch.setattr(moe, "_hashes", lambda *a: hashed.append(a[1]) or hashes(*a))
+    assert families.model_hash(mixtral) == first
+    assert weight.shape not in hashed
+    with torch.no_grad():
+        weight[95, 31] += 1
     assert families.model_hash(mixtral) != first
+    assert weight.shape in hashed
+    weight.data = weight.data - 0
+    hashed.clear()
+    families.model_hash(mixtral)
+    assert weight.shape in hashed
 
 
 def test_router_logits_are_found_by_their_width():

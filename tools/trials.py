@@ -40,6 +40,7 @@ import torch
 from tqdm.auto import tqdm
 
 import hcsmoe_core as core
+from hcsmoe_core import families
 from hcsmoe_core._util import InputError, MissingPackageError, sha256_json, write_json
 from hcsmoe_core.studies import grids, sweep
 from hcsmoe_core.text.own_text import own_text
@@ -287,6 +288,13 @@ def targets(folder: Path) -> list[Target]:
             found.append(Target(title, file, read, flip, count))
             if file.suffix == ".json":
                 found.append(Target(f"{title}, values", file, read, edit, count // 2))
+    config = folder / "model/config.json"  # a folder of the user's own has no checksums
+
+    def opened():
+        return families.model_hash(core.load_model(folder / "model")[0])
+
+    found.append(Target("model folder, config.json", config, opened, flip, 200, True))
+    found.append(Target("model folder, config.json, values", config, opened, edit, 400, True))
     return found + _texts(folder, model) + _results(folder)
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import json
 import re
 import shutil
 from dataclasses import dataclass
@@ -14,11 +15,20 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 from transformers.utils import logging
 
 from hcsmoe_core import _transformers, _util, merging, moe, replace
-from hcsmoe_core._util import InputError, check_absent, check_choice, choice_of, folder_of, read_json, require
+from hcsmoe_core._util import (
+    InputError,
+    check_absent,
+    check_choice,
+    choice_of,
+    folder_of,
+    read_json,
+    require,
+    sha256_json,
+)
 from hcsmoe_core.checkpoint import export
 from hcsmoe_core.families import decoder_layers, find_moe_layers, non_text_experts
 from hcsmoe_core.modeling_hcsmoe import VERSION, merged_class, room
-from hcsmoe_core.plan import JOINED, Plan, with_router
+from hcsmoe_core.plan import JOINED, Plan, load_plan, with_router
 
 ROUTERS = ("plain", "mapped", "row-kept", "folded")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -27,6 +37,10 @@ WEIGHTS, SHARD = "model.safetensors", "model-{:05d}-of-{:05d}.safetensors"
 SINGLE = 1 << 28  # bytes up to which a checkpoint is one file rather than one per decoder layer
 DEVICE_MAPS = ("balanced", "balanced_low_0", "sequential")
 DEQUANTISED = ("fp8", "mxfp4", "compressed-tensors")  # what transformers can undo while it loads
+REPEATED, MOST = (
+    ("hidden_layers", "head_dim"),
+    10_000,
+)  # endings of sizes, and more than any model has of them
 EXPERT_WIDTHS = ("moe_intermediate_size", "intermediate_size", "expert_dim")
 
 
@@ -60,12 +74,14 @@ def _load(source, *, device, **options):
     return loaded if device_map else loaded.to(device_of(device))
 
 
-def load_with(load, source, *, dtype, device_map, experts_implementation, merged=False):
+def load_with(load, source, *, dtype, device_map, experts_implementation, merged=False, verify=True):
     """Load a model by a function of :func:`hcsmoe_core._transformers.class_with_loader`, in evaluation mode.
 
     ``device_map`` is that of transformers; a ``merged`` model has layers as ``config.json`` records them.
+    With ``verify``, weight files of a folder that we wrote are compared with their checksums first.
     """
     config = readable_config(source)
+    export.check_checksums(source, verify)
     family = model_class(config)
     with readable(source):
         base = _transformers.class_with_loader(merged_class(family) if merged else family, load)
@@ -108,7 +124,16 @@ def load_tokenizer(source):
     """Load the tokenizer of a folder or hub name; None if the folder has none."""
     folder = Path(source)
     absent = folder.is_dir() and not [*folder.glob("tokenizer*"), *folder.glob("*.model")]
-    return None if absent else AutoTokenizer.from_pretrained(str(source))
+    with readable(source):
+        return None if absent else AutoTokenizer.from_pretrained(str(source))
+
+
+def tokenizer_hash(tokenizer) -> str:
+    """Hash of all that a tokenizer's output follows from; of None, too."""
+    if (fast := getattr(tokenizer, "backend_tokenizer", None)) is None:
+        return sha256_json(tokenizer and tokenizer.get_vocab())
+    content = json.loads(fast.to_str()) | {"truncation": None, "padding": None}  # the last call's
+    return sha256_json([content, tokenizer.chat_template])
 
 
 def model_class(config):
@@ -120,9 +145,22 @@ def model_class(config):
 
 
 def readable_config(model):
-    """Load a configuration, set to turn quantised weights into floats; InputError if transformers cannot."""
+    """Load a configuration, set to turn quantised weights into floats; InputError if transformers cannot.
+
+    What decides the output of a folder that we wrote, weights aside, is compared with its checksums first.
+    """
+    export.check_checksums(folder_of(model), weights=False)
     with readable(model):
         config = AutoConfig.from_pretrained(folder_of(model))
+        text = config.get_text_config()
+        fields = {
+            "architectures": isinstance(config.architectures, list | None),
+            "dtype": isinstance(text.dtype, torch.dtype | str | None),
+            "quantization_config": isinstance(_quantisation(config), dict | None),
+        }
+        sizes = {n: v for n, v in vars(text).items() if n.endswith(REPEATED) and isinstance(v, int)}
+        odd = [name for name, fits in (fields | {n: v < MOST for n, v in sizes.items()}).items() if not fits]
+        require(not odd, f'"{", ".join(odd)}" of config.json cannot be meant; copy the file again')
     if quantisation := _quantisation(config):
         method = str(quantisation.get("quant_method", "an unnamed method"))
         require(
@@ -156,15 +194,19 @@ def readable(shown):
         yield
     except torch.OutOfMemoryError:  # a RuntimeError, but no fault of the checkpoint
         raise
-    except (OSError, SafetensorError, ValueError, KeyError, RuntimeError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    except Exception as error:  # transformers says in any way what it does not like
+        reason = " ".join(str(error).split())[:400] or type(error).__name__
         if isinstance(error, OSError) and not Path(shown).exists():
             raise FileNotFoundError(
                 f"Cannot load {shown!r}: there is no such folder here, it is not "
                 f"{' or '.join(_util.EMBEDDED)}, and the Hugging Face hub did not provide it ({reason}). "
                 "Check the name and the network, or give a model folder."
             ) from None
-        raise InputError(f"{shown} is not a readable checkpoint: {reason}") from error
+        known = isinstance(error, OSError | SafetensorError | InputError)
+        file = (
+            "" if known or not Path(shown).is_dir() else f" ({type(error).__name__}, as of its config.json)"
+        )
+        raise InputError(f"{shown} is not a readable checkpoint{file}: {reason}") from error
 
 
 def check_conversion(report, shown, unread=()):
@@ -438,10 +480,10 @@ def finish(model, folder, target, plan, *, tokenizer=None, fidelity=None, card=N
         tokenizer.save_pretrained(folder)
     source = export.copy_along(model, folder)
     plan.save(folder / "plan.json")
-    export.write_checksums(folder)
     if target.more:
         shutil.copyfile(export.MODELING, folder / export.MODELING.name)
     export.write_config(model, folder, target.config, target.more, source)
+    export.write_checksums(folder)
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     written = {"bytes": size, **target.result, "fidelity": fidelity}
     export.write_card(model, folder, plan, written, loader=target.loader, lines=card)
@@ -479,7 +521,7 @@ def load_merged(folder, *, dtype="auto", device="auto", experts_implementation=N
 
     It computes what the live merged model computed, to the bit at the same dtype (on a CPU, where a file's
     tensors lie in memory can change the last bit of a matrix product). With ``verify``, weight files are
-    compared with their checksums first.
+    compared with their checksums first; other files are in any case.
 
     Raises FileNotFoundError if the folder or a weight file is missing, InputError if it is not a mapped
     checkpoint, or damaged or changed.
@@ -495,12 +537,16 @@ def load_merged(folder, *, dtype="auto", device="auto", experts_implementation=N
         f"{folder} keeps its experts as factors, as only earlier versions of hcsmoe do. Write it anew: "
         f"hcsmoe merge MODEL --plan {folder / 'plan.json'} --statistics STATISTICS --out OTHER",
     )
-    export.check_checksums(folder, verify)
     options = dict(dtype=dtype, device=device, experts_implementation=experts_implementation)
-    loaded = _load(folder, merged=True, **options)
+    loaded = _load(folder, merged=True, verify=verify, **options)
     found, wanted = (
         {layer.name: layer.num_experts for layer in find_moe_layers(model)}
         for model in (loaded, load_skeleton(folder))
     )
     require(found == wanted, f"{folder}: config.json maps other experts than the model has; merge again.")
+    labels = {name: layer["labels"] for name, layer in record["layers"].items()}
+    path = folder / "plan.json"
+    planned = {layer.name: layer.labels for layer in load_plan(path).layers} if path.is_file() else labels
+    odd = [name for name in labels if labels[name] != planned.get(name)]
+    require(not odd, f"{folder / 'config.json'}: labels of {', '.join(odd)} are not those of plan.json.")
     return loaded

@@ -13,7 +13,7 @@ from hcsmoe_core.plan import odd_widths
 
 MODELING = Path(modeling_hcsmoe.__file__)
 CARD = Path(__file__).with_name("card.md")  # Jinja template
-CHECKSUMS = "SHA256SUMS"
+CHECKSUMS, CARD_NAME = "SHA256SUMS", "README.md"
 # Files that are copied unchanged from the original's folder, if it has them and they are not written anew.
 COPIED = """
 generation_config.json tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json
@@ -77,24 +77,31 @@ def _with_changes(original, before, after, config):
 
 
 def write_checksums(folder):
-    """Write ``SHA256SUMS`` of the weight files, which ``sha256sum --check`` reads too."""
-    lines = [f"{_util.sha256_file(file)}  {file.name}\n" for file in sorted(folder.glob("*.safetensors"))]
+    """Write ``SHA256SUMS`` of all that decides what a folder computes, for ``sha256sum --check`` too."""
+    prose = (CHECKSUMS, CARD_NAME, "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE")
+    files = [file for file in sorted(folder.iterdir()) if file.is_file() and file.name not in prose]
+    lines = [f"{_util.sha256_file(file)}  {file.name}\n" for file in files]
     (folder / CHECKSUMS).write_text("".join(lines), encoding="utf-8")
 
 
-def check_checksums(folder, verify=True):
-    """Compare weight files with ``SHA256SUMS``; a folder that another program has saved anew has none.
+def check_checksums(folder, weights=True):
+    """Compare files with ``SHA256SUMS``; a folder that another program has saved anew has none.
 
-    Raises FileNotFoundError if a file is missing, InputError if one is damaged or changed.
+    Raises FileNotFoundError if a file is missing, InputError if one is damaged or changed. Without
+    ``weights``, weight files must be there, but are not read.
     """
+    folder = Path(folder)
     path = folder / CHECKSUMS
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
         digest, _, name = line.partition("  ")
+        require(digest and name == Path(name).name != "", f"{path} was cut short or changed: {line[:80]!r}.")
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} lacks {name}; copy it again, or merge again.")
+        large = name.endswith(".safetensors")
         require(
-            not verify or _util.sha256_file(folder / name) == digest,
-            f"{folder / name} was cut short or changed since it was written; copy it or merge again.",
+            (large and not weights) or _util.sha256_file(folder / name) == digest,
+            f"{folder / name} was {'cut short or ' * large}changed since it was written; copy it or merge "
+            f"again. If you changed it yourself, remove its line from {CHECKSUMS}.",
         )
 
 
@@ -138,7 +145,7 @@ def write_card(model, folder, plan, written, *, loader, lines=None):
     }
     texts |= {"kind": kind, "loader": loader, "fidelity": fidelity}
     card = ModelCard.from_template(data, CARD, router=written["router"], limits=written["limits"], **texts)
-    card.save(folder / "README.md")
+    card.save(folder / CARD_NAME)
 
 
 def _table(rows):

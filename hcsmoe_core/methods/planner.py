@@ -16,7 +16,8 @@ from scipy.spatial.distance import squareform
 from hcsmoe_core import clustering
 from hcsmoe_core import similarity as similarities
 from hcsmoe_core._util import check_count, require
-from hcsmoe_core.families import find_moe_layers, model_hash, moe_layer
+from hcsmoe_core.families import find_moe_layers, moe_layer
+from hcsmoe_core.merging import check_statistics
 from hcsmoe_core.methods import pruning
 from hcsmoe_core.methods.recipes import Recipe, resolve
 from hcsmoe_core.methods.summary import merge_weights
@@ -203,12 +204,7 @@ def _check_inputs(stats, model, recipe):
         'give the "model" argument.',
     )
     if model is not None:
-        record, name = stats.model, model.name_or_path or "unnamed"
-        require(
-            record["hash"] == model_hash(model),
-            f"These statistics were captured on another model ({record['name']}, {record['class']}) than the "
-            f"one given ({name}, {type(model).__name__}); capture on this one.",
-        )
+        check_statistics(stats, model)
 
 
 def _plan(stats, layers, recipe: Recipe, experts, seed):

@@ -163,7 +163,7 @@ class _Source:
         self.device = torch.device(_transformers.device_of_load(load_config))
         self.shards = {str(file): _identity(file) for file in files}
         self.present = None  # index of the decoder layer that is in memory
-        self.fingerprints = {}
+        self.known = {}  # digests by part
         self.names = checkpoint.parts_of(model)
         part_of = {name: part for part, names in enumerate(self.names) for name in names}
         self.keys = [{} for _ in self.names]  # of each part: names on disk by shard
@@ -248,13 +248,16 @@ class _Source:
         layers = families.find_moe_layers(self.model)
         return [layer for layer in layers if layer.name.startswith(f"{self.prefix}.{index}.")]
 
-    def fingerprint(self, name):
-        """What :func:`hcsmoe_core.families.model_hash` hashes of one MoE layer."""
-        if name not in self.fingerprints:
-            self.read_layer(name)
-            layers = self.moe_layers(self.present)
-            self.fingerprints |= {layer.name: moe.fingerprint(layer) for layer in layers}
-        return self.fingerprints[name]
+    def digests(self):
+        """What :func:`hcsmoe_core.moe.digests` gives of every weight, by name."""
+        return {name: pair for part in range(len(self.names)) for name, pair in self.digest(part).items()}
+
+    def digest(self, part):
+        """:meth:`digests` of one part, which is read unless they are known."""
+        if part not in self.known:
+            self.read(part - 1) if part else self.read_again()
+            self.known[part] = moe.digests(self.state(part))
+        return self.known[part]
 
     def state(self, part):
         """Tensors of one part of the model as they are now, by name."""
@@ -367,6 +370,7 @@ def stream_capture(
     if ranks.rank() == 0:
         _begin(work, settings)
     source.read_again()
+    source.digest(0)
     source.free_head()
     outputs = Outputs(work / "outputs")
     last = max(i for i in range(len(source.layers)) if source.moe_layers(i))
@@ -381,7 +385,7 @@ def stream_capture(
     layers = {}
     for stats in map(load_statistics, files):
         layers |= stats.layers
-        source.fingerprints |= {name: bytes.fromhex(text) for name, text in stats.model["prints"].items()}
+        source.known |= {int(part): pairs for part, pairs in stats.model["digests"].items()}
     ranks.barrier()  # every rank has read the files before one removes them
     return tokens.statistics(model, layers)
 
@@ -394,10 +398,10 @@ def _capture_layer(source, index, file, outputs, tokens, bar):
     with tokens.collecting(layers) as collectors:
         source.push(index, outputs, tokens, collectors, bar)
     stats, sampled = tokens.finished(collectors), tokens.sampled if layers else None
-    prints = {layer.name: source.fingerprint(layer.name).hex() for layer in layers}
+    known = {str(index + 1): source.digest(index + 1)}
     ranks.barrier()  # every rank's outputs are there before the layer counts as done
     if ranks.rank() == 0:
-        Statistics(stats, tokens.domains, {"prints": prints}, tokens.hashes, sampled).save(file)
+        Statistics(stats, tokens.domains, {"digests": known}, tokens.hashes, sampled).save(file)
     ranks.barrier()
     outputs.drop(index - 1, tokens.starts)
 

@@ -5,21 +5,21 @@ Imported only where something is scored, because lm-evaluation-harness is an ext
 
 import contextlib
 import functools
-import hashlib
 import logging
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
 import datasets
-import torch
 from lm_eval.loggers import EvaluationTracker
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from tqdm.auto import tqdm
 
 from hcsmoe_core._util import closest_first, read_json, require, sha256_json, versions, write_json
-from hcsmoe_core.families import find_moe_layers
+from hcsmoe_core.checkpoint import tokenizer_hash
+from hcsmoe_core.families import model_hash
 from hcsmoe_core.score.evaluation import TASKS
 
 logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of how its own command was started
@@ -101,19 +101,22 @@ def load_tasks(names: list[str]) -> dict:
 
 
 def identity(model, tokenizer) -> str:
-    """Hash of all that a model's answers follow from: every weight, merged or not, and the tokenizer."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    # The map from E to r experts is no tensor of the model.
-    labels = [layer.experts._merged.labels if layer.merged else None for layer in find_moe_layers(model)]
-    apart = ("transformers_version", "expert_merge", "auto_map")  # other in a merged folder than in memory
-    config = sorted(item for item in model.config.to_diff_dict().items() if item[0] not in apart)
-    fast = getattr(tokenizer, "backend_tokenizer", None)
-    tokens = fast.to_str() if fast is not None else sha256_json(tokenizer.get_vocab())
-    digest.update("".join(map(str, [*labels, config, tokens])).encode())
-    return digest.hexdigest()
+    """Hash of what answers follow from: the model, merged or not, generation settings and tokenizer."""
+    settings = model.generation_config.to_diff_dict() if model.can_generate() else {}
+    settings.pop("transformers_version", None)
+    return sha256_json([model_hash(model, merged=True), settings, tokenizer_hash(tokenizer)])
+
+
+def _stored(path, about, count):
+    """Answers in a file; None, with a warning, if it was damaged or changed."""
+    stored = read_json(path)
+    if isinstance(stored, dict) and stored.pop("sha256", None) == sha256_json(stored):
+        answers = stored.get("answers")
+        same = sha256_json(stored.get("about")) == sha256_json(about)
+        if same and isinstance(answers, list) and len(answers) == count:
+            return answers
+    warnings.warn(f"{path} was cut short or changed; the model is asked again.", stacklevel=4)
+    return None
 
 
 class Answering(HFLM):
@@ -164,12 +167,13 @@ class Answering(HFLM):
             asked = sha256_json([str(request.args) for request in batch.values()])
             about = self.settings | {"task": task, "requests": asked}
             path = self.folder / task / f"{sha256_json(about)[:16]}.json"
-            stored = read_json(path) if path.exists() else None
-            if stored is None:
-                stored = {"about": about, "answers": ask(list(batch.values()))}
-                write_json(path, stored, indent=None)
+            answered = _stored(path, about, len(batch)) if path.exists() else None
+            if answered is None:
+                answered = ask(list(batch.values()))
+                stored = {"about": about, "answers": answered}
+                write_json(path, stored | {"sha256": sha256_json(stored)}, indent=None)
             bar.update(max(0, sum(map(len, (answers, batch))) - bar.n))
-            answers |= zip(batch, stored["answers"], strict=True)
+            answers |= zip(batch, answered, strict=True)
         return [answers[i] for i in range(len(requests))]
 
     loglikelihood = functools.partialmethod(_answers, "loglikelihood")

@@ -16,6 +16,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from hcsmoe_core._util import folder_of, sha256_file, sha256_json
+from hcsmoe_core.checkpoint import tokenizer_hash
 from hcsmoe_core.collect import capture
 from hcsmoe_core.families import model_hash
 from hcsmoe_core.scale.streaming import stream_capture, work_folder
@@ -36,8 +37,8 @@ def key(settings: dict, *, model: str | None = None, code: str = "") -> str:
         JSON values; files named by ``model``, ``calibration``, ``text``, ``tasks`` and ``plugin`` count by
         content.
     model : str, optional
-        Hash of the loaded model (:func:`hcsmoe_core.families.model_hash`), in place of the files of its
-        folder.
+        Hash of the loaded model (:func:`hcsmoe_core.families.model_hash`), in place of the weight files of
+        its folder.
     code : str
         Hash of code beside the package's that takes part, such as a notebook's.
     """
@@ -79,8 +80,9 @@ def data_hash(parameters: dict, *, model: str | None = None) -> str:
     if "demo" in (parameters.get("tasks") or "demo"):
         files += sorted((PACKAGE / "demo/tasks").glob("*.jsonl"))
     folder = Path(folder_of(parameters.get("model") or ""))
-    if model is None and parameters.get("model") and folder.is_dir():
-        files += sorted(path for path in folder.iterdir() if path.is_file())
+    if parameters.get("model") and folder.is_dir():
+        known = () if model is None else (".safetensors", ".md")
+        files += sorted(path for path in folder.iterdir() if path.is_file() and path.suffix not in known)
     return sha256_json(
         [platform.python_version(), model, *([path.name, by_stat(_content, path)] for path in files)]
     )
@@ -159,6 +161,7 @@ def cached_statistics(
     settings = calibration_settings(model.name_or_path, calibration, sequences, length)
     source, size = settings["calibration"], dict(sequences=settings["sequences"], length=settings["length"])
     known = settings | {"seed": seed, "dtype": str(model.dtype), "sample": sample}
+    known["tokenizer"] = tokenizer_hash(tokenizer)
     name = f"{slug(model.name_or_path)}-{key(known, model=model_hash(model))}"
     sums, sampled = (Path(folder) / f"{name}-{kind}.safetensors" for kind in ("sums", "sample"))
     wanted, needs = (sampled, (*DEFAULT_NEEDS, "sample")) if "sample" in needs else (sums, DEFAULT_NEEDS)

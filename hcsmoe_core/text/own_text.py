@@ -1,6 +1,7 @@
 """Text that a model writes itself, to calibrate on where there is no other: sampled, seeded and cached."""
 
 import contextlib
+import hashlib
 import math
 import warnings
 from collections import namedtuple
@@ -144,10 +145,23 @@ def repetition(input_ids: torch.Tensor, n: int = GRAM) -> float:
 
 
 def _cached(cache, first):
-    """The batch that begins with a sequence; None if it is absent or damaged."""
-    with contextlib.suppress(OSError, KeyError, safetensors.SafetensorError):
-        return safetensors.torch.load_file(cache / f"{first:06d}.safetensors")["input_ids"]
+    """The batch that begins with a sequence; None if it is absent, or damaged, which a warning says."""
+    path = cache / f"{first:06d}.safetensors"
+    if not path.exists():
+        return None
+    with (
+        contextlib.suppress(OSError, KeyError, safetensors.SafetensorError),
+        safetensors.safe_open(path, "pt") as file,
+    ):
+        ids, checksum = file.get_tensor("input_ids"), (file.metadata() or {}).get("sha256")
+        if checksum == _checksum(ids):
+            return ids
+    warnings.warn(f"{path} was cut short or changed; the model writes this text again.", stacklevel=3)
     return None
+
+
+def _checksum(ids):
+    return hashlib.sha256(ids.numpy().tobytes()).hexdigest()
 
 
 def _check_writes(model):
@@ -181,7 +195,8 @@ def _write(batches, cache, shape, write):
             batches[first] = write(range(first, first + shape[0]), bar)
             if cache:
                 with replacing(cache / f"{first:06d}.safetensors") as part:
-                    safetensors.torch.save_file({"input_ids": batches[first]}, part)
+                    checksum = {"sha256": _checksum(batches[first])}
+                    safetensors.torch.save_file({"input_ids": batches[first]}, part, metadata=checksum)
     if size > 1:
         ranks.barrier()
         batches.update({first: _cached(cache, first) for first in absent})
