@@ -81,7 +81,7 @@ def test_dots_are_drawn_for_every_method():
 
 def test_bad_settings_are_refused_before_anything_is_measured(tmp_path):
     for settings, message in (
-        (dict(methods=["hcsmoe"]), '"method" argument must be one of'),
+        (dict(methods=["hcsmo"]), '"method" argument must be one of'),
         (dict(experts=[9]), '"experts" argument must be a whole number from 1 to 8'),
         (dict(settings={"linkage": "centroid"}), '"linkage" argument must be one of'),
     ):

@@ -95,7 +95,7 @@ def test_the_figure_has_a_line_for_each_kind_and_number_of_bits():
 
 def test_bad_settings_are_refused_before_anything_is_measured(tmp_path):
     for settings, message in (
-        (dict(methods=["hcsmoe"]), '"method" argument must be one of'),
+        (dict(methods=["hcsmo"]), '"method" argument must be one of'),
         (dict(bits=[5]), '"bits" argument must be one of'),
         (dict(experts=[9]), '"experts" argument must be a whole number from 1 to 8'),
     ):

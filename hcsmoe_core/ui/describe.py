@@ -26,12 +26,19 @@ experts' outputs, where the statistics tell it; of other plans it is known after
 
 
 def wrapped(text: str, *, hang: int = 2) -> str:
-    """Lines of text of at most 80 columns; what continues a line stands ``hang`` further right."""
+    """Lines of text of at most 80 columns; what continues a line stands ``hang`` further right.
+
+    A line that says what was written stays whole, so that its path can be copied.
+    """
     lines = []
     for line in text.splitlines():
         indent = " " * (len(line) - len(line.lstrip()))
         options = dict(subsequent_indent=indent + " " * hang, break_long_words=False, break_on_hyphens=False)
-        lines += textwrap.wrap(line, WIDTH, **options) if len(line) > WIDTH else [line]
+        lines += (
+            [line]
+            if len(line) <= WIDTH or line.startswith("wrote")
+            else textwrap.wrap(line, WIDTH, **options)
+        )
     return "\n".join(lines)
 
 
