@@ -105,8 +105,8 @@ def test_shares_are_of_the_models_experts_and_of_the_sources_sequences(tmp_path)
             '"linkage" argument must be one of "ward", "average", .*\'wrad\'',
         ),
         (
-            {"axes": {"experts": ["1/2"], "method": ["hcsmoe"]}},
-            'axes: .*"method" argument must be one of "hc-smoe", .*\'hcsmoe\'',
+            {"axes": {"experts": ["1/2"], "method": ["hcsmo"]}},
+            'axes: .*"method" argument must be one of "hc-smoe", .*\'hcsmo\'',
         ),
         ({"axes": {"experts": ["1/2"], "linkage": []}}, "axes.linkage: List should have at least 1 item"),
         ({"axes": {"experts": ["1/2", "1/2"]}}, "axes.experts: has '1/2' twice"),
