@@ -8,7 +8,6 @@ import json
 import operator
 import os
 import platform
-import secrets
 import shutil
 from collections import UserDict
 from pathlib import Path
@@ -88,29 +87,71 @@ def check_count(argument: str, value, low: int, high: int | None = None) -> int:
     return count
 
 
+NAME_BYTES = 240  # of an output's name, so that "..NAME.part.lock" is a name too
+
+
+def resolved(path) -> Path:
+    """Path of an output, or what it links to; InputError if it names nothing, or in too many bytes."""
+    path = Path(path)
+    example = "give the path of a file or folder, such as runs/merged"
+    require(path.name not in ("", ".."), f"The output {str(path)!r} is no name; {example}.")
+    if path.is_symlink():
+        path = Path(os.path.realpath(path))
+    size, name = len(os.fsencode(path.name)), f"{path.name[:30]}…"
+    require(size <= NAME_BYTES, f"The output name {name} has {size} bytes; give one of {NAME_BYTES} at most.")
+    return path
+
+
+def output_path(path, *, folder: bool = False) -> Path:
+    """Where an output is written, which is where ``path`` links to; checked before any work.
+
+    Parameters
+    ----------
+    path : path
+    folder : bool
+        It is a folder, which must not exist, rather than a file, which is replaced.
+
+    Raises
+    ------
+    InputError, OSError
+        If it has no usable name, is in the way of something that is not replaced, or cannot be written.
+    """
+    target = resolved(path)
+    if folder and os.path.lexists(target):
+        raise FileExistsError(f"The output folder {path} exists; remove it or give another one.")
+    if target.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; give the path of a file.")
+    if os.path.lexists(path) and not Path(path).is_file() and (Path(path).exists() or target.is_symlink()):
+        raise OSError(f"{path} is a device, pipe or socket, or a link to itself; give the path of a file.")
+    parent = next(parent for parent in target.parents if parent.exists())
+    if not parent.is_dir():
+        raise NotADirectoryError(f"{path} cannot be written: {parent} is a file; give another output.")
+    for place in (parent, target):
+        if place.exists() and not os.access(place, os.W_OK):
+            raise PermissionError(f"Permission denied: {place} is not writable; give another output.")
+    return target
+
+
 @contextlib.contextmanager
 def replacing(path):
     """Temporary path beside ``path``, renamed to it when the block ends, removed when the block fails."""
-    path = Path(path)
-    if path.is_dir():
-        raise IsADirectoryError(f"{path} is a folder; give the path of a file.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
-    try:
-        with writing(path):
-            yield part
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    path = output_path(path)
+    with unfinished(path) as part, writing(path):
+        yield part
+        publish(part, path)
 
 
 @contextlib.contextmanager
 def writing(path):
-    """Raise OSError where safetensors fails to write, as on a full disk."""
+    """Raise OSError that names ``path`` where it fails to be written, as on a full disk."""
     try:
         yield
-    except SafetensorError as error:
-        raise OSError(f"{path} cannot be written ({error}); is the disk full?") from None
+    except (SafetensorError, OSError) as error:
+        if getattr(error, "filename", None) or (isinstance(error, OSError) and error.errno is None):
+            raise  # says itself of which file it is
+        denied = "permission denied" in str(error).lower()
+        hint = "give another output" if denied else "is the disk full?"
+        raise OSError(f"{path} cannot be written ({error}); {hint}") from None
 
 
 @contextlib.contextmanager
@@ -122,23 +163,71 @@ def new_folder(path):
     FileExistsError
         If ``path`` exists: nothing is ever overwritten.
     """
-    path = Path(path)
-    check_absent(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
-    part.mkdir()
-    try:
+    path = output_path(path, folder=True)
+    with unfinished(path) as part, writing(path):
+        part.mkdir()
         yield part
         check_absent(path)  # another process may have been faster; a rename would replace an empty folder
-        os.replace(part, path)
+        publish(part, path)
+
+
+@contextlib.contextmanager
+def unfinished(path):
+    """Path in a folder ``.NAME.part`` beside ``path``, to be written while no other process does so.
+
+    What a run that was killed left there is removed first; safetensors' own temporary files are in it, too.
+    """
+    folder = _part_of(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with locked(folder):
+        if os.path.lexists(folder):
+            own = folder.is_dir() and not folder.is_symlink()
+            own = own and all(file.name.startswith((path.name, ".tmp")) for file in folder.iterdir())
+            require(own, f"{folder} is in the way, and not of hcsmoe; move it, or give another output.")
+            shutil.rmtree(folder)
+        folder.mkdir()
+        try:
+            yield folder / path.name
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _part_of(path):
+    return path.with_name(f".{path.name}.part")
+
+
+def was_killed(path) -> bool:
+    """Whether the process that wrote ``path`` by :func:`unfinished` died before it could tidy up."""
+    return _lock_of(_part_of(path)).exists() and not is_locked(_part_of(path))
+
+
+def publish(part, path):
+    """Rename what was written, once it is on the disk and has the modes that the umask gives."""
+    mode = (part if part.is_dir() else part.parent).stat().st_mode & 0o666
+    for file in (part, *part.rglob("*")):
+        if file.is_file() and file.stat().st_mode & 0o777 != mode:
+            file.chmod(mode)  # safetensors writes for the user alone
+        _sync(file)
+    os.replace(part, path)
+    _sync(path.parent)
+
+
+def _sync(path):
+    if os.name != "posix":  # others open no folders
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError:
+        if path.is_file():  # not every file system does folders
+            raise
     finally:
-        shutil.rmtree(part, ignore_errors=True)
+        os.close(handle)
 
 
 def check_absent(path):
-    """Raise FileExistsError if ``path`` exists."""
-    if Path(path).exists():
-        raise FileExistsError(f"The output folder {path} exists; remove it or give another one.")
+    """Raise FileExistsError if ``path`` exists, and other errors if no folder can be made there."""
+    output_path(path, folder=True)
 
 
 def _lock_of(path):

@@ -12,8 +12,10 @@ import contextlib
 import ctypes
 import json
 import os
+import re
 import shutil
 import sys
+import zlib
 from collections.abc import Callable, MutableMapping
 from pathlib import Path
 
@@ -25,7 +27,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from hcsmoe_core import _transformers, _util, checkpoint, families, merging, moe
-from hcsmoe_core._util import InputError, check_absent, require, sha256_json
+from hcsmoe_core._util import (
+    InputError,
+    output_path,
+    read_json,
+    require,
+    sha256_file,
+    sha256_json,
+    write_json,
+)
 from hcsmoe_core._version import __version__
 from hcsmoe_core.collect import Tokens, forward_options, needs_of
 from hcsmoe_core.scale import ranks
@@ -371,7 +381,11 @@ def stream_capture(
     outputs = Outputs(work / "outputs")
     last = max(i for i in range(len(source.layers)) if source.moe_layers(i))
     files = [work / f"layer-{index:05d}.safetensors" for index in range(last + 1)]
-    begun = ranks.first(next((i for i, file in enumerate(files) if not file.exists()), len(files)))
+    missing = (i for i, file in enumerate(files) if resumed(file, load_statistics) is None)
+    begun = ranks.first(next(missing, len(files)))
+    lost = 0 < begun < len(files) and not outputs.sound(begun - 1, tokens.starts)
+    if int(ranks.total(torch.tensor([int(lost)]))):
+        begun = 0
     with tokens.bar(progress) as bar:
         bar.total *= len(files)
         bar.update(begun * bar.total // len(files))
@@ -432,9 +446,13 @@ class Outputs:
             )
             return value
 
-        layout = repr(recursively_apply(stored, state, test_type=lambda _: True))
-        with _util.replacing(self._file(index, start)) as part:
-            save_file(tensors, part, metadata={"layout": layout})
+        layout, file = (
+            repr(recursively_apply(stored, state, test_type=lambda _: True)),
+            self._file(index, start),
+        )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with _util.writing(file):  # in place: what is cut short is found by its checksum
+            save_file(tensors, file, metadata={"layout": layout, "crc32": _crc32(layout, tensors)})
 
     def read(self, index, start, device):
         """What :meth:`write` stored, with the tensors on a device."""
@@ -444,17 +462,53 @@ class Outputs:
                 f"{file} is gone, or not on a disk that all ranks share; remove {self.folder.parent} to "
                 "start anew."
             )
-        with safe_open(file, "pt", backend="pread") as handle:
-            return recursively_apply(
-                lambda name: handle.get_tensor(name.decode()).to(device),
-                ast.literal_eval(handle.metadata()["layout"]),
-                test_type=lambda value: isinstance(value, bytes),
-            )
+        try:
+            with safe_open(file, "pt", backend="pread") as handle:
+                tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 (not a dict)
+                about = handle.metadata() or {}
+        except SafetensorError:
+            about = {}
+        require(
+            about.get("crc32") == _crc32(about.get("layout", ""), tensors if about else {}),
+            f"{file} is damaged; give the same command again, which then makes it anew.",
+        )
+        return recursively_apply(
+            lambda name: tensors[name.decode()].to(device),
+            ast.literal_eval(about["layout"]),
+            test_type=lambda value: isinstance(value, bytes),
+        )
+
+    def sound(self, index, starts):
+        """Whether what some batches left after one layer is there and undamaged; says so if not."""
+        try:
+            for start in starts:
+                self.read(index, start, "cpu")
+        except (InputError, FileNotFoundError) as error:
+            print(f"hcsmoe: {error}\nThe layers before it are run again.", file=sys.stderr)
+            return False
+        return True
 
     def drop(self, index, starts):
         """Remove what some batches left after one layer."""
         for start in starts:
             self._file(index, start).unlink(missing_ok=True)
+
+
+def _crc32(layout, tensors):
+    value = zlib.crc32(layout.encode())
+    for name in sorted(tensors):
+        value = zlib.crc32(tensors[name].flatten().view(torch.uint8).numpy(), value)
+    return str(value)
+
+
+def resumed(path, load):
+    """What ``load`` reads of a file of an interrupted run; None if there is none, or it is damaged."""
+    try:
+        return load(path) if path.exists() else None
+    except InputError as error:
+        print(f"hcsmoe: {error}\nIt is made again.", file=sys.stderr)
+        path.unlink(missing_ok=True)
+    return None
 
 
 def stream_merged(
@@ -497,7 +551,7 @@ def stream_merged(
         the folder is of another merge, or a shard cannot be read.
     """
     plan, router = checkpoint.exported(plan, router)
-    check_absent(out)
+    out = output_path(out, folder=True)
     source, work = moe.source_of(model), Path(work)
     target, folder = _begin_merge(model, plan, work, stats, router, observer), work / "model"
     observed = observer and observer(source, plan, work / "observed")
@@ -505,8 +559,8 @@ def stream_merged(
     fidelity = observed and observed.result()
     options = dict(tokenizer=tokenizer, fidelity=fidelity, card=card)
     written = checkpoint.finish(model, folder, target, plan, **options)
-    check_absent(out)
-    os.replace(folder, out)
+    output_path(out, folder=True)
+    _util.publish(folder, out)
     return written
 
 
@@ -530,15 +584,29 @@ def _begin_merge(model, plan, work, stats, router, observer):
     }
     _begin(work, settings)
     (work / "model").mkdir(exist_ok=True)
+    checksums = _checksums(work)
+    for file in (work / "model").iterdir():  # all but finished shards is written again
+        if file.is_dir() or checksums.get(file.name) != sha256_file(file):
+            if file.name in checksums:
+                print(f"hcsmoe: {file} is damaged and written again.", file=sys.stderr)
+            _discard(file)
     return target
+
+
+def _checksums(work):
+    """SHA-256 of the shards that are finished, by name."""
+    record = work / "shards.json"
+    return (read_json(record) if record.exists() else None) or {}
 
 
 def _write_parts(source, plan, folder, stats, target, observed):
     """Write, and observe, the parts that are not done yet."""
     plans, count = {layer_plan.name: layer_plan for layer_plan in plan.layers}, len(source.names)
-    for part in range(0 if (folder / checkpoint.WEIGHTS).exists() else count):
+    checksums = _checksums(folder.parent)
+    for part in range(count):
         observing = part > 0 and observed is not None and not observed.done(part - 1)
-        if (folder / checkpoint.SHARD.format(part + 1, count)).exists() and not observing:
+        shard = folder / checkpoint.SHARD.format(part + 1, count)
+        if shard.exists() and not observing:
             continue
         if part == 0 or observing:
             source.read_again()
@@ -553,6 +621,8 @@ def _write_parts(source, plan, folder, stats, target, observed):
             if observing:
                 observed.push(part - 1, layers)
             checkpoint.write_part(source.model, source.state(part), folder, part, count, target)
+            checksums[shard.name] = sha256_file(shard)
+            write_json(folder.parent / "shards.json", checksums)
         finally:
             merging.restore(source.model)
     source.free()
@@ -579,7 +649,9 @@ def work_folder(out, model):
 @contextlib.contextmanager
 def _owned(work, out):
     """Lock the work folder of a run that writes ``out``; remove it after the block unless it can go on."""
+    _check_ours(work)
     work.mkdir(parents=True, exist_ok=True)
+    _forget(done_of(work))
     owner = work / "pid"
     with contextlib.ExitStack() as stack:
         try:
@@ -599,31 +671,80 @@ def _owned(work, out):
                     file=sys.stderr,
                 )
             else:
-                shutil.rmtree(work, ignore_errors=True)
+                with contextlib.suppress(OSError, InputError):
+                    _remove(work)
             raise
         _remove(work)
 
 
 def tidied(out) -> bool:
-    """Whether ``out`` is complete and only the work folder of its run was left, which is then removed."""
-    work = work_of(out)
+    """Whether ``out`` is complete and only what its run wrote beside it was left, which is then removed."""
+    path = _util.resolved(out)
+    work = work_of(path)
     renamed = (work / "run.json").is_file() and not (work / "model").exists()
-    complete = bool(ranks.first(renamed and (Path(out) / "plan.json").is_file()))
+    renamed = renamed or done_of(work).is_dir() or _util.was_killed(path)
+    complete = bool(ranks.first(renamed and (path / "plan.json").is_file()))
     if complete and ranks.rank() == 0:
-        _remove(work)
+        _forget(done_of(work))
+        if work.is_dir():
+            _remove(work)
+        with _util.unfinished(path):
+            pass
     return complete
 
 
+# Names of what is in a work folder, or is being written there.
+OURS = r"\.*(lock|pid|(run|shards|plan-\w+)\.json|layer-\d+\.safetensors|model|capture|observed|outputs)"
+OURS += r"(\.part)?(\.lock)?"
+
+
+def _check_ours(folder):
+    """Raise InputError if a work folder is a link, or has other files than ours."""
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    record = not names or any("run.json" in name or "lock" in name for name in names)
+    foreign = next((name for name in names if not re.fullmatch(OURS, name) or not record), "")
+    require(
+        not foreign and not folder.is_symlink(),
+        f"{folder} is {f'not of hcsmoe ({foreign})' if foreign else 'a link'}, but unfinished work goes to a "
+        "folder of that name; move it, or give another output.",
+    )
+
+
 def _remove(work):
-    """Remove a work folder; ``run.json``, which says what it is, goes last."""
-    for path in sorted(work.iterdir(), key=lambda path: path.name == "run.json"):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    work.rmdir()
+    """Remove a work folder; renamed first, so that what a kill leaves of it is no unfinished run."""
+    _check_ours(work)
+    done = done_of(work)
+    os.replace(work, done)
+    _empty(done)
+
+
+def _forget(done):
+    """Remove what a run that was killed left of its finished work."""
+    if done.is_dir():
+        _check_ours(done)
+        with contextlib.suppress(Timeout, FileNotFoundError), FileLock(done / "lock", blocking=False):
+            _empty(done)
+
+
+def _empty(done):
+    for path in sorted(done.iterdir(), key=lambda path: path.name == "lock"):
+        _discard(path)
+    done.rmdir()
+
+
+def _discard(path):
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def work_of(out) -> Path:
     """Folder for the unfinished work of a run that writes ``out``."""
-    return Path(out).with_name(f".{Path(out).name}.work")
+    out = _util.resolved(out)
+    return out.with_name(f".{out.name}.work")
+
+
+def done_of(work) -> Path:
+    """Name that a work folder has while it is removed."""
+    return work.with_name(f"{work.name.removesuffix('.work')}.done")
 
 
 def _begin(folder, settings):
@@ -632,17 +753,23 @@ def _begin(folder, settings):
     Raises
     ------
     InputError
-        If an unfinished run with other settings is there.
+        If an unfinished run with other settings is there, or files of something else.
     """
     settings = json.loads(json.dumps(settings | {"version": __version__}))
+    _check_ours(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for unfinished in sorted(folder.rglob("*.part"), reverse=True):  # written when a run was killed
-        shutil.rmtree(unfinished) if unfinished.is_dir() else unfinished.unlink()
     record = folder / "run.json"
-    before = (_util.read_json(record) if record.exists() else None) or settings
+    before = read_json(record) if record.exists() else None
+    if not isinstance(before, dict):
+        if record.exists():
+            print(f"hcsmoe: {record} is damaged; the run begins anew.", file=sys.stderr)
+        for path in folder.iterdir():
+            if path.name in ("model", "observed", "outputs", "shards.json") or path.name.startswith("layer-"):
+                _discard(path)
+        before = settings
     other = [name for name in settings if before.get(name) != settings[name]]
     listed = f"it has other {', '.join(other)}"
     changed = "the checkpoint was changed meanwhile" if other == ["checkpoint"] else listed
     remedy = f"remove {folder} to start anew."
     require(not other, f"{folder} holds an unfinished run, but {changed}; {remedy}")
-    _util.write_json(record, settings)
+    write_json(record, settings)

@@ -33,7 +33,15 @@ from typing import Any
 
 import torch
 
-from hcsmoe_core._util import EMBEDDED, InputError, check_absent, check_choice, check_count, sha256_json
+from hcsmoe_core._util import (
+    EMBEDDED,
+    InputError,
+    check_absent,
+    check_choice,
+    check_count,
+    output_path,
+    sha256_json,
+)
 from hcsmoe_core.checkpoint import ROUTERS, exported, save_merged, target_of
 from hcsmoe_core.collect import capture, expected_bytes
 from hcsmoe_core.export import calibrated, fidelity_text, kept_of
@@ -44,7 +52,14 @@ from hcsmoe_core.methods.residual import held_out
 from hcsmoe_core.moe import source_of
 from hcsmoe_core.plan import JOINED, Plan, load_plan
 from hcsmoe_core.scale import ranks
-from hcsmoe_core.scale.streaming import open_model, stream_capture, stream_merged, tidied, work_folder
+from hcsmoe_core.scale.streaming import (
+    open_model,
+    resumed,
+    stream_capture,
+    stream_merged,
+    tidied,
+    work_folder,
+)
 from hcsmoe_core.score import fidelity as scoring
 from hcsmoe_core.statistics import SAMPLE, Statistics, load_statistics, sequence_hashes
 from hcsmoe_core.studies.stability import capture_until_stable, stability_table, with_rows
@@ -156,6 +171,7 @@ def capture_to_file(
     str, or None on every rank but the first
         What was written, in a line.
     """
+    output_path(out)
     names = list(METHODS) if list(methods) == ["all"] else methods or ["hc-smoe"]
     needs = tuple(dict.fromkeys(need for name in names for need in METHODS[resolve(name).method].needs))
     until = _until(until_stable, until_excess, stable_at)
@@ -284,8 +300,8 @@ def _captured(model, text, work, until, needs, **options):
 def _planned(model, stats, work, recipe):
     """The plan; that of a streamed model is kept in the work folder, as making it may take long."""
     path = work and work / f"plan-{sha256_json([stats.identity(), recipe])[:12]}.json"
-    if path and path.exists():
-        return load_plan(path)
+    if path and (plan := resumed(path, load_plan)):
+        return plan
     plan = make_plan(stats, model, **recipe)
     if path:
         plan.save(path)
