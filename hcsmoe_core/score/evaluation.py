@@ -136,10 +136,12 @@ def task_scores(
         return {"tasks": {}}
     try:
         import lm_eval
+        import lm_eval.evaluator
     except ImportError:
         raise MissingPackageError('Scoring needs lm-evaluation-harness: pip install "hcsmoe[eval]"') from None
     from hcsmoe_core.score.harness import Answering, load_tasks
 
+    lm_eval.evaluator.get_git_commit_hash = str  # of git, which complains where there is no repository
     loaded = load_tasks(tasks)
     bos = any(name in TASKS and TASKS[name].bos for name in tasks)
     seeds = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")

@@ -4,7 +4,10 @@
 
 import contextlib
 import importlib
+import multiprocessing
 import os
+import signal
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -74,6 +77,12 @@ def here() -> Engine:
     return Engine(_Here(), window=1)
 
 
+def _end_with_driver():
+    """Let a worker end as soon as the process that started it does, however that ends."""
+    driver = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (driver.join(), os._exit(1)), daemon=True).start()
+
+
 class _Processes(Executor):
     """Processes of this machine; those that die are replaced, which ``ProcessPoolExecutor`` does not do."""
 
@@ -82,7 +91,8 @@ class _Processes(Executor):
         self._start()
 
     def _start(self):
-        self._pool = ProcessPoolExecutor(self._workers, mp_context=get_context("spawn"))
+        context = get_context("spawn")
+        self._pool = ProcessPoolExecutor(self._workers, mp_context=context, initializer=_end_with_driver)
 
     def submit(self, fn, /, *args, **kwargs):
         try:
@@ -102,7 +112,12 @@ def processes(workers: int) -> Iterator[Engine]:
     check_count("workers", workers, 1)
     # No more cells are submitted than run: a process that dies takes all that were submitted with it.
     with _Processes(workers) as executor:
-        yield Engine(executor, threads=max(1, (os.cpu_count() or 1) // workers), window=workers)
+        try:
+            yield Engine(executor, threads=max(1, (os.cpu_count() or 1) // workers), window=workers)
+        except SystemExit:  # by a signal to this process alone, which a terminal's Ctrl-C is not
+            for worker in multiprocessing.active_children():
+                os.kill(worker.pid, signal.SIGINT)
+            raise
 
 
 @contextlib.contextmanager

@@ -1,7 +1,9 @@
 """The ``hcsmoe`` command: parses options, calls one function of the library, prints what it returns."""
 
+import contextlib
 import itertools
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 import hcsmoe_core as core
-from hcsmoe_core._util import InputError, read_json, require, write_json
+from hcsmoe_core._util import InputError, output_path, read_json, require, write_json
 
 app = typer.Typer(
     help="See which experts of a sparse mixture-of-experts model compute the same thing, merge them, and "
@@ -194,6 +196,7 @@ def plan(
     from hcsmoe_core.scale.streaming import open_model
     from hcsmoe_core.studies.tables import cut_table
 
+    output_path(out)
     stats = core.load_statistics(statistics)
     loaded = open_model(model)[0] if model else None
     decision = core.make_plan(stats, loaded, experts=experts, method=method, seed=plan_seed, **settings)
@@ -282,6 +285,8 @@ def evaluate(
     from hcsmoe_core.score.evaluation import PAPER_TASKS, paired, paired_table, score_table
     from hcsmoe_core.studies.tables import model_size
 
+    if out:
+        output_path(out)
     other = _scores_of(against) if against else None
     decision = core.load_plan(plan) if plan else None
     loaded, tokenizer = core.load_model(model, dtype=dtype, device=device)
@@ -369,8 +374,9 @@ def compare(
     memory.
     """
     from hcsmoe_core.methods import parse_settings
-    from hcsmoe_core.studies import cache, comparison
+    from hcsmoe_core.studies import cache, comparison, tables
 
+    output_path(table := out / f"{cache.slug(model)}.csv")
     frame = comparison.compare(
         model,
         methods=_items(methods) or None,
@@ -387,8 +393,7 @@ def compare(
         folder=out,
         plugin=plugin or (),
     )
-    frame.to_csv(table := out / f"{cache.slug(model)}.csv", index=False)
-    print(f"{comparison.table(frame)}\n\n{table}")
+    print(f"{comparison.table(frame)}\n\n{tables.write_table(frame, table)}")
 
 
 @app.command()
@@ -419,6 +424,8 @@ def reproduce(
 ):
     """Reproduce a table of the HC-SMoE paper, all methods at both sizes, beside the published values."""
     from hcsmoe_core.studies import reproduce as study
+
+    output_path(out / "table")
 
     options = dict(
         model=model,
@@ -494,6 +501,8 @@ def sweep(
     if not grid and not status:
         print(grids.table(grids.names()))
         return
+    for path in (*(table or ()), out / "table", *([figures / "table"] if figures else [])):
+        output_path(path)
     names = [name for entry in grid or () for name in (grids.names() if entry == "all" else [entry])]
     read, models = ",".join(Path(name).stem for name in names), model or [None]
     if status:
@@ -570,10 +579,37 @@ def _engine(workers: int, scheduler: str, slurm: bool, jobs: int, options: list[
     )
 
 
+@contextlib.contextmanager
+def _ended_by_signals():
+    """SIGTERM and SIGHUP end what runs in the block as an error does, so that it is tidied up."""
+    names = [name for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    numbers = [n for n in map(signal.Signals.__getitem__, names) if signal.getsignal(n) == signal.SIG_DFL]
+
+    def end(number, _):
+        for other in numbers:
+            signal.signal(other, signal.SIG_IGN)  # once is enough
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            print(f"hcsmoe: ended by {signal.Signals(number).name}.", file=sys.stderr)
+        sys.exit(128 + number)
+
+    for number in numbers:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
+
+
 def main(command: Callable = app) -> None:
     """Run a command. Bad input is one line and exit code 2; a bug of ours shows its traceback."""
     try:
-        command()
+        with _ended_by_signals():
+            command()
+    except SystemExit as done:
+        if done.code == 130:  # typer's, of Ctrl-C
+            print("hcsmoe: interrupted.", file=sys.stderr)
+        raise
     except Exception as error:
         kind = type(error).__name__  # by name: importing torch or the runner for their classes takes seconds
         message = str(error)
