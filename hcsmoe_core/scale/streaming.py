@@ -44,11 +44,13 @@ from hcsmoe_core.statistics import SAMPLE, Statistics, load_statistics
 LOADS = ("auto", "whole", "streamed")
 
 # Measured peaks of memory over bytes of weights: a whole model beside its shards and then its merged experts,
-# and a decoder layer beside its tensors on disk.
-WHOLE, LAYER = 2.75, 2.5
+# and a decoder layer beside its tensors on disk; and bytes of what is imported and compiled later.
+WHOLE, LAYER, LATER = 3.3, 2.5, 300_000_000
 
 
-def open_model(model, *, dtype="auto", device="auto", load: str = "auto", memory: str = "") -> tuple:
+def open_model(
+    model, *, dtype="auto", device="auto", load: str = "auto", memory: str = "", work: dict | None = None
+) -> tuple:
     """Load a model whole if it fits into memory, or to be streamed if it does not.
 
     Parameters
@@ -58,6 +60,9 @@ def open_model(model, *, dtype="auto", device="auto", load: str = "auto", memory
     load : {"auto", "whole", "streamed"}
     memory : str
         Most memory that this process may use, such as ``"3GB"`` or ``"900 MiB"``; by default what is free.
+    work : dict, optional
+        What will be done with the model: tokens per ``batch``, ``rows`` of the sample, and tokens of each
+        ``heldout`` sequence.
 
     Returns
     -------
@@ -67,30 +72,56 @@ def open_model(model, *, dtype="auto", device="auto", load: str = "auto", memory
     Raises
     ------
     FileNotFoundError, InputError
-        As :func:`hcsmoe_core.checkpoint.load_model`; InputError also if not even one decoder layer fits.
+        As :func:`hcsmoe_core.checkpoint.load_model`; InputError also if ``memory`` does not do.
     """
     _util.check_choice("load", load, LOADS)
     limit = _bytes_of(memory) if memory else free_memory("cpu") + _resident_memory()
     if load == "auto":
         spread = device in checkpoint.DEVICE_MAPS or checkpoint.merge_record(_util.folder_of(model))
-        load = "whole" if spread or _fits(model, dtype, device, limit) else "streamed"
+        load = "whole" if spread or _fits(model, dtype, device, limit, work) else "streamed"
+    if memory:  # oneDNN keeps up to 1,024 kernels, one for each number of rows that an expert is given
+        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
     if load == "whole":
+        if memory and not checkpoint.merge_record(_util.folder_of(model)):
+            _check_memory(memory, limit, sum(_needed(model, dtype, work)), f"all of {model}")
         return checkpoint.load_model(model, dtype=dtype, device=device)
     streamed, tokenizer = stream_model(model, dtype=dtype, device=device)
-    need = _resident_memory() + LAYER * moe.source_of(streamed).largest()
-    require(
-        not memory or need <= limit,
-        f'The "memory" argument is {memory}, but with the largest decoder layer of {model} in memory '
-        f"this process takes about {need / 1e9:.2f} GB; give more.",
-    )
+    if memory:
+        need = LAYER * moe.source_of(streamed).largest() + _work_bytes(streamed, **work or {})
+        _check_memory(memory, limit, need, f"the largest decoder layer of {model}")
     return streamed, tokenizer
 
 
-def _fits(model, dtype, device, limit):
+def _check_memory(memory, limit, need, what):
+    need += _resident_memory()
+    require(
+        need <= limit,
+        f'The "memory" argument is {memory}, but with {what} in memory this process takes about '
+        f"{need / 1e9:.3f} GB; give more.",
+    )
+
+
+def _fits(model, dtype, device, limit, work):
     """Whether a model fits into memory, with what merging adds."""
+    peak, beside = _needed(model, dtype, work)
+    return peak + beside + _resident_memory() <= limit and peak <= free_memory(checkpoint.device_of(device))
+
+
+def _needed(model, dtype, work):
+    """Bytes of a whole model, and of what is done with it."""
     skeleton = checkpoint.load_skeleton(model, dtype=dtype)
-    peak = WHOLE * skeleton.get_memory_footprint(return_buffers=False)
-    return peak + _resident_memory() <= limit and peak <= free_memory(checkpoint.device_of(device))
+    return WHOLE * skeleton.get_memory_footprint(return_buffers=False), _work_bytes(skeleton, **work or {})
+
+
+def _work_bytes(model, *, batch=0, rows=0, heldout=0):
+    """Bytes that a capture, its sample and fidelity take beside the weights, at most."""
+    hidden, kept = [0], 0
+    for layer in families.find_moe_layers(model):
+        chosen, values = layer.top_k or layer.num_experts, layer.tensors()["down_proj"].element_size()
+        hidden.append(chosen * (3 * layer.width + layer.hidden_size))
+        kept += layer.hidden_size * values + 4 * layer.num_experts + 12 * chosen
+    logits = 4 * heldout * model.get_input_embeddings().num_embeddings
+    return LATER + 4 * batch * max(hidden) + 2 * rows * kept + 4 * logits
 
 
 def _bytes_of(memory):
@@ -511,6 +542,19 @@ def resumed(path, load):
     return None
 
 
+def write_checked(path, value):
+    """Write a JSON value with its checksum."""
+    write_json(path, [value, sha256_json(value)])
+
+
+def read_checked(path):
+    """The value that :func:`write_checked` wrote; InputError if the file was damaged."""
+    content = read_json(path)
+    paired = isinstance(content, list) and len(content) == 2
+    require(paired and content[1] == sha256_json(content[0]), f"{path} is damaged.")
+    return content[0]
+
+
 def stream_merged(
     model,
     plan,
@@ -595,8 +639,7 @@ def _begin_merge(model, plan, work, stats, router, observer):
 
 def _checksums(work):
     """SHA-256 of the shards that are finished, by name."""
-    record = work / "shards.json"
-    return (read_json(record) if record.exists() else None) or {}
+    return resumed(work / "shards.json", read_checked) or {}
 
 
 def _write_parts(source, plan, folder, stats, target, observed):
@@ -622,7 +665,7 @@ def _write_parts(source, plan, folder, stats, target, observed):
                 observed.push(part - 1, layers)
             checkpoint.write_part(source.model, source.state(part), folder, part, count, target)
             checksums[shard.name] = sha256_file(shard)
-            write_json(folder.parent / "shards.json", checksums)
+            write_checked(folder.parent / "shards.json", checksums)
         finally:
             merging.restore(source.model)
     source.free()
@@ -759,10 +802,8 @@ def _begin(folder, settings):
     _check_ours(folder)
     folder.mkdir(parents=True, exist_ok=True)
     record = folder / "run.json"
-    before = read_json(record) if record.exists() else None
-    if not isinstance(before, dict):
-        if record.exists():
-            print(f"hcsmoe: {record} is damaged; the run begins anew.", file=sys.stderr)
+    before = resumed(record, read_checked)
+    if before is None:  # without its record nothing there tells what it is of
         for path in folder.iterdir():
             if path.name in ("model", "observed", "outputs", "shards.json") or path.name.startswith("layer-"):
                 _discard(path)
@@ -772,4 +813,4 @@ def _begin(folder, settings):
     changed = "the checkpoint was changed meanwhile" if other == ["checkpoint"] else listed
     remedy = f"remove {folder} to start anew."
     require(not other, f"{folder} holds an unfinished run, but {changed}; {remedy}")
-    write_json(record, settings)
+    write_checked(record, settings)

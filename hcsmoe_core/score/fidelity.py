@@ -11,13 +11,13 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from hcsmoe_core import _transformers
-from hcsmoe_core._util import read_json, require, sha256_json, write_json
+from hcsmoe_core._util import sha256_json
 from hcsmoe_core.collect import Tokens, check_tokens
 from hcsmoe_core.families import decoder_layers, find_moe_layers
 from hcsmoe_core.merging import apply_plan, restore
 from hcsmoe_core.plan import JOINED, odd_widths
 from hcsmoe_core.replace import replace_experts, restore_experts, resume_merge, suspend_merge
-from hcsmoe_core.scale.streaming import Outputs, resumed
+from hcsmoe_core.scale.streaming import Outputs, read_checked, resumed, write_checked
 from hcsmoe_core.statistics import sequence_hashes
 
 NAMES = {
@@ -235,7 +235,7 @@ class _Observer:
         """Sums up to the last layer that was measured; None, and nothing is left, if any of it is damaged."""
         if not earlier:
             return None
-        sums, starts = resumed(earlier[-1], _checked_sums), self.tokens.starts
+        sums, starts = resumed(earlier[-1], read_checked), self.tokens.starts
         every = self.outputs.values()
         if sums is None or not all(outputs.sound(int(earlier[-1].stem), starts) for outputs in every):
             shutil.rmtree(self.folder)
@@ -270,7 +270,7 @@ class _Observer:
                 output = self._output(name, index, start)
                 for layer in layers:
                     self.totals.add("hidden_error", name, layer.name, output, original)
-        write_json(self._file(index), [self.totals.sums, sha256_json(self.totals.sums)])
+        write_checked(self._file(index), self.totals.sums)
         for outputs in self.outputs.values():
             outputs.drop(index - 1, self.tokens.starts)
 
@@ -288,13 +288,6 @@ class _Observer:
                 logits[name] = self.source.logits(output, rows)[0]
                 self.totals.add_loss(name, rows[0], logits)
         return self.totals.result(self.tokens.input_ids.numel())
-
-
-def _checked_sums(file):
-    content = read_json(file)
-    paired = isinstance(content, list) and len(content) == 2
-    require(paired and content[1] == sha256_json(content[0]), f"{file} is damaged.")
-    return content[0]
 
 
 class _Totals:

@@ -114,10 +114,13 @@ def shrink(
     device = ranks.started(device)
     if out is not None and (tidied(out) or check_absent(out)):
         return {"out": Path(out)}
-    loaded, tokenizer = open_model(model, dtype=dtype, device=device, load=load, memory=memory)
+    captures, recipe = plan is None and statistics is None, plan is None and resolve(method, **settings)
+    rows = sample if captures and "sample" in recipe.needs else 0
+    options = dict(dtype=dtype, device=device, load=load, memory=memory)
+    options |= dict(work=_work(model, calibration, sequences, length, batch_size, rows, fidelity))
+    loaded, tokenizer = open_model(model, **options)
     plan, stats, text, advice = _read(plan, load_plan), _read(statistics, load_statistics), None, ""
     with _work_folder(out, loaded, experts if plan is None else None) as work:
-        captures = plan is None and stats is None
         if captures or (fidelity and (calibration or model in EMBEDDED)):
             source = (calibration, sequences, length, column, calibration_seed)
             text = _text(loaded, tokenizer, *source, heldout=fidelity)
@@ -176,7 +179,8 @@ def capture_to_file(
     needs = tuple(dict.fromkeys(need for name in names for need in METHODS[resolve(name).method].needs))
     until = _until(until_stable, until_excess, stable_at)
     device = ranks.started(device)
-    loaded, tokenizer = open_model(model, dtype=dtype, device=device, load=load, memory=memory)
+    work = _work(model, calibration, sequences, length, batch_size, sample if "sample" in needs else 0)
+    loaded, tokenizer = open_model(model, dtype=dtype, device=device, load=load, memory=memory, work=work)
     with work_folder(out, loaded) as work:
         text = _text(loaded, tokenizer, calibration, sequences, length, column, calibration_seed)
         options = dict(sample=sample, every=every, batch_size=batch_size)
@@ -186,6 +190,14 @@ def capture_to_file(
         stats.save(out)
     size = Path(out).stat().st_size / 1e6
     return f"{out}: {stats.num_tokens:,} tokens, {len(stats.layers)} MoE layers, {size:.1f} MB"
+
+
+def _work(model, calibration, sequences, length, batch_size, rows, fidelity=0):
+    """The ``work`` of :func:`open_model`."""
+    size = calibration_settings(str(model), calibration, sequences, length)
+    count, length = size["sequences"], size["length"]
+    heldout = min(length, HELD_OUT) if fidelity else 0
+    return {"batch": min(count, batch_size) * length, "rows": min(rows, count * length), "heldout": heldout}
 
 
 def _checked(plan, experts, method, router, settings):
