@@ -1,4 +1,4 @@
-"""Whether ``--memory`` is a bound that holds: the peak of a merge (VmHWM), whole and streamed, at three sizes.
+"""Whether ``--memory`` is a bound that holds: peaks of merges (VmHWM), whole and streamed, at three sizes.
 
 ``python -m benchmarks.memory_bound`` asks for too little memory first, which is refused with the number that
 is needed, and then for that number. It works on Linux only.

@@ -495,8 +495,8 @@ class Outputs:
             )
         try:
             with safe_open(file, "pt", backend="pread") as handle:
-                tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 (not a dict)
-                about = handle.metadata() or {}
+                names, about = list(handle.keys()), handle.metadata() or {}
+                tensors = {name: handle.get_tensor(name) for name in names}
         except SafetensorError:
             about = {}
         require(
