@@ -412,11 +412,7 @@ def stream_capture(
     outputs = Outputs(work / "outputs")
     last = max(i for i in range(len(source.layers)) if source.moe_layers(i))
     files = [work / f"layer-{index:05d}.safetensors" for index in range(last + 1)]
-    missing = (i for i, file in enumerate(files) if resumed(file, load_statistics) is None)
-    begun = ranks.first(next(missing, len(files)))
-    lost = 0 < begun < len(files) and not outputs.sound(begun - 1, tokens.starts)
-    if int(ranks.total(torch.tensor([int(lost)]))):
-        begun = 0
+    begun = _begun(files, outputs, tokens.starts)
     with tokens.bar(progress) as bar:
         bar.total *= len(files)
         bar.update(begun * bar.total // len(files))
@@ -429,6 +425,14 @@ def stream_capture(
         source.fingerprints |= {name: bytes.fromhex(text) for name, text in stats.model["prints"].items()}
     ranks.barrier()  # every rank has read the files before one removes them
     return tokens.statistics(model, layers)
+
+
+def _begun(files, outputs, starts):
+    """Layers whose statistics are there, undamaged, with what the next one starts from; else 0."""
+    missing = (i for i, file in enumerate(files) if resumed(file, load_statistics) is None)
+    begun = ranks.first(next(missing, len(files)))
+    lost = 0 < begun < len(files) and not outputs.sound(begun - 1, starts)
+    return 0 if int(ranks.total(torch.tensor([int(lost)]))) else begun
 
 
 def _capture_layer(source, index, file, outputs, tokens, bar):
