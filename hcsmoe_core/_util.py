@@ -10,13 +10,12 @@ import operator
 import os
 import platform
 import re
-import secrets
 import shutil
 from collections import UserDict
-from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from hcsmoe_core._version import __version__
@@ -108,53 +107,176 @@ def check_count(argument: str, value, low: int, high: int | None = None) -> int:
     return count
 
 
-@contextlib.contextmanager
-def _beside(path, remove):
-    """Temporary path beside ``path``, renamed to it when the block ends, removed when the block fails."""
+NAME_BYTES = 240  # of an output's name, so that "..NAME.part.lock" is a name too
+
+
+def resolved(path) -> Path:
+    """Path of an output, or what it links to; InputError if it names nothing, or in too many bytes."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
-    try:
-        yield part
-        os.replace(part, path)
-    finally:
-        remove(part)
+    example = "give the path of a file or folder, such as runs/merged"
+    require(path.name not in ("", ".."), f"The output {str(path)!r} is no name; {example}.")
+    if path.is_symlink():
+        path = Path(os.path.realpath(path))
+    size, name = len(os.fsencode(path.name)), f"{path.name[:30]}…"
+    require(size <= NAME_BYTES, f"The output name {name} has {size} bytes; give one of {NAME_BYTES} at most.")
+    return path
+
+
+def output_path(path, *, folder: bool = False) -> Path:
+    """Where an output is written, which is where ``path`` links to; checked before any work.
+
+    Parameters
+    ----------
+    path : path
+    folder : bool
+        It is a folder, which must not exist, rather than a file, which is replaced.
+
+    Raises
+    ------
+    InputError, OSError
+        If it has no usable name, is in the way of something that is not replaced, or cannot be written.
+    """
+    target = resolved(path)
+    if folder and os.path.lexists(target):
+        raise FileExistsError(f"The output folder {path} exists; remove it or give another one.")
+    if target.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; give the path of a file.")
+    if os.path.lexists(path) and not Path(path).is_file() and (Path(path).exists() or target.is_symlink()):
+        raise OSError(f"{path} is a device, pipe or socket, or a link to itself; give the path of a file.")
+    parent = next(parent for parent in target.parents if parent.exists())
+    if not parent.is_dir():
+        raise NotADirectoryError(f"{path} cannot be written: {parent} is a file; give another output.")
+    for place in (parent, target):
+        if place.exists() and not os.access(place, os.W_OK):
+            raise PermissionError(f"Permission denied: {place} is not writable; give another output.")
+    return target
 
 
 @contextlib.contextmanager
 def replacing(path):
     """Temporary file beside ``path``, renamed to it when the block ends, removed when the block fails."""
-    require(not Path(path).is_dir(), f"{path} is a folder; give the path of a file.", IsADirectoryError)
-    with _beside(path, lambda part: part.unlink(missing_ok=True)) as part, writing(path):
-        part.touch()
-        mode = part.stat().st_mode  # by the umask; safetensors writes files that only their owner reads
+    path = output_path(path)
+    with unfinished(path) as part, writing(path):
         yield part
-        part.chmod(mode)
+        publish(part, path)
 
 
 @contextlib.contextmanager
 def writing(path):
-    """Raise OSError where safetensors fails to write, as on a full disk."""
+    """Raise OSError that names ``path`` where it fails to be written, as on a full disk."""
     try:
         yield
-    except SafetensorError as error:
-        raise OSError(f"{path} cannot be written ({error}); is the disk full?") from None
+    except (SafetensorError, OSError) as error:
+        if getattr(error, "filename", None) or (isinstance(error, OSError) and error.errno is None):
+            raise  # says itself of which file it is
+        denied = "permission denied" in str(error).lower()
+        hint = "give another output" if denied else "is the disk full?"
+        raise OSError(f"{path} cannot be written ({error}); {hint}") from None
 
 
 @contextlib.contextmanager
 def new_folder(path):
-    """As :func:`replacing` for a folder; FileExistsError if ``path`` exists: nothing is ever overwritten."""
-    check_absent(path)
-    with _beside(path, partial(shutil.rmtree, ignore_errors=True)) as part:
+    """Temporary folder beside ``path``, renamed to it when the block ends, removed when the block fails.
+
+    Raises
+    ------
+    FileExistsError
+        If ``path`` exists: nothing is ever overwritten.
+    """
+    path = output_path(path, folder=True)
+    with unfinished(path) as part, writing(path):
         part.mkdir()
         yield part
         check_absent(path)  # another process may have been faster; a rename would replace an empty folder
+        publish(part, path)
+
+
+@contextlib.contextmanager
+def unfinished(path):
+    """Path in a folder ``.NAME.part`` beside ``path``, to be written while no other process does so.
+
+    What a run that was killed left there is removed first; safetensors' own temporary files are in it, too.
+    """
+    folder = _part_of(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with locked(folder):
+        if os.path.lexists(folder):
+            own = folder.is_dir() and not folder.is_symlink()
+            own = own and all(file.name.startswith((path.name, ".tmp")) for file in folder.iterdir())
+            require(own, f"{folder} is in the way, and not of hcsmoe; move it, or give another output.")
+            shutil.rmtree(folder)
+        folder.mkdir()
+        try:
+            yield folder / path.name
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _part_of(path):
+    return path.with_name(f".{path.name}.part")
+
+
+def was_killed(path) -> bool:
+    """Whether the process that wrote ``path`` by :func:`unfinished` died before it could tidy up."""
+    return _lock_of(_part_of(path)).exists() and not is_locked(_part_of(path))
+
+
+def publish(part, path):
+    """Rename what was written, once it is on the disk and has the modes that the umask gives."""
+    mode = (part if part.is_dir() else part.parent).stat().st_mode & 0o666
+    for file in (part, *part.rglob("*")):
+        if file.is_file() and file.stat().st_mode & 0o777 != mode:
+            file.chmod(mode)  # safetensors writes for the user alone
+        _sync(file)
+    os.replace(part, path)
+    _sync(path.parent)
+
+
+def _sync(path):
+    if os.name != "posix":  # others open no folders
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError:
+        if path.is_file():  # not every file system does folders
+            raise
+    finally:
+        os.close(handle)
 
 
 def check_absent(path):
-    """Raise FileExistsError if ``path`` exists."""
-    message = f"The output folder {path} exists; remove it or give another one."
-    require(not Path(path).exists(), message, FileExistsError)
+    """Raise FileExistsError if ``path`` exists, and other errors if no folder can be made there."""
+    output_path(path, folder=True)
+
+
+def _lock_of(path):
+    return Path(path).with_name(f".{Path(path).name}.lock")
+
+
+@contextlib.contextmanager
+def locked(path):
+    """Lock ``path`` during the block, after waiting for other processes; a lock ends with its process."""
+    lock = _lock_of(path)
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(lock):
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):  # Windows removes no open file
+                lock.unlink()
+
+
+def is_locked(path) -> bool:
+    """Whether a living process has locked ``path``."""
+    lock = _lock_of(path)
+    if not lock.exists():
+        return False
+    try:
+        with FileLock(lock, blocking=False):
+            return False
+    except Timeout:
+        return True
 
 
 def sha256_file(path) -> str:

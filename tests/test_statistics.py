@@ -8,11 +8,10 @@ import torch
 from conftest import tiny_model, tokens
 
 from hcsmoe_core import apply_plan, capture, load_plan, make_plan
-from hcsmoe_core._util import InputError, check_count, sha256_json
+from hcsmoe_core._util import InputError, check_count, is_locked, locked, sha256_json
 from hcsmoe_core.families import find_moe_layers
 from hcsmoe_core.plan import Plan
 from hcsmoe_core.statistics import NEEDS
-from hcsmoe_core.studies.cache import is_locked, locked
 
 SAMPLED = ("usage", "sample")
 

@@ -14,6 +14,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import traceback
 from pathlib import Path
 
 import torch
@@ -123,6 +124,9 @@ def _child(command, folder, kill_at, write):
         if error.code:
             (folder / "said.txt").write_text(said.getvalue())
         return int(error.code or 0)
+    except Exception:
+        (folder / "said.txt").write_text(traceback.format_exc())
+        return 1
     return 0
 
 

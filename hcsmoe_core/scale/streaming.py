@@ -12,8 +12,10 @@ import contextlib
 import ctypes
 import json
 import os
+import re
 import shutil
 import sys
+import zlib
 from collections.abc import Callable, MutableMapping
 from pathlib import Path
 
@@ -25,7 +27,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from hcsmoe_core import _transformers, _util, checkpoint, families, merging, moe
-from hcsmoe_core._util import InputError, check_absent, require, sha256_json
+from hcsmoe_core._util import (
+    InputError,
+    output_path,
+    read_json,
+    require,
+    sha256_file,
+    sha256_json,
+    write_json,
+)
 from hcsmoe_core._version import __version__
 from hcsmoe_core.collect import Tokens, forward_options, needs_of
 from hcsmoe_core.scale import ranks
@@ -34,11 +44,13 @@ from hcsmoe_core.statistics import SAMPLE, Statistics, load_statistics
 LOADS = ("auto", "whole", "streamed")
 
 # Measured peaks of memory over bytes of weights: a whole model beside its shards and then its merged experts,
-# and a decoder layer beside its tensors on disk.
-WHOLE, LAYER = 2.75, 2.5
+# and a decoder layer beside its tensors on disk; and bytes of what is imported and compiled later.
+WHOLE, LAYER, LATER = 3.3, 2.5, 300_000_000
 
 
-def open_model(model, *, dtype="auto", device="auto", load: str = "auto", memory: str = "") -> tuple:
+def open_model(
+    model, *, dtype="auto", device="auto", load: str = "auto", memory: str = "", work: dict | None = None
+) -> tuple:
     """Load a model whole if it fits into memory, or to be streamed if it does not.
 
     Parameters
@@ -48,6 +60,9 @@ def open_model(model, *, dtype="auto", device="auto", load: str = "auto", memory
     load : {"auto", "whole", "streamed"}
     memory : str
         Most memory that this process may use, such as ``"3GB"`` or ``"900 MiB"``; by default what is free.
+    work : dict, optional
+        What will be done with the model: tokens per ``batch``, ``rows`` of the sample, and tokens of each
+        ``heldout`` sequence.
 
     Returns
     -------
@@ -57,30 +72,56 @@ def open_model(model, *, dtype="auto", device="auto", load: str = "auto", memory
     Raises
     ------
     FileNotFoundError, InputError
-        As :func:`hcsmoe_core.checkpoint.load_model`; InputError also if not even one decoder layer fits.
+        As :func:`hcsmoe_core.checkpoint.load_model`; InputError also if ``memory`` does not do.
     """
     _util.check_choice("load", load, LOADS)
     limit = _bytes_of(memory) if memory else free_memory("cpu") + _resident_memory()
     if load == "auto":
         spread = device in checkpoint.DEVICE_MAPS or checkpoint.merge_record(_util.folder_of(model))
-        load = "whole" if spread or _fits(model, dtype, device, limit) else "streamed"
+        load = "whole" if spread or _fits(model, dtype, device, limit, work) else "streamed"
+    if memory:  # oneDNN keeps up to 1,024 kernels, one for each number of rows that an expert is given
+        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
     if load == "whole":
+        if memory and not checkpoint.merge_record(_util.folder_of(model)):
+            _check_memory(memory, limit, sum(_needed(model, dtype, work)), f"all of {model}")
         return checkpoint.load_model(model, dtype=dtype, device=device)
     streamed, tokenizer = stream_model(model, dtype=dtype, device=device)
-    need = _resident_memory() + LAYER * moe.source_of(streamed).largest()
-    require(
-        not memory or need <= limit,
-        f'The "memory" argument is {memory}, but with the largest decoder layer of {model} in memory '
-        f"this process takes about {need / 1e9:.2f} GB; give more.",
-    )
+    if memory:
+        need = LAYER * moe.source_of(streamed).largest() + _work_bytes(streamed, **work or {})
+        _check_memory(memory, limit, need, f"the largest decoder layer of {model}")
     return streamed, tokenizer
 
 
-def _fits(model, dtype, device, limit):
+def _check_memory(memory, limit, need, what):
+    need += _resident_memory()
+    require(
+        need <= limit,
+        f'The "memory" argument is {memory}, but with {what} in memory this process takes about '
+        f"{need / 1e9:.3f} GB; give more.",
+    )
+
+
+def _fits(model, dtype, device, limit, work):
     """Whether a model fits into memory, with what merging adds."""
+    peak, beside = _needed(model, dtype, work)
+    return peak + beside + _resident_memory() <= limit and peak <= free_memory(checkpoint.device_of(device))
+
+
+def _needed(model, dtype, work):
+    """Bytes of a whole model, and of what is done with it."""
     skeleton = checkpoint.load_skeleton(model, dtype=dtype)
-    peak = WHOLE * skeleton.get_memory_footprint(return_buffers=False)
-    return peak + _resident_memory() <= limit and peak <= free_memory(checkpoint.device_of(device))
+    return WHOLE * skeleton.get_memory_footprint(return_buffers=False), _work_bytes(skeleton, **work or {})
+
+
+def _work_bytes(model, *, batch=0, rows=0, heldout=0):
+    """Bytes that a capture, its sample and fidelity take beside the weights, at most."""
+    hidden, kept = [0], 0
+    for layer in families.find_moe_layers(model):
+        chosen, values = layer.top_k or layer.num_experts, layer.tensors()["down_proj"].element_size()
+        hidden.append(chosen * (3 * layer.width + layer.hidden_size))
+        kept += layer.hidden_size * values + 4 * layer.num_experts + 12 * chosen
+    logits = 4 * heldout * model.get_input_embeddings().num_embeddings
+    return LATER + 4 * batch * max(hidden) + 2 * rows * kept + 4 * logits
 
 
 def _bytes_of(memory):
@@ -375,7 +416,7 @@ def stream_capture(
     outputs = Outputs(work / "outputs")
     last = max(i for i in range(len(source.layers)) if source.moe_layers(i))
     files = [work / f"layer-{index:05d}.safetensors" for index in range(last + 1)]
-    begun = ranks.first(next((i for i, file in enumerate(files) if not file.exists()), len(files)))
+    begun = _begun(files, outputs, tokens.starts)
     with tokens.bar(progress) as bar:
         bar.total *= len(files)
         bar.update(begun * bar.total // len(files))
@@ -388,6 +429,14 @@ def stream_capture(
         source.known |= {int(part): pairs for part, pairs in stats.model["digests"].items()}
     ranks.barrier()  # every rank has read the files before one removes them
     return tokens.statistics(model, layers)
+
+
+def _begun(files, outputs, starts):
+    """Layers whose statistics are there, undamaged, with what the next one starts from; else 0."""
+    missing = (i for i, file in enumerate(files) if resumed(file, load_statistics) is None)
+    begun = ranks.first(next(missing, len(files)))
+    lost = 0 < begun < len(files) and not outputs.sound(begun - 1, starts)
+    return 0 if int(ranks.total(torch.tensor([int(lost)]))) else begun
 
 
 def _capture_layer(source, index, file, outputs, tokens, bar):
@@ -436,9 +485,13 @@ class Outputs:
             )
             return value
 
-        layout = repr(recursively_apply(stored, state, test_type=lambda _: True))
-        with _util.replacing(self._file(index, start)) as part:
-            save_file(tensors, part, metadata={"layout": layout})
+        layout, file = (
+            repr(recursively_apply(stored, state, test_type=lambda _: True)),
+            self._file(index, start),
+        )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with _util.writing(file):  # in place: what is cut short is found by its checksum
+            save_file(tensors, file, metadata={"layout": layout, "crc32": _crc32(layout, tensors)})
 
     def read(self, index, start, device):
         """What :meth:`write` stored, with the tensors on a device."""
@@ -448,17 +501,66 @@ class Outputs:
                 f"{file} is gone, or not on a disk that all ranks share; remove {self.folder.parent} to "
                 "start anew."
             )
-        with safe_open(file, "pt", backend="pread") as handle:
-            return recursively_apply(
-                lambda name: handle.get_tensor(name.decode()).to(device),
-                ast.literal_eval(handle.metadata()["layout"]),
-                test_type=lambda value: isinstance(value, bytes),
-            )
+        try:
+            with safe_open(file, "pt", backend="pread") as handle:
+                names, about = list(handle.keys()), handle.metadata() or {}
+                tensors = {name: handle.get_tensor(name) for name in names}
+        except SafetensorError:
+            about = {}
+        require(
+            about.get("crc32") == _crc32(about.get("layout", ""), tensors if about else {}),
+            f"{file} is damaged; give the same command again, which then makes it anew.",
+        )
+        return recursively_apply(
+            lambda name: tensors[name.decode()].to(device),
+            ast.literal_eval(about["layout"]),
+            test_type=lambda value: isinstance(value, bytes),
+        )
+
+    def sound(self, index, starts):
+        """Whether what some batches left after one layer is there and undamaged; says so if not."""
+        try:
+            for start in starts:
+                self.read(index, start, "cpu")
+        except (InputError, FileNotFoundError) as error:
+            print(f"hcsmoe: {error}\nThe layers before it are run again.", file=sys.stderr)
+            return False
+        return True
 
     def drop(self, index, starts):
         """Remove what some batches left after one layer."""
         for start in starts:
             self._file(index, start).unlink(missing_ok=True)
+
+
+def _crc32(layout, tensors):
+    value = zlib.crc32(layout.encode())
+    for name in sorted(tensors):
+        value = zlib.crc32(tensors[name].flatten().view(torch.uint8).numpy(), value)
+    return str(value)
+
+
+def resumed(path, load):
+    """What ``load`` reads of a file of an interrupted run; None if there is none, or it is damaged."""
+    try:
+        return load(path) if path.exists() else None
+    except InputError as error:
+        print(f"hcsmoe: {error}\nIt is made again.", file=sys.stderr)
+        path.unlink(missing_ok=True)
+    return None
+
+
+def write_checked(path, value):
+    """Write a JSON value with its checksum."""
+    write_json(path, [value, sha256_json(value)])
+
+
+def read_checked(path):
+    """The value that :func:`write_checked` wrote; InputError if the file was damaged."""
+    content = read_json(path)
+    paired = isinstance(content, list) and len(content) == 2
+    require(paired and content[1] == sha256_json(content[0]), f"{path} is damaged.")
+    return content[0]
 
 
 def stream_merged(
@@ -501,7 +603,7 @@ def stream_merged(
         the folder is of another merge, or a shard cannot be read.
     """
     plan, router = checkpoint.exported(plan, router)
-    check_absent(out)
+    out = output_path(out, folder=True)
     source, work = moe.source_of(model), Path(work)
     target, folder = _begin_merge(model, plan, work, stats, router, observer), work / "model"
     observed = observer and observer(source, plan, work / "observed")
@@ -509,8 +611,8 @@ def stream_merged(
     fidelity = observed and observed.result()
     options = dict(tokenizer=tokenizer, fidelity=fidelity, card=card)
     written = checkpoint.finish(model, folder, target, plan, **options)
-    check_absent(out)
-    os.replace(folder, out)
+    output_path(out, folder=True)
+    _util.publish(folder, out)
     return written
 
 
@@ -534,15 +636,28 @@ def _begin_merge(model, plan, work, stats, router, observer):
     }
     _begin(work, settings)
     (work / "model").mkdir(exist_ok=True)
+    checksums = _checksums(work)
+    for file in (work / "model").iterdir():  # all but finished shards is written again
+        if file.is_dir() or checksums.get(file.name) != sha256_file(file):
+            if file.name in checksums:
+                print(f"hcsmoe: {file} is damaged and written again.", file=sys.stderr)
+            _discard(file)
     return target
+
+
+def _checksums(work):
+    """SHA-256 of the shards that are finished, by name."""
+    return resumed(work / "shards.json", read_checked) or {}
 
 
 def _write_parts(source, plan, folder, stats, target, observed):
     """Write, and observe, the parts that are not done yet."""
     plans, count = {layer_plan.name: layer_plan for layer_plan in plan.layers}, len(source.names)
-    for part in range(0 if (folder / checkpoint.WEIGHTS).exists() else count):
+    checksums = _checksums(folder.parent)
+    for part in range(count):
         observing = part > 0 and observed is not None and not observed.done(part - 1)
-        if (folder / checkpoint.SHARD.format(part + 1, count)).exists() and not observing:
+        shard = folder / checkpoint.SHARD.format(part + 1, count)
+        if shard.exists() and not observing:
             continue
         if part == 0 or observing:
             source.read_again()
@@ -557,6 +672,8 @@ def _write_parts(source, plan, folder, stats, target, observed):
             if observing:
                 observed.push(part - 1, layers)
             checkpoint.write_part(source.model, source.state(part), folder, part, count, target)
+            checksums[shard.name] = sha256_file(shard)
+            write_checked(folder.parent / "shards.json", checksums)
         finally:
             merging.restore(source.model)
     source.free()
@@ -583,7 +700,9 @@ def work_folder(out, model):
 @contextlib.contextmanager
 def _owned(work, out):
     """Lock the work folder of a run that writes ``out``; remove it after the block unless it can go on."""
+    _check_ours(work)
     work.mkdir(parents=True, exist_ok=True)
+    _forget(done_of(work))
     owner = work / "pid"
     with contextlib.ExitStack() as stack:
         try:
@@ -603,31 +722,80 @@ def _owned(work, out):
                     file=sys.stderr,
                 )
             else:
-                shutil.rmtree(work, ignore_errors=True)
+                with contextlib.suppress(OSError, InputError):
+                    _remove(work)
             raise
         _remove(work)
 
 
 def tidied(out) -> bool:
-    """Whether ``out`` is complete and only the work folder of its run was left, which is then removed."""
-    work = work_of(out)
+    """Whether ``out`` is complete and only what its run wrote beside it was left, which is then removed."""
+    path = _util.resolved(out)
+    work = work_of(path)
     renamed = (work / "run.json").is_file() and not (work / "model").exists()
-    complete = bool(ranks.first(renamed and (Path(out) / "plan.json").is_file()))
+    renamed = renamed or done_of(work).is_dir() or _util.was_killed(path)
+    complete = bool(ranks.first(renamed and (path / "plan.json").is_file()))
     if complete and ranks.rank() == 0:
-        _remove(work)
+        _forget(done_of(work))
+        if work.is_dir():
+            _remove(work)
+        with _util.unfinished(path):
+            pass
     return complete
 
 
+# Names of what is in a work folder, or is being written there.
+OURS = r"\.*(lock|pid|(run|shards|plan-\w+)\.json|layer-\d+\.safetensors|model|capture|observed|outputs)"
+OURS += r"(\.part)?(\.lock)?"
+
+
+def _check_ours(folder):
+    """Raise InputError if a work folder is a link, or has other files than ours."""
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    record = not names or any("run.json" in name or "lock" in name for name in names)
+    foreign = next((name for name in names if not re.fullmatch(OURS, name) or not record), "")
+    require(
+        not foreign and not folder.is_symlink(),
+        f"{folder} is {f'not of hcsmoe ({foreign})' if foreign else 'a link'}, but unfinished work goes to a "
+        "folder of that name; move it, or give another output.",
+    )
+
+
 def _remove(work):
-    """Remove a work folder; ``run.json``, which says what it is, goes last."""
-    for path in sorted(work.iterdir(), key=lambda path: path.name == "run.json"):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    work.rmdir()
+    """Remove a work folder; renamed first, so that what a kill leaves of it is no unfinished run."""
+    _check_ours(work)
+    done = done_of(work)
+    os.replace(work, done)
+    _empty(done)
+
+
+def _forget(done):
+    """Remove what a run that was killed left of its finished work."""
+    if done.is_dir():
+        _check_ours(done)
+        with contextlib.suppress(Timeout, FileNotFoundError), FileLock(done / "lock", blocking=False):
+            _empty(done)
+
+
+def _empty(done):
+    for path in sorted(done.iterdir(), key=lambda path: path.name == "lock"):
+        _discard(path)
+    done.rmdir()
+
+
+def _discard(path):
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def work_of(out) -> Path:
     """Folder for the unfinished work of a run that writes ``out``."""
-    return Path(out).with_name(f".{Path(out).name}.work")
+    out = _util.resolved(out)
+    return out.with_name(f".{out.name}.work")
+
+
+def done_of(work) -> Path:
+    """Name that a work folder has while it is removed."""
+    return work.with_name(f"{work.name.removesuffix('.work')}.done")
 
 
 def _begin(folder, settings):
@@ -636,17 +804,21 @@ def _begin(folder, settings):
     Raises
     ------
     InputError
-        If an unfinished run with other settings is there.
+        If an unfinished run with other settings is there, or files of something else.
     """
     settings = json.loads(json.dumps(settings | {"version": __version__}))
+    _check_ours(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for unfinished in sorted(folder.rglob("*.part"), reverse=True):  # written when a run was killed
-        shutil.rmtree(unfinished) if unfinished.is_dir() else unfinished.unlink()
     record = folder / "run.json"
-    before = (_util.read_json(record) if record.exists() else None) or settings
+    before = resumed(record, read_checked)
+    if before is None:  # without its record nothing there tells what it is of
+        for path in folder.iterdir():
+            if path.name in ("model", "observed", "outputs", "shards.json") or path.name.startswith("layer-"):
+                _discard(path)
+        before = settings
     other = [name for name in settings if before.get(name) != settings[name]]
     listed = f"it has other {', '.join(other)}"
     changed = "the checkpoint was changed meanwhile" if other == ["checkpoint"] else listed
     remedy = f"remove {folder} to start anew."
     require(not other, f"{folder} holds an unfinished run, but {changed}; {remedy}")
-    _util.write_json(record, settings)
+    write_checked(record, settings)

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import shutil
 from collections.abc import Callable
 from functools import partial
 
@@ -9,10 +10,10 @@ import torch
 from tqdm.auto import tqdm
 
 from hcsmoe_core import _transformers, collect, families, merging, statistics
-from hcsmoe_core._util import read_json, sha256_json, write_json
+from hcsmoe_core._util import sha256_json
 from hcsmoe_core.plan import JOINED, odd_widths
 from hcsmoe_core.replace import replace_experts, restore_experts, resume_merge, suspend_merge
-from hcsmoe_core.scale.streaming import Outputs
+from hcsmoe_core.scale.streaming import Outputs, read_checked, resumed, write_checked
 
 NAMES = {
     "mapped": "mapped",
@@ -215,9 +216,20 @@ class _Observer:
         self.source, self.plan, self.folder = source, plan, folder
         folder.mkdir(exist_ok=True)
         self.tokens = collect.Tokens(source.model, input_ids, needs=(), sample=1, batch_size=1, domains=None)
-        earlier = sorted(folder.glob("*.json"))
-        self.totals = _Totals(source.model, plan, read_json(earlier[-1]) if earlier else None)
         self.outputs = {name: Outputs(folder / name) for name in ("original", *reversed(_names(plan)))}
+        self.totals = _Totals(source.model, plan, self._resumed(sorted(folder.glob("*.json"))))
+
+    def _resumed(self, earlier):
+        """Sums up to the last layer that was measured; None, and nothing is left, if any of it is damaged."""
+        if not earlier:
+            return None
+        sums, starts = resumed(earlier[-1], read_checked), self.tokens.starts
+        every = self.outputs.values()
+        if sums is None or not all(outputs.sound(int(earlier[-1].stem), starts) for outputs in every):
+            shutil.rmtree(self.folder)
+            self.folder.mkdir()
+            return None
+        return sums
 
     def _file(self, index):
         return self.folder / f"{index:05d}.json"
@@ -241,7 +253,7 @@ class _Observer:
             for name in variants:
                 for layer in layers:
                     self.totals.add("hidden_error", name, layer.name, states[name], states["original"])
-        write_json(self._file(index), self.totals.sums)
+        write_checked(self._file(index), self.totals.sums)
         for outputs in self.outputs.values():
             outputs.drop(index - 1, self.tokens.starts)
 

@@ -3,7 +3,6 @@ kept by that.
 """
 
 import ast
-import contextlib
 import functools
 import inspect
 import platform
@@ -13,9 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
-from hcsmoe_core._util import folder_of, sha256_file, sha256_json
+from hcsmoe_core._util import folder_of, locked, sha256_file, sha256_json
 from hcsmoe_core.checkpoint import tokenizer_hash
 from hcsmoe_core.collect import capture
 from hcsmoe_core.families import model_hash
@@ -182,32 +179,6 @@ def cached_statistics(
             )
             stats.save(wanted)
     return stats
-
-
-def _lock_of(path):
-    return Path(path).with_name(f".{Path(path).name}.lock")
-
-
-@contextlib.contextmanager
-def locked(path: str | Path):
-    """Lock ``path`` during the block, after waiting for other processes; a lock ends with its process."""
-    lock = _lock_of(path)
-    with FileLock(lock):
-        try:
-            yield
-        finally:
-            with contextlib.suppress(OSError):  # Windows removes no open file
-                lock.unlink()
-
-
-def is_locked(path: str | Path) -> bool:
-    """Whether a living process has locked ``path``."""
-    lock = _lock_of(path)
-    try:
-        with FileLock(lock, blocking=False) if lock.exists() else contextlib.nullcontext():
-            return False
-    except Timeout:
-        return True
 
 
 def captured(model: Any, input_ids: Any, work: Path | None, *, ranks: Any = None, **options: Any) -> Any:

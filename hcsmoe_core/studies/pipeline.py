@@ -40,6 +40,7 @@ from hcsmoe_core._util import (
     check_absent,
     check_choice,
     check_count,
+    output_path,
     require,
     sha256_json,
 )
@@ -102,8 +103,11 @@ def shrink(
     if out is not None and (streaming.tidied(out) or check_absent(out)):
         return {"out": Path(out)}
     plan, stats, text, advice = *_files(plan, statistics, method, settings), None, ""
-    loaded, tokenizer = streaming.open_model(model, dtype=dtype, device=device, load=load, memory=memory)
     captures = plan is None and stats is None
+    rows = sample if captures and "sample" in resolve(method, **settings).needs else 0
+    options = dict(dtype=dtype, device=device, load=load, memory=memory)
+    options |= dict(work=_work(model, calibration, sequences, length, batch_size, rows, fidelity))
+    loaded, tokenizer = streaming.open_model(model, **options)
     _check_loaded(loaded, out, experts if plan is None else None)
     with streaming.work_folder(out, loaded) as work:
         if captures or (fidelity and (calibration or model in EMBEDDED)):
@@ -159,13 +163,19 @@ def capture_to_file(
     str, or None on every rank but the first
         What was written, in a line.
     """
+    output_path(out)
     names = list(METHODS) if list(methods) == ["all"] else methods or ["hc-smoe"]
     needs = needs_of((), needs) or tuple(
         dict.fromkeys(need for name in names for need in METHODS[resolve(name).method].needs)
     )
     until = _until(until_stable, until_excess, list(stable_at) or None)
     device = ranks.started(device)
-    loaded, tokenizer = streaming.open_model(model, dtype=dtype, device=device, load=load, memory=memory)
+    text_size = [
+        source.get(name, default) for name, default in (("calibration", ""), ("sequences", 0), ("length", 0))
+    ]
+    work = _work(model, *text_size, batch_size, sample if "sample" in needs else 0)
+    options = dict(dtype=dtype, device=device, load=load, memory=memory, work=work)
+    loaded, tokenizer = streaming.open_model(model, **options)
     merged = any(layer.merged for layer in families.find_moe_layers(loaded))  # without any it is refused, too
     require(not merged, f"{model} is merged already; capture on the original.")
     with streaming.work_folder(out, loaded) as work:
@@ -176,6 +186,14 @@ def capture_to_file(
         stats.save(out)
     size = Path(out).stat().st_size / 1e6
     return f"wrote {out}: {stats.num_tokens:,} tokens, {len(stats.layers)} MoE layers, {size:.1f} MB"
+
+
+def _work(model, calibration, sequences, length, batch_size, rows, fidelity=0):
+    """The ``work`` of :func:`open_model`."""
+    size = calibration_settings(str(model), calibration, sequences, length)
+    count, length = size["sequences"], size["length"]
+    heldout = min(length, HELD_OUT) if fidelity else 0
+    return {"batch": min(count, batch_size) * length, "rows": min(rows, count * length), "heldout": heldout}
 
 
 def _checked(plan, experts, method, router, settings):
@@ -284,12 +302,13 @@ def _captured(model, text, work, until, needs, **options):
 
 def _planned(model, stats, work, recipe):
     """The plan; that of a streamed model is kept in the work folder, as making it may take long."""
-    if work is None:
-        return make_plan(stats, model, **recipe)
-    path = work / f"plan-{sha256_json([stats.identity(), recipe])[:12]}.json"
-    if not path.exists():
-        make_plan(stats, model, **recipe).save(path)
-    return load_plan(path)
+    path = work and work / f"plan-{sha256_json([stats.identity(), recipe])[:12]}.json"
+    if path and (plan := streaming.resumed(path, load_plan)):
+        return plan
+    plan = make_plan(stats, model, **recipe)
+    if path:
+        plan.save(path)
+    return plan
 
 
 def _written(model, tokenizer, plan, stats, text, out, work, router, captured):

@@ -10,24 +10,35 @@ behind ``Executor.submit``.
 
 import contextlib
 import importlib
+import multiprocessing
 import os
 import re
+import signal
 import socket
 import tempfile
+import threading
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
 
-from hcsmoe_core._util import MissingPackageError, check_count, read_json, require, sha256_file, write_json
-from hcsmoe_core.studies.cache import function_hash, is_locked, key, locked
+from hcsmoe_core._util import (
+    MissingPackageError,
+    check_count,
+    is_locked,
+    locked,
+    read_json,
+    require,
+    sha256_file,
+    write_json,
+)
+from hcsmoe_core.studies.cache import function_hash, key
 
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 STATES = ("done", "failed", "running", "interrupted", "missing")
@@ -184,11 +195,18 @@ class _Here(futures.Executor):
         return future
 
 
+def _end_with_driver():
+    """Let a worker end as soon as the process that started it does, however that ends."""
+    driver = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (driver.join(), os._exit(1)), daemon=True).start()
+
+
 class _Processes(futures.Executor):
     """Processes of this machine; those that die are replaced, which ``ProcessPoolExecutor`` does not do."""
 
     def __init__(self, workers):
-        self._new = partial(futures.ProcessPoolExecutor, workers, mp_context=get_context("spawn"))
+        options = dict(mp_context=multiprocessing.get_context("spawn"), initializer=_end_with_driver)
+        self._new = partial(futures.ProcessPoolExecutor, workers, **options)
         self._pool = self._new()
 
     def submit(self, fn, /, *args, **kwargs):
@@ -209,7 +227,12 @@ def processes(workers: int) -> Iterator[Engine]:
     check_count("workers", workers, 1)
     # No more cells are submitted than run: a process that dies takes all that were submitted with it.
     with _Processes(workers) as executor:
-        yield Engine(executor, threads=max(1, (os.cpu_count() or 1) // workers), window=workers)
+        try:
+            yield Engine(executor, threads=max(1, (os.cpu_count() or 1) // workers), window=workers)
+        except SystemExit:  # by a signal to this process alone, which a terminal's Ctrl-C is not
+            for worker in multiprocessing.active_children():
+                os.kill(worker.pid, signal.SIGINT)
+            raise
 
 
 def run(

@@ -1,10 +1,12 @@
 """The ``hcsmoe`` command: parses options, calls one function of the library, prints what it returns."""
 
+import contextlib
 import importlib
 import itertools
 import os
 import re
 import shutil
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -14,7 +16,7 @@ from typing import Annotated, Any
 import typer
 
 import hcsmoe_core as core
-from hcsmoe_core._util import InputError, check_absent, read_json, require, write_json
+from hcsmoe_core._util import InputError, check_absent, output_path, read_json, require, write_json
 
 app = typer.Typer(
     help="See which experts of a sparse mixture-of-experts model compute the same thing, merge them, and "
@@ -316,6 +318,7 @@ def plan(
     from hcsmoe_core.scale.streaming import open_model
     from hcsmoe_core.ui.describe import plan_table
 
+    output_path(out)
     stats = core.load_statistics(statistics)
     stats.check(resolve(method, **settings).needs, f"Method {method!r}")
     loaded = open_model(model)[0] if model else None
@@ -434,6 +437,8 @@ def evaluate(
     names = _items(tasks or "")
     names = [task for name in names for task in (evaluation.PAPER_TASKS if name == "paper" else [name])]
     evaluation.check_tasks(names)
+    if out:
+        output_path(out)
     other = _scores_of(against) if against else None
     decision = core.load_plan(plan) if plan else None
     stats = core.load_statistics(statistics) if statistics else None
@@ -593,8 +598,9 @@ def compare(
 ):
     """Compare all methods on equal footing: accuracy and loss with their errors, time and memory."""
     options = _given(dict(locals()))
-    from hcsmoe_core.studies import cache, comparison
+    from hcsmoe_core.studies import cache, comparison, tables
 
+    output_path(table := out / f"{cache.slug(model)}.csv")
     names = ("calibration", "sequences", "length", "text", "dtype", "device")
     frame = comparison.compare(
         model,
@@ -607,8 +613,7 @@ def compare(
         plugin=plugin or (),
         **{name: options[name] for name in names if name in options},
     )
-    frame.to_csv(table := out / f"{cache.slug(model)}.csv", index=False)
-    print(f"{comparison.table(frame)}\n\nwrote {table}")
+    print(f"{comparison.table(frame)}\n\nwrote {tables.write_table(frame, table)}")
 
 
 CLUSTER_OPTIONS = "On a cluster"
@@ -671,6 +676,8 @@ def sweep(
     if not grid and not status:
         _say(grids.table(grids.names()))
         return
+    for path in (*(table or ()), out / "table", *([figures / "table"] if figures else [])):
+        output_path(path)
     names = [name for entry in grid or () for name in (grids.names() if entry == "all" else [entry])]
     read, models = ",".join(Path(name).stem for name in names), model or [None]
     if status:
@@ -807,11 +814,38 @@ def _spoken(message: str, command: Callable) -> str:
     return message
 
 
+@contextlib.contextmanager
+def _ended_by_signals():
+    """SIGTERM and SIGHUP end what runs in the block as an error does, so that it is tidied up."""
+    names = [name for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    numbers = [n for n in map(signal.Signals.__getitem__, names) if signal.getsignal(n) == signal.SIG_DFL]
+
+    def end(number, _):
+        for other in numbers:
+            signal.signal(other, signal.SIG_IGN)  # once is enough
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            print(f"hcsmoe: ended by {signal.Signals(number).name}.", file=sys.stderr)
+        sys.exit(128 + number)
+
+    for number in numbers:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
+
+
 def main(command: Callable = app) -> None:
     """Run a command. Bad input is one line and exit code 2; a bug of ours shows its traceback."""
     verbose, sys.argv = "--verbose" in sys.argv, [word for word in sys.argv if word != "--verbose"]
     try:
-        command()
+        with _ended_by_signals():
+            command()
+    except SystemExit as done:
+        if done.code == 130:  # typer's, of Ctrl-C
+            print("hcsmoe: interrupted.", file=sys.stderr)
+        raise
     except Exception as error:
         kind = type(error).__name__  # by name: importing torch or the runner for their classes takes seconds
         message = str(error)
