@@ -38,12 +38,14 @@ LOADS = ("auto", "whole", "streamed")
 WHOLE, LAYER = 2.75, 2.5
 
 
-def open_model(model, *, dtype="auto", device="auto", load: str = "auto", memory: str = "") -> tuple:
+def open_model(
+    model, *, dtype="auto", device="auto", load: str = "auto", memory: str = "", trust_remote_code=False
+) -> tuple:
     """Load a model whole if it fits into memory, or to be streamed if it does not.
 
     Parameters
     ----------
-    model, dtype, device
+    model, dtype, device, trust_remote_code
         As for :func:`hcsmoe_core.checkpoint.load_model`.
     load : {"auto", "whole", "streamed"}
     memory : str
@@ -63,10 +65,11 @@ def open_model(model, *, dtype="auto", device="auto", load: str = "auto", memory
     limit = _bytes_of(memory) if memory else free_memory("cpu") + _resident_memory()
     if load == "auto":
         spread = device in checkpoint.DEVICE_MAPS or checkpoint.merge_record(_util.folder_of(model))
-        load = "whole" if spread or _fits(model, dtype, device, limit) else "streamed"
+        load = "whole" if spread or _fits(model, dtype, device, limit, trust_remote_code) else "streamed"
+    options = dict(dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     if load == "whole":
-        return checkpoint.load_model(model, dtype=dtype, device=device)
-    streamed, tokenizer = stream_model(model, dtype=dtype, device=device)
+        return checkpoint.load_model(model, **options)
+    streamed, tokenizer = stream_model(model, **options)
     need = _resident_memory() + LAYER * moe.source_of(streamed).largest()
     require(
         not memory or need <= limit,
@@ -76,9 +79,9 @@ def open_model(model, *, dtype="auto", device="auto", load: str = "auto", memory
     return streamed, tokenizer
 
 
-def _fits(model, dtype, device, limit):
+def _fits(model, dtype, device, limit, trust_remote_code):
     """Whether a model fits into memory, with what merging adds."""
-    skeleton = checkpoint.load_skeleton(model, dtype=dtype)
+    skeleton = checkpoint.load_skeleton(model, dtype=dtype, trust_remote_code=trust_remote_code)
     peak = WHOLE * skeleton.get_memory_footprint(return_buffers=False)
     return peak + _resident_memory() <= limit and peak <= free_memory(checkpoint.device_of(device))
 
@@ -102,12 +105,19 @@ def _resident_memory():
     return psutil.Process().memory_info().rss
 
 
-def stream_model(model, *, dtype="auto", device="auto", experts_implementation: str | None = None) -> tuple:
+def stream_model(
+    model,
+    *,
+    dtype="auto",
+    device="auto",
+    experts_implementation: str | None = None,
+    trust_remote_code: bool = False,
+) -> tuple:
     """Load a model whose decoder layers stay on disk until they are asked for.
 
     Parameters
     ----------
-    model, dtype, device, experts_implementation
+    model, dtype, device, experts_implementation, trust_remote_code
         As for :func:`hcsmoe_core.checkpoint.load_model`; a single device.
 
     Returns
@@ -134,9 +144,9 @@ def stream_model(model, *, dtype="auto", device="auto", experts_implementation: 
     device = str(checkpoint.device_of(device))
     device_map = None if device == "cpu" else {"": device}
     options = {"dtype": dtype, "device_map": device_map, "experts_implementation": experts_implementation}
-    loaded = checkpoint.load_with(_read_outside, str(folder), **options)
+    loaded = checkpoint.load_with(_read_outside, str(folder), trust_remote_code=trust_remote_code, **options)
     loaded.name_or_path = str(model)
-    return loaded, checkpoint.load_tokenizer(folder)
+    return loaded, checkpoint.load_tokenizer(folder, trust_remote_code)
 
 
 def _read_outside(model, files, load_config, _):

@@ -4,6 +4,7 @@ Imported only where something is scored, because lm-evaluation-harness is an ext
 """
 
 import hashlib
+import json
 from functools import partialmethod
 from pathlib import Path
 
@@ -37,7 +38,7 @@ def load_tasks(names: list[str]) -> dict:
     FileNotFoundError
         If the data of some are neither local nor available; it names all of them.
     """
-    own = {name: TASKS[name].configuration(name) for name in names if name in TASKS}
+    own = {name: _in_memory(TASKS[name].configuration(name)) for name in names if name in TASKS}
     manager = TaskManager(include_defaults=len(own) < len(names))  # indexing the harness' own takes seconds
     unknown = [name for name in names if name not in own and name not in manager.all_tasks]
     require(
@@ -62,6 +63,19 @@ def load_tasks(names: list[str]) -> dict:
             "--text none; then take that folder along, or name it with HF_DATASETS_CACHE."
         )
     return tasks
+
+
+def _in_memory(task):
+    """A task whose items are local JSON lines as one that needs no cache on disk, and so no place for one."""
+    files = task.get("dataset_kwargs", {}).get("data_files")
+    if task.get("dataset_path") != "json" or not isinstance(files, dict):
+        return task
+
+    def items(**_):
+        lines = {split: Path(file).read_text(encoding="utf-8").splitlines() for split, file in files.items()}
+        return {k: datasets.Dataset.from_list([*map(json.loads, rows)]) for k, rows in lines.items()}
+
+    return task | {"custom_dataset": items}
 
 
 def identity(model, tokenizer) -> str:

@@ -20,7 +20,7 @@
     Folder to write, as for :func:`hcsmoe_core.save_merged`; without it the merged model stays in memory.
 ``fidelity``
     Held-out sequences on which the result is compared with the original; 0 for none.
-``dtype``, ``device``, ``load``, ``memory``
+``dtype``, ``device``, ``load``, ``memory``, ``trust_remote_code``
     As for :func:`hcsmoe_core.open_model`. A model that does not fit into memory goes through layer by layer,
     and an interrupted run goes on when it is called again. Under ``torchrun``, ranks share the capture.
 """
@@ -85,6 +85,7 @@ def shrink(
     device: str = "auto",
     load: str = "auto",
     memory: str = "",
+    trust_remote_code: bool = False,
     **settings: Any,
 ) -> dict | None:
     """Capture, plan, merge, write and measure a smaller model; the arguments are explained above.
@@ -99,7 +100,8 @@ def shrink(
     device = ranks.started(device)
     if out is not None and (streaming.tidied(out) or check_absent(out)):
         return {"out": Path(out)}
-    loaded, tokenizer = streaming.open_model(model, dtype=dtype, device=device, load=load, memory=memory)
+    options = dict(load=load, memory=memory, trust_remote_code=trust_remote_code)
+    loaded, tokenizer = streaming.open_model(model, dtype=dtype, device=device, **options)
     plan = load_plan(plan) if isinstance(plan, str | Path) else plan
     stats = load_statistics(statistics) if isinstance(statistics, str | Path) else statistics
     captures, text, advice = plan is None and stats is None, None, ""
@@ -134,6 +136,7 @@ def capture_to_file(
     device: str = "auto",
     load: str = "auto",
     memory: str = "",
+    trust_remote_code: bool = False,
     sample: int = SAMPLE,
     every: int = 1,
     batch_size: int = 8,
@@ -159,7 +162,8 @@ def capture_to_file(
     needs = tuple(dict.fromkeys(need for name in names for need in METHODS[resolve(name).method].needs))
     until = _until(until_stable, until_excess, list(stable_at) or None)
     device = ranks.started(device)
-    loaded, tokenizer = streaming.open_model(model, dtype=dtype, device=device, load=load, memory=memory)
+    options = dict(load=load, memory=memory, trust_remote_code=trust_remote_code)
+    loaded, tokenizer = streaming.open_model(model, dtype=dtype, device=device, **options)
     with streaming.work_folder(out, loaded) as work:
         text = _text(loaded, tokenizer, **source)
         stats = _captured(loaded, text, work, until, needs, sample=sample, every=every, batch_size=batch_size)

@@ -62,6 +62,10 @@ LOAD = Annotated[
     ),
 ]
 MEMORY = Annotated[str, _option("Memory that the process may use, such as 3GB; by default what is free.")]
+TRUST = Annotated[
+    bool,
+    _option("Run Python code that comes with the model; read it first.", "--trust-remote-code"),
+]
 CALIBRATION = Annotated[
     str,
     _option(
@@ -160,6 +164,7 @@ def capture(
     device: DEVICE = "auto",
     load: LOAD = "auto",
     memory: MEMORY = "",
+    trust_remote_code: TRUST = False,
     plugin: PLUGIN = None,
 ):
     """Run the model once over calibration tokens and save the statistics. Under torchrun, ranks share the
@@ -187,6 +192,7 @@ def plan(
     others: SET = None,
     plan_seed: PLAN_SEED = 0,
     model: Annotated[str, _option("Model whose weights are read, where the method looks at them.")] = "",
+    trust_remote_code: TRUST = False,
     plugin: PLUGIN = None,
 ):
     """Decide which experts of each layer are joined or dropped; the model is not run."""
@@ -195,7 +201,7 @@ def plan(
     from hcsmoe_core.studies.tables import cut_table
 
     stats = core.load_statistics(statistics)
-    loaded = open_model(model)[0] if model else None
+    loaded = open_model(model, trust_remote_code=trust_remote_code)[0] if model else None
     decision = core.make_plan(stats, loaded, experts=experts, method=method, seed=plan_seed, **settings)
     decision.save(out)
     print(f"{cut_table(stats, decision).round(4).to_string(index=False)}\n{out}")
@@ -240,6 +246,7 @@ def merge(
     device: DEVICE = "auto",
     load: LOAD = "auto",
     memory: MEMORY = "",
+    trust_remote_code: TRUST = False,
     plugin: PLUGIN = None,
 ):
     """Write a smaller checkpoint, from a plan or with a number of experts. If interrupted, run it again to
@@ -276,6 +283,7 @@ def evaluate(
     out: Annotated[Path | None, _option("results.json to write.")] = None,
     dtype: DTYPE = "auto",
     device: DEVICE = "auto",
+    trust_remote_code: TRUST = False,
     plugin: PLUGIN = None,
 ):
     """Measure accuracy on tasks, and perplexity."""
@@ -284,7 +292,9 @@ def evaluate(
 
     other = _scores_of(against) if against else None
     decision = core.load_plan(plan) if plan else None
-    loaded, tokenizer = core.load_model(model, dtype=dtype, device=device)
+    loaded, tokenizer = core.load_model(
+        model, dtype=dtype, device=device, trust_remote_code=trust_remote_code
+    )
     if decision is not None:
         core.apply_plan(loaded, decision, core.load_statistics(statistics) if statistics else None)
     scores = core.evaluate(
@@ -362,6 +372,7 @@ def compare(
     text: TEXT = "demo",
     dtype: DTYPE = "auto",
     device: DEVICE = "auto",
+    trust_remote_code: TRUST = False,
     out: Annotated[Path, _option("Folder of the cells and the tables.")] = Path("runs/compare"),
     plugin: PLUGIN = None,
 ):
@@ -384,6 +395,7 @@ def compare(
         text=text,
         dtype=dtype,
         device=device,
+        trust_remote_code=trust_remote_code,
         folder=out,
         plugin=plugin or (),
     )
