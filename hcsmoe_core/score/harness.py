@@ -10,6 +10,7 @@ from pathlib import Path
 
 import datasets
 import torch
+from lm_eval.api.task import ConfigurableTask
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
@@ -38,7 +39,7 @@ def load_tasks(names: list[str]) -> dict:
     FileNotFoundError
         If the data of some are neither local nor available; it names all of them.
     """
-    own = {name: _in_memory(TASKS[name].configuration(name)) for name in names if name in TASKS}
+    own = {name: TASKS[name].configuration(name) for name in names if name in TASKS}
     manager = TaskManager(include_defaults=len(own) < len(names))  # indexing the harness' own takes seconds
     unknown = [name for name in names if name not in own and name not in manager.all_tasks]
     require(
@@ -49,7 +50,8 @@ def load_tasks(names: list[str]) -> dict:
     tasks, missing = {}, {}
     for name in names:
         try:
-            loaded = manager.load([own.get(name, name)])
+            local = own.get(name, {}).get("dataset_path") == "json"
+            loaded = manager.load([Embedded(config=own[name]) if local else own.get(name, name)])
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
             missing[name] = str(error).strip().splitlines()[0]
         else:
@@ -65,17 +67,15 @@ def load_tasks(names: list[str]) -> dict:
     return tasks
 
 
-def _in_memory(task):
-    """A task whose items are local JSON lines as one that needs no cache on disk, and so no place for one."""
-    files = task.get("dataset_kwargs", {}).get("data_files")
-    if task.get("dataset_path") != "json" or not isinstance(files, dict):
-        return task
+class Embedded(ConfigurableTask):
+    """A task with local JSON lines, which go straight into memory: the data sets' cache may be read-only."""
 
-    def items(**_):
-        lines = {split: Path(file).read_text(encoding="utf-8").splitlines() for split, file in files.items()}
-        return {k: datasets.Dataset.from_list([*map(json.loads, rows)]) for k, rows in lines.items()}
-
-    return task | {"custom_dataset": items}
+    def download(self, dataset_kwargs=None, **_):
+        """Read the items of each split."""
+        self.dataset = {
+            split: datasets.Dataset.from_list([*map(json.loads, Path(file).read_bytes().splitlines())])
+            for split, file in dataset_kwargs["data_files"].items()
+        }
 
 
 def identity(model, tokenizer) -> str:

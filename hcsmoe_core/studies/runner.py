@@ -414,8 +414,8 @@ def scheduler(address: str, *, timeout: float = 30) -> Iterator[Engine]:
 def slurm(jobs: int, options: Sequence[str] = (), *, logs: str | Path) -> Iterator[Engine]:
     """A Dask cluster of SLURM jobs, each with one worker; a job that ends or is cancelled is replaced.
 
-    Scheduler and workers talk by TLS, with a credential that is made for this run and that its workers read in
-    ``logs``, which only its owner can; the dashboard listens on this machine's loopback alone.
+    Scheduler and workers talk by TLS, with a credential that is made for this run and lies in ``logs`` for
+    its workers, readable by its owner alone. The dashboard listens on this machine's loopback.
 
     Parameters
     ----------

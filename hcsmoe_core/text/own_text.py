@@ -33,8 +33,8 @@ STARTS = ("", "token", "bos", "chat")
 LOOP, PERIOD = 64, 16  # a document whose last LOOP tokens repeat every PERIOD tokens or sooner is ended
 GRAM, REPEATED = 8, 0.5  # warn if more than this share of the GRAM-grams is repetition
 USER = "hcsmoe-writes-here"  # stands for the user's turn while a chat template is read
-# A chat template is a stranger's program. It runs in transformers' sandbox, in a process of its own that may take
-# so many seconds, bytes of memory and characters.
+# A chat template is a stranger's program. It runs in transformers' sandbox, in a process of its own that may
+# take so many seconds, bytes of memory and characters.
 SECONDS, BYTES, CHARACTERS = 20, 1 << 31, 1 << 20
 RENDER = """
 import contextlib, json, sys
@@ -356,7 +356,7 @@ def _rendered(tokenizer):
         return ""
     require(
         not reason,
-        f"The chat template of {tokenizer.name_or_path} cannot be used: {reason}. Let the model write without "
-        f"it ({NAME}:start=bos), or mend the template.",
+        f"The chat template of {tokenizer.name_or_path} cannot be used: {reason}. Let the model write "
+        f"without it ({NAME}:start=bos), or mend the template.",
     )
     return text
