@@ -25,7 +25,7 @@ LICENSE LICENSE.txt LICENSE.md NOTICE
 """.split()
 # Numbers of layers that predict further tokens (MTP), which transformers neither loads nor writes.
 FURTHER_LAYERS = ("num_nextn_predict_layers", "num_mtp_layers")
-# Keys that no longer hold: weights are dequantised, and remote code is not copied.
+# Keys that no longer hold: weights are dequantised, and classes are those of transformers or ours.
 REMOVED = ("quantization_config", "compression_config", "auto_map", "torch_dtype")
 
 
@@ -61,6 +61,8 @@ def copy_along(model, folder):
         source = None
         with contextlib.suppress(OSError, ValueError):  # neither a folder nor on the hub or in its cache
             source = Path(snapshot_download(name, allow_patterns=["config.json", *COPIED]))
+    if source:
+        check_inside(source)  # again: it may have changed since the model was loaded
     for file in COPIED if source else ():
         if (source / file).is_file() and not (folder / file).exists():
             shutil.copyfile(source / file, folder / file)
