@@ -316,3 +316,41 @@ def test_embedded_tasks_need_no_home(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "demo_units" in done.stdout
+
+
+# --- clusters -----------------------------------------------------------------------------------------------
+
+
+def test_strangers_cannot_talk_to_the_scheduler_of_a_slurm_cluster(tmp_path, monkeypatch):
+    """By a scheduler without jobs; with jobs, and SLURM, in test_clusters."""
+    pytest.importorskip("cryptography")
+    import dask_jobqueue
+    import distributed
+    import psutil
+
+    from hcsmoe_core.studies import runner
+
+    monkeypatch.setattr(dask_jobqueue.SLURMCluster, "adapt", lambda *_, **__: None)
+    before = {connection.laddr for connection in psutil.Process().net_connections()}
+    with runner.slurm(1, ["interface=lo"], logs=tmp_path / "logs") as engine:
+        client = engine.executor._client
+        address = client.scheduler.address
+        assert address.startswith("tls://")
+        assert client.run_on_scheduler(os.getpid) == os.getpid()
+        for other in (address, address.replace("tls", "tcp")):
+            with pytest.raises((OSError, TypeError)):
+                distributed.Client(
+                    other, timeout=1, security=distributed.Security() if "tcp" in other else None
+                )
+        script = client.cluster.job_script()
+        assert "--protocol tls://" in script
+        assert "--dashboard-address 127.0.0.1:0" in script
+        files = [*(tmp_path / "logs").glob(".dask-jobqueue.worker.*")]
+        assert len(files) == 3
+        for file in files:
+            assert str(file) in script
+            assert file.stat().st_mode & 0o077 == 0
+        listening = {c.laddr for c in psutil.Process().net_connections() if c.status == "LISTEN"} - before
+        assert {place.ip for place in listening} == {"127.0.0.1"}
+        assert not engine.dashboard or engine.dashboard.startswith("http://127.0.0.1:")
+    assert not [*(tmp_path / "logs").glob(".dask-jobqueue.worker.*")]
