@@ -83,15 +83,14 @@ def compare(
     needs = _needs(methods, settings or {})
     loaded, tokenizer = load_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     shared = dict(model=str(model), limit=limit, text=text, dtype=str(loaded.dtype), settings=settings or {})
-    partial, options = functools.partial, dict(model=loaded, tokenizer=tokenizer)
-    capture = partial(cached_statistics, loaded, tokenizer, needs=sum(needs.values(), ()), **source)
+    partial, needed = functools.partial, sum(needs.values(), ())
+    capture = latest(partial(cached_statistics, loaded, tokenizer, needs=needed, **source))
     runner.measure(
-        partial(_measured, **options, statistics=latest(capture)),
+        partial(_measured, model=loaded, tokenizer=tokenizer, statistics=capture),
         _wanted(loaded, tuple(needs), experts, seeds),
         Path(folder) / slug(model),
         shared=shared | source | ({"plugin": plugins} if plugins else {}),
-        model=model_hash(loaded),
-        description=f"compare {slug(model)}",
+        **dict(model=model_hash(loaded), description=f"compare {slug(model)}"),
     )
     return cells(folder, model)
 
