@@ -355,3 +355,36 @@ def test_strangers_cannot_talk_to_the_scheduler_of_a_slurm_cluster(tmp_path, mon
     del engine, client
     gc.collect()
     assert not [*(tmp_path / "logs").glob(".dask-jobqueue.worker.*")]
+
+
+# --- long texts ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "words", [("lorem ", "ipsum\n", "x = 12; ", "日本語 ", "größe "), ("ab", "日本", "é")]
+)
+def test_a_long_text_is_encoded_in_pieces_with_the_same_ids(words, tokenizer, tmp_path):
+    import random
+
+    from hcsmoe_core.text import calibration
+
+    read = []
+
+    def watched(text, **options):
+        read.append(len(text))
+        return tokenizer(text, **options)
+
+    text = "".join(random.Random(0).choices(words, k=150_000))
+    whole = tokenizer(text)["input_ids"]
+    assert list(calibration._token_ids(text, watched)) == whole
+    assert read[-1] == len(text)
+    assert len(read) > 1
+    read.clear()
+    (tmp_path / "long.txt").write_text(text * 30, encoding="utf-8")
+    ids = core.calibration_tokens(tmp_path / "long.txt", watched, sequences=4, length=512)
+    assert ids.flatten().tolist() == whole[:2048]
+    assert sum(read) <= calibration.PIECE  # of 16 million characters
+    read.clear()
+    short = text[: calibration.PIECE]
+    assert list(calibration._token_ids(short, watched)) == tokenizer(short)["input_ids"]
+    assert read == [len(short)]

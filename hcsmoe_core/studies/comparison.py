@@ -72,10 +72,7 @@ def compare(
     folder : str or path
         Cells go to a folder of the model's name in it.
 
-    Returns
-    -------
-    pandas.DataFrame
-        One row per cell; see :func:`cells`.
+    Returns the table of :func:`cells`, one row per cell.
     """
     plugins = [str(path) for path in ([plugin] if isinstance(plugin, str | Path) else plugin) if path]
     list(map(load_plugin, plugins))
@@ -83,14 +80,15 @@ def compare(
     needs = _needs(methods, settings or {})
     loaded, tokenizer = load_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     shared = dict(model=str(model), limit=limit, text=text, dtype=str(loaded.dtype), settings=settings or {})
-    partial, needed = functools.partial, sum(needs.values(), ())
-    capture = latest(partial(cached_statistics, loaded, tokenizer, needs=needed, **source))
+    needed = sum(needs.values(), ())
+    capture = latest(functools.partial(cached_statistics, loaded, tokenizer, needs=needed, **source))
     runner.measure(
-        partial(_measured, model=loaded, tokenizer=tokenizer, statistics=capture),
+        functools.partial(_measured, model=loaded, tokenizer=tokenizer, statistics=capture),
         _wanted(loaded, tuple(needs), experts, seeds),
         Path(folder) / slug(model),
         shared=shared | source | ({"plugin": plugins} if plugins else {}),
-        **dict(model=model_hash(loaded), description=f"compare {slug(model)}"),
+        model=model_hash(loaded),
+        description=f"compare {slug(model)}",
     )
     return cells(folder, model)
 

@@ -97,19 +97,17 @@ def shrink(
         with ``out``, ``plan`` and ``advice`` (text, or empty); ``out`` alone if it was complete before.
     """
     settings = _checked(plan, experts, method, router, settings)
-    device = ranks.started(device)
+    where = dict(dtype=dtype, device=ranks.started(device), load=load, memory=memory)
     if out is not None and (streaming.tidied(out) or check_absent(out)):
         return {"out": Path(out)}
-    options = dict(load=load, memory=memory, trust_remote_code=trust_remote_code)
-    loaded, tokenizer = streaming.open_model(model, dtype=dtype, device=device, **options)
-    plan = load_plan(plan) if isinstance(plan, str | Path) else plan
-    stats = load_statistics(statistics) if isinstance(statistics, str | Path) else statistics
+    loaded, tokenizer = streaming.open_model(model, trust_remote_code=trust_remote_code, **where)
+    plan, stats = _read(plan, load_plan), _read(statistics, load_statistics)
     captures, text, advice = plan is None and stats is None, None, ""
     _check_loaded(loaded, out, experts if plan is None else None)
     with streaming.work_folder(out, loaded) as work:
         if captures or (fidelity and (calibration or model in EMBEDDED)):
-            source = (calibration, sequences, length, column, calibration_seed)
-            text = _text(loaded, tokenizer, *source, heldout=fidelity)
+            source = (calibration, sequences, length, column, calibration_seed, fidelity)
+            text = _text(loaded, tokenizer, *source)
         if captures:
             until = _until(until_stable, until_excess, [experts], resolve(method, **settings).settings)
             options = dict(sample=sample, every=every, batch_size=batch_size)
@@ -172,6 +170,10 @@ def capture_to_file(
         stats.save(out)
     size = Path(out).stat().st_size / 1e6
     return f"{out}: {stats.num_tokens:,} tokens, {len(stats.layers)} MoE layers, {size:.1f} MB"
+
+
+def _read(given, load):
+    return load(given) if isinstance(given, str | Path) else given
 
 
 def _checked(plan, experts, method, router, settings):
