@@ -22,6 +22,20 @@ def auto_classes(config):
     return [(auto, kind) for auto in autos if (kind := class_for(auto, type(config)))]
 
 
+def remote_classes(config):
+    """Model classes in the code of a model's own folder, none unless its configuration is of such code.
+
+    That is so only where ``trust_remote_code=True`` was given.
+    """
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+    named = (
+        getattr(config, "auto_map", {}) if type(config).__module__.startswith("transformers_modules") else {}
+    )
+    references = [named[auto] for auto in sorted(named) if auto.startswith("AutoModelFor")]
+    return [get_class_from_dynamic_module(reference, config.name_or_path) for reference in references]
+
+
 def class_for(auto, config_class):
     """The model class that an auto class makes of a configuration of some class, or None."""
     return auto._model_mapping.get(config_class, None)

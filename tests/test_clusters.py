@@ -333,7 +333,12 @@ def test_slurm_jobs_may_be_cancelled(tmp_path, slurm):
         tmp_path, "--slurm", "--jobs", "2", *(o for option in given for o in ("--slurm-options", option))
     )
     try:
-        job = job_of(next_started(tmp_path, 1))
+        worker = next_started(tmp_path, 1)
+        command = Path(f"/proc/{parent_of(worker)}/cmdline").read_bytes().decode().split("\0")
+        address = next(word for word in command if word.startswith("tls://127.0.0.1:"))
+        refused = f"import distributed; distributed.Client({address!r}, timeout=2)"
+        assert subprocess.run([sys.executable, "-c", refused], capture_output=True).returncode
+        job = job_of(worker)
         assert job in asked("squeue", "-h", "-o", "%A").split()
         asked("scancel", job)
         assert driver.wait(900) == 0, said(tmp_path)

@@ -183,7 +183,11 @@ def test_nothing_is_unpickled():
         text = path.read_text()
         assert not re.search(r"import pickle|torch\.load\(", text), path
         calls = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call)]
-        assert "trust_remote_code" not in {keyword.arg for call in calls for keyword in call.keywords}, path
+        # Code of a model is run if the caller says so: what is passed is what was given, False by default.
+        passed = [k.value for call in calls for k in call.keywords if k.arg == "trust_remote_code"]
+        assert {ast.unparse(value) for value in passed} <= {"trust_remote_code", "False"}, path
+        assert set(re.findall(r"trust_remote_code: \w+ = (\w+)", text)) <= {"False"}, path
+        assert "trust_remote_code=True" not in {ast.unparse(k) for call in calls for k in call.keywords}, path
 
 
 def test_names_of_notebooks_are_known():

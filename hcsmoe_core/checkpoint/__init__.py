@@ -44,7 +44,7 @@ REPEATED, MOST = (
 EXPERT_WIDTHS = ("moe_intermediate_size", "intermediate_size", "expert_dim")
 
 
-def load_model(model, *, dtype="auto", device="auto", experts_implementation=None):
+def load_model(model, *, dtype="auto", device="auto", experts_implementation=None, trust_remote_code=False):
     """Load a model in evaluation mode, and its tokenizer or None.
 
     Parameters
@@ -57,15 +57,18 @@ def load_model(model, *, dtype="auto", device="auto", experts_implementation=Non
         ``"auto"`` is a GPU if there is one; one of :data:`DEVICE_MAPS` spreads the layers over all GPUs.
     experts_implementation : str, optional
         How transformers runs experts, such as ``"eager"`` or ``"grouped_mm"``; by default its own choice.
+    trust_remote_code : bool
+        Run Python files that lie in the model's folder, where its classes are in them (``auto_map``).
 
-    Raises FileNotFoundError if it is neither here nor on the hub; InputError if it is not readable, or
-    quantised in a way that transformers cannot undo.
+    Raises FileNotFoundError if it is neither here nor on the hub; InputError if it is not readable, wants
+    code of its own or files outside its folder, or is quantised in a way that transformers cannot undo.
     """
     source = folder_of(model)
     load = _load if merge_record(source) is None else load_merged
-    loaded = load(source, dtype=dtype, device=device, experts_implementation=experts_implementation)
+    options = dict(experts_implementation=experts_implementation, trust_remote_code=trust_remote_code)
+    loaded = load(source, dtype=dtype, device=device, **options)
     loaded.name_or_path = str(model)
-    return loaded, load_tokenizer(source)
+    return loaded, load_tokenizer(source, trust_remote_code)
 
 
 def _load(source, *, device, **options):
@@ -74,18 +77,29 @@ def _load(source, *, device, **options):
     return loaded if device_map else loaded.to(device_of(device))
 
 
-def load_with(load, source, *, dtype, device_map, experts_implementation, merged=False, verify=True):
+def load_with(
+    load,
+    source,
+    *,
+    dtype,
+    device_map,
+    experts_implementation,
+    trust_remote_code=False,
+    merged=False,
+    verify=True,
+):
     """Load a model by a function of :func:`hcsmoe_core._transformers.class_with_loader`, in evaluation mode.
 
     ``device_map`` is that of transformers; a ``merged`` model has layers as ``config.json`` records them.
     With ``verify``, weight files of a folder that we wrote are compared with their checksums first.
     """
-    config = readable_config(source)
+    config = readable_config(source, trust_remote_code)
     export.check_checksums(source, verify)
     family = model_class(config)
     with readable(source):
         base = _transformers.class_with_loader(merged_class(family) if merged else family, load)
         options = dict(config=config, output_loading_info=True, use_safetensors=True, dtype=_dtype(dtype))
+        options["trust_remote_code"] = trust_remote_code  # without which custom_generate/ is not run either
         loaded, report = base.from_pretrained(source, device_map=device_map, **options)
         missing = sorted(report["missing_keys"])  # they would stay random
         names = f"{len(missing)} of the model's tensors ({', '.join(missing[:3])}, …)"
@@ -106,9 +120,9 @@ def _load_checked(model, files, config, usual):
     return report, offloaded
 
 
-def load_skeleton(model, *, dtype="auto"):
+def load_skeleton(model, *, dtype="auto", trust_remote_code=False):
     """Build a model on the meta device from its configuration; of a merged folder, the original."""
-    config = readable_config(model)
+    config = readable_config(model, trust_remote_code)
     with readable(model):
         return skeleton_of(config, dtype=dtype)
 
@@ -120,12 +134,14 @@ def skeleton_of(config, *, dtype="auto"):
         return model_class(config)(config).to(dtype)
 
 
-def load_tokenizer(source):
+def load_tokenizer(source, trust_remote_code=False):
     """Load the tokenizer of a folder or hub name; None if the folder has none."""
     folder = Path(source)
     absent = folder.is_dir() and not [*folder.glob("tokenizer*"), *folder.glob("*.model")]
     with readable(source):
-        return None if absent else AutoTokenizer.from_pretrained(str(source))
+        if absent:
+            return None
+        return AutoTokenizer.from_pretrained(str(source), trust_remote_code=trust_remote_code)
 
 
 def tokenizer_hash(tokenizer) -> str:
@@ -138,20 +154,23 @@ def tokenizer_hash(tokenizer) -> str:
 
 def model_class(config):
     """Model class of a configuration: the one it names if an auto class knows that, else the first."""
-    classes = [family for _, family in _transformers.auto_classes(config)]
+    classes = _transformers.remote_classes(config) or [
+        family for _, family in _transformers.auto_classes(config)
+    ]
     kind = type(config).__name__
     require(classes, f"transformers has no language model for {kind}; give another model.")
     return next((c for c in classes if c.__name__ in (config.architectures or ())), classes[0])
 
 
-def readable_config(model):
+def readable_config(model, trust_remote_code=False):
     """Load a configuration, set to turn quantised weights into floats; InputError if transformers cannot.
 
     What decides the output of a folder that we wrote, weights aside, is compared with its checksums first.
     """
+    export.check_inside(folder_of(model))
     export.check_checksums(folder_of(model), weights=False)
     with readable(model):
-        config = AutoConfig.from_pretrained(folder_of(model))
+        config = AutoConfig.from_pretrained(folder_of(model), trust_remote_code=trust_remote_code)
         text = config.get_text_config()
         fields = {
             "architectures": isinstance(config.architectures, list | None),
@@ -196,6 +215,11 @@ def readable(shown):
         raise
     except Exception as error:  # transformers says in any way what it does not like
         reason = " ".join(str(error).split())[:400] or type(error).__name__
+        if "trust_remote_code" in str(error):  # in words that differ with what transformers was to load
+            reason = (
+                "it needs Python code that comes with it (auto_map), which is not run unasked. Read that "
+                "code; if you trust it, give trust_remote_code=True (--trust-remote-code)."
+            )
         if isinstance(error, OSError) and not Path(shown).exists():
             raise FileNotFoundError(
                 f"Cannot load {shown!r}: there is no such folder here, it is not "
@@ -516,7 +540,15 @@ def merge_record(folder):
     return config.get("expert_merge")
 
 
-def load_merged(folder, *, dtype="auto", device="auto", experts_implementation=None, verify=True):
+def load_merged(
+    folder,
+    *,
+    dtype="auto",
+    device="auto",
+    experts_implementation=None,
+    trust_remote_code=False,
+    verify=True,
+):
     """Load a mapped checkpoint that :func:`save_merged` wrote; the other arguments are :func:`load_model`'s.
 
     It computes what the live merged model computed, to the bit at the same dtype (on a CPU, where a file's
@@ -538,10 +570,10 @@ def load_merged(folder, *, dtype="auto", device="auto", experts_implementation=N
         f"hcsmoe merge MODEL --plan {folder / 'plan.json'} --statistics STATISTICS --out OTHER",
     )
     options = dict(dtype=dtype, device=device, experts_implementation=experts_implementation)
-    loaded = _load(folder, merged=True, verify=verify, **options)
+    loaded = _load(folder, merged=True, verify=verify, trust_remote_code=trust_remote_code, **options)
     found, wanted = (
         {layer.name: layer.num_experts for layer in find_moe_layers(model)}
-        for model in (loaded, load_skeleton(folder))
+        for model in (loaded, load_skeleton(folder, trust_remote_code=trust_remote_code))
     )
     require(found == wanted, f"{folder}: config.json maps other experts than the model has; merge again.")
     labels = {name: layer["labels"] for name, layer in record["layers"].items()}

@@ -1,7 +1,9 @@
 """What lies beside the weights of a merged model: configuration, tokenizer, checksums, model card."""
 
 import contextlib
+import html
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -23,8 +25,29 @@ LICENSE LICENSE.txt LICENSE.md NOTICE
 """.split()
 # Numbers of layers that predict further tokens (MTP), which transformers neither loads nor writes.
 FURTHER_LAYERS = ("num_nextn_predict_layers", "num_mtp_layers")
-# Keys that no longer hold: weights are dequantised, and remote code is neither run nor copied.
+# Keys that no longer hold: weights are dequantised, and classes are those of transformers or ours.
 REMOVED = ("quantization_config", "compression_config", "auto_map", "torch_dtype")
+
+
+def check_inside(folder):
+    """Raise InputError if a model folder has links, or names shards, that lead out of it; none of a hub name.
+
+    What it links to would be read, and copied into what is made of it. The hub's cache keeps the files of a
+    snapshot in ``blobs`` beside.
+    """
+    folder = Path(folder).resolve()
+    index = _util.read_json(path) if (path := folder / "model.safetensors.index.json").is_file() else {}
+    shards = index.get("weight_map") if isinstance(index, dict) else None
+    names = {*map(str, shards.values() if isinstance(shards, dict) else ())}
+    names |= {path.name for path in (folder.iterdir() if folder.is_dir() else ()) if path.is_symlink()}
+    homes = [folder] + [folder.parents[1] / "blobs"] * (folder.parent.name == "snapshots")
+    for name in sorted(names):
+        target = (folder / name).resolve()
+        require(
+            any(target.is_relative_to(home) for home in homes),
+            f"{folder} has {name!r}, which leads out of it, to {target}; only files inside a model's folder "
+            "are read and copied: put the file itself there.",
+        )
 
 
 def copy_along(model, folder):
@@ -38,6 +61,8 @@ def copy_along(model, folder):
         source = None
         with contextlib.suppress(OSError, ValueError):  # neither a folder nor on the hub or in its cache
             source = Path(snapshot_download(name, allow_patterns=["config.json", *COPIED]))
+    if source:
+        check_inside(source)  # again: it may have changed since the model was loaded
     for file in COPIED if source else ():
         if (source / file).is_file() and not (folder / file).exists():
             shutil.copyfile(source / file, folder / file)
@@ -138,19 +163,24 @@ def write_card(model, folder, plan, written, *, loader, lines=None):
     }
     fidelity = fidelity_text(written["fidelity"]) if written["fidelity"] else "Not measured."
     texts = {
-        "title": Path(name).name if local else name,
+        "title": literal(Path(name).name if local else name),
         "left": "trimmed" if after == before else kept_of(plan),
         "summary": _table([("", ""), *filter(all, summary.items()), *(lines or {}).items()]),
-        "settings": {key: json.dumps(value) for key, value in plan.settings.items()},
+        "settings": {" ".join(key.split()): json.dumps(value) for key, value in plan.settings.items()},
     }
     texts |= {"kind": kind, "loader": loader, "fidelity": fidelity}
     card = ModelCard.from_template(data, CARD, router=written["router"], limits=written["limits"], **texts)
     card.save(folder / CARD_NAME)
 
 
+def literal(text):
+    """Text on one line that Markdown shows as it is: no cells, tags, links or code of its own."""
+    return re.sub(r"([\\|`*\[\]])", r"\\\1", html.escape(" ".join(str(text).split()), quote=False))
+
+
 def _table(rows):
     """A Markdown table of rows of cells, the first of which is its head."""
-    head, *lines = (f"| {' | '.join(map(str, row))} |" for row in rows)
+    head, *lines = (f"| {' | '.join(map(literal, row))} |" for row in rows)
     return "\n".join([head, "|---" * len(rows[0]) + "|", *lines])
 
 

@@ -49,13 +49,20 @@ WHOLE, LAYER, LATER = 3.3, 2.5, 300_000_000
 
 
 def open_model(
-    model, *, dtype="auto", device="auto", load: str = "auto", memory: str = "", work: dict | None = None
+    model,
+    *,
+    dtype="auto",
+    device="auto",
+    load: str = "auto",
+    memory: str = "",
+    work: dict | None = None,
+    trust_remote_code=False,
 ) -> tuple:
     """Load a model whole if it fits into memory, or to be streamed if it does not.
 
     Parameters
     ----------
-    model, dtype, device
+    model, dtype, device, trust_remote_code
         As for :func:`hcsmoe_core.checkpoint.load_model`.
     load : {"auto", "whole", "streamed"}
     memory : str
@@ -78,14 +85,18 @@ def open_model(
     limit = _bytes_of(memory) if memory else free_memory("cpu") + _resident_memory()
     if load == "auto":
         spread = device in checkpoint.DEVICE_MAPS or checkpoint.merge_record(_util.folder_of(model))
-        load = "whole" if spread or _fits(model, dtype, device, limit, work) else "streamed"
+        fits = spread or _fits(model, dtype, device, limit, work, trust_remote_code)
+        load = "whole" if fits else "streamed"
+    options = dict(dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     if memory:  # oneDNN keeps up to 1,024 kernels, one for each number of rows that an expert is given
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
     if load == "whole":
         if memory and not checkpoint.merge_record(_util.folder_of(model)):
-            _check_memory(memory, limit, sum(_needed(model, dtype, work)), f"all of {model}")
-        return checkpoint.load_model(model, dtype=dtype, device=device)
-    streamed, tokenizer = stream_model(model, dtype=dtype, device=device)
+            _check_memory(
+                memory, limit, sum(_needed(model, dtype, work, trust_remote_code)), f"all of {model}"
+            )
+        return checkpoint.load_model(model, **options)
+    streamed, tokenizer = stream_model(model, **options)
     if memory:
         need = LAYER * moe.source_of(streamed).largest() + _work_bytes(streamed, **work or {})
         _check_memory(memory, limit, need, f"the largest decoder layer of {model}")
@@ -101,15 +112,15 @@ def _check_memory(memory, limit, need, what):
     )
 
 
-def _fits(model, dtype, device, limit, work):
+def _fits(model, dtype, device, limit, work, trust_remote_code):
     """Whether a model fits into memory, with what merging adds."""
-    peak, beside = _needed(model, dtype, work)
+    peak, beside = _needed(model, dtype, work, trust_remote_code)
     return peak + beside + _resident_memory() <= limit and peak <= free_memory(checkpoint.device_of(device))
 
 
-def _needed(model, dtype, work):
+def _needed(model, dtype, work, trust_remote_code):
     """Bytes of a whole model, and of what is done with it."""
-    skeleton = checkpoint.load_skeleton(model, dtype=dtype)
+    skeleton = checkpoint.load_skeleton(model, dtype=dtype, trust_remote_code=trust_remote_code)
     return WHOLE * skeleton.get_memory_footprint(return_buffers=False), _work_bytes(skeleton, **work or {})
 
 
@@ -143,12 +154,19 @@ def _resident_memory():
     return psutil.Process().memory_info().rss
 
 
-def stream_model(model, *, dtype="auto", device="auto", experts_implementation: str | None = None) -> tuple:
+def stream_model(
+    model,
+    *,
+    dtype="auto",
+    device="auto",
+    experts_implementation: str | None = None,
+    trust_remote_code: bool = False,
+) -> tuple:
     """Load a model whose decoder layers stay on disk until they are asked for.
 
     Parameters
     ----------
-    model, dtype, device, experts_implementation
+    model, dtype, device, experts_implementation, trust_remote_code
         As for :func:`hcsmoe_core.checkpoint.load_model`; a single device.
 
     Returns
@@ -175,9 +193,9 @@ def stream_model(model, *, dtype="auto", device="auto", experts_implementation: 
     device = str(checkpoint.device_of(device))
     device_map = None if device == "cpu" else {"": device}
     options = {"dtype": dtype, "device_map": device_map, "experts_implementation": experts_implementation}
-    loaded = checkpoint.load_with(_read_outside, str(folder), **options)
+    loaded = checkpoint.load_with(_read_outside, str(folder), trust_remote_code=trust_remote_code, **options)
     loaded.name_or_path = str(model)
-    return loaded, checkpoint.load_tokenizer(folder)
+    return loaded, checkpoint.load_tokenizer(folder, trust_remote_code)
 
 
 def _read_outside(model, files, load_config, _):

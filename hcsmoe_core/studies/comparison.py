@@ -48,13 +48,14 @@ def compare(
     plugin: str | Path | Sequence = (),
     dtype: str = "auto",
     device: str = "auto",
+    trust_remote_code: bool = False,
     folder: str | Path = "runs/compare",
 ) -> Any:
     """Score every method at every number of experts and on every calibration sample; finished cells are kept.
 
     Parameters
     ----------
-    model, text, dtype, device
+    model, text, dtype, device, trust_remote_code
         As for :func:`hcsmoe_core.load_model` and :func:`hcsmoe_core.evaluate`.
     methods, experts : list, optional
         By default all methods, and three quarters, a half and a quarter of the experts.
@@ -71,21 +72,18 @@ def compare(
     folder : str or path
         Cells go to a folder of the model's name in it.
 
-    Returns
-    -------
-    pandas.DataFrame
-        One row per cell; see :func:`cells`.
+    Returns the table of :func:`cells`, one row per cell.
     """
     plugins = [str(path) for path in ([plugin] if isinstance(plugin, str | Path) else plugin) if path]
     list(map(load_plugin, plugins))
     source = dict(calibration=str(calibration), sequences=sequences, length=length)
     needs = _needs(methods, settings or {})
-    loaded, tokenizer = load_model(model, dtype=dtype, device=device)
+    loaded, tokenizer = load_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     shared = dict(model=str(model), limit=limit, text=text, dtype=str(loaded.dtype), settings=settings or {})
-    partial, options = functools.partial, dict(model=loaded, tokenizer=tokenizer)
-    capture = partial(cached_statistics, loaded, tokenizer, needs=sum(needs.values(), ()), **source)
+    needed = sum(needs.values(), ())
+    capture = latest(functools.partial(cached_statistics, loaded, tokenizer, needs=needed, **source))
     runner.measure(
-        partial(_measured, **options, statistics=latest(capture)),
+        functools.partial(_measured, model=loaded, tokenizer=tokenizer, statistics=capture),
         _wanted(loaded, tuple(needs), experts, seeds),
         Path(folder) / slug(model),
         shared=shared | source | ({"plugin": plugins} if plugins else {}),

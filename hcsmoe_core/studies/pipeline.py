@@ -20,7 +20,7 @@
     Folder to write, as for :func:`hcsmoe_core.save_merged`; without it the merged model stays in memory.
 ``fidelity``
     Held-out sequences on which the result is compared with the original; 0 for none.
-``dtype``, ``device``, ``load``, ``memory``
+``dtype``, ``device``, ``load``, ``memory``, ``trust_remote_code``
     As for :func:`hcsmoe_core.open_model`. A model that does not fit into memory goes through layer by layer,
     and an interrupted run goes on when it is called again. Under ``torchrun``, ranks share the capture.
 """
@@ -88,6 +88,7 @@ def shrink(
     device: str = "auto",
     load: str = "auto",
     memory: str = "",
+    trust_remote_code: bool = False,
     **settings: Any,
 ) -> dict | None:
     """Capture, plan, merge, write and measure a smaller model; the arguments are explained above.
@@ -99,20 +100,19 @@ def shrink(
         with ``out``, ``plan`` and ``advice`` (text, or empty); ``out`` alone if it was complete before.
     """
     settings = _checked(plan, experts, method, router, settings)
-    device = ranks.started(device)
+    where = dict(dtype=dtype, device=ranks.started(device), load=load, memory=memory)
     if out is not None and (streaming.tidied(out) or check_absent(out)):
         return {"out": Path(out)}
     plan, stats, text, advice = *_files(plan, statistics, method, settings), None, ""
     captures = plan is None and stats is None
     rows = sample if captures and "sample" in resolve(method, **settings).needs else 0
-    options = dict(dtype=dtype, device=device, load=load, memory=memory)
-    options |= dict(work=_work(model, calibration, sequences, length, batch_size, rows, fidelity))
-    loaded, tokenizer = streaming.open_model(model, **options)
+    where |= dict(work=_work(model, calibration, sequences, length, batch_size, rows, fidelity))
+    loaded, tokenizer = streaming.open_model(model, trust_remote_code=trust_remote_code, **where)
     _check_loaded(loaded, out, experts if plan is None else None)
     with streaming.work_folder(out, loaded) as work:
         if captures or (fidelity and (calibration or model in EMBEDDED)):
-            source = (calibration, sequences, length, column, calibration_seed)
-            text = _text(loaded, tokenizer, *source, heldout=fidelity)
+            source = (calibration, sequences, length, column, calibration_seed, fidelity)
+            text = _text(loaded, tokenizer, *source)
         if captures:
             until = _until(until_stable, until_excess, [experts], resolve(method, **settings).settings)
             options = dict(sample=sample, every=every, batch_size=batch_size)
@@ -140,6 +140,7 @@ def capture_to_file(
     device: str = "auto",
     load: str = "auto",
     memory: str = "",
+    trust_remote_code: bool = False,
     sample: int = SAMPLE,
     every: int = 1,
     batch_size: int = 8,
@@ -170,12 +171,11 @@ def capture_to_file(
     )
     until = _until(until_stable, until_excess, list(stable_at) or None)
     device = ranks.started(device)
-    text_size = [
-        source.get(name, default) for name, default in (("calibration", ""), ("sequences", 0), ("length", 0))
-    ]
-    work = _work(model, *text_size, batch_size, sample if "sample" in needs else 0)
-    options = dict(dtype=dtype, device=device, load=load, memory=memory, work=work)
-    loaded, tokenizer = streaming.open_model(model, **options)
+    size = {"calibration": "", "sequences": 0, "length": 0}
+    size = {name: source.get(name, default) for name, default in size.items()}
+    work = _work(model, batch_size=batch_size, rows=sample if "sample" in needs else 0, **size)
+    options = dict(load=load, memory=memory, work=work, trust_remote_code=trust_remote_code)
+    loaded, tokenizer = streaming.open_model(model, dtype=dtype, device=device, **options)
     merged = any(layer.merged for layer in families.find_moe_layers(loaded))  # without any it is refused, too
     require(not merged, f"{model} is merged already; capture on the original.")
     with streaming.work_folder(out, loaded) as work:
@@ -194,6 +194,10 @@ def _work(model, calibration, sequences, length, batch_size, rows, fidelity=0):
     count, length = size["sequences"], size["length"]
     heldout = min(length, HELD_OUT) if fidelity else 0
     return {"batch": min(count, batch_size) * length, "rows": min(rows, count * length), "heldout": heldout}
+
+
+def _read(given, load):
+    return load(given) if isinstance(given, str | Path) else given
 
 
 def _checked(plan, experts, method, router, settings):
@@ -216,10 +220,6 @@ def _files(plan, statistics, method, settings):
     if plan is None and stats is not None:
         stats.check(resolve(method, **settings).needs, f"Method {method!r}")
     return plan, stats
-
-
-def _read(value, load):
-    return load(value) if isinstance(value, str | Path) else value
 
 
 def _check_loaded(model, out, experts):

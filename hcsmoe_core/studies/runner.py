@@ -44,6 +44,7 @@ THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 STATES = ("done", "failed", "running", "interrupted", "missing")
 DEATHS = 3  # workers that a cell may lose (killed, out of memory, machine gone) before it counts as failed
 WORKER_TTL = "5 minutes"  # after which a silent worker is taken for dead, and its cells run elsewhere
+WORKER = ["--death-timeout", "300", "--dashboard-address", "127.0.0.1:0"]
 GRACE = 120  # seconds before its job ends at which a worker takes no more cells
 # Options of a SLURM job: what they are by default, and what they mean.
 SLURM = {
@@ -436,6 +437,9 @@ def scheduler(address: str, *, timeout: float = 30) -> Iterator[Engine]:
 def slurm(jobs: int, options: Sequence[str] = (), *, logs: str | Path) -> Iterator[Engine]:
     """A Dask cluster of SLURM jobs, each with one worker; a job that ends or is cancelled is replaced.
 
+    Scheduler and workers talk by TLS, with a credential that is made for this run and lies in ``logs`` for
+    its workers, readable by its owner alone. The dashboard listens on this machine's loopback.
+
     Parameters
     ----------
     jobs : int
@@ -448,19 +452,24 @@ def slurm(jobs: int, options: Sequence[str] = (), *, logs: str | Path) -> Iterat
     Raises
     ------
     ImportError
-        If dask-jobqueue is not installed.
+        If dask-jobqueue or cryptography is not installed.
     InputError
         If an option is unknown.
     """
     check_count("jobs", jobs, 1)
     job = job_options(options)
     dask_jobqueue, distributed, dask = _import("dask_jobqueue"), _import("distributed"), _import("dask")
+    _import("cryptography")
     Path(logs).mkdir(parents=True, exist_ok=True)
+    job |= dict(log_directory=str(logs), shared_temp_directory=str(Path(logs).resolve()))
+    job |= dict(protocol="tls://", security=distributed.Security.temporary())
+    job |= dict(scheduler_options={"dashboard_address": "127.0.0.1:0"})
     settings = {
         "distributed.scheduler.allowed-failures": DEATHS,
         "distributed.scheduler.worker-ttl": WORKER_TTL,
+        "distributed.dashboard.link": "http://127.0.0.1:{port}/status",
     }
-    with dask.config.set(settings), dask_jobqueue.SLURMCluster(log_directory=str(logs), **job) as cluster:
+    with dask.config.set(settings), dask_jobqueue.SLURMCluster(**job) as cluster:
         cluster.adapt(minimum_jobs=jobs, maximum_jobs=jobs)
         with distributed.Client(cluster, name="hcsmoe-sweep") as client:
             yield _engine(client, gpu="GPU=1" in job["worker_extra_args"])
@@ -496,7 +505,7 @@ def job_options(options: Sequence[str] = ()) -> dict:
         nanny=True,
         job_script_prologue=[f"export {name}={cores}" for name in THREADS] + _lines(job["prologue"]),
         job_extra_directives=_lines(job["directives"]) + ["--gpus=1"] * gpus,
-        worker_extra_args=[*lifetime, "--death-timeout", "300", *["--resources", "GPU=1"] * gpus],
+        worker_extra_args=[*lifetime, *WORKER, *["--resources", "GPU=1"] * gpus],
     )
 
 

@@ -19,6 +19,7 @@ from hcsmoe_core.text.own_text import NAME, is_own, own_text, writing_of
 SOURCES = Table("source")  # name -> Source; a floor above may add its own
 PAPER_SHAPE = (32, 2048)  # sequences and their length in HC-SMoE
 DOCUMENTS_PER_BLOCK = 16  # the paper's recipe takes 512 documents for its 32 blocks
+PIECE, SEAM = 1 << 16, 1024  # characters read of a document at first; tokens that the rest may change
 DOCUMENTS_PER_BATCH = 1000  # documents are joined within batches; what is left over of a batch is dropped
 _WEIGHTED = re.compile(r"\s*(?:(\d+\.?\d*(?:e-?\d+)?|\.\d+(?:e-?\d+)?)\*)?\s*([^*]*[^*\s])\s*")  # weight*name
 TEXT_SUFFIXES = (".txt", ".json", ".jsonl")
@@ -243,7 +244,7 @@ def _check_parts(names, tokenizer, model):
 def _packed(name, documents, text_of=str, *, tokenizer, sequences, length, seed, limit=None, **_):
     """Encode documents in random order, join those of each batch and cut them into blocks."""
     order = np.random.default_rng(seed).permutation(len(documents))[:limit].tolist()
-    encoded = (tokenizer(text_of(documents[index]), verbose=False)["input_ids"] for index in order)
+    encoded = (_token_ids(text_of(documents[index]), tokenizer) for index in order)
     streams = (
         itertools.chain.from_iterable(itertools.islice(encoded, DOCUMENTS_PER_BATCH))
         for _ in range(0, len(order), DOCUMENTS_PER_BATCH)
@@ -257,6 +258,21 @@ def _packed(name, documents, text_of=str, *, tokenizer, sequences, length, seed,
         "were asked for; ask for fewer or shorter sequences, or give more text.",
     )
     return torch.tensor(blocks, dtype=torch.int64)
+
+
+def _token_ids(text, tokenizer):
+    """Token ids of a document, one by one; of a long one no more is read than is asked for.
+
+    Its beginning is encoded, then one four times as long, up to a space or line break. The last tokens of a
+    beginning are left out, because what follows may change them.
+    """
+    size, given = PIECE, 0
+    while size < len(text):
+        cut = max(text.rfind(space, 0, size) for space in " \n")
+        ids = tokenizer(text[: cut if cut > 0 else size], verbose=False)["input_ids"][:-SEAM]
+        yield from ids[given:]
+        size, given = 4 * size, max(given, len(ids))
+    yield from tokenizer(text, verbose=False)["input_ids"][given:]
 
 
 def _files(name):

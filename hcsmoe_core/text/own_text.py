@@ -2,7 +2,10 @@
 
 import contextlib
 import hashlib
+import json
 import math
+import subprocess
+import sys
 import warnings
 from collections import namedtuple
 from dataclasses import asdict, dataclass
@@ -31,6 +34,19 @@ STARTS = ("", "token", "bos", "chat")
 LOOP, PERIOD = 64, 16  # a document whose last LOOP tokens repeat every PERIOD tokens or sooner is ended
 GRAM, REPEATED = 8, 0.5  # warn if more than this share of the GRAM-grams is repetition
 USER = "hcsmoe-writes-here"  # stands for the user's turn while a chat template is read
+# A chat template is a stranger's program. It runs in transformers' sandbox, in a process of its own that may
+# take so many seconds, bytes of memory and characters.
+SECONDS, BYTES, CHARACTERS = 20, 1 << 31, 1 << 20
+RENDER = """
+import contextlib, json, sys
+from transformers.utils.chat_template_utils import render_jinja_template
+options = json.load(sys.stdin)
+with contextlib.suppress(ImportError):  # on Windows, where the time alone is limited
+    import resource
+    resource.setrlimit(resource.RLIMIT_AS, (options["bytes"], options["bytes"]))
+texts, _ = render_jinja_template([options["chat"]], add_generation_prompt=True, **options["template"])
+sys.stdout.write(json.dumps(texts[0][:options["characters"] + 1]))
+"""
 
 
 @dataclass(frozen=True)
@@ -327,13 +343,35 @@ def _leading(tokenizer):
 
 def _chat(tokenizer, special):
     """Tokens of the chat template before and after the user's turn; empty unless a special one ends it."""
-    from jinja2 import TemplateError
-
-    try:
-        text = tokenizer.apply_chat_template(
-            [{"role": "user", "content": USER}], tokenize=False, add_generation_prompt=True
-        )
-    except (TemplateError, ValueError):  # also where there is no template
+    if not tokenizer.chat_template:
         return ()
+    text = _rendered(tokenizer)
     encoded = [tokenizer(part, add_special_tokens=False)["input_ids"] for part in text.partition(USER)[::2]]
     return tuple(encoded) if all(encoded) and encoded[1][0] in special else ()
+
+
+def _rendered(tokenizer):
+    """The chat template around the user's turn; empty if it refuses such a chat."""
+    template = {"chat_template": tokenizer.get_chat_template(), **tokenizer.special_tokens_map}
+    chat = [{"role": "user", "content": USER}]
+    options = {"chat": chat, "template": template, "bytes": BYTES, "characters": CHARACTERS}
+    command = [sys.executable, "-P", "-c", RENDER]
+    try:
+        run = subprocess.run(
+            command, input=json.dumps(options).encode(), capture_output=True, timeout=SECONDS
+        )
+    except subprocess.TimeoutExpired:
+        reason = f"it is not done within {SECONDS} seconds"
+    else:
+        text = "" if run.returncode else json.loads(run.stdout)
+        reason = f"it gives more than {CHARACTERS:,} characters" if len(text) > CHARACTERS else ""
+        if run.returncode:
+            reason = (run.stderr.decode(errors="replace").strip() or "its process died").splitlines()[-1]
+    if reason.startswith("jinja2.exceptions."):
+        return ""
+    require(
+        not reason,
+        f"The chat template of {tokenizer.name_or_path} cannot be used: {reason}. Let the model write "
+        f"without it ({NAME}:start=bos), or mend the template.",
+    )
+    return text

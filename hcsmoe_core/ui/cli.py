@@ -117,6 +117,14 @@ LOAD = Annotated[
         panel=MACHINE_OPTIONS,
     ),
 ]
+TRUST = Annotated[
+    bool,
+    _option(
+        "Run Python code that comes with the model; read it first.",
+        "--trust-remote-code",
+        panel=MACHINE_OPTIONS,
+    ),
+]
 MEMORY = Annotated[
     str | None,
     _option(
@@ -276,6 +284,7 @@ def capture(
     device: DEVICE = "auto",
     load: LOAD = "auto",
     memory: MEMORY = None,
+    trust_remote_code: TRUST = False,
     plugin: PLUGIN = None,
 ):
     """Run the model once over calibration tokens and save the statistics.
@@ -309,6 +318,7 @@ def plan(
         str | None,
         _option("Model whose weights are read, if the method looks at them.", panel=METHOD_OPTIONS),
     ] = None,
+    trust_remote_code: TRUST = False,
     plugin: PLUGIN = None,
 ):
     """Decide which experts of each layer are joined or dropped; the model is not run."""
@@ -321,7 +331,7 @@ def plan(
     output_path(out)
     stats = core.load_statistics(statistics)
     stats.check(resolve(method, **settings).needs, f"Method {method!r}")
-    loaded = open_model(model)[0] if model else None
+    loaded = open_model(model, trust_remote_code=trust_remote_code)[0] if model else None
     decision = core.make_plan(stats, loaded, experts=experts, method=method, seed=plan_seed, **settings)
     decision.save(out)
     _say(plan_table(stats, decision), f"wrote {out}")
@@ -373,6 +383,7 @@ def merge(
     device: DEVICE = "auto",
     load: LOAD = "auto",
     memory: MEMORY = None,
+    trust_remote_code: TRUST = False,
     plugin: PLUGIN = None,
 ):
     """Write a smaller checkpoint, from a plan or with a number of experts.
@@ -429,6 +440,7 @@ def evaluate(
     ] = None,
     dtype: DTYPE = "auto",
     device: DEVICE = "auto",
+    trust_remote_code: TRUST = False,
     plugin: PLUGIN = None,
 ):
     """Measure accuracy on tasks, and perplexity."""
@@ -442,7 +454,9 @@ def evaluate(
     other = _scores_of(against) if against else None
     decision = core.load_plan(plan) if plan else None
     stats = core.load_statistics(statistics) if statistics else None
-    loaded, tokenizer = core.load_model(model, dtype=dtype, device=device)
+    loaded, tokenizer = core.load_model(
+        model, dtype=dtype, device=device, trust_remote_code=trust_remote_code
+    )
     if decision is not None:
         core.apply_plan(loaded, decision, stats)
     scores = core.evaluate(
@@ -593,6 +607,7 @@ def compare(
     text: TEXT = "demo",
     dtype: DTYPE = "auto",
     device: DEVICE = "auto",
+    trust_remote_code: TRUST = False,
     out: Annotated[Path, _option("Folder of the cells and the tables.")] = Path("runs/compare"),
     plugin: PLUGIN = None,
 ):
@@ -609,6 +624,7 @@ def compare(
         seeds=_numbers("--seeds", seeds),
         settings=_settings(options),
         limit=limit,
+        trust_remote_code=trust_remote_code,
         folder=out,
         plugin=plugin or (),
         **{name: options[name] for name in names if name in options},

@@ -1,20 +1,25 @@
 """Figures of a paper; each function returns a :class:`matplotlib.figure.Figure`, and :func:`save` writes it.
 
+Texts are shown as they are: a ``$`` begins no formula, and what no font can show is a question mark.
+
 In all of them ``width`` and ``height`` are in inches, ``title`` stands above and ``label`` at the colour
 bar or at the axis of the values. Where there is an argument ``on``, a subfigure, the figure is drawn on it
 and not on a new one.
 """
 
+import functools
 import io
 import itertools
 import math
+import re
 import textwrap
 from pathlib import Path
 
 import matplotlib.figure
 import numpy as np
 import seaborn  # which registers its colour maps, too
-from matplotlib import collections, patches, patheffects, transforms
+from matplotlib import collections, patches, patheffects, ticker, transforms
+from matplotlib.text import Text
 from scipy.cluster import hierarchy
 from scipy.spatial.distance import squareform
 
@@ -42,11 +47,33 @@ CHANCE = {
 FORMATS = {".png": {"Software": None}, ".pdf": {"CreationDate": None}, ".svg": {"Date": None}}
 
 
-# Decorator: drawn in the project's style, whatever style the session has.
-styled = matplotlib.rc_context(fname=STYLE)
+in_style = matplotlib.rc_context(fname=STYLE)  # decorator: whatever style the session has
 
 
-@styled
+def literal(text) -> str:
+    """Text that matplotlib shows as it is: no formula between dollar signs, no lone surrogates."""
+    return re.sub(r"(?<!\\)\$", r"\$", str(text).encode("utf-8", "replace").decode())
+
+
+def styled(draw):
+    """Decorator of a function that returns a figure: in the project's style, with all texts literal."""
+
+    @in_style
+    @functools.wraps(draw)
+    def drawn(*args, **options):
+        figure = draw(*args, **options)
+        for axis in (axis for axes in figure.get_figure().axes for axis in (axes.xaxis, axes.yaxis)):
+            # Labels of ticks that were named are written again, by their names, when the figure is drawn.
+            if isinstance(axis.get_major_formatter(), ticker.FixedFormatter | ticker.FuncFormatter):
+                axis.set_ticklabels([literal(label.get_text()) for label in axis.get_ticklabels()])
+        for text in figure.findobj(Text):
+            text.set_text(literal(text.get_text()))
+        return figure
+
+    return drawn
+
+
+@in_style
 def png(figure, dpi=110, *, tight=True) -> bytes:
     """A figure as PNG, the same bytes each time; not ``tight``, it keeps its margins, in half the time."""
     buffer = io.BytesIO()
@@ -62,7 +89,7 @@ class Figure(matplotlib.figure.Figure):
         return png(self)
 
 
-@styled
+@in_style
 def save(figure, path) -> list[Path]:
     """Write a figure as ``path.png`` and ``path.pdf``, the same bytes each time."""
     return [write(figure, f"{path}{suffix}") for suffix in (".png", ".pdf")]
@@ -404,7 +431,7 @@ def expert_profile(shares, tokens, *, expected, most=18, title="", width=PAGE):
     tokens = tokens.head(most)
     figure = Figure(figsize=(width, 0.62 + 0.14 * max(len(shares), len(tokens), 6)))
     panels = _panels(figure, 1, 2, left=0.85, right=0.1, bottom=0.38, top=0.24, wspace=0.55).subplots()
-    names = [token.replace(" ", "␣").replace("$", r"\$")[:14] for token in tokens["token"]]
+    names = [token.replace(" ", "␣")[:14] for token in tokens["token"]]
     for axes, values, labels, font, xlabel in (
         (panels[0], shares.values(), list(shares), "DejaVu Sans", "tokens of each domain, %"),
         (panels[1], tokens["share"], names, "DejaVu Sans Mono", "occurrences of each token, %"),
@@ -625,6 +652,7 @@ def domain_errors(frame, *, title="", label="relative error of the group's outpu
     frame : pandas.DataFrame
         Of :func:`hcsmoe_core.ui.anatomy.output_errors`.
     """
+    frame = frame.assign(domain=frame["domain"].map(literal))  # seaborn draws the labels at once
     values = frame.pivot(index="combination", columns="domain", values="error").loc[
         frame["combination"].unique(), frame["domain"].unique()
     ]
