@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import html
 import importlib
 import importlib.metadata
 import json
@@ -83,6 +84,13 @@ def check_count(argument: str, value, low: int, high: int | None = None) -> int:
         f'The "{argument}" argument must be a whole number {allowed}; not {value!r}.',
     )
     return count
+
+
+def html_table(title: str, rows: list[dict]) -> str:
+    """Rows with the same keys as an HTML table under a title, for notebooks; everything is escaped."""
+    lines = [*rows[:1], *(row.values() for row in rows)]
+    cells = ("".join(f"<td>{html.escape(str(value))}</td>" for value in line) for line in lines)
+    return f"<p>{html.escape(title)}</p><table>{''.join(f'<tr>{line}</tr>' for line in cells)}</table>"
 
 
 @contextlib.contextmanager

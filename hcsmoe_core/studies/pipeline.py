@@ -3,7 +3,7 @@
 :func:`shrink` takes, beside the model:
 
 ``experts`` or ``plan``
-    Experts kept per layer; or a plan (its file) that was made before.
+    Experts kept per layer, or a share of them below 1; or a plan (its file) that was made before.
 ``method``, ``plan_seed``, and any step or option by name (``linkage="ward"``)
     As for :func:`hcsmoe_core.make_plan`.
 ``calibration``, ``sequences``, ``length``, ``column``, ``calibration_seed``
@@ -44,6 +44,7 @@ from hcsmoe_core._util import (
 )
 from hcsmoe_core.checkpoint import export
 from hcsmoe_core.methods import METHODS, RECOMMENDED, make_plan, resolve
+from hcsmoe_core.methods.planner import kept_experts
 from hcsmoe_core.methods.residual import held_out
 from hcsmoe_core.plan import JOINED, Plan, load_plan
 from hcsmoe_core.scale import ranks, streaming
@@ -63,7 +64,7 @@ LOADING = {
 def shrink(
     model: str,
     *,
-    experts: int = 0,
+    experts: int | float = 0,
     method: str = "hc-smoe",
     calibration: str = "",
     out: str | Path | None = None,
@@ -103,7 +104,7 @@ def shrink(
     plan = load_plan(plan) if isinstance(plan, str | Path) else plan
     stats = load_statistics(statistics) if isinstance(statistics, str | Path) else statistics
     captures, text, advice = plan is None and stats is None, None, ""
-    _check_loaded(loaded, out, experts if plan is None else None)
+    experts = _check_loaded(loaded, out, experts if plan is None else None)
     with streaming.work_folder(out, loaded) as work:
         if captures or (fidelity and (calibration or model in EMBEDDED)):
             source = (calibration, sequences, length, column, calibration_seed)
@@ -187,11 +188,12 @@ def _checked(plan, experts, method, router, settings):
 def _check_loaded(model, out, experts):
     """Refuse a number of experts that no plan can have, and a streamed model that is not to be written."""
     if experts is not None:
-        check_count("experts", experts, 1, tables.model_size(model)["num_experts"])
+        experts = kept_experts(experts, tables.model_size(model)["num_experts"])
     require(
         out is not None or moe.source_of(model) is None,
         'A streamed model can only be merged on disk; give the "out" argument, a new folder.',
     )
+    return experts
 
 
 class _Text(NamedTuple):
