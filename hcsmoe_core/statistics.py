@@ -166,7 +166,7 @@ class Statistics:
             # Counts are whole numbers; shares become those of a million tokens.
             count = (share if share.equal(share.round()) else share / share.sum() * 1e6).round()[None]
             tokens, unknown = count.sum(1), count.new_full((1, *[len(means)] * 2), torch.nan)
-            sums = (tokens.long(), count.long(), count, unknown[:, 0], unknown, tokens * means[None])
+            sums = (tokens.long(), count.long(), count, count * torch.nan, unknown, tokens * means[None])
             layers[layer] = LayerStatistics(*sums)
         odd = usage.keys() - layers.keys()
         require(layers and not odd, f'The "outputs" argument must name layers, those of "usage" too: {odd}.')
@@ -326,9 +326,13 @@ def _mixed(x):
     return x ^ (x >> np.uint64(31))
 
 
-def sample_of(hashes, length: int, size: int) -> torch.Tensor:
-    """Sequence and position of the sampled tokens of N sequences, ``(min(size, N·S), 2)`` int64."""
+def sample_of(hashes, length: int, size: int, real=None) -> torch.Tensor:
+    """Sequence and position of the sampled tokens of N sequences, ``(min(size, N·S), 2)`` int64.
+
+    ``real``, ``(N, S)`` bool, are those to sample from where some are padding.
+    """
     tokens = np.indices((len(hashes), length)).reshape(2, -1).T
+    tokens = tokens if real is None else tokens[real.flatten().numpy()]
     keys = sample_keys(np.asarray(hashes)[tokens[:, 0]], tokens[:, 1])
     return torch.from_numpy(tokens[np.argsort(keys, kind="stable")[:size]])
 

@@ -158,8 +158,8 @@ def make_plan(
         for as it was before.
     experts : int or float, or sequence of L of them
         r: experts kept in each layer, from 1 to E, or a share of E below 1, rounded; with a budget that is
-        not uniform, their mean over the layers. A trimmed model keeps all experts, each at r / E of its width. A sequence gives each layer's
-        own number, and takes the place of a budget.
+        not uniform, their mean over the layers. A trimmed model keeps all experts, each at r / E of its
+        width. A sequence gives each layer's own number, and takes the place of a budget.
     method : str
         Of :data:`METHODS`, or ``"recommended"``: the one that was found to lose least.
     seed : int

@@ -38,7 +38,6 @@ from hcsmoe_core._util import (
     InputError,
     check_absent,
     check_choice,
-    check_count,
     require,
     sha256_json,
 )
