@@ -2,7 +2,7 @@
 
 Everything goes by one protocol, which a module of your own may follow, too. An experts module
 
-- holds the stacked weights of E experts, ``gate_up_proj [E, 2I, D]``, or without a gate ``up_proj [E, I, D]``,
+- holds the stacked weights of E experts, ``gate_up_proj [E, 2I, D]`` (without a gate ``up_proj [E, I, D]``)
   and ``down_proj [E, D, I]`` (biases: ``up_proj_bias [E, I]``, ``down_proj_bias [E, D]``);
 - has their activation, ``act_fn``;
 - is called as ``experts(tokens [T, D], index [T, k], weight [T, k])``;
@@ -94,8 +94,8 @@ def stack(
 ) -> nn.Module:
     """Replace, in place, every block that has a list of experts by one whose experts are stacked.
 
-    Each expert must compute ``down(activation(up(x)))``, with a gate ``down(activation(gate(x)) · up(x))``, and
-    the block the weighted sum of the chosen ones; that is tried on random tokens, in evaluation mode.
+    Each expert must compute ``down(activation(up(x)))``, with a gate ``down(activation(gate(x)) · up(x))``,
+    and the block the weighted sum of the chosen ones; that is tried on random tokens, in evaluation mode.
 
     Parameters
     ----------

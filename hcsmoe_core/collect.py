@@ -6,12 +6,14 @@ router chose, and their weights [T, k]. All E experts are applied to all tokens;
 
 import contextlib
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from numbers import Integral
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from torch.nn.functional import logsigmoid
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
@@ -44,16 +46,16 @@ def needs_of(methods, needs=None) -> tuple:
 
 
 def capture(
-    model,
-    input_ids,
+    model: nn.Module,
+    input_ids: torch.Tensor | Mapping | Iterable,
     *,
-    methods=("hc-smoe",),
-    needs=None,
+    methods: str | Sequence[str] = ("hc-smoe",),
+    needs: Sequence[str] | None = None,
     sample: int = SAMPLE,
     every: int = 1,
     batch_size: int = 8,
-    domains=None,
-    ranks=None,
+    domains: Sequence[str] | None = None,
+    ranks: Any = None,
     progress: bool = True,
 ) -> Statistics:
     """Statistics of every MoE layer over the calibration tokens, in one pass at the model's own routing.

@@ -15,7 +15,7 @@ from hcsmoe_core.moe import DOWN, UP, MoELayer, fingerprint, source_of
 OTHER_PARTS = ("vision", "visual", "audio", "talker")
 
 
-def find_moe_layers(model) -> list[MoELayer]:
+def find_moe_layers(model: nn.Module) -> list[MoELayer]:
     """Sparse MoE layers of a model, in the order of its modules.
 
     InputError if there is none (it is dense), or one stores its experts in a way that is not supported.

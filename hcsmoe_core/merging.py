@@ -3,6 +3,7 @@
 import os
 
 import torch
+from torch import nn
 from tqdm.auto import tqdm
 
 from hcsmoe_core._util import check_count, require
@@ -10,12 +11,15 @@ from hcsmoe_core.families import find_moe_layers, model_hash
 from hcsmoe_core.moe import Neurons, all_finite
 from hcsmoe_core.plan import Plan, check_layer, load_plan
 from hcsmoe_core.replace import replace_experts, restore_experts
+from hcsmoe_core.statistics import Statistics
 from hcsmoe_core.steps import combine, compress, refine, router
 
 BLOCK = 1 << 16  # weights that are summed at once: wide sums of so many stay in a CPU's caches
 
 
-def apply_plan(model, plan: Plan | str | os.PathLike, stats=None):
+def apply_plan(
+    model: nn.Module, plan: Plan | str | os.PathLike, stats: Statistics | None = None
+) -> nn.Module:
     """Merge or prune the experts of a live model, in place; :func:`restore` undoes it.
 
     With router ``"mapped"`` what it chooses among E experts goes through the plan's labels to r merged ones:
@@ -55,7 +59,7 @@ def apply_layer(layer, layer_plan, stats=None):
     layer.experts._merged.plan = layer_plan
 
 
-def restore(model):
+def restore(model: nn.Module) -> nn.Module:
     """Put the original experts back, to the bit; InputError if the model was loaded merged."""
     for layer in find_moe_layers(model):
         if layer.merged:

@@ -159,7 +159,7 @@ def with_router(plan: Plan, router: str) -> Plan:
     return replace(plan, layers=layers, settings=plan.settings | {"router": router})
 
 
-def load_plan(path) -> Plan:
+def load_plan(path: str | Path) -> Plan:
     """Read a plan; InputError if it is none, is cut short, was changed or is not consistent
     (:func:`check_layer`).
 

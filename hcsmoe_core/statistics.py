@@ -346,7 +346,7 @@ def _digest(tensors, record):
     return digest.hexdigest()
 
 
-def load_statistics(path) -> Statistics:
+def load_statistics(path: str | Path) -> Statistics:
     """Read statistics that :meth:`Statistics.save` wrote; InputError if the file is none, or is damaged."""
     absent = f"There is no statistics file {path}; make one with: hcsmoe capture MODEL --out {path}"
     require(Path(path).is_file(), absent, FileNotFoundError)

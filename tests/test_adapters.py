@@ -105,12 +105,13 @@ def test_a_stacked_model_computes_the_same(expert, names, normalised, bias):
 @pytest.mark.parametrize(("expert", "names", "normalised"), KINDS)
 def test_its_statistics_equal_naive_ones_and_its_merge_one_by_hand(expert, names, normalised):
     original = GPT(expert, True, normalised).double().eval()
-    seen = {}
-    for i, block in enumerate(original.h):
-        block.moe.register_forward_pre_hook(
-            lambda module, inputs, i=i: seen.__setitem__(i, inputs[0].view(-1, WIDTH))
-        )
+    seen, hooks = [], []
+    for block in original.h:
+        take = lambda module, inputs: seen.append(inputs[0].view(-1, WIDTH))  # noqa: E731
+        hooks.append(block.moe.register_forward_pre_hook(take))
     logits(original)
+    for hook in hooks:
+        hook.remove()
     model = stack(copy.deepcopy(original), top_k=CHOSEN, **names)
     stats = hc.capture(model, IDS, methods=("hc-smoe", "reap", "mergemoe"), batch_size=2)
     assert stats.num_tokens == IDS.numel()
@@ -186,6 +187,7 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(InputError, match="sequences differ in length"):
         hc.capture(model, {"input_ids": [[1, 2], [3]]})
     other = stack(GPT(normalised=False), top_k=2)
+    other.h[0].moe.experts.up_proj.data += 1
+    stats = hc.capture(model, IDS)
     with pytest.raises(InputError, match="captured on another model"):
-        other.h[0].moe.experts.up_proj.data += 1
-        hc.make_plan(hc.capture(model, IDS), other, experts=3)
+        hc.make_plan(stats, other, experts=3)

@@ -35,13 +35,16 @@ def test_signatures_complete_and_the_import_is_cheap():
         assert options[name].kind is inspect.Parameter.KEYWORD_ONLY
         assert options[name].default is None
     stub = (ROOT / "hcsmoe_core" / "__init__.pyi").read_text()
-    found = dict(re.findall(r"^from (hcsmoe_core\S*) import (\w+) as \2$", stub, re.M)[::1])
     named = {n: m for m, n in re.findall(r"^from (hcsmoe_core\S*) import (\w+) as \2$", stub, re.M)}
     verbs = {name: f"hcsmoe_core.{module}" for name, module in hc._VERBS.items()}
-    assert found
     assert {name: named[name] for name in verbs} == verbs
     assert set(named) - set(verbs) == {"__version__", *hc._MODULES}
     assert {*hc._VERBS, *hc._MODULES} <= set(dir(hc))
+    for name in hc._VERBS:
+        if inspect.isfunction(verb := getattr(hc, name)):
+            signature = inspect.signature(verb)
+            kinds = [parameter.annotation for parameter in signature.parameters.values()]
+            assert inspect.Parameter.empty not in [*kinds, signature.return_annotation], name
     assert (ROOT / "hcsmoe_core" / "py.typed").is_file()
     script = "import sys, hcsmoe_core\nassert not {'torch', 'numpy', 'matplotlib'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)

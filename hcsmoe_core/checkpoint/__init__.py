@@ -6,6 +6,7 @@ import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -30,7 +31,13 @@ DEQUANTISED = ("fp8", "mxfp4", "compressed-tensors")  # what transformers can un
 EXPERT_WIDTHS = ("moe_intermediate_size", "intermediate_size", "expert_dim")
 
 
-def load_model(model, *, dtype="auto", device="auto", experts_implementation=None):
+def load_model(
+    model: str | Path,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "auto",
+    experts_implementation: str | None = None,
+) -> tuple[Any, Any]:
     """Load a model in evaluation mode, and its tokenizer or None.
 
     Parameters
@@ -217,7 +224,15 @@ def device_of(device):
 
 
 def save_merged(
-    model, plan: Plan, folder, *, stats=None, router="", tokenizer=None, fidelity=None, card=None
+    model: torch.nn.Module,
+    plan: Plan,
+    folder: str | Path,
+    *,
+    stats: Any = None,
+    router: str = "",
+    tokenizer: Any = None,
+    fidelity: dict | None = None,
+    card: dict | None = None,
 ) -> dict:
     """Write a merged or pruned model to a new folder: r experts per layer, in the family's own names.
 
@@ -465,7 +480,14 @@ def merge_record(folder):
     return config.get("expert_merge")
 
 
-def load_merged(folder, *, dtype="auto", device="auto", experts_implementation=None, verify=True):
+def load_merged(
+    folder: str | Path,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "auto",
+    experts_implementation: str | None = None,
+    verify: bool = True,
+) -> Any:
     """Load a mapped checkpoint that :func:`save_merged` wrote; the other arguments are :func:`load_model`'s.
 
     It computes what the live merged model computed, to the bit at the same dtype (on a CPU, where a file's

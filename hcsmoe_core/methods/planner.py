@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from scipy.linalg import block_diag
 from scipy.spatial.distance import squareform
+from torch import nn
 
 from hcsmoe_core import clustering
 from hcsmoe_core import similarity as similarities
@@ -126,7 +127,7 @@ class Layer:
 
 def make_plan(
     stats: Statistics,
-    model: Any = None,
+    model: nn.Module | None = None,
     *,
     experts: int | float | Sequence[int | float],
     method: str = "hc-smoe",

@@ -2,8 +2,8 @@
 
 Each function works out what it draws (distances, tree, costs) and returns the figure, one of
 :mod:`hcsmoe_core.ui.figures`; ``figure.savefig("name.pdf")`` writes it. With ``ax``, axes of yours,
-:func:`heatmap` and :func:`dendrogram` draw on these and return them. ``similarity``, ``metric``, ``linkage`` and
-``model`` are those of :func:`hcsmoe_core.distances` and :func:`hcsmoe_core.linkage`.
+:func:`heatmap` and :func:`dendrogram` draw on these and return them. ``similarity``, ``metric``, ``linkage``
+and ``model`` are those of :func:`hcsmoe_core.distances` and :func:`hcsmoe_core.linkage`.
 """
 
 from typing import Any
