@@ -570,6 +570,28 @@ def _engine(workers: int, scheduler: str, slurm: bool, jobs: int, options: list[
     )
 
 
+@app.command()
+def report(
+    source: Annotated[str, typer.Argument(help="Statistics file from hcsmoe capture, or a model.")],
+    out: Annotated[Path, _option("HTML file to write.")] = Path("report.html"),
+    against: Annotated[str, _option("Another capture of the model, to compare with.")] = "",
+    similarity: Annotated[str, _option("What experts are compared by.")] = "expert-output",
+    linkage: Annotated[str, _option("average, complete, single or ward.")] = "average",
+    calibration: CALIBRATION = "",
+    sequences: SEQUENCES = 0,
+    length: LENGTH = 0,
+    dtype: DTYPE = "auto",
+    device: DEVICE = "auto",
+    plugin: PLUGIN = None,
+):
+    """Write the interactive view of all layers as one HTML file, with a verdict: is it worth merging?"""
+    from hcsmoe_core.ui.report import report as written
+
+    options = dict(calibration=calibration, sequences=sequences, length=length, dtype=dtype, device=device)
+    drawn = dict(similarity=similarity, linkage=linkage)
+    print(written(source, out, against=against, options=drawn, **options))
+
+
 def main(command: Callable = app) -> None:
     """Run a command. Bad input is one line and exit code 2; a bug of ours shows its traceback."""
     try:
