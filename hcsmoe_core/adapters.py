@@ -70,12 +70,12 @@ class StackedMoE(nn.Module):
 
 
 def softmax_all(logits, top_k):
-    """Softmax over all experts, of which the k largest weights are taken as they are."""
+    """The k largest weights of a softmax over all experts."""
     return logits.softmax(-1).topk(top_k, dim=-1)
 
 
 def softmax_chosen(logits, top_k):
-    """Softmax over the k largest logits: weights that sum to one."""
+    """The same, scaled so that they sum to one: a softmax over the k largest logits."""
     chosen, index = logits.topk(top_k, dim=-1)
     return chosen.softmax(-1), index
 

@@ -224,16 +224,9 @@ def device_of(device):
 
 
 def save_merged(
-    model: torch.nn.Module,
-    plan: Plan,
-    folder: str | Path,
-    *,
-    stats: Any = None,
-    router: str = "",
-    tokenizer: Any = None,
-    fidelity: dict | None = None,
-    card: dict | None = None,
-) -> dict:
+    model: torch.nn.Module, plan: Plan, folder: str | Path, *, stats: Any = None, router: str = "",
+    tokenizer: Any = None, fidelity: dict | None = None, card: dict | None = None
+) -> dict:  # fmt: skip
     """Write a merged or pruned model to a new folder: r experts per layer, in the family's own names.
 
     Parameters

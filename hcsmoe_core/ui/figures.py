@@ -196,7 +196,7 @@ def title_and_legend(figure, panels, title, *, order=None, **options):
 
 
 def _heatmap(axes, values, colours=DISTANCES, **options):
-    return axes.imshow(values, cmap=colours, aspect="auto", **{"vmin": 0} | options)
+    return axes.imshow(values, **{"cmap": colours, "aspect": "auto", "vmin": 0} | options)
 
 
 def _usage_bars(axes, positions, order, usage, colours, *, xlim, width=0.8):
@@ -249,13 +249,25 @@ def frame_groups(axes, labels, order) -> None:
 
 
 @styled
-def tree_on(axes, tree, groups=None, *, title="", label="distance"):
-    """Merge tree on given axes; returns the leaves' experts, their groups' colours and their positions."""
+def tree_on(axes, tree, groups=None, *, title="", label="distance", labelled=True):
+    """Merge tree on given axes; returns the experts of its leaves, their groups' colours, and positions."""
     order, colours = _draw_tree(axes, tree, groups, scale="left")
     axes.set(ylabel=label.replace(" between ", " between\n"), title=title)
     if groups:
         axes.axhline(cut_height(tree, groups), **CUT_LINE)
-    return order, colours, [10 * i + 5 for i in range(len(order))]  # where SciPy draws the leaves
+    positions = [10 * i + 5 for i in range(len(order))]  # where SciPy draws the leaves
+    if labelled:
+        _label_experts(axes, order, axes.get_window_extent().width / axes.figure.dpi, positions)
+    return order, colours, positions
+
+
+@styled
+def heatmap_on(axes, condensed, tree, groups=None, **options):
+    """Distances in the order of a tree on given axes, with ``options`` of ``imshow``."""
+    order = leaf_order(tree)
+    _heatmap(axes, squareform(condensed)[np.ix_(order, order)], **options)
+    frame_groups(axes, cut(tree, groups or len(order)), np.array(order))
+    _label_experts(axes, order, axes.get_window_extent().width / axes.figure.dpi, both=True)
 
 
 @styled
@@ -333,7 +345,7 @@ def dendrogram(tree, *, groups=None, usage=None, title="", label="distance", wid
         hspace=0.08,
     )
     lowest = axes = figure.add_subplot(grid[0])
-    order, colours, positions = tree_on(axes, tree, groups, title=title, label=label)
+    order, colours, positions = tree_on(axes, tree, groups, title=title, label=label, labelled=False)
     if usage is not None:
         lowest = figure.add_subplot(grid[1])
         _usage_bars(lowest, positions, order, usage, colours, xlim=axes.get_xlim(), width=8)

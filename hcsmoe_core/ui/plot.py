@@ -13,7 +13,6 @@ from scipy.spatial.distance import is_valid_y, squareform
 
 from hcsmoe_core import similarity as similarities
 from hcsmoe_core._util import MissingPackageError, require
-from hcsmoe_core.clustering import cut
 from hcsmoe_core.clustering import linkage as merge_tree
 from hcsmoe_core.statistics import Statistics
 from hcsmoe_core.studies import tables
@@ -64,11 +63,7 @@ def heatmap(
     condensed, tree = _compared(stats, layer, similarity, metric, linkage, model)
     if ax is None:
         return figures.similarity_heatmap(condensed, tree, groups=groups, **options)
-    order = figures.leaf_order(tree)
-    looks = {"cmap": figures.DISTANCES, "vmin": 0} | options
-    ax.imshow(squareform(condensed)[np.ix_(order, order)], **looks)
-    figures.frame_groups(ax, cut(tree, groups or len(order)), order)
-    ax.set(xticks=range(len(order)), yticks=range(len(order)), xticklabels=order, yticklabels=order)
+    figures.heatmap_on(ax, condensed, tree, groups, **options)
     return ax
 
 
@@ -91,9 +86,7 @@ def dendrogram(
     tree = _compared(stats, layer, similarity, metric, linkage, model)[1]
     if ax is None:
         return figures.dendrogram(tree, groups=groups, **options)
-    order, _, positions = figures.tree_on(ax, tree, groups, **options)
-    ax.set_xticks(positions, order)
-    ax.tick_params(labelbottom=True)
+    figures.tree_on(ax, tree, groups, **options)
     return ax
 
 
