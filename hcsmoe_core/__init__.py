@@ -48,15 +48,19 @@ _VERBS = {
     "save_merged": "checkpoint",
     "shrink": "studies.pipeline",
 }
+# Modules of functions that are imported as late: hcsmoe_core.plot.heatmap(stats).
+_MODULES = {"adapters": "adapters", "plot": "ui.plot"}
 __all__ = ["__version__", *_VERBS]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _VERBS:
+    origin = _VERBS.get(name) or _MODULES.get(name)
+    if origin is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    globals()[name] = verb = getattr(importlib.import_module(f"{__name__}.{_VERBS[name]}"), name)
-    return verb
+    module = importlib.import_module(f"{__name__}.{origin}")
+    globals()[name] = found = module if name in _MODULES else getattr(module, name)
+    return found
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_VERBS})
+    return sorted({*globals(), *_VERBS, *_MODULES})

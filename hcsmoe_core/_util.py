@@ -3,6 +3,7 @@
 import contextlib
 import difflib
 import hashlib
+import html
 import importlib
 import importlib.metadata
 import json
@@ -105,6 +106,13 @@ def check_count(argument: str, value, low: int, high: int | None = None) -> int:
         f'The "{argument}" argument must be a whole number {allowed}; not {value!r}.',
     )
     return count
+
+
+def html_table(title: str, rows: list[dict]) -> str:
+    """Rows with the same keys as an HTML table under a title, for notebooks; everything is escaped."""
+    lines = [*rows[:1], *(row.values() for row in rows)]
+    cells = ("".join(f"<td>{html.escape(str(value))}</td>" for value in line) for line in lines)
+    return f"<p>{html.escape(title)}</p><table>{''.join(f'<tr>{line}</tr>' for line in cells)}</table>"
 
 
 NAME_BYTES = 240  # of an output's name, so that "..NAME.part.lock" is a name too

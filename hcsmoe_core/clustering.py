@@ -1,6 +1,7 @@
 """From distances to groups: SciPy's merge tree, cut at a number of groups."""
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy.cluster import hierarchy
 from scipy.spatial.distance import is_valid_y
 
@@ -9,7 +10,7 @@ from hcsmoe_core._util import check_choice, check_count, require
 LINKAGES = ("average", "complete", "single", "ward")
 
 
-def linkage(distance, method: str = "average", *, metric: str = "euclidean") -> np.ndarray:
+def linkage(distance: ArrayLike, method: str = "average", *, metric: str = "euclidean") -> np.ndarray:
     """Merge tree of one layer's experts.
 
     Parameters
@@ -50,7 +51,7 @@ def check_linkage(method: str, metric: str):
     )
 
 
-def cut(tree, groups: int) -> np.ndarray:
+def cut(tree: ArrayLike, groups: int) -> np.ndarray:
     """Labels of experts after the first E − ``groups`` joins of a tree, ``(E,)`` int64 by first appearance.
 
     Exactly ``groups``, from 1 to E, come out; SciPy's ``fcluster`` gives fewer on ties.

@@ -6,10 +6,16 @@ router chose, and their weights [T, k]. All E experts are applied to all tokens;
 
 import contextlib
 import inspect
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from numbers import Integral
 from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import torch
+from torch import nn
 from torch.nn.functional import logsigmoid
+from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
 from hcsmoe_core import statistics
@@ -40,16 +46,16 @@ def needs_of(methods, needs=None) -> tuple:
 
 
 def capture(
-    model,
-    input_ids,
+    model: nn.Module,
+    input_ids: torch.Tensor | Mapping | Iterable,
     *,
-    methods=("hc-smoe",),
-    needs=None,
+    methods: str | Sequence[str] = ("hc-smoe",),
+    needs: Sequence[str] | None = None,
     sample: int = SAMPLE,
     every: int = 1,
     batch_size: int = 8,
-    domains=None,
-    ranks=None,
+    domains: Sequence[str] | None = None,
+    ranks: Any = None,
     progress: bool = True,
 ) -> Statistics:
     """Statistics of every MoE layer over the calibration tokens, in one pass at the model's own routing.
@@ -57,9 +63,11 @@ def capture(
     Parameters
     ----------
     model : transformers.PreTrainedModel
-        With its weights in memory, and not merged.
-    input_ids : (N, S) int64 tensor
-        Calibration sequences without padding: :func:`hcsmoe_core.calibration_tokens`.
+        With its weights in memory, and not merged; or a module of your own: :mod:`hcsmoe_core.adapters`.
+    input_ids : (N, S) int64 tensor, mapping, or iterable of sequences or batches
+        Calibration sequences: :func:`hcsmoe_core.calibration_tokens`, what a tokenizer gives, a dataset with
+        ``input_ids``, a ``DataLoader``. What an ``attention_mask`` beside them leaves out counts nowhere, nor
+        do sequences without tokens. A tensor holds no padding.
     methods, needs : sequence of str
         Methods to plan by later, of which what they need is collected, or names of
         :data:`hcsmoe_core.statistics.NEEDS` instead. The default serves all of the HC-SMoE paper.
@@ -84,9 +92,7 @@ def capture(
         after.callback(model.train, model.training)
         bar = after.enter_context(tokens.bar(progress))
         for start in tokens.starts:
-            rows = tokens.begin(collectors, start)
-            model.eval()(input_ids=rows.to(model.device), use_cache=False, **forward_options(model))
-            bar.update(rows.numel())
+            bar.update(tokens.run(model.eval(), collectors, start, device_of(model)))
     return tokens.statistics(model, tokens.finished(collectors))
 
 
@@ -94,12 +100,18 @@ class Tokens:
     """Calibration sequences in batches, some of which are this rank's; parameters as for :func:`capture`.
 
     ``starts`` are the first sequences of this rank's batches; ``sampled``, ``(R, 3)`` int64, the sequence,
-    position and domain of each sampled token, if any; ``applied``, ``(N, S)`` bool, the tokens to which
-    experts are applied, where these are not all.
+    position and domain of each sampled token, if any; ``real``, ``(N, S)`` bool, what is no padding; and
+    ``applied``, ``(N, S)`` bool, the tokens to which experts are applied, where these are not all.
     """
 
     def __init__(self, model, input_ids, *, needs, sample, batch_size, domains, every=1, ranks=None):
+        input_ids, self.real = without_padding(input_ids)
         self.input_ids, self.ranks = check_tokens(input_ids, model), ranks or ONE_PROCESS
+        require(
+            self.real is None or hasattr(model, "get_input_embeddings"),
+            "The sequences differ in length, which a module that is not of transformers has no mask for; "
+            "capture those of one length at a time, and add the statistics up.",
+        )
         count, length = self.input_ids.shape
         self.every, self.needs = check_count("every", every, 1, length), needs_of((), needs)
         self.batch_size, sample = check_count("batch_size", batch_size, 1), check_count("sample", sample, 1)
@@ -110,14 +122,16 @@ class Tokens:
         )
         self.domains = list(dict.fromkeys(names))
         self.of_sequence = [self.domains.index(name) for name in names]
-        self.hashes = statistics.sequence_hashes(self.input_ids)
-        self.sampled = self.applied = None
+        rows = self.input_ids if self.real is None else map(torch.masked_select, self.input_ids, self.real)
+        self.hashes = statistics.sequence_hashes(rows)
+        self.sampled, self.applied = None, self.real
         if "sample" in self.needs:
-            chosen = statistics.sample_of(self.hashes, length, sample)
+            chosen = statistics.sample_of(self.hashes, length, sample, self.real)
             self.sampled = torch.cat([chosen, torch.tensor(self.of_sequence)[chosen[:, :1]]], 1)
         if self.every > 1:
             shifts = torch.tensor([[int(name, 16) % self.every] for name in self.hashes])
-            self.applied = (torch.arange(length) + shifts) % self.every == 0
+            every = (torch.arange(length) + shifts) % self.every == 0
+            self.applied = every if self.real is None else every & self.real
         self.starts = self.ranks.share(list(range(0, count, self.batch_size)))
 
     @contextlib.contextmanager
@@ -136,6 +150,17 @@ class Tokens:
         for collector in collectors:
             collector.batch = batch
         return self.input_ids[batch]
+
+    def run(self, model, collectors, start: int, device) -> int:
+        """Send the batch that starts at a sequence through a model; returns the size of the batch."""
+        rows, options = self.begin(collectors, start), forward_options(model)
+        if not hasattr(model, "get_input_embeddings"):  # a module that is not of transformers
+            model(rows.to(device))
+            return rows.numel()
+        if self.real is not None:
+            options["attention_mask"] = self.real[start : start + self.batch_size].long().to(device)
+        model(input_ids=rows.to(device), use_cache=False, **options)
+        return rows.numel()
 
     def bar(self, progress: bool):
         """Progress bar over this rank's tokens."""
@@ -157,7 +182,7 @@ class Tokens:
         """Statistics of a model from LayerStatistics by layer name."""
         layers = find_moe_layers(model)
         record = {
-            "name": model.name_or_path or type(model).__name__,
+            "name": getattr(model, "name_or_path", "") or type(model).__name__,
             "class": type(model).__name__,
             "hash": model_hash(model),
             "layers": {
@@ -198,7 +223,7 @@ class _Collector:
         """Forward hook of the router."""
         experts = self.layer.num_experts
         self.logits = router_logits(output, experts, self.layer.extra).double()
-        for domain, rows in self._by_domain(len(self.logits), self.logits.device):
+        for domain, rows in self._by_domain(len(self.logits), self.logits.device, self.source.real):
             logits = self.logits[rows, :experts]
             self._add(domain, logit_gram=logits.T @ logits)
 
@@ -210,7 +235,7 @@ class _Collector:
         # An expert without weights counts as none: its choice becomes one of weight zero.
         weight, index = weight.masked_fill(index >= experts, 0), index.clamp(max=experts - 1)
         gates = self._zeros(len(tokens), experts).scatter_add_(1, index, weight)
-        for domain, rows in self._by_domain(len(tokens), tokens.device):
+        for domain, rows in self._by_domain(len(tokens), tokens.device, self.source.real):
             gate = gates[rows]
             self._add(domain, tokens=len(gate), routing_mass=gate.sum(0))
             chosen = (weight[rows] != 0).long()  # some routers send a skipped token to expert 0 with weight 0
@@ -293,12 +318,12 @@ class _Collector:
         columns = (tokens[rows], logits[rows].to(wide), index[rows], weight[rows].to(wide))
         self.sampled.append([column.detach().cpu() for column in columns])
 
-    def _by_domain(self, count, device, applied=None):
-        """Domains of a batch of ``count`` tokens, each with its rows, of which only those ``applied``."""
+    def _by_domain(self, count, device, wanted):
+        """Domains of a batch of ``count`` tokens, each with its rows; with a mask ``[N, S]``, only those."""
         of_sequence = self.source.of_sequence[self.batch]
         domains, sequences = sorted(set(of_sequence)), len(of_sequence)
-        wanted = None if applied is None else applied[self.batch].flatten()
-        self._require(wanted is None or len(wanted) == count, "with every=1")
+        wanted = None if wanted is None else wanted[self.batch].flatten()
+        self._require(wanted is None or len(wanted) == count, "with every=1 and without padding")
         if len(domains) == 1 and wanted is None:
             return [(domains[0], slice(None))]
         self._require(count % sequences == 0, "without domains, or with batch_size=1")
@@ -384,6 +409,62 @@ def forward_options(model) -> dict:
     return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
 
 
+def device_of(model) -> torch.device:
+    """Where a model takes its ids, be it of transformers or not."""
+    return getattr(model, "device", None) or next(model.parameters()).device
+
+
+def without_padding(input_ids) -> tuple:
+    """Token ids ``[N, S]`` of whatever :func:`capture` takes, and which are no padding, or None if none is.
+
+    What is padded is padded on the right, so that tokens are where they are without padding.
+    """
+    if torch.is_tensor(input_ids):
+        return input_ids, None
+    rows = [row for row in _sequences(input_ids) if len(row)]
+    require(rows, _ALLOWED.format("something without any"))
+    real = pad_sequence([torch.ones_like(row, dtype=torch.bool) for row in rows], batch_first=True)
+    return pad_sequence(rows, batch_first=True), None if real.all() else real
+
+
+_ALLOWED = (
+    'The "input_ids" argument must be a tensor of token ids [sequences, length], what a tokenizer gives, or '
+    'an iterable of such, as a DataLoader or a dataset with "input_ids"; not {}. Encode text first: '
+    "tokenizer(texts)."
+)
+
+
+def _sequences(given) -> Iterator[torch.Tensor]:
+    """Sequences of token ids ``[S]`` in what was given, without what an attention mask leaves out."""
+    if isinstance(given, Mapping):
+        require("input_ids" in given, _ALLOWED.format(f"a mapping of {', '.join(map(str, given))}"))
+        rows, mask = _rows(given["input_ids"]), given.get("attention_mask")
+        masks = [torch.ones_like(row) for row in rows] if mask is None else _rows(mask)
+        fits = [len(row) for row in rows] == [len(mask) for mask in masks]
+        require(fits, 'The "attention_mask" must have the shape of the "input_ids".')
+        yield from (row[mask.bool()] for row, mask in zip(rows, masks, strict=True))
+    elif isinstance(given, torch.Tensor | np.ndarray):
+        yield from _rows(given)
+    else:
+        iterable = isinstance(given, Iterable) and not isinstance(given, str | bytes)
+        require(iterable, _ALLOWED.format(repr(given)[:80]))
+        for batch in given:
+            several = isinstance(batch, list | tuple) and len(batch) > 1 and torch.is_tensor(batch[0])
+            require(not several, _ALLOWED.format("batches of several tensors; name them in a dict"))
+            yield from _sequences(batch)
+
+
+def _rows(values) -> list:
+    """Rows ``[S]`` of a tensor ``[S]`` or ``[B, S]``, of a list of numbers, or of a list of any of these."""
+    known = isinstance(values, list | tuple | torch.Tensor | np.ndarray)
+    require(known, _ALLOWED.format(f"{repr(values)[:80]} as ids"))
+    if isinstance(values, list | tuple) and not (values and isinstance(values[0], Integral)):
+        return [row for value in values for row in _rows(value)]
+    tensor = torch.as_tensor(values).cpu()
+    require(tensor.ndim in (1, 2), _ALLOWED.format(f"a tensor of shape {tuple(tensor.shape)}"))
+    return list(tensor if tensor.ndim == 2 else tensor[None])
+
+
 def check_tokens(input_ids, model) -> torch.Tensor:
     """Token ids ``[N, S]`` as int64 on the CPU; InputError unless they are of the model's vocabulary."""
     tensor = torch.is_tensor(input_ids)
@@ -393,6 +474,8 @@ def check_tokens(input_ids, model) -> torch.Tensor:
         f'The "input_ids" argument must be a tensor of token ids [sequences, length]; not {shape}.',
     )
     input_ids = input_ids.to("cpu", torch.int64).contiguous()
+    if not hasattr(model, "get_input_embeddings"):
+        return input_ids
     size = model.get_input_embeddings().num_embeddings
     low, high = int(input_ids.min()), int(input_ids.max())
     require(

@@ -23,7 +23,7 @@ auto_map expert_merge
 """.split()
 
 
-def find_moe_layers(model) -> list[MoELayer]:
+def find_moe_layers(model: nn.Module) -> list[MoELayer]:
     """Sparse MoE layers of a model, in the order of its modules.
 
     InputError if there is none (it is dense), or one stores its experts in a way that is not supported.

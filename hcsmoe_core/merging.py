@@ -1,29 +1,39 @@
 """A plan and the weights give the r experts of each layer, on the live model."""
 
+import os
+
 import torch
+from torch import nn
 from tqdm.auto import tqdm
 
 from hcsmoe_core._util import check_count, require
 from hcsmoe_core.families import IDENTITY, find_moe_layers, model_hash, same_model
 from hcsmoe_core.moe import Neurons, all_finite
-from hcsmoe_core.plan import check_layer
+from hcsmoe_core.plan import Plan, check_layer, load_plan
 from hcsmoe_core.replace import replace_experts, restore_experts
+from hcsmoe_core.statistics import Statistics
 from hcsmoe_core.steps import combine, compress, refine, router
 
 BLOCK = 1 << 16  # weights that are summed at once: wide sums of so many stay in a CPU's caches
 
 
-def apply_plan(model, plan, stats=None):
+def apply_plan(
+    model: nn.Module, plan: Plan | str | os.PathLike, stats: Statistics | None = None
+) -> nn.Module:
     """Merge or prune the experts of a live model, in place; :func:`restore` undoes it.
 
     With router ``"mapped"`` what it chooses among E experts goes through the plan's labels to r merged ones:
     the model computes exactly what E experts would of which those of a group are equal. With others the
     router chooses among r rows by the model's own rule. The original weights stay in memory.
 
-    Returns the model. ``stats`` are the Statistics that the plan was made from, where experts are combined or
-    router rows fitted by their sample. InputError, with the model as it was, if the plan does not fit it or
-    needs statistics that are not given, if it is merged already, or if a merged weight is not finite.
+    Returns the model. ``plan`` may be the file of one. ``stats`` are the Statistics that the plan was made
+    from, where experts are combined or router rows fitted by their sample. InputError, with the model as it
+    was, if the plan does not fit it or needs statistics that are not given, if it is merged already, or if a
+    merged weight is not finite.
     """
+    plan = load_plan(plan) if isinstance(plan, str | os.PathLike) else plan
+    kind = f'The "plan" argument must be a Plan or the file of one, as make_plan gives; not {type(plan)}.'
+    require(isinstance(plan, Plan), kind)
     layers = check_applicable(model, plan, stats)
     try:
         quick = not plan.needs_sample
@@ -49,7 +59,7 @@ def apply_layer(layer, layer_plan, stats=None):
     layer.experts._merged.plan = layer_plan
 
 
-def restore(model):
+def restore(model: nn.Module) -> nn.Module:
     """Put the original experts back, to the bit; InputError if the model was loaded merged."""
     for layer in find_moe_layers(model):
         if layer.merged:
@@ -89,9 +99,10 @@ def check_applicable(model, plan, stats=None) -> list:
 
 def check_statistics(stats, model):
     """Raise InputError unless the statistics were captured on this model."""
-    shown = f"{model.name_or_path or 'unnamed'}, {type(model).__name__}"
+    shown = f"{getattr(model, 'name_or_path', '') or 'unnamed'}, {type(model).__name__}"
     remedy = f"({shown}) has other weights or another configuration. Capture on this one."
-    _check_known(stats.model, model, "These statistics were captured on", remedy)
+    if stats.model["hash"] != "":  # of a user's own activations
+        _check_known(stats.model, model, "These statistics were captured on", remedy)
 
 
 def _check_known(record, model, made, remedy):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hcsmoe_core._util import InputError, check_choice, require, sha256_json, write_json
+from hcsmoe_core._util import InputError, check_choice, html_table, require, sha256_json, write_json
 from hcsmoe_core.clustering import by_first_appearance
 from hcsmoe_core.steps import combine, router
 
@@ -99,7 +99,7 @@ class LayerPlan:
 _USUAL = LayerPlan("", [], [])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
     """A merge, decided but not done."""
 
@@ -108,6 +108,26 @@ class Plan:
     model: dict = field(default_factory=dict)  # its "name", "class", "hash"; empty if written by hand
     statistics: dict = field(default_factory=dict)  # Statistics.identity() of those it was made from
     compress: dict | None = None  # MC-SMoE's second step: options of steps.compress["low-rank"]
+
+    def __repr__(self):
+        before, after = (sum(map(f, self.layers)) for f in (lambda p: len(p.labels), lambda p: p.num_groups))
+        kinds = ("similarity", "linkage", "merge", "combine")
+        chosen = (f"{kind} {self.settings[kind]}" for kind in kinds if kind in self.settings)
+        about = ", ".join([self.settings.get("method", "written by hand"), *chosen])
+        return (
+            f"<Plan for {self.model.get('name') or 'a model'}: {len(self.layers)} MoE layers, "
+            f"{before} experts to {after}; {about}>"
+        )
+
+    def _repr_html_(self):
+        rows = [
+            {"": i, "layer": layer.name, "experts": len(layer.labels), "left": layer.num_groups}
+            | {"dropped": layer.labels.count(DROPPED), "largest group": max(map(len, layer.groups()))}
+            | {"combine": layer.rule_of(0)["rule"], "router": layer.router}
+            | {"width": layer.width or "as before"}
+            for i, layer in enumerate(self.layers)
+        ]
+        return html_table(repr(self)[1:-1], rows)
 
     @property
     def needs_sample(self) -> bool:
@@ -139,7 +159,7 @@ def with_router(plan: Plan, router: str) -> Plan:
     return replace(plan, layers=layers, settings=plan.settings | {"router": router})
 
 
-def load_plan(path) -> Plan:
+def load_plan(path: str | Path) -> Plan:
     """Read a plan; InputError if it is none, is cut short, was changed or is not consistent
     (:func:`check_layer`).
 

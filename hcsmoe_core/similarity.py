@@ -12,11 +12,13 @@ import math
 import numpy as np
 import torch
 from scipy.spatial.distance import pdist, squareform
+from torch import nn
 
 from hcsmoe_core import steps
 from hcsmoe_core._util import check_choice, choice_of, require
 from hcsmoe_core.families import moe_layer
 from hcsmoe_core.replace import suspended
+from hcsmoe_core.statistics import Statistics
 
 POINTS = ("euclidean", "cosine")
 WEIGHT_CHUNK = 1 << 22  # columns of the flattened weights that are compared at once
@@ -74,7 +76,14 @@ def part_metric(name: str, metric: str = "") -> str:
     return metric if metric in metrics else metrics[0]
 
 
-def distances(stats, layer, *, similarity: str = "expert-output", metric: str = "", model=None) -> np.ndarray:
+def distances(
+    stats: Statistics,
+    layer: int | str,
+    *,
+    similarity: str = "expert-output",
+    metric: str = "",
+    model: nn.Module | None = None,
+) -> np.ndarray:
     """Pairwise distances between one layer's experts.
 
     Parameters

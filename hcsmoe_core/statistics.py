@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from hcsmoe_core._util import InputError, check_count, replacing, require, sha256_json
+from hcsmoe_core._util import InputError, check_count, html_table, replacing, require, sha256_json
 from hcsmoe_core.families import same_model
 
 FORMAT = "hcsmoe-statistics-2"
@@ -36,7 +36,7 @@ OWN_TEXT = "self"  # domain of text that the model wrote itself
 SAMPLE = 32768  # tokens; the systems to be solved have thousands of unknowns per expert
 
 
-@dataclass
+@dataclass(repr=False)
 class LayerSample:
     """What reached one layer for the R tokens of the sample, the same in every layer."""
 
@@ -59,7 +59,7 @@ class LayerSample:
 SAMPLED = tuple(column.name for column in fields(LayerSample))
 
 
-@dataclass
+@dataclass(repr=False)
 class LayerStatistics:
     """Sums over the calibration tokens of one layer, float64; G domains, E experts, D hidden size.
 
@@ -83,6 +83,9 @@ class LayerStatistics:
     cosine_sum: torch.Tensor | None = None  # (G, E, E): Σ cos(f_i, f_j), 0 with a zero output
     sample: LayerSample | None = None
 
+    def __repr__(self):
+        return f"<LayerStatistics: {self.num_experts} experts, {int(self.tokens.sum()):,} tokens>"
+
     @property
     def num_experts(self) -> int:
         """E."""
@@ -103,11 +106,26 @@ class LayerStatistics:
         return {key: getattr(self, key) for key in SUMS if getattr(self, key) is not None}
 
 
-@dataclass
+class Layers(dict):
+    """LayerStatistics by layer name, in model order; a whole number, also negative, is a layer's place."""
+
+    def __missing__(self, place):
+        return self[_layer_name(list(self), place)]
+
+
+def _layer_name(names, layer):
+    """Name of a layer given by name, or by its number from 0 (from −1 backwards); InputError if none."""
+    if not isinstance(layer, str):
+        return names[check_count("layer", layer, -len(names), len(names) - 1)]
+    require(layer in names, f'The "layer" argument must be one of {", ".join(names)}; not {layer!r}.')
+    return layer
+
+
+@dataclass(repr=False)
 class Statistics:
     """Statistics of every MoE layer of a model."""
 
-    layers: dict  # LayerStatistics by the name of the experts module, in model order
+    layers: dict  # LayerStatistics by the name of the experts module, in model order, or by number
     domains: list  # names along the first axis of every sum
     # "name" it was loaded by, "class", "hash" of all its weights, "layers" with each one's "top_k",
     # "router_groups" and "width"; "every" n, where experts were applied to every n-th token only
@@ -116,17 +134,70 @@ class Statistics:
     sampled: torch.Tensor | None = None  # (R, 3) int64: sequence, position and domain of each sampled token
     stability: dict | None = None  # when and why capture_until_stable stopped
 
+    def __post_init__(self):
+        self.layers = Layers(self.layers)
+
+    @classmethod
+    def from_outputs(cls, outputs: dict, *, usage: dict | None = None, name: str = "") -> "Statistics":
+        """Statistics of mean expert outputs that you computed yourself.
+
+        Distances, trees and plans by them need no model; what looks at more than outputs and usage refuses.
+
+        Parameters
+        ----------
+        outputs : dict of str to (E, D) array
+            By the name of each layer's experts module, in model order: mean output of every expert.
+        usage : dict of str to (E,) array, optional
+            By layer, tokens routed to each expert, or shares of them; by default all are used alike.
+        name : str
+            Of the model, for the record.
+        """
+        layers, usage = {}, usage or {}
+        for layer, given in outputs.items():
+            means = torch.as_tensor(given, dtype=torch.float64)
+            valid = means.ndim == 2 and bool(means.isfinite().all())
+            shape = f"they have shape {tuple(means.shape)}, or NaN or infinite values"
+            require(valid, f'"outputs" of {layer} must be finite numbers [experts, hidden size]; {shape}.')
+            share = torch.as_tensor(usage.get(layer, np.ones(len(means))), dtype=torch.float64)
+            require(
+                share.shape == means.shape[:1] and 0 < share.sum() < np.inf and share.min() >= 0,
+                f'The "usage" of {layer} must be {len(means)} numbers of at least 0, not all 0: the tokens '
+                f"routed to each expert; not {share.tolist()}.",
+            )
+            # Counts are whole numbers; shares become those of a million tokens.
+            count = (share if share.equal(share.round()) else share / share.sum() * 1e6).round()[None]
+            tokens, unknown = count.sum(1), count.new_full((1, *[len(means)] * 2), torch.nan)
+            sums = (tokens.long(), count.long(), count, count * torch.nan, unknown, tokens * means[None])
+            layers[layer] = LayerStatistics(*sums)
+        odd = usage.keys() - layers.keys()
+        require(layers and not odd, f'The "outputs" argument must name layers, those of "usage" too: {odd}.')
+        records = {layer: {"top_k": None, "router_groups": 1, "width": 0} for layer in layers}
+        return cls(layers, ["all"], {"name": name, "class": "", "hash": "", "layers": records}, [])
+
+    def __repr__(self):
+        name, counts = self.model["name"] or "a model", {layer.num_experts for layer in self.layers.values()}
+        return (
+            f"<Statistics of {name}: {len(self.layers)} MoE layers of "
+            f"{' or '.join(map(str, sorted(counts)))} experts, {self.num_tokens:,} tokens of "
+            f"{', '.join(self.domains)}; {', '.join(self.needs)}>"
+        )
+
+    def _repr_html_(self):
+        rows = [
+            {"": i, "layer": name, "experts": layer.num_experts, "tokens": f"{int(layer.tokens.sum()):,}"}
+            | {"top k": self.model["layers"][name]["top_k"], "unused": int((layer.frequency == 0).sum())}
+            | {"most used": f"{layer.frequency.max():.1%}"}
+            for i, (name, layer) in enumerate(self.layers.items())
+        ]
+        return html_table(repr(self)[1:-1], rows)
+
     def layer(self, layer) -> LayerStatistics:
-        """Statistics of one layer, by its number among the MoE layers (from 0) or by name."""
+        """Statistics of one layer, by its number among the MoE layers (from 0; −1 is the last) or by name."""
         return self.layers[self.layer_name(layer)]
 
     def layer_name(self, layer) -> str:
         """Name of a layer given by number or by name; InputError if there is none."""
-        names = list(self.layers)
-        if not isinstance(layer, str):
-            return names[check_count("layer", layer, 0, len(names) - 1)]
-        require(layer in names, f'The "layer" argument must be one of {", ".join(names)}; not {layer!r}.')
-        return layer
+        return _layer_name(list(self.layers), layer)
 
     @property
     def num_tokens(self) -> int:
@@ -257,9 +328,13 @@ def _mixed(x):
     return x ^ (x >> np.uint64(31))
 
 
-def sample_of(hashes, length: int, size: int) -> torch.Tensor:
-    """Sequence and position of the sampled tokens of N sequences, ``(min(size, N·S), 2)`` int64."""
+def sample_of(hashes, length: int, size: int, real=None) -> torch.Tensor:
+    """Sequence and position of the sampled tokens of N sequences, ``(min(size, N·S), 2)`` int64.
+
+    ``real``, ``(N, S)`` bool, are those to sample from where some are padding.
+    """
     tokens = np.indices((len(hashes), length)).reshape(2, -1).T
+    tokens = tokens if real is None else tokens[real.flatten().numpy()]
     keys = sample_keys(np.asarray(hashes)[tokens[:, 0]], tokens[:, 1])
     return torch.from_numpy(tokens[np.argsort(keys, kind="stable")[:size]])
 
@@ -273,7 +348,7 @@ def _digest(tensors, record):
     return digest.hexdigest()
 
 
-def load_statistics(path) -> Statistics:
+def load_statistics(path: str | Path) -> Statistics:
     """Read statistics that :meth:`Statistics.save` wrote; InputError if the file is none, or is damaged."""
     absent = f"There is no statistics file {path}; make one with: hcsmoe capture MODEL --out {path}"
     require(Path(path).is_file(), absent, FileNotFoundError)

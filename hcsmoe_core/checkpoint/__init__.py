@@ -7,6 +7,7 @@ import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -44,7 +45,14 @@ REPEATED, MOST = (
 EXPERT_WIDTHS = ("moe_intermediate_size", "intermediate_size", "expert_dim")
 
 
-def load_model(model, *, dtype="auto", device="auto", experts_implementation=None, trust_remote_code=False):
+def load_model(
+    model: str | Path,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "auto",
+    experts_implementation: str | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[Any, Any]:
     """Load a model in evaluation mode, and its tokenizer or None.
 
     Parameters
@@ -291,8 +299,9 @@ def device_of(device):
 
 
 def save_merged(
-    model, plan: Plan, folder, *, stats=None, router="", tokenizer=None, fidelity=None, card=None
-) -> dict:
+    model: torch.nn.Module, plan: Plan, folder: str | Path, *, stats: Any = None, router: str = "",
+    tokenizer: Any = None, fidelity: dict | None = None, card: dict | None = None
+) -> dict:  # fmt: skip
     """Write a merged or pruned model to a new folder: r experts per layer, in the family's own names.
 
     Parameters
@@ -541,14 +550,14 @@ def merge_record(folder):
 
 
 def load_merged(
-    folder,
+    folder: str | Path,
     *,
-    dtype="auto",
-    device="auto",
-    experts_implementation=None,
-    trust_remote_code=False,
-    verify=True,
-):
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "auto",
+    experts_implementation: str | None = None,
+    trust_remote_code: bool = False,
+    verify: bool = True,
+) -> Any:
     """Load a mapped checkpoint that :func:`save_merged` wrote; the other arguments are :func:`load_model`'s.
 
     It computes what the live merged model computed, to the bit at the same dtype (on a CPU, where a file's

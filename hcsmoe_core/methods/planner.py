@@ -8,10 +8,15 @@
 
 import functools
 import itertools
+from collections.abc import Sequence
+from fractions import Fraction
+from numbers import Integral, Real
+from typing import Any
 
 import numpy as np
 from scipy.linalg import block_diag
 from scipy.spatial.distance import squareform
+from torch import nn
 
 from hcsmoe_core import clustering
 from hcsmoe_core import similarity as similarities
@@ -23,6 +28,7 @@ from hcsmoe_core.methods.recipes import Recipe, resolve
 from hcsmoe_core.methods.summary import merge_weights
 from hcsmoe_core.plan import LayerPlan, Plan
 from hcsmoe_core.replace import suspended
+from hcsmoe_core.statistics import Statistics
 
 
 class Layer:
@@ -120,7 +126,29 @@ class Layer:
         return [int(max(members, key=lambda e: self.usage[e])) for members in groups]
 
 
-def make_plan(stats, model=None, *, experts, method="hc-smoe", seed=0, progress=True, **settings) -> Plan:
+def make_plan(
+    stats: Statistics,
+    model: nn.Module | None = None,
+    *,
+    experts: int | float | Sequence[int | float],
+    method: str = "hc-smoe",
+    seed: int = 0,
+    progress: bool = True,
+    similarity: str | None = None,
+    metric: str | None = None,
+    linkage: str | None = None,
+    group: str | None = None,
+    budget: str | None = None,
+    saliency: str | None = None,
+    merge: str | None = None,
+    combine: str | None = None,
+    align: str | None = None,
+    refit: int | None = None,
+    router: str | None = None,
+    compress: str | None = None,
+    guard: bool | None = None,
+    **settings: Any,
+) -> Plan:
     """Decide which experts join or go in every layer; the model is not run.
 
     Parameters
@@ -130,19 +158,23 @@ def make_plan(stats, model=None, *, experts, method="hc-smoe", seed=0, progress=
         Needed where weights are looked at (similarities ``"weight"`` and ``"cka"``, ``"o-prune"``,
         ``"least-residual"``); where given, checked to be the model of the statistics. A merged one is planned
         for as it was before.
-    experts : int, or sequence of L int
-        r: experts kept in each layer, from 1 to E; with a budget that is not uniform, their mean over the
-        layers. A trimmed model keeps all experts, each at r / E of its width. A sequence gives each layer's
-        own number, and takes the place of a budget.
+    experts : int or float, or sequence of L of them
+        r: experts kept in each layer, from 1 to E, or a share of E below 1, rounded; with a budget that is
+        not uniform, their mean over the layers. A trimmed model keeps all experts, each at r / E of its
+        width. A sequence gives each layer's own number, and takes the place of a budget.
     method : str
         Of :data:`METHODS`, or ``"recommended"``: the one that was found to lose least.
     seed : int
         Of k-means, fuzzy c-means, random groups and searches.
     progress : bool
         Show a bar where it takes long.
+    similarity, metric, linkage, group, budget, saliency, merge, combine, align, router, compress : str
+        Steps and options that are to differ from the method's own, which None stands for, such as
+        ``linkage="ward"``: :func:`resolve`.
+    refit, guard : int, bool
+        Rounds in which what neurons read is fitted; whether super experts stay as they are.
     **settings
-        Steps and options that are to differ from the method's own, such as ``linkage="ward"``:
-        :func:`resolve`.
+        Further options of steps, such as ``ridge=0.1``.
 
     Raises
     ------
@@ -150,6 +182,11 @@ def make_plan(stats, model=None, *, experts, method="hc-smoe", seed=0, progress=
         If a choice is unknown, steps do not go together, ``experts`` is out of range, the statistics lack
         what is needed or are another model's, or the model was loaded merged.
     """
+    compared = dict(similarity=similarity, metric=metric, linkage=linkage, group=group)
+    counted = dict(budget=budget, saliency=saliency, guard=guard)
+    made = dict(merge=merge, combine=combine, align=align, refit=refit, router=router, compress=compress)
+    named = compared | counted | made
+    settings |= {name: value for name, value in named.items() if value is not None}
     return next(
         make_plans(stats, model, experts=[experts], method=method, seed=seed, progress=progress, **settings)
     )
@@ -211,6 +248,8 @@ def _plan(stats, layers, recipe: Recipe, experts, seed):
     """The plan that a recipe's steps give for some number of experts."""
     for layer in layers:
         layer.recipe = recipe
+    if not np.ndim(experts):
+        experts = kept_experts(experts, min(layer.num_experts for layer in layers))
     counts, group = _counts(layers, recipe, experts), recipe.present["group"]
     planned = (
         group(layers, counts, **recipe.by_kind["group"])
@@ -219,11 +258,18 @@ def _plan(stats, layers, recipe: Recipe, experts, seed):
     )
     settings = {
         "method": recipe.method,
-        "experts": counts if np.ndim(experts) else int(experts),
+        "experts": counts if np.ndim(experts) else experts,
         "seed": seed,
         **recipe.settings,
     }
     return Plan(planned, settings, dict(stats.model), stats.identity(), recipe.by_kind.get("compress"))
+
+
+def kept_experts(experts, size: int) -> int:
+    """Experts kept of ``size``: a whole number from 1, or a share below 1, rounded as in grids."""
+    share = isinstance(experts, Real) and not isinstance(experts, Integral) and 0 < experts < 1
+    kept = round(Fraction(str(experts)) * size) if share else experts
+    return check_count("experts", kept or experts, 1, size)
 
 
 def _counts(layers, recipe, experts):
@@ -240,10 +286,10 @@ def _counts(layers, recipe, experts):
             f'The "experts" argument lists {len(experts)} numbers for {len(layers)} MoE layers; '
             "give one for each.",
         )
-        counts = [check_count("experts", n, 1, size) for n, size in zip(experts, sizes, strict=True)]
+        counts = [kept_experts(n, size) for n, size in zip(experts, sizes, strict=True)]
     else:
         fewest = [_fewest(layer, recipe) for layer in layers]
-        total = check_count("experts", experts, 1, min(sizes)) * len(layers)
+        total = experts * len(layers)
         require(
             total >= sum(fewest),
             f'The "experts" argument is {experts}, {total} in all, but at least {sum(fewest)} must be '

@@ -37,7 +37,7 @@ from hcsmoe_core._util import (
     write_json,
 )
 from hcsmoe_core._version import __version__
-from hcsmoe_core.collect import Tokens, forward_options, needs_of
+from hcsmoe_core.collect import Tokens, needs_of
 from hcsmoe_core.scale import ranks
 from hcsmoe_core.statistics import SAMPLE, Statistics, load_statistics
 
@@ -356,11 +356,10 @@ class _Source:
         with replaced_forwards(self.layers, forwards):
             for start in tokens.starts:
                 state |= outputs.read(index - 1, start, self.device) if index else {"shared": {}}
-                rows = tokens.begin(collectors, start)
                 with contextlib.suppress(_LayerDone):
-                    self.model(input_ids=rows.to(self.device), use_cache=False, **forward_options(self.model))
+                    tokens.run(self.model, collectors, start, self.device)
                 outputs.write(index, start, state)
-                bar.update(rows.numel())
+                bar.update(tokens.input_ids[start : start + tokens.batch_size].numel())
 
     @torch.no_grad()
     def logits(self, output, rows):

@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,18 +40,18 @@ class TaskSource:
 
 
 def evaluate(
-    model,
-    tokenizer,
-    tasks=None,
+    model: Any,
+    tokenizer: Any,
+    tasks: Any = None,
     *,
     limit: int | None = None,
     batch_size: int = 64,
-    text="demo",
+    text: Any = "demo",
     sequences: int = 96,
     length: int = 256,
     seed: int = 0,
-    answers=None,
-    lm_eval_out=None,
+    answers: Any = None,
+    lm_eval_out: Any = None,
 ) -> dict:
     """Score a model, merged or not.
 

@@ -3,7 +3,7 @@
 :func:`shrink` takes, beside the model:
 
 ``experts`` or ``plan``
-    Experts kept per layer; or a plan (its file) that was made before.
+    Experts kept per layer, or a share of them below 1; or a plan (its file) that was made before.
 ``method``, ``plan_seed``, and any step or option by name (``linkage="ward"``)
     As for :func:`hcsmoe_core.make_plan`.
 ``calibration``, ``sequences``, ``length``, ``column``, ``calibration_seed``
@@ -39,7 +39,6 @@ from hcsmoe_core._util import (
     InputError,
     check_absent,
     check_choice,
-    check_count,
     output_path,
     require,
     sha256_json,
@@ -47,6 +46,7 @@ from hcsmoe_core._util import (
 from hcsmoe_core.checkpoint import export
 from hcsmoe_core.collect import needs_of
 from hcsmoe_core.methods import METHODS, RECOMMENDED, make_plan, resolve
+from hcsmoe_core.methods.planner import kept_experts
 from hcsmoe_core.methods.residual import held_out
 from hcsmoe_core.plan import JOINED, Plan, load_plan
 from hcsmoe_core.scale import ranks, streaming
@@ -66,7 +66,7 @@ LOADING = {
 def shrink(
     model: str,
     *,
-    experts: int = 0,
+    experts: int | float = 0,
     method: str = "hc-smoe",
     calibration: str = "",
     out: str | Path | None = None,
@@ -108,7 +108,7 @@ def shrink(
     rows = sample if captures and "sample" in resolve(method, **settings).needs else 0
     where |= dict(work=_work(model, calibration, sequences, length, batch_size, rows, fidelity))
     loaded, tokenizer = streaming.open_model(model, trust_remote_code=trust_remote_code, **where)
-    _check_loaded(loaded, out, experts if plan is None else None)
+    experts = _check_loaded(loaded, out, experts if plan is None else None)
     with streaming.work_folder(out, loaded) as work:
         if captures or (fidelity and (calibration or model in EMBEDDED)):
             source = (calibration, sequences, length, column, calibration_seed, fidelity)
@@ -225,11 +225,12 @@ def _files(plan, statistics, method, settings):
 def _check_loaded(model, out, experts):
     """Refuse a number of experts that no plan can have, and a streamed model that is not to be written."""
     if experts is not None:
-        check_count("experts", experts, 1, tables.model_size(model)["num_experts"])
+        experts = kept_experts(experts, tables.model_size(model)["num_experts"])
     require(
         out is not None or moe.source_of(model) is None,
         'A streamed model can only be merged on disk; give the "out" argument, a new folder.',
     )
+    return experts
 
 
 class _Text(NamedTuple):

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import safetensors.torch
@@ -54,9 +55,9 @@ class Source:
 
 def calibration_tokens(
     source: str | Path,
-    tokenizer=None,
+    tokenizer: Any = None,
     *,
-    model=None,
+    model: Any = None,
     sequences: int = PAPER_SHAPE[0],
     length: int = PAPER_SHAPE[1],
     seed: int = 42,

@@ -229,7 +229,7 @@ def title_and_legend(figure, panels, title, *, order=None, **options):
 
 
 def _heatmap(axes, values, colours=DISTANCES, **options):
-    return axes.imshow(values, cmap=colours, aspect="auto", **{"vmin": 0} | options)
+    return axes.imshow(values, **{"cmap": colours, "aspect": "auto", "vmin": 0} | options)
 
 
 def _usage_bars(axes, positions, order, usage, colours, *, xlim, width=0.8):
@@ -272,6 +272,37 @@ def _label_experts(axes, order, inches, positions=None, *, both=False):
     axes.xaxis.labelpad = 5 + (0.65 * digits * size if turned else size)
 
 
+def frame_groups(axes, labels, order) -> None:
+    """Frames on a heatmap, in some order of the experts, around the groups of more than one."""
+    for group, colour in group_colours(labels, order).items():
+        inside = np.flatnonzero(labels[order] == group)
+        if len(inside) > 1:
+            corner, look = inside[0] - 0.5, dict(fill=False, ec=colour, lw=1.4, clip_on=False)
+            axes.add_patch(patches.Rectangle((corner, corner), len(inside), len(inside), **look))
+
+
+@styled
+def tree_on(axes, tree, groups=None, *, title="", label="distance", labelled=True):
+    """Merge tree on given axes; returns the experts of its leaves, their groups' colours, and positions."""
+    order, colours = _draw_tree(axes, tree, groups, scale="left")
+    axes.set(ylabel=label.replace(" between ", " between\n"), title=title)
+    if groups:
+        axes.axhline(cut_height(tree, groups), **CUT_LINE)
+    positions = [10 * i + 5 for i in range(len(order))]  # where SciPy draws the leaves
+    if labelled:
+        _label_experts(axes, order, axes.get_window_extent().width / axes.figure.dpi, positions)
+    return order, colours, positions
+
+
+@styled
+def heatmap_on(axes, condensed, tree, groups=None, **options):
+    """Distances in the order of a tree on given axes, with ``options`` of ``imshow``."""
+    order = leaf_order(tree)
+    _heatmap(axes, squareform(condensed)[np.ix_(order, order)], **options)
+    frame_groups(axes, cut(tree, groups or len(order)), np.array(order))
+    _label_experts(axes, order, axes.get_window_extent().width / axes.figure.dpi, both=True)
+
+
 @styled
 def similarity_heatmap(
     condensed, tree, *, groups=None, usage=None, mix=None, title="", label="distance between experts",
@@ -304,11 +335,7 @@ def similarity_heatmap(
     _draw_tree(left, tree, groups, orientation="left")
     left.invert_yaxis()
     image = _heatmap(middle, squareform(condensed)[np.ix_(order, order)])
-    for group, colour in group_colours(labels, order).items():
-        inside = np.flatnonzero(labels[order] == group)
-        if len(inside) > 1:
-            corner, look = inside[0] - 0.5, dict(fill=False, ec=colour, lw=1.4, clip_on=False)
-            middle.add_patch(patches.Rectangle((corner, corner), len(inside), len(inside), **look))
+    frame_groups(middle, labels, order)
     middle.set(xticks=[], yticks=[])
     figure.colorbar(image, cax=figure.add_subplot(grid[1, 2]), label=label)
     if usage is not None:
@@ -351,11 +378,7 @@ def dendrogram(tree, *, groups=None, usage=None, title="", label="distance", wid
         hspace=0.08,
     )
     lowest = axes = figure.add_subplot(grid[0])
-    order, colours = _draw_tree(axes, tree, groups, scale="left")
-    axes.set(ylabel=label.replace(" between ", " between\n"), title=title)
-    if groups:
-        axes.axhline(cut_height(tree, groups), **CUT_LINE)
-    positions = [10 * i + 5 for i in range(len(order))]  # where SciPy draws the leaves
+    order, colours, positions = tree_on(axes, tree, groups, title=title, label=label, labelled=False)
     if usage is not None:
         lowest = figure.add_subplot(grid[1])
         _usage_bars(lowest, positions, order, usage, colours, xlim=axes.get_xlim(), width=8)
