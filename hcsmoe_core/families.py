@@ -92,7 +92,9 @@ def model_hash(model, *, merged: bool = False) -> str:
         originals = {f"{names[module]}.{name}": value for (module, name), value in before.items()}
         state |= {name: originals[name] for name in state.keys() & originals.keys()}
     digests = sorted((moe.digests(state) if source is None else source.digests()).items())
-    what = [_settings(json.loads(model.config.to_json_string())), maps]
+    config = getattr(model, "config", None)  # a plain module may have any or none
+    known = _settings(json.loads(config.to_json_string())) if hasattr(config, "to_json_string") else {}
+    what = [known, maps]
     rounded, exact = (sha256_json([what, [(name, pair[i]) for name, pair in digests]]) for i in (0, 1))
     return f"{IDENTITY}:{rounded}" + (f":{exact}" if exact != rounded else "")
 
