@@ -144,6 +144,13 @@ def local_files(source: str | Path) -> list[Path]:
     return [file for name, _ in _weights(source) if _entry(name) is _FILE for file in _files(name)]
 
 
+def is_path(name: str) -> bool:
+    """Whether a source is a path: it looks like one; ``owner/name`` is a data set unless it exists here."""
+    path = Path(name).expanduser()
+    explicit = name.startswith((".", "~")) or path.is_absolute()
+    return explicit or path.suffix in (*TEXT_SUFFIXES, IDS_SUFFIX) or (len(path.parts) > 1 and path.exists())
+
+
 def own_sequences(source: str | Path, sequences: int) -> int:
     """Number of sequences that the model writes itself; it writes whole batches."""
     own = [(name, count) for name, count in _parts(source, sequences) if is_own(name)]
@@ -193,15 +200,10 @@ def _parts(source, sequences):
 def _entry(name):
     """Entry of a part: of :data:`SOURCES`, or that of all files, or that of all other data sets.
 
-    A path looks like one; ``owner/name`` is a data set unless it exists here, and a bare name of a data set
-    must not be that of a file or folder here.
+    A bare name of a data set must not be that of a file or folder here.
     """
-    path = Path(name).expanduser()
-    explicit = (
-        name.startswith((".", "~")) or path.is_absolute() or path.suffix in (*TEXT_SUFFIXES, IDS_SUFFIX)
-    )
-    other = _FILE if explicit or (len(path.parts) > 1 and path.exists()) else _DATASET
-    entry = dict(SOURCES).get(name.partition(":")[0], other)
+    entry = dict(SOURCES).get(name.partition(":")[0], _DATASET)
+    entry = _FILE if entry is _DATASET and is_path(name) else entry
     require(
         entry is not _DATASET or not Path(name).exists(),
         f'The "source" argument names {name!r}, which is a file or folder here and may be a data set: write '
