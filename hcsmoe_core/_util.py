@@ -68,7 +68,7 @@ def require(condition, message: str, error=InputError):
 def check_choice(argument: str, value, choices):
     """``value``; InputError listing the choices if it is none of them."""
     listed = ", ".join(f'"{choice}"' for choice in choices)
-    require(value in choices, f'The "{argument}" argument must be one of {listed}; not {value!r}.')
+    require(value in [*choices], f'The "{argument}" argument must be one of {listed}; not {value!r}.')
     return value
 
 

@@ -40,7 +40,7 @@ import torch
 from tqdm.auto import tqdm
 
 import hcsmoe_core as core
-from hcsmoe_core._util import InputError, MissingPackageError, sha256_json, write_json
+from hcsmoe_core._util import InputError, MissingPackageError, sha256_json, signed, write_json
 from hcsmoe_core.studies import grids, sweep
 from hcsmoe_core.text.own_text import own_text
 
@@ -321,7 +321,7 @@ def _results(folder):
     cell = {"parameters": {"model": "m", "experts": 3, "method": "hc-smoe", "limit": None}, "scores": scores}
     cell |= {"size": {"weights": 10, "bytes": 20, "num_experts": 6}, "versions": {}}
     path = cells / "05_accuracy-0123456789ab.json"
-    write_json(path, cell)
+    write_json(path, signed(cell))
     grid = folder / "grid.yml"
     grid.write_text("title: t\nabout: a\naxes:\n  experts: [1/2]\n  method: [hc-smoe, reap]\n")
 

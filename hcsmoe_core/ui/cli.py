@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 import hcsmoe_core as core
-from hcsmoe_core._util import InputError, read_json, require, write_json
+from hcsmoe_core._util import InputError, require, write_json
 
 app = typer.Typer(
     help="See which experts of a sparse mixture-of-experts model compute the same thing, merge them, and "
@@ -279,10 +279,10 @@ def evaluate(
     plugin: PLUGIN = None,
 ):
     """Measure accuracy on tasks, and perplexity."""
-    from hcsmoe_core.score.evaluation import PAPER_TASKS, paired, paired_table, score_table
+    from hcsmoe_core.score.evaluation import PAPER_TASKS, load_scores, paired, paired_table, score_table
     from hcsmoe_core.studies.tables import model_size
 
-    other = _scores_of(against) if against else None
+    other = load_scores(against) if against else None
     decision = core.load_plan(plan) if plan else None
     loaded, tokenizer = core.load_model(model, dtype=dtype, device=device)
     if decision is not None:
@@ -313,17 +313,6 @@ def evaluate(
             },
         )
         print(out)
-
-
-def _scores_of(path: Path) -> dict:
-    """Scores in a results.json."""
-    content = read_json(path)
-    require(
-        isinstance(content, dict) and "items" in content.get("scores", {}),
-        f"{path} is not a results.json with the scores of each item; make one with hcsmoe evaluate "
-        f"--out {path}.",
-    )
-    return content["scores"]
 
 
 @app.command()
