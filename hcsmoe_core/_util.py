@@ -5,10 +5,10 @@ import hashlib
 import importlib
 import importlib.metadata
 import json
-import math
 import operator
 import os
 import platform
+import re
 import secrets
 import shutil
 from collections import UserDict
@@ -172,6 +172,8 @@ def read_record(path, kind=dict, *, what="record", remedy="Make it again."):
         record = json.loads(Path(path).read_text(encoding="utf-8"))
         unsigned = {key: value for key, value in record.items() if key != "sha256"}
         digest = sha256_json(unsigned)
+        whole = not re.search("[\ud800-\udbff]", json.dumps(record, ensure_ascii=False))
+        require(whole, "half a character, a lone surrogate, is in it")
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not a readable {what} ({error}); is it cut short? {remedy}") from None
     except AttributeError:
@@ -193,15 +195,15 @@ def check_kind(value, kind, where: str):
     plain = kind if isinstance(kind, type) else type(kind)
     suits = isinstance(value, int | float if plain is float else plain)
     if plain in (int, float):  # no number that overflows, and True is none
-        suits = suits and not isinstance(value, bool) and abs(value) < (2**63 if plain is int else math.inf)
+        suits = suits and not isinstance(value, bool) and abs(value) < (2**63 if plain is int else 1e308)
     require(suits, f"{where} must be {_KINDS.get(plain, 'a number')}; not {value!r:.40}.")
     if isinstance(kind, list):
         for index, item in enumerate(value):
             check_kind(item, kind[0], f"{where}[{index}]" if where[-1] != ":" else f"{where} [{index}]")
     for name, inner in kind.items() if isinstance(kind, dict) else ():
-        key = name if name is str else name.removesuffix("?")
-        require(name is str or name[-1] == "?" or key in value, f'{where} has no "{key}".')
-        for key in value if name is str else (key,) if key in value else ():
+        keys = value if name is str else {name.removesuffix("?")} & value.keys()
+        require(keys or name is str or name[-1] == "?", f'{where} has no "{name}".')
+        for key in keys:
             check_kind(value[key], inner, f'{where} "{key}"')
     return value
 

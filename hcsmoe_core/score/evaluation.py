@@ -256,7 +256,7 @@ def paired(scores: dict, against: dict, *, metrics=("acc", "acc_norm")):
             rows.append({"metric": metric, "task": "mean"} | totals | means)
     require(
         rows,
-        f"The two results have no items of {' or '.join(metrics)} in common: one has tasks "
+        f'The two results have no items of "{" or ".join(metrics)}" in common: one has tasks '
         f"{', '.join(scores['tasks'])}, the other {', '.join(against['tasks'])}; score both on the same "
         "tasks, with this version.",
     )
@@ -274,7 +274,7 @@ def _paired_task(task, metric, scores, against):
         require(
             one["of"] == other["of"] and len(one[metric]) == len(other[metric]),
             f"{name} was scored on {len(one[metric])} items here and on {len(other[metric])}, or on others, "
-            "there; score both on the same items: the same limit, and the same data.",
+            'there; score both on the same items: the same "limit", and the same data.',
         )
         pairs.append(np.array([one[metric], other[metric]], float))
     changes = [pair[0] - pair[1] for pair in pairs]

@@ -6,6 +6,7 @@ import functools
 import itertools
 import math
 from collections.abc import Sequence
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,8 @@ SEED = "calibration_seed"
 GRID = {"grid": str, "model": str, "notebook": str, "cells": [{"id": str, "parameters": dict}]}
 RESULT = {
     "parameters": {"model": str, "experts?": int, "method?": (str,), "steps?": (str,)}
-    | {"calibration?": (str,), "sequences?": (int,), "length?": (int,)},
-    "scores": {"tasks": {str: dict}, "loss?": dict},
+    | {"calibration?": (str,), "sequences?": (int,), "length?": (int,), "limit?": (int,)},
+    "scores": {"tasks": {str: dict}, "loss?": {str: Real}},
     "size": dict,
 }
 SAMPLES = (SEED, "plan_seed")  # parameters that tell samples of one setting apart
