@@ -232,6 +232,7 @@ def _values(study):
 def _check_value(study, key, name, value, more=()):
     """Raise InputError unless a parameter may be set and the value is of its kind."""
     defaults, part = study.parameters(), share(value)
+    study.require(value == value, key, f"{name} must be a number; not {value!r}.")
     own = [parameter for parameter in defaults if parameter not in OWN]
     study.check_choice(key, name, tuple(dict.fromkeys([*own, *sweep.step_names(), "reduction", *more])))
     if name in SHARES:
