@@ -250,9 +250,9 @@ def check_layer(plan: LayerPlan):
 
 def _check_rule(name, rule):
     """Raise InputError unless there is such a rule, and its options are what they may be."""
-    step = combine[check_choice(f"{name}: rule", rule["rule"], combine)]
-    check_count(f"{name}: refit", rule.get("refit", 0), 0)
     try:
+        step = combine[check_choice("combine", rule["rule"], combine)]
+        check_count("refit", rule.get("refit", 0), 0)
         for option in rule.keys() - {"rule", "refit", "width"}:
             step.checked(option, rule[option])
     except InputError as error:
