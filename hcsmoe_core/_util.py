@@ -68,7 +68,7 @@ def require(condition, message: str, error=InputError):
 
 def check_choice(argument: str, value, choices):
     """``value``; InputError listing the choices, the closest first, if it is none of them."""
-    if value not in choices:
+    if value not in [*choices]:
         listed = closest_first(value, [f'"{choice}"' for choice in choices])
         raise InputError(f'The "{argument}" argument must be one of {listed}; not {value!r}.')
     return value
@@ -310,6 +310,60 @@ def read_json(path):
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except (ValueError, RecursionError):
         return None
+
+
+def signed(record: dict) -> dict:
+    """A record with a checksum, by which :func:`read_record` tells that it was changed."""
+    return record | {"sha256": sha256_json(record)}
+
+
+def read_record(path, kind=dict, *, what="record", remedy="Make it again."):
+    """The object in a JSON file, without its checksum.
+
+    InputError naming the file, and the field, if it is damaged, changed or not of a kind
+    (:func:`check_kind`).
+    """
+    try:
+        record = json.loads(Path(path).read_text(encoding="utf-8"))
+        unsigned = {key: value for key, value in record.items() if key != "sha256"}
+        digest = sha256_json(unsigned)
+        whole = not re.search("[\ud800-\udbff]", json.dumps(record, ensure_ascii=False))
+        require(whole, "half a character, a lone surrogate, is in it")
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not a readable {what} ({error}); is it cut short? {remedy}") from None
+    except AttributeError:
+        raise InputError(f"{path} is not a {what}, but {record!r:.40}. {remedy}") from None
+    changed = f'{path} was changed since it was written. {remedy} Or remove its "sha256" to mean the change.'
+    require(record.get("sha256", digest) == digest, changed)
+    return check_kind(unsigned, kind, f"{path} is not a valid {what}:")
+
+
+def check_kind(value, kind, where: str):
+    """``value``; InputError that starts with ``where`` and names the field unless a JSON value is of a kind.
+
+    A kind is a type, of which ``float`` is any finite number; ``[kind]``, a list; ``{str: kind}``, an object;
+    ``{"key": kind, "other?": kind}``, one with such keys, of which those with "?" may be absent; or
+    ``(kind,)``, that or null.
+    """
+    if isinstance(kind, tuple):
+        return value if value is None else check_kind(value, kind[0], where)
+    plain = kind if isinstance(kind, type) else type(kind)
+    suits = isinstance(value, int | float if plain is float else plain)
+    if plain in (int, float):  # no number that overflows, and True is none
+        suits = suits and not isinstance(value, bool) and abs(value) < (2**63 if plain is int else 1e308)
+    require(suits, f"{where} must be {_KINDS.get(plain, 'a number')}; not {value!r:.40}.")
+    if isinstance(kind, list):
+        for index, item in enumerate(value):
+            check_kind(item, kind[0], f"{where}[{index}]" if where[-1] != ":" else f"{where} [{index}]")
+    for name, inner in kind.items() if isinstance(kind, dict) else ():
+        keys = value if name is str else {name.removesuffix("?")} & value.keys()
+        require(keys or name is str or name[-1] == "?", f'{where} has no "{name}".')
+        for key in keys:
+            check_kind(value[key], inner, f'{where} "{key}"')
+    return value
+
+
+_KINDS = {int: "a whole number", str: "text", list: "a list", dict: "an object", bool: "true or false"}
 
 
 def folder_of(model):

@@ -1,6 +1,7 @@
 """A plan and the weights give the r experts of each layer, on the live model."""
 
 import os
+import warnings
 
 import torch
 from torch import nn
@@ -191,15 +192,18 @@ def _averages(tensor, layer_plan):
 
 def _combined(layer, layer_plan, sample):
     """Projections and biases by the plan's rules."""
-    whole = layer_plan.width in (None, layer.width)
-    return layer.stacked(
-        [
-            layer.neurons(members[0])
-            if len(members) == 1 and whole
-            else combine_group(*group_and_options(layer, layer_plan, group, sample))
-            for group, members in enumerate(layer_plan.groups())
-        ]
-    )
+    whole, merged, untold = layer_plan.width in (None, layer.width), [], []
+    for number, members in enumerate(layer_plan.groups()):
+        if len(members) == 1 and whole:
+            merged.append(layer.neurons(members[0]))
+            continue
+        group, options = group_and_options(layer, layer_plan, number, sample)
+        merged.append(combine_group(group, options))
+        untold += [members] * group.untold(options)
+    if untold:
+        message = f"{layer.name}: no sampled token was routed to experts {untold}, which were averaged."
+        warnings.warn(message, stacklevel=2)
+    return layer.stacked(merged)
 
 
 def group_and_options(layer, layer_plan, group: int, sample):
@@ -263,6 +267,11 @@ class Group:
         tokens, gates = self.tokens()
         return self.layer.activate(neurons, tokens) * gates.sum(1, keepdim=True)
 
+    def untold(self, options: dict) -> bool:
+        """Whether a rule looks at tokens, of which none reached the members, so that they are averaged."""
+        looks = options.get("refit") or "sample" in combine[options["rule"]].needs_for(options)
+        return bool(looks) and "width" not in options and not len(self.tokens()[0])
+
     def average(self) -> Neurons:
         """Weighted average of the members as they are, ``Σ_e w_e W_e``."""
         return mean_of(self.experts, self.weights)
@@ -293,6 +302,9 @@ def combine_group(group, options) -> Neurons:
         f'{group.layer.name}: {group.layer.why_not_solvable}, so that combine "{rule.name}"'
         f"{' with refit' if rounds else ''} has nothing to solve; use one of {others}, without refit.",
     )
+    if group.untold(options):
+        by_weights = {"align": "weights"} if options.get("align", "none") != "none" else {}
+        return combine["average"](group, **by_weights)
     neurons = rule(group, **{key: value for key, value in options.items() if key not in ("rule", "refit")})
     if rounds:
         ridge = {key: value for key, value in options.items() if key == "ridge"}

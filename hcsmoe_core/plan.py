@@ -1,7 +1,6 @@
 """The decision as data: which experts of each layer stay or join, how they combine, what the router does."""
 
 import itertools
-import json
 import math
 from dataclasses import asdict, dataclass, field, replace
 from numbers import Integral, Real
@@ -9,9 +8,19 @@ from pathlib import Path
 
 import numpy as np
 
-from hcsmoe_core._util import InputError, check_choice, html_table, require, sha256_json, write_json
+from hcsmoe_core._util import (
+    InputError,
+    check_choice,
+    check_count,
+    check_kind,
+    html_table,
+    read_record,
+    require,
+    signed,
+    write_json,
+)
 from hcsmoe_core.clustering import by_first_appearance
-from hcsmoe_core.steps import combine, router
+from hcsmoe_core.steps import combine, compress, router
 
 FORMAT, VERSION = "hcsmoe-plan", 4
 ROUTERS = (
@@ -97,6 +106,18 @@ class LayerPlan:
 
 
 _USUAL = LayerPlan("", [], [])
+# What a file of a plan must hold, for hcsmoe_core._util.check_kind; values are checked by check_layer.
+KIND = {
+    "layers": [
+        {"name": str, "labels": list, "weights": list, "combine?": dict, "router?": str, "rules?": ([dict],)}
+        | {"mixture?": ([list],), "dominant?": ([int],), "protected?": [int]}
+    ],
+    "settings?": (dict,),
+    "model?": (dict,),
+    "statistics?": (dict,),
+    "compress?": (dict,),
+}
+CALIBRATION = {"tokens": int, "domains": [str]}
 
 
 @dataclass(frozen=True, repr=False)
@@ -142,7 +163,7 @@ class Plan:
             {key: value for key, value in layer.items() if value != getattr(_USUAL, key)}
             for layer in content["layers"]
         ]
-        write_json(path, content | {"sha256": sha256_json(content)})
+        write_json(path, signed(content))
 
 
 def with_router(plan: Plan, router: str) -> Plan:
@@ -168,21 +189,7 @@ def load_plan(path: str | Path) -> Plan:
     """
     path, remedy = Path(path), "make one with: hcsmoe plan STATISTICS --experts R --out"
     require(path.is_file(), f"There is no plan {path}; {remedy} {path}", FileNotFoundError)
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(
-            f"{path} is not a readable plan ({error}); is it cut short? Make it again."
-        ) from None
-    require(
-        isinstance(content, dict) and isinstance(content.get("layers"), list),
-        f'{path} is not a plan: it has no list "layers". Make one with: hcsmoe plan',
-    )
-    digest = content.pop("sha256", None)
-    require(
-        digest in (None, sha256_json(content)),
-        f'{path} was changed since it was written. Make it again, or remove its "sha256" to mean the change.',
-    )
+    content = read_record(path, KIND, what="plan")
     require(
         content.get("format", FORMAT) == FORMAT and content.get("version", VERSION) in range(1, VERSION + 1),
         f"{path} is no plan of this version of hcsmoe ({FORMAT} {VERSION}); make it again.",
@@ -192,9 +199,12 @@ def load_plan(path: str | Path) -> Plan:
         layers = [replace(plan, router=FORMER_ROUTERS.get(plan.router, plan.router)) for plan in layers]
         for layer in layers:
             check_layer(layer)
+        for name, value in (content.get("compress") or {}).items():
+            compress["low-rank"].checked(name, value)
+        records = {key: content.get(key) or {} for key in ("settings", "model", "statistics")}
+        check_kind(records["statistics"] or {"tokens": 1, "domains": []}, CALIBRATION, '"statistics"')
     except (TypeError, ValueError) as error:
         raise InputError(f"{path} is not a valid plan: {error}") from None
-    records = {key: content.get(key) or {} for key in ("settings", "model", "statistics")}
     return Plan(layers, **records, compress=content.get("compress"))
 
 
@@ -232,8 +242,11 @@ def check_layer(plan: LayerPlan):
         f'"combine" and each of "rules" must be objects with a "rule"; not {plan.combine!r}, {plan.rules!r}.',
     )
     check(plan.rules is None or len(rules) == count, f'"rules" must be one for each of the {count} groups.')
+    for rule in (plan.combine, *rules):
+        _check_rule(plan.name, rule)
     check(
-        plan.dominant is None or [labels[e] for e in plan.dominant] == list(range(count)),
+        plan.dominant is None
+        or [labels[e] for e in plan.dominant if 0 <= e < len(labels)] == list(range(count)),
         f"there must be one dominant expert of each group, in order; not {plan.dominant}.",
     )
     check(
@@ -256,8 +269,21 @@ def check_layer(plan: LayerPlan):
     )
 
 
+def _check_rule(name, rule):
+    """Raise InputError unless there is such a rule, and its options are what they may be."""
+    try:
+        step = combine[check_choice("combine", rule["rule"], combine)]
+        check_count("refit", rule.get("refit", 0), 0)
+        for option in rule.keys() - {"rule", "refit", "width"}:
+            step.checked(option, rule[option])
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from None
+
+
 def _are_shares(weights, count):
-    return len(weights) == count and all(isinstance(w, Real) and 0 <= w < math.inf for w in weights)
+    # at most 1 but for rounding
+    numbers = all(isinstance(w, Real) and not isinstance(w, bool) and 0 <= w < 2 for w in weights)
+    return len(weights) == count and numbers
 
 
 def odd_widths(plan: Plan, dtype) -> list:

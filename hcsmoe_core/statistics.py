@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from hcsmoe_core._util import InputError, check_count, html_table, replacing, require, sha256_json
+from hcsmoe_core._util import InputError, check_count, check_kind, html_table, replacing, require, sha256_json
 from hcsmoe_core.families import same_model
 
 FORMAT = "hcsmoe-statistics-2"
@@ -29,6 +29,17 @@ NEEDS = {
     "norms": ("norm_sum", "gated_norm_sum", "output_max"),
     "grams": ("output_gram", "routed_gram", "routed_square", "cosine_sum"),
     "sample": (),
+}
+_LAYER = {"top_k": (int,), "router_groups": int, "width": int}
+HEADER = {  # of a file of statistics, for hcsmoe_core._util.check_kind
+    "about": {
+        "model": {"name": str, "class": str, "hash": str, "layers": {str: _LAYER}, "every?": int},
+        "domains": [str],
+        "sequences": [str],
+        "layers": [str],
+        "stability?": (dict,),
+    },
+    "sha256": str,
 }
 SUMS = tuple(key for keys in NEEDS.values() for key in keys)
 DEFAULT_NEEDS = ("usage", "outputs", "norms", "grams")  # every similarity but CKA, for caches and notebooks
@@ -356,20 +367,25 @@ def load_statistics(path: str | Path) -> Statistics:
         with safe_open(path, "pt") as file:
             header = json.loads((file.metadata() or {}).get("hcsmoe", "{}"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except SafetensorError as error:
+    except (SafetensorError, ValueError, RecursionError) as error:
         raise InputError(f"{path} is not a readable statistics file ({error}); capture again.") from None
     require(
-        header.get("format") == FORMAT,
+        isinstance(header, dict) and header.get("format") == FORMAT,
         f"{path} is no statistics file of this version of hcsmoe ({FORMAT}); capture again.",
     )
-    record, layers, sampled = header["about"], {}, tensors.get("sampled")
+    record = check_kind(header, HEADER, f"{path} is not a statistics file:")["about"]
     require(
         _digest(tensors, record) == header["sha256"],
         f"{path} was changed since it was written; capture again.",
     )
-    for name in record.pop("layers"):
+    names, layers, sampled = record["layers"], {}, tensors.get("sampled")
+    needed = (*NEEDS["usage"], *([] if sampled is None else [f"sample/{key}" for key in SAMPLED]))
+    absent = [f"{name}/{key}" for name in names for key in needed if f"{name}/{key}" not in tensors]
+    require(names and not absent, f"{path} lacks {', '.join(absent) or 'layers'}; capture again.")
+    for name in names:
         values = {key: tensors[f"{name}/{key}"] for key in SUMS if f"{name}/{key}" in tensors}
         if sampled is not None:
             values["sample"] = LayerSample(*(tensors[f"{name}/sample/{key}"] for key in SAMPLED))
         layers[name] = LayerStatistics(**values)
-    return Statistics(layers, sampled=sampled, **record)
+    about = {key: record[key] for key in ("domains", "model", "sequences")}
+    return Statistics(layers, sampled=sampled, stability=record.get("stability"), **about)

@@ -12,11 +12,17 @@ registered::
 
 import inspect
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Literal, get_args, get_origin
+from typing import Annotated, Literal, get_args, get_origin
 
 from hcsmoe_core._util import Table, check_choice, check_count, choice_of, require
+
+# Annotations of options: what a value must be, and whether it is.
+Fraction = Annotated[float, ("above 0 and at most 1", lambda value: 0 < value <= 1)]
+NotNegative = Annotated[float, ("at least 0", lambda value: value >= 0)]
+AboveOne = Annotated[float, ("above 1", lambda value: value > 1)]
+Positive = Annotated[int, ("at least 1", lambda value: value >= 1)]
 
 
 @dataclass(frozen=True)
@@ -28,10 +34,8 @@ class Step:
     function: Callable
     needs: tuple | Callable  # names of hcsmoe_core.statistics.NEEDS; a callable gives them for the options
     options: dict  # the function's keyword-only arguments, with their defaults
-    choices: dict  # allowed values of the options that have a Literal annotation
-    # What else is said where the step is registered: "fractions", names of the options that must be above 0
-    # and at most 1; and see hcsmoe_core.methods.recipes.
-    properties: dict
+    hints: dict  # annotations of the options; a Literal lists values, an Annotated limits them
+    properties: dict  # what else is said where the step is registered: see hcsmoe_core.methods.recipes
 
     def __call__(self, *arguments, **options):
         """Call the function, with options that are checked."""
@@ -46,21 +50,24 @@ class Step:
         listed = ", ".join(self.options) or "none"
         known = f'{self.kind} "{self.name}" has no option {name!r}; its options: {listed}.'
         require(name in self.options, known)
+        hint, must = self.hints.get(name), f'The "{name}" argument must be'
         match self.options[name]:
-            case _ if name in self.choices:
-                return choice_of(name, value, self.choices[name])
+            case _ if get_origin(hint) is Literal:
+                value = choice_of(name, value, get_args(hint))
             case bool():
-                return bool(check_choice(name, value, (False, True)))
+                value = bool(check_choice(name, value, (False, True)))
             case int():
-                return check_count(name, value, 0)
+                value = check_count(name, value, 0)
             case float():
                 number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-                require(number, f'The "{name}" argument must be a number; not {value!r}.')
-                within = name not in self.properties.get("fractions", ()) or 0 < value <= 1
-                require(within, f'The "{name}" argument must be above 0 and at most 1; not {value}.')
-                return float(value)
+                require(number and abs(value) <= 1e300, f"{must} a finite number; not {value!r:.40}.")
+                value = float(value)
             case str() if not isinstance(value, str):
-                return [check_count(name, number, 0) for number in value]
+                require(isinstance(value, Iterable), f"{must} text or whole numbers; not {value!r:.40}.")
+                value = [check_count(name, number, 0) for number in value]
+        if get_origin(hint) is Annotated:
+            limits, within = get_args(hint)[1]
+            require(within(value), f"{must} {limits}; not {value!r:.40}.")
         return value
 
 
@@ -74,8 +81,7 @@ class StepTable(Table):
             parameters = inspect.signature(function).parameters
             options = {n: p.default for n, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
             hints = {name: parameters[name].annotation for name in options}
-            choices = {name: get_args(hint) for name, hint in hints.items() if get_origin(hint) is Literal}
-            self[name] = Step(self.argument, name, function, needs, options, choices, properties)
+            self[name] = Step(self.argument, name, function, needs, options, hints, properties)
             return function
 
         return register

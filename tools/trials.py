@@ -36,13 +36,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import safetensors.torch
 import torch
+import yaml
 from tqdm.auto import tqdm
 
 import hcsmoe_core as core
-from hcsmoe_core import families
-from hcsmoe_core._util import InputError, MissingPackageError, sha256_json, write_json
-from hcsmoe_core.studies import grids, sweep
+from hcsmoe_core import families, statistics
+from hcsmoe_core._util import InputError, MissingPackageError, sha256_json, signed, write_json
+from hcsmoe_core.score import evaluation
+from hcsmoe_core.studies import comparison, grids, sweep
 from hcsmoe_core.text.own_text import own_text
 
 LIMIT = 20  # seconds after which a trial counts as hanging
@@ -68,6 +71,7 @@ ODD = [
     [[]],
     {},
     {"x": 1},
+    "\ud800",
 ]
 
 
@@ -155,6 +159,39 @@ def edit(data: bytes, chance: random.Random, forge: Callable = lambda value: val
         holder[last] = odd = chance.choice(ODD)
         done = f"is {odd!r:.20}"
     return f"{'.'.join(map(str, [*way, last]))} {done}", json.dumps(forge(value)).encode()
+
+
+def forged(data: bytes, chance: random.Random) -> tuple[str, bytes]:
+    """As :func:`edit`, with the checksum of a record made again."""
+
+    def resign(value):
+        unsigned = {key: item for key, item in value.items() if key != "sha256"}
+        return signed(unsigned) if "sha256" in value else unsigned
+
+    return edit(data, chance, resign)
+
+
+def forged_head(data: bytes, chance: random.Random) -> tuple[str, bytes]:
+    """As :func:`edit` for what a file of statistics says of itself, with its checksum made again."""
+    tensors, size = safetensors.torch.load(data), int.from_bytes(data[:8], "little")
+    header = json.loads(json.loads(data[8 : 8 + size])["__metadata__"]["hcsmoe"])
+    what, about = edit(json.dumps(header["about"]).encode(), chance)
+    with contextlib.suppress(ValueError, RecursionError):
+        header["about"] = json.loads(about)
+        header["sha256"] = statistics._digest(tensors, header["about"])
+    return what, safetensors.torch.save(tensors, {"hcsmoe": json.dumps(header)})
+
+
+def hostile_grid(data: bytes, chance: random.Random) -> tuple[str, bytes]:
+    """As :func:`edit` for a grid in YAML, with hostile values beside the odd ones."""
+    value = yaml.safe_load(data) | {"paper": [], "base": {}, "read": {}, "embedded": {}, "seeds": [1]}
+    if chance.random() < 0.2:
+        value["axes"]["experts"] = [
+            share := chance.choice(["1e-99999999%", "1/0", "9" * 500 + "%", ".", "%"])
+        ]
+        return f"experts: {share[:20]}", yaml.safe_dump(value).encode()
+    what, edited = edit(json.dumps(value).encode(), chance)
+    return what, edited  # JSON is YAML
 
 
 def _places(value, way=()) -> Iterator[tuple]:
@@ -277,6 +314,7 @@ def targets(folder: Path) -> list[Target]:
     found = [
         Target("statistics, bytes", folder / "stats.safetensors", sums, flip, 300),
         Target("statistics, header", folder / "stats.safetensors", sums, head, 3000),
+        Target("statistics, forged", folder / "stats.safetensors", sums, forged_head, 200, True),
         Target("plan", folder / "plan.json", lambda: applied(folder / "plan.json"), flip, 200),
         Target("plan, values", folder / "plan.json", lambda: applied(folder / "plan.json"), edit, 200),
         Target("plan by hand", folder / "hand.json", lambda: applied(folder / "hand.json"), edit, 1800, True),
@@ -313,6 +351,8 @@ def _texts(folder, model):
             return core.calibration_tokens(path, tokenizer, sequences=2, length=32)
 
         found.append(Target(f"calibration text .{suffix}", path, read, flip, 60, True))
+        if suffix == "json":
+            found.append(Target(f"calibration text .{suffix}, values", path, read, edit, 100, True))
     cache = folder / "own"
     write = dict(sequences=4, length=16, batch=4, folder=cache)
     own_text(model, None, **write)
@@ -329,7 +369,7 @@ def _results(folder):
     cell = {"parameters": {"model": "m", "experts": 3, "method": "hc-smoe", "limit": None}, "scores": scores}
     cell |= {"size": {"weights": 10, "bytes": 20, "num_experts": 6}, "versions": {}}
     path = cells / "05_accuracy-0123456789ab.json"
-    write_json(path, cell)
+    write_json(path, signed(cell))
     grid = folder / "grid.yml"
     grid.write_text("title: t\nabout: a\naxes:\n  experts: [1/2]\n  method: [hc-smoe, reap]\n")
 
@@ -339,8 +379,38 @@ def _results(folder):
     def read():
         return [str(cell.parameters) for cell in grids.cells_of(grids.load(grid), "demo-qwen")]
 
-    found = [Target("sweep result", path, collected, flip, 150), Target("grid", grid, read, flip, 200, True)]
-    return [*found, Target("sweep result, values", path, collected, edit, 150, True)]
+    sweep.write_grid(
+        cells, "g", "m", title="t", notebook="05_accuracy", cells=[{"id": "x", "parameters": {}}]
+    )
+    swept = cells / "g-m.grid.json"
+    compared = folder / "compared/m/0123456789ab.json"
+    of_cell = {"method": "hc-smoe", "experts": 3, "seed": 0, "result": {"scores": scores, "weights": 3}}
+    write_json(compared, signed(of_cell))
+    items = {"tasks": {"t": {"acc": 0.5}}, "items": {"t": {"of": "0", "acc": [0, 1]}}, "groups": {}}
+    against = folder / "results.json"
+    write_json(against, {"scores": items})
+
+    def status():
+        return sweep.status(cells).to_json()
+
+    def table():
+        return comparison.cells(folder / "compared", "m").to_json()
+
+    def paired():
+        return evaluation.paired(items, evaluation.load_scores(against)).to_json()
+
+    return [
+        Target("sweep result", path, collected, flip, 150),
+        Target("sweep result, values", path, collected, edit, 50),
+        Target("sweep result, forged", path, collected, forged, 150, True),
+        Target("sweep, grid that was swept", swept, status, flip, 50),
+        Target("sweep, grid that was swept, forged", swept, status, forged, 100, True),
+        Target("comparison", compared, table, flip, 50),
+        Target("comparison, forged", compared, table, forged, 100, True),
+        Target("results compared against", against, paired, edit, 150, True),
+        Target("grid", grid, read, flip, 200, True),
+        Target("grid, values", grid, read, hostile_grid, 200, True),
+    ]
 
 
 def main():

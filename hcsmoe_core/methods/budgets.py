@@ -15,7 +15,7 @@ from hcsmoe_core.clustering import LINKAGES, cuts, linkage
 from hcsmoe_core.methods import similarities
 from hcsmoe_core.methods.grouping import check_ward
 from hcsmoe_core.methods.summary import entropy
-from hcsmoe_core.steps import budget
+from hcsmoe_core.steps import NotNegative, budget
 
 
 def check_one_similarity(recipe):
@@ -61,7 +61,7 @@ def merge_cost(layers, total, fewest, *, linkage: Literal[LINKAGES] = "average")
 
 
 @budget("grape", uses=("similarity",))
-def by_redundancy(layers, total, fewest, *, gamma: float = 0.1):
+def by_redundancy(layers, total, fewest, *, gamma: NotNegative = 0.1):
     """GRAPE's greedy allocation (arXiv 2604.06542)."""
     if layers[0].recipe.metric in ("cosine", "cka"):
         alike = [np.clip(layer.similarities, 0, None) for layer in layers]

@@ -53,8 +53,8 @@ def _matching(group, index, align):
     return torch.from_numpy(linear_sum_assignment(alike, maximize=True)[1])
 
 
-@steps.combine("ties", fractions=("density",))
-def ties(group, *, density: float = 0.2):
+@steps.combine("ties")
+def ties(group, *, density: steps.Fraction = 0.2):
     """TIES (arXiv 2306.01708; MergeME, arXiv 2502.00997): trim, elect a sign, average what agrees.
 
     Of each member's difference from the members' plain mean, the share ``density`` that is largest in
@@ -74,8 +74,8 @@ def ties(group, *, density: float = 0.2):
     return _unflattened(mean + (weights * changes).sum(0) / share, group.experts[0])
 
 
-@steps.combine("dare", random=True, fractions=("density",))
-def dare(group, *, density: float = 0.5, seed: int = 0):
+@steps.combine("dare", random=True)
+def dare(group, *, density: steps.Fraction = 0.5, seed: int = 0):
     """DARE (arXiv 2311.03099; MergeME, arXiv 2502.00997): drop at random, rescale, average.
 
     Of each member's difference from the members' plain mean, each number stays with probability ``density``
@@ -199,7 +199,7 @@ def zipped(group, *, features: Literal[NEURON_FEATURES] = "activations"):
 
 
 @steps.combine("least-squares", needs=("sample",), solves=True)
-def least_squares(group, *, align: Literal[ALIGNMENTS] = "none", ridge: float = 0.05):
+def least_squares(group, *, align: Literal[ALIGNMENTS] = "none", ridge: steps.NotNegative = 0.05):
     """Average what neurons read, and solve what they write (MergeMoE, arXiv 2510.14436)."""
     merged = group.once(("averaged", align), lambda: averaged(group, align=align))
     gram, xty = group.once(("normal", "averaged", align), lambda: normal_equations(group, merged))
@@ -242,7 +242,7 @@ def _check_refit(recipe):
 
 
 @steps.refine("refit", needs=("sample",), check=_check_refit)
-def refitted(group, neurons, rounds, *, ridge: float = REFIT_RIDGE):
+def refitted(group, neurons, rounds, *, ridge: steps.NotNegative = REFIT_RIDGE):
     """What an expert's neurons read and what they write, fitted in turns to a group's sampled outputs.
 
     What they read, gates and all, is moved by one Gauss-Newton step that lowers the residual: the
@@ -328,8 +328,8 @@ def _reading_step(group, neurons, residual):
     return x.transpose(0, 1).to(neurons.up.dtype)
 
 
-@steps.combine("joint-svd", needs=_needs, fractions=("rank",))
-def joint_svd(group, *, align: Literal[ALIGNMENTS] = "none", rank: float = 0.5):
+@steps.combine("joint-svd", needs=_needs)
+def joint_svd(group, *, align: Literal[ALIGNMENTS] = "none", rank: steps.Fraction = 0.5):
     """One singular value decomposition of all members, right vectors averaged (Sub-MoE, arXiv 2506.23266).
 
     ``rank`` is the share of the singular values that stays, above 0 and at most 1.
@@ -348,13 +348,15 @@ def joint_svd(group, *, align: Literal[ALIGNMENTS] = "none", rank: float = 0.5):
 
 
 @steps.combine("trimming", needs=("sample",), solves=True)
-def trimmed(group, *, width=None, ridge: float = 0.02):
+def trimmed(group, *, width=None, ridge: steps.NotNegative = 0.02):
     """The best neurons of an expert itself; see :func:`selected`."""
     return selected(group, width=width, ridge=ridge)
 
 
 @steps.combine("selection", needs=("sample",), solves=True, matched=True)
-def selected(group, *, width=None, ridge: float = 0.02, pool: Literal["members", "averages"] = "members"):
+def selected(
+    group, *, width=None, ridge: steps.NotNegative = 0.02, pool: Literal["members", "averages"] = "members"
+):
     """The neurons of all members that best give what the group gave; what they write is solved for.
 
     ``pool="averages"`` lets the neurons of the members' average be chosen too.

@@ -6,6 +6,8 @@ for the gradients. The result is dense: each projection becomes what its factors
 """
 
 from dataclasses import dataclass, replace
+from numbers import Integral
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -245,9 +247,16 @@ def stored_bytes(factors, dtype):
     )
 
 
-@steps.compress("low-rank", needs=("sample",), fractions=("share",))
+def _is_rank(value):
+    return value is None or (isinstance(value, Integral) and not isinstance(value, bool) and value >= 1)
+
+
+Rank = Annotated[int | None, ("a whole number of at least 1", _is_rank)]
+
+
+@steps.compress("low-rank", needs=("sample",))
 @torch.no_grad()
-def compress_layers(layers, plan, stats, *, share: float = 0.5, rank: int | None = None):
+def compress_layers(layers, plan, stats, *, share: steps.Fraction = 0.5, rank: Rank = None):
     """MC-SMoE's second step: merged experts become what their factors, in their dtype, multiply out to.
 
     ``share`` is that of the merged experts' weights which their factors take, and ``rank`` that of the

@@ -6,7 +6,7 @@ the labels are of ``layer.free``, the experts that may be joined; soft groups re
 [LayerPlan, …]``.
 """
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 from scipy.spatial.distance import squareform
@@ -15,7 +15,9 @@ from hcsmoe_core._util import check_choice, check_count, require
 from hcsmoe_core.clustering import LINKAGES, by_first_appearance, check_linkage
 from hcsmoe_core.methods import similarities
 from hcsmoe_core.plan import LayerPlan
-from hcsmoe_core.steps import group
+from hcsmoe_core.steps import AboveOne, group
+
+CENTRES = ("k-means++", "first")  # where k-means starts, beside experts
 
 
 def check_ward(recipe):
@@ -47,13 +49,18 @@ def hierarchical(layer, count, *, linkage: Literal[LINKAGES] = "average", larges
     )
 
 
+Centres = Annotated[
+    str, (f"one of {', '.join(CENTRES)}, or experts", lambda v: not isinstance(v, str) or v in CENTRES)
+]
+
+
 @group(
     "k-means",
     uses=("similarity", "merge", "combine"),
     check=check_points,
     random=lambda options: options["centres"] == "k-means++",
 )
-def k_means(layer, count, *, centres="k-means++"):
+def k_means(layer, count, *, centres: Centres = "k-means++"):
     """k-means of points at the distances given; for ``centres`` see :func:`kmeans`."""
     points = similarities.coordinates(layer.free_distances, layer.recipe.metric)
     order = layer.order if centres == "k-means++" else np.arange(len(points))
@@ -83,7 +90,7 @@ def by_chance(layer, count):
     check=check_points,
     random=True,
 )
-def fuzzy(layer, count, *, fuzzifier: float = 2.0):
+def fuzzy(layer, count, *, fuzzifier: AboveOne = 2.0):
     """Fuzzy c-means of points at the distances given."""
     points = similarities.coordinates(layer.free_distances, layer.recipe.metric)[layer.order]
     labels, memberships = fuzzy_cmeans(points, count, fuzzifier=fuzzifier, seed=layer.random_state)
@@ -234,7 +241,7 @@ def kmeans(points, groups, *, centres="k-means++", seed=0):
 
     points = np.asarray(points, dtype=np.float64)
     check_count("groups", groups, 1, len(points))
-    named = isinstance(centres, str) and check_choice("centres", centres, ("k-means++", "first"))
+    named = isinstance(centres, str) and check_choice("centres", centres, CENTRES)
     last = len(points) - 1
     chosen = [*range(groups)] if named else [check_count("centres", int(c), 0, last) for c in centres]
     require(

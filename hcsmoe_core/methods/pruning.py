@@ -66,7 +66,9 @@ def chance(layer):
 
 
 @steps.saliency("o-prune", needs=("sample",), chooses=True, random=True, weights=True)
-def least_loss(layer, count, *, loss: Literal["squared", "frobenius"] = "squared", subsets: int = SUBSETS):
+def least_loss(
+    layer, count, *, loss: Literal["squared", "frobenius"] = "squared", subsets: steps.Positive = SUBSETS
+):
     """The experts that change the layer's output least by not being there (NAEE, arXiv 2402.14800).
 
     Up to 16 experts every subset is tried, else ``subsets`` of them and a search: :class:`DropLoss`,

@@ -10,7 +10,16 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from hcsmoe_core._util import MissingPackageError, Table, check_count, require, sha256_json, versions
+from hcsmoe_core._util import (
+    MissingPackageError,
+    Table,
+    check_count,
+    check_kind,
+    read_record,
+    require,
+    sha256_json,
+    versions,
+)
 from hcsmoe_core.collect import check_tokens, forward_options
 from hcsmoe_core.scale.streaming import replaced_forwards
 from hcsmoe_core.text.calibration import SOURCES, calibration_tokens, domains_of, scoring_of
@@ -205,6 +214,22 @@ def _mean_score(tasks, metric):
     return mean | {f"mean_{metric}_stderr": math.hypot(*errors) / len(values)} if values else {}
 
 
+def load_scores(path) -> dict:
+    """Scores in a ``results.json`` of ``hcsmoe evaluate --out``, for :func:`paired`.
+
+    InputError naming the file and the field if it has not the values of each item.
+    """
+    remedy = f"Make one with: hcsmoe evaluate MODEL --out {path}"
+    kind = {"scores": {"tasks": dict, "items": {str: {"of": str}}}}
+    scores = read_record(path, kind, what="results.json with the scores of each item", remedy=remedy)[
+        "scores"
+    ]
+    for task, items in scores["items"].items():
+        for metric in items.keys() - {"of"}:
+            check_kind(items[metric], [float], f'{path}, scores of {task}, "{metric}":')
+    return scores
+
+
 def paired(scores: dict, against: dict, *, metrics=("acc", "acc_norm")):
     """Differences of two models' scores on the same items, task by task.
 
@@ -244,7 +269,7 @@ def paired(scores: dict, against: dict, *, metrics=("acc", "acc_norm")):
             rows.append({"metric": metric, "task": "mean"} | totals | means)
     require(
         rows,
-        f"The two results have no items of {' or '.join(metrics)} in common: one has tasks "
+        f'The two results have no items of "{" or ".join(metrics)}" in common: one has tasks '
         f"{', '.join(scores['tasks'])}, the other {', '.join(against['tasks'])}; score both on the same "
         "tasks, with this version.",
     )
@@ -260,9 +285,9 @@ def _paired_task(task, metric, scores, against):
         if metric not in one or metric not in other:
             return None
         require(
-            one["of"] == other["of"],
+            one["of"] == other["of"] and len(one[metric]) == len(other[metric]),
             f"{name} was scored on {len(one[metric])} items here and on {len(other[metric])}, or on others, "
-            "there; score both on the same items: the same limit, and the same data.",
+            'there; score both on the same items: the same "limit", and the same data.',
         )
         pairs.append(np.array([one[metric], other[metric]], float))
     changes = [pair[0] - pair[1] for pair in pairs]

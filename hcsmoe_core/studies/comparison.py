@@ -16,7 +16,7 @@ from typing import Any
 import pandas as pd
 from scipy.stats import t
 
-from hcsmoe_core._util import InputError, check_count, read_json
+from hcsmoe_core._util import InputError, check_count, read_record
 from hcsmoe_core.checkpoint import load_model
 from hcsmoe_core.families import find_moe_layers, model_hash
 from hcsmoe_core.merging import apply_plan, restore
@@ -26,6 +26,8 @@ from hcsmoe_core.studies import runner
 from hcsmoe_core.studies.cache import cached_statistics, slug
 from hcsmoe_core.studies.tables import model_size
 
+# What the file of a cell must hold, for hcsmoe_core._util.check_kind.
+CELL = {"method": str, "experts": int, "seed": int, "result?": {"refused?": str, "scores?": dict}}
 ORIGINAL, BASELINE = "original", "hc-smoe"
 SPREAD = ["accuracy", "loss"]  # columns whose spread over the samples matters
 MEANS = ["item_error", "plan_seconds", "merge_seconds", "peak_mb", "expert_bytes"]
@@ -231,8 +233,9 @@ def cells(folder: str | Path, model: str) -> Any:
 def newest_cells(folder: str | Path, model: str) -> dict[tuple, dict]:
     """Contents of the cells of :func:`compare`, the newest of each: by method, number of experts and seed."""
     paths = sorted((Path(folder) / slug(model)).glob("*.json"), key=lambda path: path.stat().st_mtime)
-    cells = [cell for cell in map(read_json, paths) if isinstance(cell, dict) and "result" in cell]
-    return {(cell["method"], cell["experts"], cell["seed"]): cell for cell in cells}
+    remedy = "Compare again, which measures it anew, or remove it."
+    cells = [read_record(path, CELL, what="cell of a comparison", remedy=remedy) for path in paths]
+    return {(cell["method"], cell["experts"], cell["seed"]): cell for cell in cells if "result" in cell}
 
 
 def read_table(path: str | Path, model: str, command: str) -> Any:

@@ -20,6 +20,7 @@ A file of ``notebooks/grids`` has these keys, of which ``title`` and ``axes`` ar
 always among the cells.
 """
 
+import re
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -156,7 +157,7 @@ def load(name: str | Path) -> Study:
         keys = ", ".join(Study.model_fields)
         require(isinstance(content, dict), f"{path.name} must be a mapping with the keys {keys}.")
         study = Study.model_validate(content)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise InputError(f"{path.name} is not readable YAML: {' '.join(str(error).split())}") from None
     except ValidationError as error:
         raise InputError(f"{path.name}, {_explained(error.errors()[0])}") from None
@@ -233,6 +234,7 @@ def _values(study):
 def _check_value(study, key, name, value, more=()):
     """Raise InputError unless a parameter may be set and the value is of its kind."""
     defaults, part = study.parameters(), share(value)
+    study.require(value == value, key, f"{name} must be a number; not {value!r}.")
     own = [parameter for parameter in defaults if parameter not in OWN]
     study.check_choice(key, name, tuple(dict.fromkeys([*own, *sweep.step_names(), "reduction", *more])))
     if name in SHARES:
@@ -252,6 +254,8 @@ def _check_value(study, key, name, value, more=()):
 
 def share(value: Any) -> Fraction | None:
     """A share written ``3/4`` or ``62.5%``; None if it is none."""
+    if not re.fullmatch(r"[\d.]{1,12}(/\d{1,12})?%?", str(value)):
+        return None  # Fraction would take hours over 1e-99999999
     try:
         number = Fraction(value.removesuffix("%")) / (100 if value.endswith("%") else 1)
     except (AttributeError, ValueError, ZeroDivisionError):

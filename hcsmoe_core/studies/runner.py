@@ -29,13 +29,15 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from hcsmoe_core._util import (
+    InputError,
     MissingPackageError,
     check_count,
     is_locked,
     locked,
-    read_json,
+    read_record,
     require,
     sha256_file,
+    signed,
     write_json,
 )
 from hcsmoe_core.studies.cache import function_hash, key
@@ -107,7 +109,7 @@ def complete(cell: Cell, *, again: bool = False, threads: int | None = None) -> 
     failed = done.with_suffix(f".failed{done.suffix}")
     done.parent.mkdir(parents=True, exist_ok=True)
     with locked(done):
-        if done.exists() and not again:
+        if is_done(done) and not again:
             return done
         for path in (part, failed, done.with_suffix(".failed.txt")):  # of a run that failed or was killed
             path.unlink(missing_ok=True)
@@ -150,10 +152,19 @@ def write_failure(done: Path, text: str) -> None:
     done.with_suffix(".failed.txt").write_text(re.sub(r"\x1b\[[0-9;]*m", "", text), encoding="utf-8")
 
 
+def is_done(done: Path) -> bool:
+    """Whether a cell was measured: its file is there, and its results, if it has any, are not damaged."""
+    results = done.with_suffix(".json")
+    try:
+        return done.exists() and (not results.exists() or bool(read_record(results)))
+    except InputError:
+        return False
+
+
 def state_of(done: Path) -> str:
     """One of :data:`STATES`; "interrupted" where the process that measured it is gone and left a part."""
     signs = {
-        "done": done.exists(),
+        "done": is_done(done),
         "running": is_locked(done),
         "failed": done.with_suffix(".failed.txt").exists(),
         "interrupted": part_of(done).exists(),
@@ -267,7 +278,7 @@ def run(
         When all others are done, if some failed; it names them.
     """
     engine, after = engine or Engine(_Here(), window=1), after or {}
-    todo = [i for i, cell in enumerate(cells) if again or not cell.done.exists()]
+    todo = [i for i, cell in enumerate(cells) if again or not is_done(cell.done)]
     ready = [i for i in todo if after.get(i) not in todo]
     tries, failed, running = Counter(), {}, {}
     with tqdm(total=len(cells), initial=len(cells) - len(todo), desc=description, unit="cell") as bar:
@@ -350,11 +361,11 @@ def measure(
     done = [Path(folder) / f"{prefix}{key(each, model=model, code=code)}.json" for each in every]
     work = [partial(_write_result, function, each) for each in every]
     made = [*map(Cell, done, work, map(text, cells))]
-    return [read_json(path) for path in run(made, description=description)]
+    return [read_record(path) for path in run(made, description=description)]
 
 
 def _write_result(function, settings, path):
-    write_json(path, function(settings))
+    write_json(path, signed(function(settings)))
 
 
 def notebook_id(notebook: str | Path, parameters: dict) -> str:

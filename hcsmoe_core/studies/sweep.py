@@ -2,15 +2,17 @@
 
 import ast
 import contextlib
+import functools
 import itertools
 import math
 from collections.abc import Sequence
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from hcsmoe_core._util import InputError, read_json, require, sha256_json, write_json
+from hcsmoe_core._util import InputError, read_record, require, sha256_json, signed, write_json
 from hcsmoe_core.methods import METHODS, format_settings, option_names, parse_settings, resolve
 from hcsmoe_core.studies import cache, runner
 from hcsmoe_core.text.calibration import calibration_settings
@@ -19,6 +21,14 @@ PACKAGE = Path(__file__).parents[1]
 NAMED = ("similarity", "linkage", "merge")  # steps that are parameters of 05_accuracy; "steps" has the others
 SOURCE = ("calibration", "sequences", "length")
 SEED = "calibration_seed"
+# What files must hold, for hcsmoe_core._util.check_kind: of a grid that was swept, and of a cell's results.
+GRID = {"grid": str, "model": str, "notebook": str, "cells": [{"id": str, "parameters": dict}]}
+RESULT = {
+    "parameters": {"model": str, "experts?": int, "method?": (str,), "steps?": (str,)}
+    | {"calibration?": (str,), "sequences?": (int,), "length?": (int,), "limit?": (int,)},
+    "scores": {"tasks": {str: dict}, "loss?": {str: Real}},
+    "size": dict,
+}
 SAMPLES = (SEED, "plan_seed")  # parameters that tell samples of one setting apart
 
 
@@ -188,7 +198,7 @@ def write_grid(folder: str | Path, name: str, model: str, *, title: str, noteboo
         ``id`` and ``parameters``, the latter as the grid has them.
     """
     content = {"grid": name, "model": model, "title": title, "notebook": Path(notebook).stem, "cells": cells}
-    write_json(Path(folder) / f"{name}-{cache.slug(model)}.grid.json", content)
+    write_json(Path(folder) / f"{name}-{cache.slug(model)}.grid.json", signed(content))
 
 
 def grids_of(folder: str | Path, names: str = "", model: str | None = None) -> list[dict]:
@@ -207,7 +217,8 @@ def grids_of(folder: str | Path, names: str = "", model: str | None = None) -> l
         If there is no such grid.
     """
     files = sorted(Path(folder).glob("*.grid.json"))
-    grids = [entry for entry in map(read_json, files) if model in (None, entry["model"])]
+    read = functools.partial(read_record, kind=GRID, what="grid that was swept", remedy="Sweep again.")
+    grids = [entry for entry in map(read, files) if model in (None, entry["model"])]
     wanted = [name.strip() for name in names.split(",") if name.strip()]
     known = list(dict.fromkeys(entry["grid"] for entry in grids))
     for name in wanted or ([] if grids else ["any grid"]):
@@ -318,14 +329,11 @@ def collect(
     if grid:
         declared = cells_of(folder, grid, model).items()
         measured = [(done.with_suffix(".json"), given) for done, given in declared if done.exists()]
-        contents = [(read_json(path), given) for path, given in measured]
     else:
         paths = sorted(Path(folder).glob(f"{notebook}-*.json"), key=lambda path: path.stat().st_mtime)
-        newest = {sha256_json(c["parameters"]): c for c in map(read_json, paths)}
-        contents = [(content, None) for content in newest.values()]
-    rows = [
-        _row(content, given) for content, given in contents if model in (None, content["parameters"]["model"])
-    ]
+        newest = {sha256_json(result_of(path)["parameters"]): path for path in paths}
+        measured = [(path, None) for path in newest.values()]
+    rows = [row for path, given in measured if model in (None, (row := _row(path, given))["model"])]
     if not rows:
         raise FileNotFoundError(
             f"There are no {notebook} cells{_of(model)} in {folder}; run some first: ./run does on the "
@@ -340,9 +348,29 @@ def collect(
     return pd.DataFrame(rows)
 
 
-def _row(content, declared=None):
+def result_of(path: str | Path) -> dict:
+    """What a cell left behind; InputError naming the file and the field if it is damaged."""
+    remedy = "Run the same command again, which measures it anew, or remove it."
+    return read_record(path, RESULT, what="result of a cell", remedy=remedy)
+
+
+def _row(path, declared=None):
     """One row of :func:`collect`; the method is written as the grid has it."""
+    content = result_of(path)
     scores, row = content["scores"], dict(content["parameters"])
+    try:
+        row = _described(row, declared)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    names = ("mean_acc", "mean_acc_stderr", "mean_acc_norm", "mean_loss")
+    means = {"mean_loss": math.nan} | {name: scores[name] for name in names if name in scores}
+    accuracies = {f"acc_{task}": found["acc"] for task, found in scores["tasks"].items() if "acc" in found}
+    losses = {f"loss_{domain}": loss for domain, loss in scores.get("loss", {}).items()}
+    return row | means | content["size"] | accuracies | losses
+
+
+def _described(row, declared):
+    """Parameters of a cell with its steps, options and calibration, and the name of its setting."""
     if row.get("experts"):
         steps = chosen_steps(row if declared is None else declared)
         if declared is not None:
@@ -353,11 +381,7 @@ def _row(content, declared=None):
         settings = recipe_of(row).settings.items()
         row |= {name: ",".join(map(str, v)) if isinstance(v, list) else v for name, v in settings}
         row |= calibration_settings(row["model"], *(row.get(name) for name in SOURCE))
-    names = ("mean_acc", "mean_acc_stderr", "mean_acc_norm", "mean_loss")
-    means = {"mean_loss": math.nan} | {name: scores[name] for name in names if name in scores}
-    accuracies = {f"acc_{task}": found["acc"] for task, found in scores["tasks"].items() if "acc" in found}
-    losses = {f"loss_{domain}": loss for domain, loss in scores.get("loss", {}).items()}
-    return row | means | content["size"] | accuracies | losses
+    return row
 
 
 def setting_name(parameters: dict) -> str:

@@ -23,6 +23,7 @@ DOCUMENTS_PER_BLOCK = 16  # the paper's recipe takes 512 documents for its 32 bl
 PIECE, SEAM = 1 << 16, 1024  # characters read of a document at first; tokens that the rest may change
 DOCUMENTS_PER_BATCH = 1000  # documents are joined within batches; what is left over of a batch is dropped
 _WEIGHTED = re.compile(r"\s*(?:(\d+\.?\d*(?:e-?\d+)?|\.\d+(?:e-?\d+)?)\*)?\s*([^*]*[^*\s])\s*")  # weight*name
+_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON may have one that is no character
 TEXT_SUFFIXES = (".txt", ".json", ".jsonl")
 IDS_SUFFIX = ".safetensors"
 
@@ -146,6 +147,13 @@ def local_files(source: str | Path) -> list[Path]:
     return [file for name, _ in _weights(source) if _entry(name) is _FILE for file in _files(name)]
 
 
+def is_path(name: str) -> bool:
+    """Whether a source is a path: it looks like one; ``owner/name`` is a data set unless it exists here."""
+    path = Path(name).expanduser()
+    explicit = name.startswith((".", "~")) or path.is_absolute()
+    return explicit or path.suffix in (*TEXT_SUFFIXES, IDS_SUFFIX) or (len(path.parts) > 1 and path.exists())
+
+
 def own_sequences(source: str | Path, sequences: int) -> int:
     """Number of sequences that the model writes itself; it writes whole batches."""
     own = [(name, count) for name, count in _parts(source, sequences) if is_own(name)]
@@ -192,20 +200,13 @@ def _parts(source, sequences):
     return [(name, count) for (name, _), count in zip(parts, counts, strict=True)]
 
 
-def is_path(name: str) -> bool:
-    """Whether a source is a path: it looks like one; ``owner/name`` is a data set unless it exists here."""
-    path = Path(name).expanduser()
-    explicit = name.startswith((".", "~")) or path.is_absolute()
-    return explicit or path.suffix in (*TEXT_SUFFIXES, IDS_SUFFIX) or (len(path.parts) > 1 and path.exists())
-
-
 def _entry(name):
     """Entry of a part: of :data:`SOURCES`, or that of all files, or that of all other data sets.
 
-    A path looks like one; ``owner/name`` is a data set unless it exists here, and a bare name of a data set
-    must not be that of a file or folder here.
+    A bare name of a data set must not be that of a file or folder here.
     """
-    entry = dict(SOURCES).get(name.partition(":")[0], _FILE if is_path(name) else _DATASET)
+    entry = dict(SOURCES).get(name.partition(":")[0], _DATASET)
+    entry = _FILE if entry is _DATASET and is_path(name) else entry
     require(
         entry is not _DATASET or not Path(name).exists(),
         f'The "source" argument names {name!r}, which is a file or folder here and may be a data set: write '
@@ -280,7 +281,8 @@ def _files(name):
     """Files of a path: the text files in a folder, or the file itself; none if it does not exist."""
     path = Path(name).expanduser()
     files = path.iterdir() if path.is_dir() else ()
-    return sorted(file for file in files if file.suffix in TEXT_SUFFIXES) or [path] * path.is_file()
+    texts = sorted(file for file in files if file.suffix in TEXT_SUFFIXES and file.is_file())
+    return texts or [path] * path.is_file()
 
 
 def _from_path(name, *, column, **arguments):
@@ -315,19 +317,22 @@ def _from_ids(path, *, sequences, length, **_):
 
 def _documents(file, column):
     """Documents of a text file, or of a JSON file of strings or of objects with text under ``column``."""
-    text = file.read_text(encoding="utf-8")
-    if file.suffix not in (".json", ".jsonl"):
-        return [text]
-    whole = file.suffix == ".json" and text.lstrip().startswith("[")
     try:
+        text = file.read_text(encoding="utf-8")
+        if file.suffix not in (".json", ".jsonl"):
+            return [text]
+        whole = file.suffix == ".json" and text.lstrip().startswith("[")
         rows = json.loads(text) if whole else [json.loads(line) for line in text.splitlines() if line.strip()]
-    except ValueError as error:
-        raise InputError(f"{file} is not readable JSON ({error}).") from None
+    except (ValueError, RecursionError) as error:
+        kind = "UTF-8 text" if isinstance(error, UnicodeDecodeError) else "JSON"
+        raise InputError(f"{file} is not readable {kind} ({error}).") from None
     documents = [row.get(column) if isinstance(row, dict) else row for row in rows]
     require(
         all(isinstance(document, str) for document in documents),
         f'{file} has an entry without text under "{column}"; give the key with the "column" argument.',
     )
+    broken = next((i for i, document in enumerate(documents, 1) if _SURROGATE.search(document)), None)
+    require(broken is None, f"Entry {broken} of {file} has half a character (a lone surrogate); remove it.")
     return documents
 
 
@@ -347,6 +352,8 @@ def _from_dataset(name, *, column, split, sequences, **arguments):
     path, configuration, own_split, listed = (name.split(":", 3) + [""] * 3)[:4]
     other = {"path": path, "name": configuration or None}, (listed or column).split(",")
     options, columns = _DATASETS.get(known, other)
+    formats = datasets.packaged_modules._PACKAGED_DATASETS_MODULES  # these read any file in this folder
+    require(path not in formats, f'The "source" argument is {name!r}, a format; give a file or a data set.')
     try:
         rows = datasets.load_dataset(**options, split=own_split or split or "train")
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 
 import hcsmoe_core as core
-from hcsmoe_core._util import InputError, check_absent, output_path, read_json, require, write_json
+from hcsmoe_core._util import InputError, check_absent, output_path, require, write_json
 
 app = typer.Typer(
     help="See which experts of a sparse mixture-of-experts model compute the same thing, merge them, and "
@@ -451,7 +451,7 @@ def evaluate(
     evaluation.check_tasks(names)
     if out:
         output_path(out)
-    other = _scores_of(against) if against else None
+    other = evaluation.load_scores(against) if against else None
     decision = core.load_plan(plan) if plan else None
     stats = core.load_statistics(statistics) if statistics else None
     loaded, tokenizer = core.load_model(
@@ -487,17 +487,6 @@ def _write_scores(path: Path, name: str, decision: Any, model: Any, scores: dict
     size = model_size(model) | {"experts_kept": [layer.num_stored for layer in core.find_moe_layers(model)]}
     settings = decision and decision.settings
     write_json(path, {"model": name, "plan": settings, "size": size, "scores": scores})
-
-
-def _scores_of(path: Path) -> dict:
-    """Scores in a results.json."""
-    content = read_json(path)
-    require(
-        isinstance(content, dict) and "items" in content.get("scores", {}),
-        f"{path} is not a results.json with the scores of each item; make one with hcsmoe evaluate "
-        f"--out {path}.",
-    )
-    return content["scores"]
 
 
 @app.command()

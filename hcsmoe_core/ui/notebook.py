@@ -4,7 +4,7 @@ import json
 import os
 from pathlib import Path
 
-from hcsmoe_core._util import versions, write_json
+from hcsmoe_core._util import signed, versions, write_json
 from hcsmoe_core.studies import cache, tables
 from hcsmoe_core.ui.figures import save
 
@@ -66,16 +66,14 @@ class Record:
 
     def write(self, **values):
         """Write ``results.json`` as it is so far."""
-        write_json(
-            self.results,
-            {
-                "notebook": self.notebook,
-                "parameters": self.settings,
-                "figures": list(map(str, self.files)),
-                "versions": versions(),
-                **values,
-            },
-        )
+        record = {
+            "notebook": self.notebook,
+            "parameters": self.settings,
+            "figures": list(map(str, self.files)),
+            "versions": versions(),
+            **values,
+        }
+        write_json(self.results, signed(record))
 
     def close(self, **values):
         """Write ``results.json``, and print where everything is, how to run it again and what comes next."""
