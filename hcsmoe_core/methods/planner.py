@@ -134,21 +134,13 @@ def make_plan(
     method: str = "hc-smoe",
     seed: int = 0,
     progress: bool = True,
-    similarity: str | None = None,
-    metric: str | None = None,
-    linkage: str | None = None,
-    group: str | None = None,
-    budget: str | None = None,
-    saliency: str | None = None,
-    merge: str | None = None,
-    combine: str | None = None,
-    align: str | None = None,
-    refit: int | None = None,
-    router: str | None = None,
-    compress: str | None = None,
+    similarity: str | None = None, metric: str | None = None, linkage: str | None = None,
+    group: str | None = None, budget: str | None = None, saliency: str | None = None,
+    merge: str | None = None, combine: str | None = None, align: str | None = None,
+    refit: int | None = None, router: str | None = None, compress: str | None = None,
     guard: bool | None = None,
     **settings: Any,
-) -> Plan:
+) -> Plan:  # fmt: skip
     """Decide which experts join or go in every layer; the model is not run.
 
     Parameters
