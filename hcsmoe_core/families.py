@@ -15,11 +15,10 @@ from hcsmoe_core.moe import DOWN, UP, MoELayer, source_of
 # Parts of a model that text never reaches: their experts are left as they are.
 OTHER_PARTS = ("vision", "visual", "audio", "talker")
 IDENTITY = "2"  # how model_hash is made; another number where that changes
-# Of a configuration: how and by what it was loaded, and what a merged folder has beside the model's own.
+# Of a configuration, beside private names: how and by what it was loaded, and what a merged folder adds.
 NO_MATTER = """
-dtype torch_dtype transformers_version architectures _name_or_path _attn_implementation use_cache return_dict
-_experts_implementation output_attentions output_hidden_states output_router_logits quantization_config
-auto_map expert_merge
+dtype torch_dtype transformers_version architectures use_cache return_dict output_attentions
+output_hidden_states output_router_logits quantization_config auto_map expert_merge
 """.split()
 
 
@@ -108,7 +107,8 @@ def same_model(first: str, second: str) -> bool:
 def _settings(value):
     """A configuration without what does not change the model's output."""
     if isinstance(value, dict):
-        return {key: _settings(item) for key, item in value.items() if key not in NO_MATTER}
+        public = {key: item for key, item in value.items() if not key.startswith("_")}
+        return {key: _settings(item) for key, item in public.items() if key not in NO_MATTER}
     return [_settings(item) for item in value] if isinstance(value, list) else value
 
 

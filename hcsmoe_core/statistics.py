@@ -33,7 +33,8 @@ NEEDS = {
 _LAYER = {"top_k": (int,), "router_groups": int, "width": int}
 HEADER = {  # of a file of statistics, for hcsmoe_core._util.check_kind
     "about": {
-        "model": {"name": str, "class": str, "hash": str, "layers": {str: _LAYER}, "every?": int},
+        "model": {"name": str, "class": str, "hash": str, "layers": {str: _LAYER}, "every?": int}
+        | {"digests?": dict},  # of a decoder layer, while a streamed model is captured
         "domains": [str],
         "sequences": [str],
         "layers": [str],
@@ -186,7 +187,10 @@ class Statistics:
         return cls(layers, ["all"], {"name": name, "class": "", "hash": "", "layers": records}, [])
 
     def __repr__(self):
-        name, counts = self.model["name"] or "a model", {layer.num_experts for layer in self.layers.values()}
+        name, counts = (
+            self.model.get("name") or "a model",
+            {layer.num_experts for layer in self.layers.values()},
+        )
         return (
             f"<Statistics of {name}: {len(self.layers)} MoE layers of "
             f"{' or '.join(map(str, sorted(counts)))} experts, {self.num_tokens:,} tokens of "
@@ -229,7 +233,7 @@ class Statistics:
             not missing,
             f"{purpose} needs {' and '.join(map(repr, missing))}, but these statistics hold "
             f"{', '.join(self.needs)} only; capture again with needs={(*self.needs, *missing)}, or by: "
-            f"hcsmoe capture {self.model['name']} --needs {','.join((*self.needs, *missing))} "
+            f"hcsmoe capture {self.model.get('name') or 'MODEL'} --needs {','.join((*self.needs, *missing))} "
             "--out FILE.safetensors",
         )
 

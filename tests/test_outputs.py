@@ -98,7 +98,7 @@ def test_folders_of_the_users_own_are_left_alone(stored, input_ids, tmp_path):
 
 
 def test_outputs_are_checked_before_a_model_is_loaded(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(pipeline, "open_model", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr(pipeline.streaming, "open_model", lambda *_, **__: pytest.fail("loaded"))
     monkeypatch.setattr("hcsmoe_core.load_model", lambda *_, **__: pytest.fail("loaded"), raising=False)
     monkeypatch.setattr("hcsmoe_core.load_statistics", lambda *_: pytest.fail("loaded"), raising=False)
     (tmp_path / "file").touch()

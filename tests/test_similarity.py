@@ -165,7 +165,7 @@ def test_bad_choices_are_named(mixtral, input_ids):
         distances(stats, 0, similarity="outputs")
     with pytest.raises(ValueError, match='"metric" argument must be one of "euclidean", "cosine"'):
         distances(stats, 0, metric="manhattan")
-    with pytest.raises(ValueError, match='"layer" argument must be a whole number from 0 to 2; not 3'):
+    with pytest.raises(ValueError, match='"layer" argument must be a whole number from -3 to 2; not 3'):
         distances(stats, 3)
     with pytest.raises(ValueError, match='"layer" argument must be one of model.layers.0.mlp.experts'):
         distances(stats, "model.layers.9.mlp.experts")

@@ -53,7 +53,7 @@ def planted(layers=4, experts=32, families=None, seed=0, hidden=128, noise=0.25,
         "name": "planted",
         "class": "None",
         "hash": "0",
-        "layers": {name: {"width": 64} for name in sums},
+        "layers": {name: {"width": 64, "top_k": 8, "router_groups": 1} for name in sums},
     }
     return Statistics(sums, ["web", "code"], model, ["0" * 16])
 

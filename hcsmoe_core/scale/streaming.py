@@ -467,7 +467,8 @@ def _capture_layer(source, index, file, outputs, tokens, bar):
     known = {str(index + 1): source.digest(index + 1)}
     ranks.barrier()  # every rank's outputs are there before the layer counts as done
     if ranks.rank() == 0:
-        Statistics(stats, tokens.domains, {"digests": known}, tokens.hashes, sampled).save(file)
+        record = {"name": "", "class": "", "hash": "", "layers": {}, "digests": known}
+        Statistics(stats, tokens.domains, record, tokens.hashes, sampled).save(file)
     ranks.barrier()
     outputs.drop(index - 1, tokens.starts)
 

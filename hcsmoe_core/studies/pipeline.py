@@ -93,11 +93,9 @@ def shrink(
 ) -> dict | None:
     """Capture, plan, merge, write and measure a smaller model; the arguments are explained above.
 
-    Returns
-    -------
-    dict, or None on every rank but the first
-        That of :func:`hcsmoe_core.save_merged` (without a folder: ``model``, ``tokenizer``, ``fidelity``),
-        with ``out``, ``plan`` and ``advice`` (text, or empty); ``out`` alone if it was complete before.
+    Returns what :func:`hcsmoe_core.save_merged` does (without a folder: ``model``, ``tokenizer``, ``fidelity``),
+    ``out``, ``plan`` and ``advice`` (text, or empty); ``out`` alone if it was complete before; None on every
+    rank but the first.
     """
     settings = _checked(plan, experts, method, router, settings)
     where = dict(dtype=dtype, device=ranks.started(device), load=load, memory=memory)
@@ -114,15 +112,15 @@ def shrink(
             source = (calibration, sequences, length, column, calibration_seed, fidelity)
             text = _text(loaded, tokenizer, *source)
         if captures:
-            until = _until(until_stable, until_excess, [experts], resolve(method, **settings).settings)
-            options = dict(sample=sample, every=every, batch_size=batch_size)
-            stats = _captured(loaded, text, work, until, resolve(method, **settings).needs, **options)
+            steps, options = resolve(method, **settings), dict(every=every, batch_size=batch_size)
+            until = _until(until_stable, until_excess, [experts], steps.settings)
+            stats = _captured(loaded, text, work, until, steps.needs, sample=sample, **options)
         if ranks.left():
             return None
         if plan is None:
             recipe = dict(method=method, experts=experts, seed=plan_seed) | settings
             plan = _planned(loaded, stats, work, recipe)
-            advice = _advice(loaded, stats, recipe) if fidelity else ""
+            advice = fidelity and _advice(loaded, stats, recipe)
         written = _written(loaded, tokenizer, plan, stats, text, out, work, router, captures)
     return written | {"out": out, "plan": plan, "advice": advice}
 

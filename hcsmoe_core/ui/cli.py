@@ -117,6 +117,10 @@ LOAD = Annotated[
         panel=MACHINE_OPTIONS,
     ),
 ]
+REQUESTS = Annotated[int, _option("Requests per forward pass.", min=1)]
+AGAINST = Annotated[
+    Path | None, _option("results.json of another model on the same tasks, to compare item by item.")
+]
 TRUST = Annotated[
     bool,
     _option(
@@ -423,14 +427,12 @@ def evaluate(
     statistics: STATISTICS = None,
     tasks: TASKS = None,
     limit: LIMIT = None,
-    batch_size: Annotated[int, _option("Requests per forward pass.", min=1)] = 64,
+    batch_size: REQUESTS = 64,
     text: TEXT = "demo",
     sequences: Annotated[int, _option("Number of sequences of that text.", min=1)] = 96,
     length: Annotated[int, _option("Tokens per sequence.", min=1)] = 256,
     seed: Annotated[int, _option("Seed of that text and of the harness.")] = 0,
-    against: Annotated[
-        Path | None, _option("results.json of another model on the same tasks, to compare item by item.")
-    ] = None,
+    against: AGAINST = None,
     answers: Annotated[
         str, _option("Folder in which the model's answers are kept, or none.")
     ] = "runs/answers",
@@ -446,17 +448,19 @@ def evaluate(
     """Measure accuracy on tasks, and perplexity."""
     from hcsmoe_core.score import evaluation
 
-    names = _items(tasks or "")
-    names = [task for name in names for task in (evaluation.PAPER_TASKS if name == "paper" else [name])]
+    names = [
+        task
+        for name in _items(tasks or "")
+        for task in (evaluation.PAPER_TASKS if name == "paper" else [name])
+    ]
     evaluation.check_tasks(names)
     if out:
         output_path(out)
     other = evaluation.load_scores(against) if against else None
     decision = core.load_plan(plan) if plan else None
     stats = core.load_statistics(statistics) if statistics else None
-    loaded, tokenizer = core.load_model(
-        model, dtype=dtype, device=device, trust_remote_code=trust_remote_code
-    )
+    where = dict(dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    loaded, tokenizer = core.load_model(model, **where)
     if decision is not None:
         core.apply_plan(loaded, decision, stats)
     scores = core.evaluate(
@@ -477,8 +481,7 @@ def evaluate(
         print(f"\nagainst {against}\n{evaluation.paired_table(evaluation.paired(scores, other))}")
     if out:
         _write_scores(out, model, decision, loaded, scores)
-    for path in filter(None, (out, lm_eval_out)):
-        print(f"wrote {path}")
+    print(*(f"wrote {path}" for path in (out, lm_eval_out) if path), sep="\n")
 
 
 def _write_scores(path: Path, name: str, decision: Any, model: Any, scores: dict) -> None:
@@ -672,10 +675,7 @@ def sweep(
     out: Annotated[Path, _option("Folder of the executed notebooks and results.")] = Path("runs/sweep"),
     plugin: PLUGIN = None,
 ):
-    """Measure every cell of a grid, here or on a cluster.
-
-    Finished cells are kept: run it again to continue.
-    """
+    """Measure every cell of a grid, here or on a cluster; run it again to continue."""
     from hcsmoe_core.studies import grids, sweep, tables
 
     if not grid and not status:

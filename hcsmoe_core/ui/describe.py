@@ -2,6 +2,7 @@
 
 import inspect
 import textwrap
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -164,9 +165,8 @@ def explain(name: str) -> str:
         lines += ["  " + " ".join(part.split()) for part in told.split("\n\n")]
         for option, default in step.options.items():
             chosen = recipe.options.get(option, default)
-            choices = (
-                f", one of {', '.join(map(str, step.choices[option]))}" if option in step.choices else ""
-            )
+            literal = typing.get_origin(hint := step.hints.get(option)) is typing.Literal
+            choices = f", one of {', '.join(map(str, typing.get_args(hint)))}" if literal else ""
             lines.append(f"  --set {option}={chosen}{choices}")
     return "\n".join(lines)
 

@@ -95,7 +95,7 @@ def save(figure, path) -> list[Path]:
     return [write(figure, f"{path}{suffix}") for suffix in (".png", ".pdf")]
 
 
-@styled
+@in_style
 def write(figure, path) -> Path:
     """Write a figure in the format that the suffix of the path names, one of :data:`FORMATS`."""
     suffix = check_choice("out", Path(path).suffix, tuple(FORMATS))
@@ -281,7 +281,7 @@ def frame_groups(axes, labels, order) -> None:
             axes.add_patch(patches.Rectangle((corner, corner), len(inside), len(inside), **look))
 
 
-@styled
+@in_style
 def tree_on(axes, tree, groups=None, *, title="", label="distance", labelled=True):
     """Merge tree on given axes; returns the experts of its leaves, their groups' colours, and positions."""
     order, colours = _draw_tree(axes, tree, groups, scale="left")
@@ -294,7 +294,7 @@ def tree_on(axes, tree, groups=None, *, title="", label="distance", labelled=Tru
     return order, colours, positions
 
 
-@styled
+@in_style
 def heatmap_on(axes, condensed, tree, groups=None, **options):
     """Distances in the order of a tree on given axes, with ``options`` of ``imshow``."""
     order = leaf_order(tree)
