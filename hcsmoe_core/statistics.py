@@ -187,10 +187,8 @@ class Statistics:
         return cls(layers, ["all"], {"name": name, "class": "", "hash": "", "layers": records}, [])
 
     def __repr__(self):
-        name, counts = (
-            self.model.get("name") or "a model",
-            {layer.num_experts for layer in self.layers.values()},
-        )
+        name = self.model.get("name") or "a model"
+        counts = {layer.num_experts for layer in self.layers.values()}
         return (
             f"<Statistics of {name}: {len(self.layers)} MoE layers of "
             f"{' or '.join(map(str, sorted(counts)))} experts, {self.num_tokens:,} tokens of "
@@ -385,7 +383,8 @@ def load_statistics(path: str | Path) -> Statistics:
     names, layers, sampled = record["layers"], {}, tensors.get("sampled")
     needed = (*NEEDS["usage"], *([] if sampled is None else [f"sample/{key}" for key in SAMPLED]))
     absent = [f"{name}/{key}" for name in names for key in needed if f"{name}/{key}" not in tensors]
-    require(names and not absent, f"{path} lacks {', '.join(absent) or 'layers'}; capture again.")
+    whole = names or "digests" in record["model"]  # a decoder layer may have no experts
+    require(whole and not absent, f"{path} lacks {', '.join(absent) or 'layers'}; capture again.")
     for name in names:
         values = {key: tensors[f"{name}/{key}"] for key in SUMS if f"{name}/{key}" in tensors}
         if sampled is not None:

@@ -93,9 +93,9 @@ def shrink(
 ) -> dict | None:
     """Capture, plan, merge, write and measure a smaller model; the arguments are explained above.
 
-    Returns what :func:`hcsmoe_core.save_merged` does (without a folder: ``model``, ``tokenizer``, ``fidelity``),
-    ``out``, ``plan`` and ``advice`` (text, or empty); ``out`` alone if it was complete before; None on every
-    rank but the first.
+    Returns what :func:`hcsmoe_core.save_merged` does (without a folder: ``model``, ``tokenizer`` and
+    ``fidelity``), ``out``, ``plan`` and ``advice`` (text, or empty); ``out`` alone if it was complete before;
+    None on every rank but the first.
     """
     settings = _checked(plan, experts, method, router, settings)
     where = dict(dtype=dtype, device=ranks.started(device), load=load, memory=memory)

@@ -85,7 +85,8 @@ def _say(*lines: Any) -> None:
 
 def _check_new(path: Path, force: bool) -> None:
     """Raise InputError if a file exists that would be overwritten."""
-    require(force or not path.exists(), f"{path} exists; give another --out, or --force to replace it.")
+    free = force or not output_path(path).exists()
+    require(free, f"{path} exists; give another --out, or --force to replace it.")
 
 
 # Panels of the help texts.
@@ -332,7 +333,6 @@ def plan(
     from hcsmoe_core.scale.streaming import open_model
     from hcsmoe_core.ui.describe import plan_table
 
-    output_path(out)
     stats = core.load_statistics(statistics)
     stats.check(resolve(method, **settings).needs, f"Method {method!r}")
     loaded = open_model(model, trust_remote_code=trust_remote_code)[0] if model else None
@@ -433,9 +433,7 @@ def evaluate(
     length: Annotated[int, _option("Tokens per sequence.", min=1)] = 256,
     seed: Annotated[int, _option("Seed of that text and of the harness.")] = 0,
     against: AGAINST = None,
-    answers: Annotated[
-        str, _option("Folder in which the model's answers are kept, or none.")
-    ] = "runs/answers",
+    answers: Annotated[str, _option("Folder that keeps the model's answers, or none.")] = "runs/answers",
     out: Annotated[Path | None, _option("results.json to write.")] = None,
     lm_eval_out: Annotated[
         Path | None, _option("Folder for results and samples in lm-evaluation-harness' own format.")
