@@ -20,7 +20,6 @@ import pandas as pd
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for the other benchmarks, also where this file is run
 
 from benchmarks.rounding import BITS, expert_bytes, expert_flops, rounded
-from benchmarks.theory import kind_of
 from hcsmoe_core._util import EMBEDDED, check_choice, check_count, replacing, versions, write_json
 from hcsmoe_core.checkpoint import load_model
 from hcsmoe_core.demo.tasks import NAMES
@@ -138,7 +137,7 @@ def measure(
         model=model_hash(loaded),
         description=f"bytes {slug(model)}",
     )
-    kinds = {method: kind_of(recipe) for method, recipe in recipes.items()} | {ORIGINAL: WHOLE}
+    kinds = {method: recipe.kind for method, recipe in recipes.items()} | {ORIGINAL: WHOLE}
     rows = [
         content | {"kind": kinds[content["method"]]} | row for content in results for row in content["result"]
     ]

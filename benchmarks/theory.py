@@ -57,12 +57,6 @@ COMBINED = {
 }
 
 
-def kind_of(recipe):
-    """What becomes of experts: a method "prunes", "trims", "averages", or "refits" them to what they did."""
-    solves = "combine" in recipe.present and recipe.present["combine"].properties.get("solves")
-    return recipe.present["group"].properties.get("kind", "refits" if solves else "averages")
-
-
 def measure(
     model,
     *,
@@ -142,7 +136,7 @@ def measure(
     )
     cell = ("method", "experts")
     return pd.DataFrame(
-        {name: content[name] for name in cell} | {"kind": kind_of(recipes[content["method"]])} | row
+        {name: content[name] for name in cell} | {"kind": recipes[content["method"]].kind} | row
         for content in results
         for row in content["result"]
     )

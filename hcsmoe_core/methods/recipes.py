@@ -125,6 +125,12 @@ class Recipe:
         return tuple(name for name in NEEDS if name in needed)
 
     @property
+    def kind(self) -> str:
+        """What becomes of experts: it "prunes", "trims" or "averages" them, or "refits" them to outputs."""
+        solves = "combine" in self.present and self.present["combine"].properties.get("solves")
+        return self.present["group"].properties.get("kind", "refits" if solves else "averages")
+
+    @property
     def needs_model(self) -> bool:
         """Whether the experts' weights are looked at to make a plan; merging always does."""
         return any(step.properties.get("weights") for step in self.present.values())
