@@ -302,9 +302,9 @@ def test_an_ignored_hangup_stays_ignored(monkeypatch):
 
 DRIVER = """
 import sys, time
-from hcsmoe_core.studies import engines
+from hcsmoe_core.studies import runner
 if __name__ == "__main__":
-    with engines.processes(2) as engine:
+    with runner.processes(2) as engine:
         import os
         print(engine.executor.submit(os.getpid).result(), flush=True)
         engine.executor.submit(time.sleep, 1000)

@@ -9,8 +9,6 @@ import argparse
 import time
 from pathlib import Path
 
-import nbformat
-
 from hcsmoe_core.studies import sweep
 
 MODEL = "demo-qwen"
@@ -19,11 +17,11 @@ METHODS = [("recommended", 16), ("hc-smoe", 24), ("hc-smoe", 16), ("hc-smoe", 8)
 TABLE = ["setting", "experts", "MB", "accuracy", "loss"]
 
 
-def first_picture(folder: Path) -> Path:
-    """Capture the statistics that every notebook reads, and draw the heatmap of one layer."""
+def look(folder: Path) -> tuple[Path, str]:
+    """Capture what every notebook reads; a heatmap, the view of all layers as HTML, and its verdict."""
     from hcsmoe_core import distances, linkage, load_model
     from hcsmoe_core.studies.cache import cached_statistics
-    from hcsmoe_core.ui import figures
+    from hcsmoe_core.ui import figures, report
 
     model, tokenizer = load_model(MODEL, dtype="float32")
     stats = cached_statistics(model, tokenizer, needs=["sample"])
@@ -31,7 +29,10 @@ def first_picture(folder: Path) -> Path:
     title = f"{MODEL}, MoE layer 0: which experts compute the same thing"
     figure = figures.similarity_heatmap(condensed, linkage(condensed), groups=16, title=title)
     folder.mkdir(parents=True, exist_ok=True)
-    return figures.save(figure, folder / "heatmap")[0]
+    picture = figures.save(figure, folder / "heatmap")[0]
+    print(f"first picture: {picture}", flush=True)
+    result = report.write_report(stats, html := folder / f"{MODEL}.html", model=model)
+    return html, report.ANSWERS[result["answer"]]
 
 
 def cells(folder: Path, figures: Path) -> list[tuple[Path, dict]]:
@@ -39,21 +40,6 @@ def cells(folder: Path, figures: Path) -> list[tuple[Path, dict]]:
     shared = dict(model=MODEL, limit=ITEMS, figures=str(figures), dtype="float32")
     merged = [dict(method=method, experts=experts) for method, experts in METHODS]
     return [(sweep.notebook_path("05_accuracy"), shared | cell) for cell in (*merged, {"experts": 0})]
-
-
-def write_html(notebooks: list[Path], path: Path) -> None:
-    """Executed notebooks as one HTML file that needs no other file."""
-    from nbconvert import HTMLExporter
-
-    pages = [nbformat.read(notebook, as_version=4) for notebook in notebooks]
-    whole = nbformat.v4.new_notebook(metadata={"language_info": {"name": "python"}})
-    whole.cells = [cell for page in pages for cell in page.cells]
-    for number, cell in enumerate(whole.cells):  # notebooks name their cells alike
-        cell["id"] = f"cell-{number}"
-    exporter = HTMLExporter(embed_images=True, exclude_input_prompt=True, exclude_output_prompt=True)
-    exporter.mathjax_url = exporter.require_js_url = exporter.widget_renderer_url = ""
-    body, _ = exporter.from_notebook_node(whole, {"metadata": {"name": f"hcsmoe: {MODEL}"}})
-    path.write_text(body, encoding="utf-8")
 
 
 def table(folder: Path) -> str:
@@ -78,26 +64,28 @@ def main():
         print(f"[{time.perf_counter() - started:4.0f} s] {text}", flush=True)
 
     say(f"capturing {MODEL} on 24,576 tokens, and a first picture (15 s)")
-    say(f"first picture: {first_picture(out)}")
+    html, verdict = look(out)
+    say(f"interactive view of all layers: {html}")
     say("similarities and merge trees: notebooks 01 and 02 (30 s)")
     looks = [
         (sweep.notebook_path(name), dict(model=MODEL, figures=str(out), dtype="float32"))
         for name in ("01_similarity", "02_dendrograms")
     ]
-    notebooks = sweep.run_cells(looks, out / "notebooks", workers=2, description="notebooks")
+    sweep.run_cells(looks, out / "notebooks", workers=2, description="notebooks")
     say(f"merging to 24, 16 and 8 of 32 experts and scoring {8 * ITEMS} items each (70 s)")
     sweep.run_cells(cells(out / "cells", out), out / "cells", workers=2, description="accuracy")
     say("accuracy curve: notebook 06 (10 s)")
     curve = dict(model=MODEL, sweep=str(out / "cells"), figures=str(out))
-    notebooks += sweep.run_cells([(sweep.notebook_path("06_ablation"), curve)], out / "notebooks", again=True)
-    write_html(notebooks, html := out / f"{MODEL}.html")
+    sweep.run_cells([(sweep.notebook_path("06_ablation"), curve)], out / "notebooks", again=True)
     say("done")
     print(f"""
 {table(out / "cells")}
 
 loss: nats per token on held-out text; accuracy: {8 * ITEMS} items of eight tasks, ± one standard error
 
-open next    {html}   (the notebooks with their pictures)
+verdict      {verdict}
+open next    {html}   (all layers: drag the cut, see what it costs, save the plan)
+notebooks    {out / "notebooks"}   (executed)
 your model   ./run hcsmoe merge MODEL --experts R --out DIR
 explore      ./run lab
 everything   ./run figures   (both models, every notebook and grid)""")
