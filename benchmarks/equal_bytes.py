@@ -146,7 +146,7 @@ def measure(
 
 def _measured(cell, *, model, tokenizer, statistics):
     """One row for each number of bits that the experts of a cell's model are rounded to."""
-    stats = None if cell["method"] == ORIGINAL else statistics(cell["seed"])
+    stats = None if cell["method"] == ORIGINAL else statistics(seed=cell["seed"])
     try:
         if stats is not None:
             options = {name: cell[name] for name in ("experts", "method", "seed")}

@@ -316,7 +316,7 @@ def _result(settings, *, model, tokenizer, statistics, num_experts, out, device)
     score = partial(evaluate, tasks=settings["tasks"].split(","), text=None, **options)
     place = dict(device=device, dtype=model.dtype)
     if settings["experts"]:
-        stats = statistics(settings[sweep.SEED])
+        stats = statistics(seed=settings[sweep.SEED])
         scored = _merged(model, tokenizer, stats, settings, out / "merged", place, score)
     elif source_of(model) is not None:
         scored = _scored_folder(model.name_or_path, model_size(model)["bytes"], place, score)

@@ -132,11 +132,12 @@ def test_a_dry_run_needs_neither_network_nor_weights(name, size, tmp_path):
     options = dict(env=environment, capture_output=True, text=True)
     said = subprocess.run([*command, name], **options, check=True).stdout
     lines = said.splitlines()
-    assert lines[1].startswith(f"read      {size} weights")
-    assert "32 × 2,048 tokens of c4" in lines[2]
-    assert [line.split()[0] for line in lines[4:-4]] == ["plan", "merge", "evaluate"] * 12
-    assert "at 200 · 10¹² operations a second" in said
-    assert [line.split()[0] for line in lines[-3:]] == ["time", "disk", "memory"]
+    assert [line.split()[0] for line in lines[:3]] == ["time", "disk", "memory"]  # totals first
+    assert "at 200 · 10¹² operations a second" in lines[0]
+    steps = lines[5:]
+    assert steps[0].startswith(f"read      {size} weights")
+    assert "32 × 2,048 tokens of c4" in steps[1]
+    assert [line.split()[0] for line in steps[3:]] == ["plan", "merge", "evaluate"] * 12
     assert not (tmp_path / "out").exists()
     refused = subprocess.run([*command, "mixtral-8x22b"], **options)
     assert refused.returncode == 1
